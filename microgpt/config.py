@@ -1,0 +1,213 @@
+"""The configuration: every number and switch of a run, from a preset, a file, the command line.
+
+A field is declared once, in `Config`. Its checks, its place in the YAML files, its flag on the
+command line and its line of help all come from that declaration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from microgpt.errors import MicrogptError
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+CONFIGS = FIXTURES / "configs"
+DEFAULT_PRESET = "microgpt"
+
+
+def _field(help: str, *, least: float | None = None, above: float | None = None,
+           below: float | None = None, choices: tuple[str, ...] = ()) -> Any:  # fmt: skip
+    return dataclasses.field(
+        metadata={"help": help, "least": least, "above": above, "below": below, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, complete. Built by `load_config`, which checks every field."""
+
+    # the model
+    n_layer: int = _field("transformer blocks", least=1)
+    n_embd: int = _field("channels of the residual stream", least=1)
+    n_head: int = _field("attention heads; divides n_embd", least=1)
+    block_size: int = _field("longest context, in positions", least=1)
+    vocabulary: str = _field("order of the token ids", choices=("chars-bos", "bos-eos-chars"))
+    crop: str = _field("what block_size counts", choices=("positions", "tokens"))
+    norm_embedding: bool = _field("rmsnorm after wte + wpe")
+    squared_relu: bool = _field("square the ReLU of the MLP")
+    tie_lm_head: bool = _field("use wte as lm_head")
+    norm_eps: float = _field("epsilon of rmsnorm", above=0)
+    # initialisation
+    init_std: float = _field("standard deviation of the initial weights", least=0)
+    init_std_residual: float = _field("the same for attn_wo and mlp_fc2", least=0)
+    # training
+    steps: int = _field("optimizer steps", least=1)
+    batch_size: int = _field("documents per step", least=1)
+    learning_rate: float = _field("at the first step; falls linearly to 0", above=0)
+    beta1: float = _field("Adam's decay of the mean gradient", least=0, below=1)
+    beta2: float = _field("Adam's decay of the mean square", least=0, below=1)
+    adam_eps: float = _field("Adam's epsilon", above=0)
+    dtype: str = _field("precision of vectorized", choices=("float64", "float32"))
+    seed: int = _field("of the one random stream")
+    dataset: str = _field("names, makemore, or a text file with one document per line")
+    # sampling
+    num_samples: int = _field("samples drawn after training", least=0)
+    temperature: float = _field("divides the logits before sampling", above=0)
+
+    @property
+    def head_dim(self) -> int:
+        """D: the channels of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest document that is seen whole, BOS and the closing token included."""
+        return self.block_size + 1 if self.crop == "positions" else self.block_size
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+KINDS = {"int": int, "float": float, "bool": bool, "str": str}
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def presets() -> list[str]:
+    """The names that `--config` knows."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, str] | None = None) -> Config:
+    """The configuration of a preset or YAML file, with overrides as typed on the command line.
+
+    A file that leaves fields out takes them from the preset it names under `preset`, or from
+    the default preset.
+
+    Raises MicrogptError naming the file or flag, the field, and what it should hold.
+    """
+    fields = _from_yaml(source)
+    for name, text in (overrides or {}).items():
+        fields[name] = _typed(name, _read_flag(name, text), flag(name))
+    return checked(fields)
+
+
+def checked(fields: Mapping[str, Any]) -> Config:
+    """A configuration whose fields fit together."""
+    config = Config(**fields)
+    if config.n_embd % config.n_head:
+        divisors = [str(n) for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
+        raise MicrogptError(
+            f"n_head {config.n_head} does not divide n_embd {config.n_embd}, and every head takes"
+            f" an equal share of the channels; n_head can be {', '.join(divisors[:12])}"
+            + (", .." if len(divisors) > 12 else "")
+        )
+    if config.crop == "tokens" and config.block_size < 2:
+        raise MicrogptError(
+            "block_size 1 with crop 'tokens' leaves no position to learn from;"
+            " take block_size 2 or more, or crop 'positions'"
+        )
+    return config
+
+
+def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """The fields of a mapping that came from outside, each with its right type and range."""
+    for name in raw:
+        if name not in FIELDS:
+            close = difflib.get_close_matches(str(name), FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
+            raise MicrogptError(f"{where}: unknown key {str(name)!r}; {hint}")
+    return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
+
+
+def flag(name: str) -> str:
+    """The command line's name for a field: n_layer is --n-layer."""
+    return "--" + name.replace("_", "-")
+
+
+def _from_yaml(source: str) -> dict[str, Any]:
+    path = CONFIGS / f"{source}.yaml" if source in presets() else Path(source)
+    if not path.is_file():
+        raise MicrogptError(
+            f"--config: there is no preset and no file {source!r};"
+            f" the presets are {', '.join(presets())}"
+        )
+    raw = read_yaml(path)
+    base = raw.pop("preset", DEFAULT_PRESET)
+    fields = typed_fields(raw, str(path))
+    if len(fields) == len(FIELDS):
+        return fields
+    if base not in presets():
+        raise MicrogptError(
+            f"{path}: unknown preset {base!r}; the presets are {', '.join(presets())}"
+        )
+    preset = CONFIGS / f"{base}.yaml"
+    return {**typed_fields(read_yaml(preset), str(preset)), **fields}
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise MicrogptError(f"{path}: not readable as YAML: {reason}") from None
+    except OSError as error:
+        raise MicrogptError(f"{path}: {error.strerror}") from None
+    if not isinstance(raw, dict):
+        raise MicrogptError(f"{path}: expected lines of the form 'key: value'")
+    return raw
+
+
+def _read_flag(name: str, text: str) -> Any:
+    """What a flag's text means; left as text where it means nothing, for `_typed` to refuse."""
+    kind = KINDS[str(FIELDS[name].type)]
+    try:
+        return kind(text) if kind is not bool else {"true": True, "false": False}[text]
+    except (ValueError, KeyError):
+        return text
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    field = FIELDS[name]
+    kind = KINDS[str(field.type)]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        hint = ""
+        if isinstance(value, str) and kind is float and _is_number(value):
+            hint = f" (YAML reads {value} as text: write {_with_point(value)})"
+        raise MicrogptError(f"{where}: expected {WORDS[str(field.type)]}, got {value!r}{hint}")
+    limits = field.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise MicrogptError(f"{where}: expected {' or '.join(limits['choices'])}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise MicrogptError(f"{where}: expected a finite number, got {value}")
+    if limits["least"] is not None and value < limits["least"]:
+        raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")
+    if limits["below"] is not None and value >= limits["below"]:
+        raise MicrogptError(f"{where}: expected less than {limits['below']}, got {value}")
+    return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_point(text: str) -> str:
+    """1e-8 as YAML wants it: 1.0e-8."""
+    mantissa, e, exponent = text.lower().partition("e")
+    sign = "" if exponent[:1] in "+-" else "+"
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{sign}{exponent}"

@@ -1,0 +1,121 @@
+"""Data sets: texts with one document per line."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from microgpt.config import FIXTURES
+from microgpt.errors import MicrogptError
+
+NAMES = FIXTURES / "data" / "names.txt"
+
+# the list that the original program downloads
+MAKEMORE_URL = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
+MAKEMORE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
+MAKEMORE_BYTES = 228_145
+TIMEOUT = 30  # seconds without an answer
+
+
+def load_documents(dataset: str) -> list[str]:
+    """The documents of `names`, `makemore` or a UTF-8 text file, in the order of the file.
+
+    Lines are stripped and blank ones dropped; repeated ones stay.
+
+    Raises MicrogptError if the file cannot be read as text, or holds no document.
+    """
+    if dataset == "names":
+        return read_documents(NAMES)
+    if dataset == "makemore":
+        return read_documents(makemore())
+    path = Path(dataset)
+    if not path.is_file():
+        kind = "is a folder, not" if path.is_dir() else "names no data set and"
+        raise MicrogptError(
+            f"--dataset: {dataset!r} {kind} a file;"
+            " expected names, makemore, or the path of a text file with one document per line"
+        )
+    return read_documents(path)
+
+
+def read_documents(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, stripped, without the blank ones."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            documents = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise MicrogptError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise MicrogptError(f"{path}: {error.strerror}") from None
+    if not documents:
+        raise MicrogptError(f"{path}: no documents; expected one on each line")
+    return documents
+
+
+def makemore() -> Path:
+    """The original program's names.txt in the user's cache, downloaded if it is not there yet."""
+    path = cache_folder() / "makemore-names.txt"
+    if not path.is_file():
+        download(MAKEMORE_URL, MAKEMORE_SHA256, MAKEMORE_BYTES, path)
+    elif _sha256(path.read_bytes()) != MAKEMORE_SHA256:
+        raise MicrogptError(f"{path}: changed since it was downloaded; delete it to download again")
+    return path
+
+
+def download(url: str, sha256: str, size: int, path: Path) -> None:
+    """Put a file of known digest in place, whole or not at all."""
+    by_hand = f"download it elsewhere and put it at {path}, or use --dataset names"
+    try:
+        with urlopen(url, timeout=TIMEOUT) as answer:
+            content = answer.read(size + 1)
+    except (URLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise MicrogptError(f"{url}: cannot be downloaded ({reason}); {by_hand}") from None
+    if _sha256(content) != sha256:
+        raise MicrogptError(
+            f"{url}: is not the file it should be (SHA-256 {_sha256(content)[:12]}..,"
+            f" expected {sha256[:12]}..); {by_hand}"
+        )
+    write_whole(path, content)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: MICROGPT_CACHE, or the system's folder for such things."""
+    if "MICROGPT_CACHE" in os.environ:
+        return Path(os.environ["MICROGPT_CACHE"])
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "microgpt"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "microgpt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "microgpt"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is seen whole or not at all, also after a power cut."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise MicrogptError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,77 @@
+"""The names of everything: parameters with their shapes, and what is computed in between.
+
+Inside a model, tensors are attributes of a tree (`params.wte`, `params.layers[0].attn_wq`).
+At every border (files, comparisons) they go by their full names ("wte", "layer0.attn_wq").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from microgpt.config import Config
+
+
+def param_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, int]]:
+    """Each parameter's shape (n_out, n_in), in the order in which they are drawn and stored."""
+    n_embd = config.n_embd
+    shapes = {"wte": (vocab_size, n_embd), "wpe": (config.block_size, n_embd)}
+    if not config.tie_lm_head:
+        shapes["lm_head"] = (vocab_size, n_embd)
+    for i in range(config.n_layer):
+        shapes[f"layer{i}.attn_wq"] = (n_embd, n_embd)
+        shapes[f"layer{i}.attn_wk"] = (n_embd, n_embd)
+        shapes[f"layer{i}.attn_wv"] = (n_embd, n_embd)
+        shapes[f"layer{i}.attn_wo"] = (n_embd, n_embd)
+        shapes[f"layer{i}.mlp_fc1"] = (4 * n_embd, n_embd)
+        shapes[f"layer{i}.mlp_fc2"] = (n_embd, 4 * n_embd)
+    return shapes
+
+
+LAYER_TAPS = (
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "attn_logits",
+    "attn_weights",
+    "attn_out",
+    "attn_res",
+    "mlp_norm",
+    "mlp_pre",
+    "mlp_act",
+    "mlp_res",
+)
+
+
+def tap_names(config: Config) -> list[str]:
+    """Every intermediate, in the order in which the forward pass computes it."""
+    layers = [f"layer{i}.{name}" for i in range(config.n_layer) for name in LAYER_TAPS]
+    embedding = ["emb", "emb_norm"] if config.norm_embedding else ["emb"]
+    return [*embedding, *layers, "logits", "loss_t", "loss"]
+
+
+def tree(n_layer: int) -> SimpleNamespace:
+    """An empty tree of named tensors."""
+    return SimpleNamespace(layers=[SimpleNamespace() for _ in range(n_layer)])
+
+
+def grow(named: Mapping[str, Any], n_layer: int) -> SimpleNamespace:
+    """The tree whose tensors bear these full names."""
+    root = tree(n_layer)
+    for name, tensor in named.items():
+        node, last = _holder(root, name)
+        setattr(node, last, tensor)
+    return root
+
+
+def pick(root: SimpleNamespace, name: str) -> Any:
+    """The tensor of the tree that bears this full name."""
+    node, last = _holder(root, name)
+    return getattr(node, last)
+
+
+def _holder(root: SimpleNamespace, name: str) -> tuple[SimpleNamespace, str]:
+    layer, dot, last = name.rpartition(".")
+    return (root.layers[int(layer.removeprefix("layer"))] if dot else root), last

@@ -1,0 +1,66 @@
+"""Characters to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from microgpt.config import Config
+from microgpt.errors import MicrogptError
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """One token per character (a Unicode code point), one that opens and one that closes.
+
+    chars-bos        the characters from 0 on, then BOS, which also closes
+    bos-eos-chars    BOS 0, EOS 1, then the characters
+    """
+
+    chars: tuple[str, ...]
+    ids: dict[str, int]
+    bos: int
+    eos: int
+
+    @property
+    def vocab_size(self) -> int:
+        """V: the characters and what opens and closes a document."""
+        return len(self.chars) + len({self.bos, self.eos})
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a document's characters.
+
+        Raises MicrogptError naming the first character that is not in the vocabulary.
+        """
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as unknown:
+            char = unknown.args[0]
+            raise MicrogptError(
+                f"the character {char!r} (U+{ord(char):04X}) in {shortened(text)} is not in the"
+                f" vocabulary, which is {shortened(''.join(self.chars))}"
+            ) from None
+
+    def document(self, text: str) -> list[int]:
+        """BOS, the characters, and the closing token."""
+        return [self.bos, *self.encode(text), self.eos]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids that are all characters."""
+        first = self.ids[self.chars[0]]
+        return "".join([self.chars[i - first] for i in ids])
+
+
+def build_tokenizer(chars: Iterable[str], config: Config) -> Tokenizer:
+    """The tokenizer over these characters, sorted by code point."""
+    ordered = tuple(sorted(set(chars)))
+    if config.vocabulary == "chars-bos":
+        first, bos, eos = 0, len(ordered), len(ordered)
+    else:
+        first, bos, eos = 2, 0, 1
+    return Tokenizer(ordered, {char: first + i for i, char in enumerate(ordered)}, bos, eos)
+
+
+def shortened(text: str, longest: int = 60) -> str:
+    """A text fit to be quoted in one line."""
+    return repr(text) if len(text) <= longest else f"{text[:longest]!r}.."

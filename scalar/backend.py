@@ -1,0 +1,109 @@
+"""The scalar GPT as the shell and the crosscheck see it: numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import Any
+
+from microgpt.backend import Docs, State
+from microgpt.config import Config
+from microgpt.layout import grow, pick, tap_names
+from microgpt.tokenizer import Tokenizer
+from scalar.adam import adam
+from scalar.model import loss
+from scalar.sample import sample
+from scalar.value import Value
+
+Nested = dict[str, list[Any]]
+
+
+class Backend:
+    """See microgpt.backend.Backend. The taps keep their gradients, so `watch` costs nothing."""
+
+    def __init__(self, config: Config, state: State, watch: bool = False) -> None:
+        self.config = config
+        self.matrices = {
+            name: [[Value(float(x)) for x in row] for row in matrix]
+            for name, matrix in state.params.items()
+        }
+        self.params = grow(self.matrices, config.n_layer)
+        self.flat = [p for matrix in self.matrices.values() for row in matrix for p in row]
+        self.m = [float(x) for matrix in state.m.values() for row in matrix for x in row]
+        self.v = [float(x) for matrix in state.v.values() for row in matrix for x in row]
+        self.updates = state.updates
+
+    def forward(self, docs: Docs) -> float:
+        self.loss, self.doc_taps = loss(docs, self.params, self.config)
+        return self.loss.data
+
+    def backward(self) -> None:
+        for p in self.flat:
+            p.grad = 0.0
+        self.loss.backward()
+
+    def update(self, lr_t: float) -> None:
+        adam(self.flat, self.m, self.v, self.updates, lr_t, self.config)
+        self.updates += 1
+
+    def position_losses(self, docs: Docs) -> list[list[float]]:
+        _, doc_taps = loss(docs, self.params, self.config)
+        return [[tap.loss_t.data for tap in taps] for taps in doc_taps]
+
+    def sample(
+        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+    ) -> list[list[int]]:
+        return [
+            sample(self.params, self.config, tokenizer, rng, temperature, prompt)
+            for _ in range(num)
+        ]
+
+    def state(self) -> State:
+        params = self._by_name(p.data for p in self.flat)
+        return State(params, self._by_name(self.m), self._by_name(self.v), self.updates)
+
+    def grads(self) -> Nested:
+        return self._by_name(p.grad for p in self.flat)
+
+    def taps(self) -> Nested:
+        return self._batched("data")
+
+    def dtaps(self) -> Nested:
+        return self._batched("grad")
+
+    def _by_name(self, numbers: Iterable[float]) -> Nested:
+        """One number per parameter, as matrices by name."""
+        rest = iter(numbers)
+        return {
+            name: [[next(rest) for _ in row] for row in matrix]
+            for name, matrix in self.matrices.items()
+        }
+
+    def _batched(self, field: str) -> Nested:
+        """The taps by name, documents padded with zeros to one length."""
+        T = max(map(len, self.doc_taps))
+        *names, _ = tap_names(self.config)
+        batched: Nested = {}
+        for name in names:
+            docs = [[_numbers(pick(tap, name), field) for tap in taps] for taps in self.doc_taps]
+            if name.endswith((".attn_logits", ".attn_weights")):
+                batched[name] = [
+                    [
+                        _padded([_padded(by_head[h], T, 0.0) for by_head in doc], T, [0.0] * T)
+                        for h in range(self.config.n_head)
+                    ]
+                    for doc in docs
+                ]  # [B][H][T][T]
+            else:
+                nothing = 0.0 if name == "loss_t" else [0.0] * len(docs[0][0])
+                batched[name] = [_padded(doc, T, nothing) for doc in docs]  # [B][T][channels]
+        return {**batched, "loss": getattr(self.loss, field)}
+
+
+def _numbers(tap: Any, field: str) -> Any:
+    """A Value's number, or those of a nested list of Values."""
+    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field)
+
+
+def _padded(items: list[Any], length: int, nothing: Any) -> list[Any]:
+    return items + [nothing] * (length - len(items))

@@ -1,0 +1,37 @@
+"""Adam in arrays: all parameters at once, in the one buffer that holds them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from microgpt.config import Config
+from vectorized.arrays import Array
+
+
+def adam(
+    params: Array, grads: Array, m: Array, v: Array, step: int, lr_t: float, config: Config
+) -> None:
+    """p = p - lr_t * m_hat / (sqrt(v_hat) + eps), in place, (P,) each
+
+    m, v    running means of the gradient and of its square
+    step    how many updates came before this one
+    lr_t    this step's learning rate
+
+    The corrections m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t), t = step + 1, are
+    applied to the two numbers lr_t and eps, which spares two passes over the parameters:
+    lr_t m_hat / (sqrt(v_hat) + eps) = lr_t c / (1 - beta1^t) m / (sqrt(v) + c eps), where
+    c = sqrt(1 - beta2^t).
+
+    Source: Kingma and Ba, "Adam: a method for stochastic optimization" (2015), algorithm 1 and
+    the remark on efficiency beneath it.
+    """
+    beta1, beta2 = config.beta1, config.beta2
+    correction1 = 1 - beta1 ** (step + 1)
+    correction2 = (1 - beta2 ** (step + 1)) ** 0.5
+    m *= beta1
+    m += (1 - beta1) * grads
+    v *= beta2
+    v += (1 - beta2) * (grads * grads)
+    denominator = np.sqrt(v)
+    denominator += correction2 * config.adam_eps
+    params -= (lr_t * correction2 / correction1) * (m / denominator)

@@ -1,0 +1,110 @@
+"""The vectorized GPT as the shell and the crosscheck see it: numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from microgpt.backend import Docs, State
+from microgpt.config import Config
+from microgpt.layout import pick, tap_names, tree
+from microgpt.tokenizer import Tokenizer
+from vectorized.adam import adam
+from vectorized.arrays import Array, flatten, model_tree, named_views, pad
+from vectorized.model import loss_backward, loss_forward
+from vectorized.sample import sample
+
+
+class Backend:
+    """See microgpt.backend.Backend."""
+
+    def __init__(self, config: Config, state: State, watch: bool = False) -> None:
+        self.config = config
+        dtype = np.dtype(config.dtype)
+        self.shapes = {name: np.shape(tensor) for name, tensor in state.params.items()}
+        self.flat = flatten(state.params, dtype)  # (P,)
+        self.flat_grads = np.zeros_like(self.flat)
+        self.m = flatten(state.m, dtype)
+        self.v = flatten(state.v, dtype)
+        self.updates = state.updates
+        self.params = model_tree(self.flat, self.shapes, config.n_layer)
+        self.dparams = model_tree(self.flat_grads, self.shapes, config.n_layer)
+        self.tap = tree(config.n_layer)
+        self.dtap = tree(config.n_layer) if watch else unkept(config.n_layer)
+
+    def forward(self, docs: Docs) -> float:
+        self.batch = pad(docs, self.flat.dtype)
+        return loss_forward(self.batch, self.params, self.config, self.tap)
+
+    def backward(self) -> None:
+        loss_backward(
+            self.batch, self.params, self.dparams, self.config, self.tap, self.dtap
+        )
+
+    def update(self, lr_t: float) -> None:
+        adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config)
+        self.updates += 1
+
+    def position_losses(self, docs: Docs) -> list[list[float]]:
+        tap = tree(self.config.n_layer)
+        loss_forward(pad(docs, self.flat.dtype), self.params, self.config, tap)
+        by_doc = tap.loss_t.reshape(len(docs), -1).tolist()
+        return [losses[: len(tokens) - 1] for tokens, losses in zip(docs, by_doc)]
+
+    def sample(
+        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+    ) -> list[list[int]]:
+        return sample(self.params, self.config, tokenizer, rng, num, temperature, prompt)
+
+    def state(self) -> State:
+        params, m, v = (named_views(flat, self.shapes) for flat in (self.flat, self.m, self.v))
+        return State(params, m, v, self.updates)
+
+    def grads(self) -> dict[str, Array]:
+        return named_views(self.flat_grads, self.shapes)
+
+    def taps(self) -> dict[str, Array]:
+        return self._batched(self.tap)
+
+    def dtaps(self) -> dict[str, Array]:
+        return self._batched(self.dtap)
+
+    def _batched(self, taps: SimpleNamespace) -> dict[str, Array]:
+        """The taps by name, their columns turned into documents and positions."""
+        B, T = self.batch.tokens.shape
+        real = self.batch.weights.reshape(B, T) > 0
+        looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, T)
+        batched: dict[str, Array] = {}
+        for name in tap_names(self.config):
+            tap = np.asarray(pick(taps, name))
+            if name == "loss":
+                batched[name] = tap
+            elif name == "loss_t":
+                batched[name] = np.where(real, tap.reshape(B, T), 0.0)
+            elif name.endswith((".attn_logits", ".attn_weights")):
+                by_query = tap.reshape(T, B, -1, T).transpose(1, 2, 3, 0)  # (B, H, T, T)
+                batched[name] = np.where(looked_at, by_query, 0.0)
+            else:
+                if tap.ndim == 4:  # q, k, v: (B, H, D, T)
+                    tap = tap.transpose(1, 2, 0, 3)
+                columns = tap.reshape(-1, B, T)
+                batched[name] = np.where(real[..., None], columns.transpose(1, 2, 0), 0.0)
+        return batched
+
+
+class _Unkept:
+    """A node of a tree of taps that keeps nothing: what nobody asks for is free to go."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+
+def unkept(n_layer: int) -> Any:
+    """A tree of taps that keeps nothing."""
+    root = _Unkept()
+    vars(root)["layers"] = [_Unkept() for _ in range(n_layer)]
+    return root

@@ -1,0 +1,100 @@
+"""Sampling in arrays: many documents at once, with a key/value cache.
+
+Same as scalar:         the documents, draw for draw.
+Different from scalar:  one document after another -> walkers side by side.
+
+One document after another, each starts in the random stream where the one before it stopped, and
+where that is, nobody knows beforehand. So a walker starts at every place in the stream; when all
+have arrived, the documents are those met by going from end to start to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+
+from microgpt.config import Config
+from microgpt.layout import tree
+from microgpt.tokenizer import Tokenizer
+from vectorized.arrays import Array
+from vectorized.model import gpt_forward, softmax_forward
+
+WALKERS = 1024  # side by side at most: a bound on memory
+
+
+def sample(
+    params: SimpleNamespace,
+    config: Config,
+    tokenizer: Tokenizer,
+    rng: Random,
+    num: int,
+    temperature: float,
+    prompt: Sequence[int],
+) -> list[list[int]]:
+    """next token ~ softmax(logits / temperature), until the closing token or the context is full
+
+    Returns the prompt and what was drawn after it, without BOS and closing token, num times.
+    """
+    longest = config.block_size - len(prompt)
+    samples: list[list[int]] = []
+    while len(samples) < num:
+        walkers = min(WALKERS, (num - len(samples)) * (longest // 2 + 1))
+        here = rng.getstate()
+        draws = np.array([rng.random() for _ in range(walkers + longest)])
+        drawn = walk(params, config, tokenizer, draws, walkers, temperature, prompt)
+        place = 0
+        while place < walkers and len(samples) < num:
+            text = [token for token in drawn[place].tolist() if token != tokenizer.eos]
+            samples.append([*prompt, *text])
+            place += min(len(text) + 1, longest)  # the closing token took a draw too
+        rng.setstate(here)
+        for _ in range(place):
+            rng.random()
+    return samples
+
+
+def walk(
+    params: SimpleNamespace,
+    config: Config,
+    tokenizer: Tokenizer,
+    draws: Array,
+    walkers: int,
+    temperature: float,
+    prompt: Sequence[int],
+) -> Array:
+    """The tokens that each walker draws, its first with draws[walker], its next with the next one.
+
+    Returns (walkers, longest), filled up with the closing token.
+    """
+    H, D, longest = config.n_head, config.head_dim, config.block_size - len(prompt)
+    nothing = np.empty((1, H, D, 0), params.wte.dtype)  # (B, H, D, U), U = 0
+    tap, past = tree(config.n_layer), tree(config.n_layer)
+    for layer in past.layers:
+        layer.k = layer.v = nothing
+    # all walkers read the same opening
+    logits = gpt_forward(np.array([[tokenizer.bos, *prompt]]), params, past, config, tap)
+    logits = np.repeat(logits[:, -1:], walkers, axis=1)  # (V, walkers)
+    for layer in past.layers:
+        layer.k, layer.v = np.repeat(layer.k, walkers, axis=0), np.repeat(layer.v, walkers, axis=0)
+    drawn = np.full((walkers, longest), tokenizer.eos)
+    awake = np.arange(walkers)
+    for i in range(longest):
+        tokens = choose(softmax_forward(logits * temperature**-1), draws[awake + i])
+        drawn[awake, i] = tokens
+        going = tokens != tokenizer.eos
+        awake, tokens = awake[going], tokens[going]
+        if i + 1 == longest or not len(awake):
+            break
+        for layer in past.layers:
+            layer.k, layer.v = layer.k[going], layer.v[going]
+        logits = gpt_forward(tokens[:, None], params, past, config, tap)  # (V, awake)
+    return drawn
+
+
+def choose(probs: Array, draws: Array) -> Array:
+    """The index that random.choices would return for each column and its draw: (V, W) -> (W,)."""
+    cumulative = probs.cumsum(axis=0)
+    return (cumulative[:-1] <= draws * cumulative[-1]).sum(axis=0)
