@@ -91,7 +91,7 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, str] | Non
     """
     fields = _from_yaml(source)
     for name, text in (overrides or {}).items():
-        fields[name] = _typed(name, _read_flag(name, text), flag(name))
+        fields[name] = typed_flag(name, text)
     return checked(fields)
 
 
@@ -121,6 +121,17 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
             raise MicrogptError(f"{where}: unknown key {str(name)!r}; {hint}")
     return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
+
+
+def typed_flag(name: str, text: str, where: str = "") -> Any:
+    """What the text after a field's flag means; `where` is the flag, if it is not the field's."""
+    kind = KINDS[str(FIELDS[name].type)]
+    value: Any = text
+    try:
+        value = kind(text) if kind is not bool else {"true": True, "false": False}[text]
+    except (ValueError, KeyError):
+        pass  # left as text, which the type check refuses
+    return _typed(name, value, where or flag(name))
 
 
 def flag(name: str) -> str:
@@ -163,15 +174,6 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     if not isinstance(raw, dict):
         raise MicrogptError(f"{path}: expected lines of the form 'key: value'")
     return raw
-
-
-def _read_flag(name: str, text: str) -> Any:
-    """What a flag's text means; left as text where it means nothing, for `_typed` to refuse."""
-    kind = KINDS[str(FIELDS[name].type)]
-    try:
-        return kind(text) if kind is not bool else {"true": True, "false": False}[text]
-    except (ValueError, KeyError):
-        return text
 
 
 def _typed(name: str, value: Any, where: str) -> Any:

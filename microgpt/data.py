@@ -46,14 +46,15 @@ def load_documents(dataset: str) -> list[str]:
 def read_documents(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, stripped, without the blank ones."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            documents = [line.strip() for line in file if line.strip()]
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MicrogptError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise MicrogptError(f"{path}: line {line} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    documents = [line.strip() for line in lines if line.strip()]
     if not documents:
         raise MicrogptError(f"{path}: no documents; expected one on each line")
     return documents

@@ -46,9 +46,9 @@ class Tokenizer:
         return [self.bos, *self.encode(text), self.eos]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids that are all characters."""
-        first = self.ids[self.chars[0]]
-        return "".join([self.chars[i - first] for i in ids])
+        """The text of ids. BOS, where it does not close a document, is written <BOS>."""
+        text = {i: char for char, i in self.ids.items()}
+        return "".join([text.get(i, "<BOS>") for i in ids])
 
 
 def build_tokenizer(chars: Iterable[str], config: Config) -> Tokenizer:

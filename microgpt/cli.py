@@ -1,0 +1,223 @@
+"""The command line. Each command imports what it uses, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NoReturn
+
+from microgpt import __version__
+from microgpt.config import DEFAULT_PRESET, FIELDS, flag, load_config, presets, typed_flag
+from microgpt.errors import MicrogptError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, which is 2 for anything the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except MicrogptError as error:
+        print(f"microgpt {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"microgpt {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has gone: let the interpreter's last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return status
+
+
+def train(options: argparse.Namespace) -> int:
+    """microgpt train"""
+    from microgpt import report
+    from microgpt.train import write_samples
+
+    run = _resumed(options) if options.resume else _new(options)
+    config, tokenizer = run.config, run.tokenizer
+    print(report.beginning(config, len(run.documents), tokenizer.vocab_size, run.num_params))
+    progress = report.Progress(run.step, config.steps)
+    try:
+        finished = run.train(progress.update)
+    finally:
+        progress.close()
+    if not finished:
+        print(
+            f"stopped after step {run.step:,} of {config.steps:,}; everything is in {run.out}\n"
+            f"go on with: microgpt train --resume --out {run.out}"
+        )
+        return INTERRUPTED
+    print(report.ending(progress, tokenizer.vocab_size))
+    documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
+    samples = [tokenizer.decode(ids) for ids in documents]
+    for i, sample in enumerate(samples, 1):
+        print(f"sample {i:2}: {sample}")
+    write_samples(run.out, samples)
+    print(f"everything is in {run.out}")
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    """microgpt sample"""
+    from microgpt.backend import load_backend
+    from microgpt.checkpoint import load_checkpoint
+
+    held = load_checkpoint(options.checkpoint)
+    config, tokenizer = held.config, held.tokenizer
+    prompt = tokenizer.encode(options.prompt)
+    if len(prompt) >= config.block_size:
+        raise MicrogptError(
+            f"--prompt: {len(prompt)} characters leave no room in a context of"
+            f" {config.block_size} positions, of which BOS takes one;"
+            f" {config.block_size - 1 or 'none'} would do"
+        )
+    temperature = config.temperature
+    if options.temperature is not None:
+        temperature = typed_flag("temperature", options.temperature)
+    num = config.num_samples
+    if options.num is not None:
+        num = typed_flag("num_samples", options.num, "--num")
+    rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
+    backend = load_backend(options.backend, config, held.state)
+    for ids in backend.sample(tokenizer, rng, num, temperature, prompt):
+        print(tokenizer.decode(ids))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """microgpt eval"""
+    from microgpt import report
+    from microgpt.checkpoint import load_checkpoint
+    from microgpt.backend import load_backend
+    from microgpt.data import load_documents
+    from microgpt.evaluate import evaluation
+
+    held = load_checkpoint(options.checkpoint)
+    dataset = options.dataset or held.config.dataset
+    documents = load_documents(dataset)
+    result = evaluation(
+        load_backend(options.backend, held.config, held.state),
+        documents,
+        held.tokenizer,
+        held.config,
+    )
+    V = held.tokenizer.vocab_size
+    print(f"{'position':>8}  {'documents':>9}  {'loss':>7}")
+    for position, (count, loss) in enumerate(result.by_position, 1):
+        print(f"{position:8}  {count:9,}  {loss:7.4f}")
+    print(
+        f"loss {result.loss:.4f}, mean over {len(documents):,} documents;"
+        f" knowing nothing would be ln {V} = {math.log(V):.4f}\n" + report.meaning(result.loss, V)
+    )
+    return 0
+
+
+def _new(options: argparse.Namespace) -> Any:
+    from microgpt.train import new_run
+
+    source = options.config or DEFAULT_PRESET
+    config = load_config(source, _overrides(options))
+    return new_run(config, options.backend, options.out, Path(source).stem, options.overwrite)
+
+
+def _resumed(options: argparse.Namespace) -> Any:
+    from microgpt.train import resumed_run
+
+    if options.config is not None or options.overwrite:
+        clash = "--overwrite" if options.overwrite else "--config"
+        raise MicrogptError(f"{clash}: does not go with --resume, which continues a run as it is")
+    if options.out is None:
+        raise MicrogptError("--resume: which run? Name its directory with --out DIR")
+    fields = {name: typed_flag(name, text) for name, text in _overrides(options).items()}
+    return resumed_run(options.out, options.backend, fields)
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, str]:
+    return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="microgpt",
+        description="One GPT, written twice: train it, sample it, evaluate it, with either"
+        " implementation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"microgpt {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    command = _command(commands, "train", train, "learn a data set and write samples")
+    command.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help=f"a preset ({', '.join(presets())}) or a YAML file (default: {DEFAULT_PRESET})",
+    )
+    command.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: a"
+                         " new one under runs/)")  # fmt: skip
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the run that --out DIR holds"
+    )
+    fields = command.add_argument_group(
+        "configuration", "Each option replaces a field of the preset or file."
+    )
+    for name, field in FIELDS.items():
+        choices = field.metadata["choices"]
+        metavar = "|".join(choices) if choices else METAVARS[str(field.type)]
+        fields.add_argument(flag(name), metavar=metavar, help=field.metadata["help"])
+
+    command = _command(commands, "sample", sample, "write documents with a trained model")
+    _add_checkpoint(command)
+    command.add_argument("--prompt", default="", metavar="TEXT", help="how each sample begins")
+    command.add_argument("--temperature", metavar="X", help="divides the logits (default: the run's)")
+    command.add_argument("--num", metavar="N", help="how many samples (default: the run's)")
+    command.add_argument(
+        "--seed", metavar="S", help="of the draws (default: go on as training did)"
+    )
+
+    command = _command(commands, "eval", evaluate, "measure a trained model's loss")
+    _add_checkpoint(command)
+    command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, or a text file"
+                         " (default: the run's)")  # fmt: skip
+    return parser
+
+
+METAVARS = {"int": "N", "float": "X", "bool": "true|false", "str": "NAME|FILE"}
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
+    )
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--backend",
+        default="vectorized",
+        metavar="scalar|vectorized",
+        help="which implementation (default: vectorized)",
+    )
+    return command
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint or a run directory"
+    )

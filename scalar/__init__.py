@@ -1,0 +1,1 @@
+"""One GPT in plain Python: a graph of Values."""

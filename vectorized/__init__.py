@@ -1,0 +1,1 @@
+"""The same GPT in NumPy, every backward pass derived by hand."""
