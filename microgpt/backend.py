@@ -55,6 +55,9 @@ class Backend(Protocol):
     def update(self, lr_t: float) -> None:
         """One update by Adam with this learning rate."""
 
+    def set_grads(self, grads: Tensors) -> None:
+        """Put these in the place of what backward found, for update to go by."""
+
     def position_losses(self, docs: Docs) -> list[list[float]]:
         """-log p(next token) at every position of every document; nothing is learned."""
 

@@ -105,6 +105,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
 
+def save_params(path: Path, params: Mapping[str, Any]) -> None:
+    """Write parameters alone, float64."""
+    write_whole(path, save({name: np.array(tensor, "float64") for name, tensor in params.items()}))
+
+
 def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """The parameters of a file that holds nothing else, float64."""
     return _select(read_tensors(path)[0], "", shapes, "float64", path)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,23 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, str] | Non
 
     Raises MicrogptError naming the file or flag, the field, and what it should hold.
     """
-    fields = _from_yaml(source)
-    for name, text in (overrides or {}).items():
-        fields[name] = typed_flag(name, text)
-    return checked(fields)
+    config = asdict(config_from(_read_source(source), source))
+    typed = {name: typed_flag(name, text) for name, text in (overrides or {}).items()}
+    return checked({**config, **typed})
+
+
+def config_from(raw: Mapping[Any, Any], where: str) -> Config:
+    """The configuration of a mapping: a preset under `preset`, and what differs from it."""
+    fields = dict(raw)
+    base = fields.pop("preset", DEFAULT_PRESET)
+    if base not in presets():
+        raise MicrogptError(
+            f"{where}: unknown preset {base!r}; the presets are {', '.join(presets())}"
+        )
+    preset = CONFIGS / f"{base}.yaml"
+    return checked(
+        {**typed_fields(read_yaml(preset), str(preset)), **typed_fields(fields, where)}
+    )
 
 
 def checked(fields: Mapping[str, Any]) -> Config:
@@ -139,24 +152,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _from_yaml(source: str) -> dict[str, Any]:
+def _read_source(source: str) -> dict[Any, Any]:
     path = CONFIGS / f"{source}.yaml" if source in presets() else Path(source)
     if not path.is_file():
         raise MicrogptError(
             f"--config: there is no preset and no file {source!r};"
             f" the presets are {', '.join(presets())}"
         )
-    raw = read_yaml(path)
-    base = raw.pop("preset", DEFAULT_PRESET)
-    fields = typed_fields(raw, str(path))
-    if len(fields) == len(FIELDS):
-        return fields
-    if base not in presets():
-        raise MicrogptError(
-            f"{path}: unknown preset {base!r}; the presets are {', '.join(presets())}"
-        )
-    preset = CONFIGS / f"{base}.yaml"
-    return {**typed_fields(read_yaml(preset), str(preset)), **fields}
+    return read_yaml(path)
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:

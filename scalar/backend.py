@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Any
 
-from microgpt.backend import Docs, State
+from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.layout import grow, pick, tap_names
 from microgpt.tokenizer import Tokenizer
@@ -45,6 +45,11 @@ class Backend:
     def update(self, lr_t: float) -> None:
         adam(self.flat, self.m, self.v, self.updates, lr_t, self.config)
         self.updates += 1
+
+    def set_grads(self, grads: Tensors) -> None:
+        numbers = [float(x) for name in self.matrices for row in grads[name] for x in row]
+        for p, grad in zip(self.flat, numbers):
+            p.grad = grad
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
         _, doc_taps = loss(docs, self.params, self.config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from microgpt.backend import Docs, State
+from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.layout import pick, tap_names, tree
 from microgpt.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class Backend:
 
     def forward(self, docs: Docs) -> float:
         self.batch = pad(docs, self.flat.dtype)
-        return loss_forward(self.batch, self.params, self.config, self.tap)
+        return float(loss_forward(self.batch, self.params, self.config, self.tap))
 
     def backward(self) -> None:
         loss_backward(
@@ -48,6 +48,9 @@ class Backend:
     def update(self, lr_t: float) -> None:
         adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config)
         self.updates += 1
+
+    def set_grads(self, grads: Tensors) -> None:
+        self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
         tap = tree(self.config.n_layer)

@@ -275,14 +275,14 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array) -> Arra
 
 def loss_forward(
     batch: Batch, params: SimpleNamespace, config: Config, tap: SimpleNamespace
-) -> float:
+) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
     logits = gpt_forward(batch.tokens, params, None, config, tap)  # (V, N)
     tap.loss_t, tap.probs = cross_entropy_forward(logits, batch.targets)  # (N,), (V, N)
     if batch.ragged:
         tap.loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
-    tap.loss = batch.weights.dot(tap.loss_t)  # the weights are 1 / (B n), so a sum is that mean
-    return float(tap.loss)
+    tap.loss = batch.weights.dot(tap.loss_t)  # weights of 1 / (B n) make the sum that mean
+    return tap.loss
 
 
 def loss_backward(

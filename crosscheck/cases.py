@@ -1,0 +1,127 @@
+"""The cases: models, parameters and batches on which two implementations are compared.
+
+A case is fixtures/cases/NAME.yaml, with its parameters beside it in NAME.safetensors:
+
+why        what the case is there to catch
+config     what differs from the default preset, or from the one named under `preset`
+chars      the characters of the vocabulary
+batches    one list of documents per step; more steps begin again with the first
+shift      what is added to every weight of a parameter as drawn, by name
+zero       gradients that are zero everywhere, by name, each with the reason why that is right
+zero_rows  rows of gradients that are exactly zero, by name: the characters, and the reason
+kink       the reason why ReLU inputs may lie on the kink
+
+The parameters are drawn as training draws them, with the configuration's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from microgpt.backend import Tensors
+from microgpt.checkpoint import load_params, save_params
+from microgpt.config import FIXTURES, Config, config_from, read_yaml
+from microgpt.data import write_whole
+from microgpt.errors import MicrogptError
+from microgpt.init import init_params
+from microgpt.layout import param_shapes
+from microgpt.tokenizer import Tokenizer, build_tokenizer
+
+CASES = FIXTURES / "cases"
+KEYS = {
+    "why": str,
+    "config": dict,
+    "chars": str,
+    "batches": list,
+    "shift": dict,
+    "zero": dict,
+    "zero_rows": dict,
+    "kink": str,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a model, its parameters, what it is trained on, and what is expected."""
+
+    name: str
+    why: str
+    config: Config
+    chars: str
+    batches: list[list[str]]
+    shift: Mapping[str, float] = field(default_factory=dict)
+    zero: Mapping[str, str] = field(default_factory=dict)
+    zero_rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    kink: str = ""
+    params: Tensors = field(default_factory=dict, repr=False)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer over the case's characters."""
+        return build_tokenizer(self.chars, self.config)
+
+    def docs(self, step: int) -> list[list[int]]:
+        """The tokens of a step's batch, steps counted from 0."""
+        tokenizer = self.tokenizer
+        documents = self.batches[step % len(self.batches)]
+        return [tokenizer.document(doc)[: self.config.max_tokens] for doc in documents]
+
+
+def case_names() -> list[str]:
+    """The cases that there are."""
+    return sorted(path.stem for path in CASES.glob("*.yaml"))
+
+
+def load_case(name: str) -> Case:
+    """A case by its name.
+
+    Raises MicrogptError if there is none of that name, or if its file does not say what it should.
+    """
+    if name not in case_names():
+        raise MicrogptError(f"there is no case {name!r}; the cases are {', '.join(case_names())}")
+    case = read_case(CASES / f"{name}.yaml")
+    shapes = param_shapes(case.config, case.tokenizer.vocab_size)
+    return with_params(case, load_params(CASES / f"{name}.safetensors", shapes))
+
+
+def read_case(path: Path) -> Case:
+    """A case without its parameters."""
+    raw = read_yaml(path)
+    for key, kind in KEYS.items():
+        if key in raw and not isinstance(raw[key], kind):
+            raise MicrogptError(f"{path}: {key}: expected a {kind.__name__}, got {raw[key]!r}")
+    unknown = [str(key) for key in raw if key not in KEYS]
+    missing = [key for key in ("why", "chars", "batches") if not raw.get(key)]
+    if unknown or missing:
+        raise MicrogptError(
+            f"{path}: " + (f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]} is missing")
+        )
+    config = config_from(raw.pop("config", {}), f"{path}: config")
+    return Case(name=path.stem, config=config, **raw)
+
+
+def with_params(case: Case, params: Tensors) -> Case:
+    """The case with these parameters."""
+    return Case(**{**vars(case), "params": params})
+
+
+def draw_params(case: Case, seed: int | None = None) -> Tensors:
+    """The parameters of a case, from its own seed or another."""
+    rng = Random(case.config.seed if seed is None else seed)
+    params = init_params(case.config, case.tokenizer.vocab_size, rng)
+    for name, offset in case.shift.items():
+        params[name] = [[x + offset for x in row] for row in params[name]]
+    return params
+
+
+def save_case(case: Case, raw: Mapping[str, Any], folder: Path = CASES) -> None:
+    """Write a case and its parameters."""
+    text = yaml.safe_dump(dict(raw), sort_keys=False, allow_unicode=True)
+    write_whole(folder / f"{case.name}.yaml", text.encode())
+    save_params(folder / f"{case.name}.safetensors", case.params)

@@ -1,0 +1,88 @@
+"""A trace: everything that one implementation computes in one step of training, under its name.
+
+Keys are "phase/name", in the order in which they are compared:
+
+batch/tokens       the token ids of the documents, padded with -1
+entry/<p>          parameters before the step
+forward/<tap>      what the forward pass computes in between, (B, T, ..), zero where there is none
+backward/d<tap>    the derivative of the loss with respect to each, in reverse order
+gradient/d<p>      the same for each parameter
+adam_m/<p>         Adam's running mean of the gradient after the step
+adam_v/<p>         and of its square
+update/<p>         what the step added to the parameters
+params/<p>         parameters after the step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crosscheck.cases import Case
+from microgpt.backend import Backend, Docs, fresh_state, load_backend
+from microgpt.train import learning_rate
+
+Array = NDArray[Any]
+Step = dict[str, Array]
+
+
+def trace(case: Case, backend_name: str, dtype: str, steps: int) -> Iterator[Step]:
+    """The steps of a case, computed as they are asked for."""
+    config = replace(case.config, dtype=dtype)
+    backend = load_backend(backend_name, config, fresh_state(case.params), watch=True)
+    for step in range(steps):
+        yield trace_step(backend, case.docs(step), learning_rate(step, config))
+
+
+def trace_step(backend: Backend, docs: Docs, lr_t: float) -> Step:
+    """One step of training, watched."""
+    record: Step = {"batch/tokens": padded_tokens(docs)}
+
+    def keep(phase: str, tensors: Any, prefix: str = "") -> None:
+        for name, tensor in tensors.items():
+            record[f"{phase}/{prefix}{name}"] = np.array(tensor)
+
+    keep("entry", backend.state().params)
+    backend.forward(docs)
+    keep("forward", backend.taps())
+    backend.backward()
+    keep("backward", dict(reversed(backend.dtaps().items())), prefix="d")
+    keep("gradient", backend.grads(), prefix="d")
+    backend.update(lr_t)
+    after = backend.state()
+    keep("adam_m", after.m)
+    keep("adam_v", after.v)
+    keep("update", {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params})
+    keep("params", after.params)
+    return record
+
+
+def padded_tokens(docs: Docs) -> Array:
+    """(B, T + 1) token ids, -1 where a document has ended."""
+    longest = max(map(len, docs))
+    return np.array([[*tokens, *[-1] * (longest - len(tokens))] for tokens in docs])
+
+
+def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
+    """Which elements of a tensor there are: not those of padding, nor of positions to come."""
+    phase, name = split_key(key)
+    if phase not in ("forward", "backward") or name.endswith("loss"):
+        return np.ones(shape, bool)
+    positions = tokens[:, 1:] >= 0  # (B, T)
+    B, T = positions.shape
+    if shape[:1] != (B,):
+        return np.ones(shape, bool)
+    if name.endswith((".attn_logits", ".attn_weights")):
+        looked_at = np.tril(np.ones((T, T), bool)) & positions[:, None, :, None]  # (B, 1, T, T)
+        return np.broadcast_to(looked_at, shape)
+    return np.broadcast_to(positions.reshape(B, T, *[1] * (len(shape) - 2)), shape)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The phase and the name."""
+    phase, _, name = key.partition("/")
+    return phase, name
