@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from crosscheck.cases import CASES, case_names, draw_params, read_case, save_params
+from crosscheck.cases import CASES, case_names, draw_params, read_case
+from microgpt.checkpoint import save_params
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

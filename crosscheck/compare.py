@@ -155,7 +155,7 @@ def _vacuous(case: Case, key: str, there: Array, candidate: Array, reference: Ar
         rows = case.tokenizer.encode(case.zero_rows[name]["chars"])
         if np.any(reference[rows]) or np.any(candidate[rows]):
             return "is not exactly zero in the rows that the case declares to be unused"
-    if name.endswith(".mlp_pre") and phase == "forward" and not case.kink:
-        if np.abs(there).min() < KINK:
-            return f"comes within {KINK:g} of the kink of the ReLU, where rounding decides the slope"
+    watched = phase == "forward" and name.endswith(".mlp_pre") and not case.kink
+    if watched and np.abs(there).min() < KINK:
+        return f"comes within {KINK:g} of the kink of the ReLU, where rounding decides the slope"
     return ""

@@ -27,7 +27,10 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     place = f"case {found.case}, step {found.step}"
     if phase:
         place += f", {PHASES[phase]}"
-    lines = [f"{place}:", f"{name or 'the comparison'} {found.problem}".replace("the comparison no", "no")]
+    lines = [
+        f"{place}:",
+        f"{name or 'the comparison'} {found.problem}".replace("the comparison no", "no"),
+    ]
     if found.shape:
         width = max(len(reference), len(candidate), len("difference"))
         difference = abs(found.candidate - found.reference)
@@ -48,7 +51,9 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     compared = [key for key in found.agreed if not key.startswith(("batch", "entry"))]
     if compared:
         last = split_key(compared[-1])[1]
-        lines.append(f"  {len(compared)} tensors of this step agreed before it, the last was {last}")
+        lines.append(
+            f"  {len(compared)} tensors of this step agreed before it, the last was {last}"
+        )
     return "\n".join(lines)
 
 

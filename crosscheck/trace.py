@@ -50,7 +50,7 @@ def trace_step(backend: Backend, docs: Docs, lr_t: float) -> Step:
     backend.forward(docs)
     keep("forward", backend.taps())
     backend.backward()
-    keep("backward", dict(reversed(backend.dtaps().items())), prefix="d")
+    keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
     keep("gradient", backend.grads(), prefix="d")
     backend.update(lr_t)
     after = backend.state()

@@ -100,7 +100,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise MicrogptError(f"{path}: damaged: its metadata cannot be read ({error!r})") from None
     shapes = param_shapes(config, tokenizer.vocab_size)
     params, m, v = (
-        _select(tensors, prefix, shapes, config.dtype, path) for prefix in ("", "adam.m.", "adam.v.")
+        _select(tensors, prefix, shapes, config.dtype, path)
+        for prefix in ("", "adam.m.", "adam.v.")
     )
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
@@ -121,7 +122,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise MicrogptError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise MicrogptError(f"{path}: not a readable safetensors file: {error}") from None
 
@@ -147,5 +148,3 @@ def _select(
             raise MicrogptError(f"{path}: the tensor {prefix + name!r} is not finite everywhere")
         selected[name] = tensor
     return selected
-
-

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """microgpt train"""
+    """Microgpt train"""
     from microgpt import report
     from microgpt.train import write_samples
 
@@ -68,7 +68,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def sample(options: argparse.Namespace) -> int:
-    """microgpt sample"""
+    """Microgpt sample"""
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
 
@@ -95,10 +95,10 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """microgpt eval"""
+    """Microgpt eval"""
     from microgpt import report
-    from microgpt.checkpoint import load_checkpoint
     from microgpt.backend import load_backend
+    from microgpt.checkpoint import load_checkpoint
     from microgpt.data import load_documents
     from microgpt.evaluate import evaluation
 
@@ -187,7 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "sample", sample, "write documents with a trained model")
     _add_checkpoint(command)
     command.add_argument("--prompt", default="", metavar="TEXT", help="how each sample begins")
-    command.add_argument("--temperature", metavar="X", help="divides the logits (default: the run's)")
+    command.add_argument(
+        "--temperature", metavar="X", help="divides the logits (default: the run's)"
+    )
     command.add_argument("--num", metavar="N", help="how many samples (default: the run's)")
     command.add_argument(
         "--seed", metavar="S", help="of the draws (default: go on as training did)"

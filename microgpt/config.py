@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,7 @@ def config_from(raw: Mapping[Any, Any], where: str) -> Config:
             f"{where}: unknown preset {base!r}; the presets are {', '.join(presets())}"
         )
     preset = CONFIGS / f"{base}.yaml"
-    return checked(
-        {**typed_fields(read_yaml(preset), str(preset)), **typed_fields(fields, where)}
-    )
+    return checked({**typed_fields(read_yaml(preset), str(preset)), **typed_fields(fields, where)})
 
 
 def checked(fields: Mapping[str, Any]) -> Config:
@@ -140,10 +139,8 @@ def typed_flag(name: str, text: str, where: str = "") -> Any:
     """What the text after a field's flag means; `where` is the flag, if it is not the field's."""
     kind = KINDS[str(FIELDS[name].type)]
     value: Any = text
-    try:
+    with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
         value = kind(text) if kind is not bool else {"true": True, "false": False}[text]
-    except (ValueError, KeyError):
-        pass  # left as text, which the type check refuses
     return _typed(name, value, where or flag(name))
 
 
@@ -192,7 +189,7 @@ def _typed(name: str, value: Any, where: str) -> Any:
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise MicrogptError(f"{where}: expected {' or '.join(limits['choices'])}, got {value!r}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise MicrogptError(f"{where}: expected a finite number, got {value}")
     if limits["least"] is not None and value < limits["least"]:
         raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}")

@@ -63,8 +63,8 @@ def ending(progress: Progress, vocab_size: int) -> str:
     steps = len(progress.recent)
     over = f"the last {steps} steps" if steps > 1 else "the last step"
     return (
-        f"loss {loss:.4f}, mean of {over}; knowing nothing would be ln {vocab_size} = {uniform:.4f}\n"
-        + meaning(loss, vocab_size)
+        f"loss {loss:.4f}, mean of {over};"
+        f" knowing nothing would be ln {vocab_size} = {uniform:.4f}\n" + meaning(loss, vocab_size)
     )
 
 

@@ -15,9 +15,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from random import Random
-from itertools import count
 from time import perf_counter
 
 import yaml
@@ -174,9 +174,7 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
     return Run(config, held.tokenizer, documents, backend, held.rng, out, updates)
 
 
-def batch(
-    step: int, documents: list[str], tokenizer: Tokenizer, config: Config
-) -> list[list[int]]:
+def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config) -> list[list[int]]:
     """The tokens of this step's documents: the next batch_size ones, round and round."""
     first = step * config.batch_size
     return [

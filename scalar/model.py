@@ -45,7 +45,12 @@ def activation(x: Vector, squared: bool) -> Vector:
 
 
 def attention(
-    x: Vector, w: SimpleNamespace, keys: Matrix, values: Matrix, config: Config, tap: SimpleNamespace
+    x: Vector,
+    w: SimpleNamespace,
+    keys: Matrix,
+    values: Matrix,
+    config: Config,
+    tap: SimpleNamespace,
 ) -> Vector:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)"""
     heads = [slice(h, h + config.head_dim) for h in range(0, config.n_embd, config.head_dim)]
@@ -69,8 +74,8 @@ def attention(
     ]  # [C]
     # residual
     projected = linear(attn_out, w.attn_wo)  # [C]
-    tap.attn_res = [p_i + x_i for p_i, x_i in zip(projected, x)]  # [C]
-    return tap.attn_res
+    attn_res = tap.attn_res = [p_i + x_i for p_i, x_i in zip(projected, x)]  # [C]
+    return attn_res
 
 
 def mlp(x: Vector, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> Vector:
@@ -80,8 +85,8 @@ def mlp(x: Vector, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> 
     mlp_act = tap.mlp_act = activation(mlp_pre, config.squared_relu)  # [F]
     # residual
     projected = linear(mlp_act, w.mlp_fc2)  # [C]
-    tap.mlp_res = [p_i + x_i for p_i, x_i in zip(projected, x)]  # [C]
-    return tap.mlp_res
+    mlp_res = tap.mlp_res = [p_i + x_i for p_i, x_i in zip(projected, x)]  # [C]
+    return mlp_res
 
 
 def gpt(
@@ -101,8 +106,8 @@ def gpt(
     for i in range(config.n_layer):
         res = attention(res, params.layers[i], keys[i], values[i], config, tap.layers[i])  # [C]
         res = mlp(res, params.layers[i], config, tap.layers[i])  # [C]
-    tap.logits = linear(res, params.wte if config.tie_lm_head else params.lm_head)  # [V]
-    return tap.logits
+    logits = tap.logits = linear(res, params.wte if config.tie_lm_head else params.lm_head)  # [V]
+    return logits
 
 
 def cross_entropy(logits: Vector, target: int) -> Value:

@@ -28,9 +28,7 @@ def sample(
     values: list[Matrix] = [[] for _ in range(config.n_layer)]
     tokens = [tokenizer.bos, *prompt]
     for position in range(config.block_size):
-        logits = gpt(
-            tokens[position], position, params, keys, values, config, tree(config.n_layer)
-        )
+        logits = gpt(tokens[position], position, params, keys, values, config, tree(config.n_layer))
         if position < len(prompt):
             continue  # still reading
         probs = softmax([logit / temperature for logit in logits])

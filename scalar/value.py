@@ -24,7 +24,7 @@ from operator import add, mul
 class Value:
     """A number, what it was made from, and its derivative with respect to each of those."""
 
-    __slots__ = ("data", "grad", "_children", "_local_grads")
+    __slots__ = ("_children", "_local_grads", "data", "grad")
 
     def __init__(
         self,

@@ -41,9 +41,7 @@ class Backend:
         return float(loss_forward(self.batch, self.params, self.config, self.tap))
 
     def backward(self) -> None:
-        loss_backward(
-            self.batch, self.params, self.dparams, self.config, self.tap, self.dtap
-        )
+        loss_backward(self.batch, self.params, self.dparams, self.config, self.tap, self.dtap)
 
     def update(self, lr_t: float) -> None:
         adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config)

@@ -117,8 +117,8 @@ def attention_forward(
     np.matmul(v, by_head(attn_weights, B, config), out=split_heads(attn_out, 1, B, config)[0])
     # residual
     projected = linear_forward(attn_out, w.attn_wo)  # (C, N)
-    tap.attn_res = projected + x  # (C, N)
-    return tap.attn_res
+    attn_res = tap.attn_res = projected + x  # (C, N)
+    return attn_res
 
 
 def attention_backward(
@@ -172,8 +172,8 @@ def mlp_forward(x: Array, w: SimpleNamespace, config: Config, tap: SimpleNamespa
     mlp_act = tap.mlp_act = activation_forward(mlp_pre, config.squared_relu)  # (F, N)
     # residual
     projected = linear_forward(mlp_act, w.mlp_fc2)  # (C, N)
-    tap.mlp_res = projected + x  # (C, N)
-    return tap.mlp_res
+    mlp_res = tap.mlp_res = projected + x  # (C, N)
+    return mlp_res
 
 
 def mlp_backward(
@@ -218,8 +218,10 @@ def gpt_forward(
         past_i = None if past is None else past.layers[i]
         res = attention_forward(res, params.layers[i], past_i, B, config, tap.layers[i])  # (C, N)
         res = mlp_forward(res, params.layers[i], config, tap.layers[i])  # (C, N)
-    tap.logits = linear_forward(res, params.wte if config.tie_lm_head else params.lm_head)  # (V, N)
-    return tap.logits
+    logits = tap.logits = linear_forward(
+        res, params.wte if config.tie_lm_head else params.lm_head
+    )  # (V, N)
+    return logits
 
 
 def gpt_backward(
