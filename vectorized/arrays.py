@@ -1,4 +1,4 @@
-"""How the arrays lie: a batch of documents as columns, the parameters as views of one buffer.
+"""How the arrays lie: a batch as columns, activations in one block, parameters in one buffer.
 
 A vector of scalar/ is a column here. N = B T columns stand side by side, document after document,
 so that y = w . x is one matrix product and every sum over channels runs along axis 0.
@@ -6,22 +6,22 @@ so that y = w . x is one matrix product and every sum over channels runs along a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from microgpt.layout import grow
+from microgpt.config import Config
+from microgpt.layout import grow, tree
 
 Array = NDArray[Any]
+New = Callable[..., Array]  # shape -> array
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """B documents, padded at the end to the T positions of the longest."""
 
     tokens: Array  # (B, T), the inputs
@@ -33,19 +33,113 @@ class Batch:
 def pad(docs: Sequence[Sequence[int]], dtype: np.dtype) -> Batch:
     """Documents of n + 1 tokens, any n, as one batch of inputs and targets."""
     B, T = len(docs), max(map(len, docs)) - 1
-    ids: list[list[int]] = []
-    weights: list[float] = []
-    for tokens in docs:
-        n = len(tokens) - 1
-        ids.append([*tokens, *[0] * (T - n)])
-        weights += [1 / (B * n)] * n + [0.0] * (T - n)
-    tokens_and_targets = np.array(ids)  # (B, T + 1)
+    tokens, targets, weights = [], [], []
+    for doc in docs:
+        n = len(doc) - 1
+        padding = [0] * (T - n)
+        tokens += [*doc[:-1], *padding]
+        targets += [*doc[1:], *padding]
+        weights += [1 / (B * n)] * n + padding
     return Batch(
-        tokens=tokens_and_targets[:, :-1],
-        targets=tokens_and_targets[:, 1:].reshape(-1) * (B * T) + np.arange(B * T),
+        tokens=np.array(tokens).reshape(B, T),
+        targets=np.array(targets) * (B * T) + np.arange(B * T),
         weights=np.array(weights, dtype),
-        ragged=0.0 in weights,
+        ragged=0 in weights,
     )
+
+
+def activations(config: Config, V: int, B: int, T: int, U: int, new: New) -> SimpleNamespace:
+    """Everything that the forward pass fills, in that order: the taps, by their names.
+
+    scale, probs    what the backward pass needs besides
+    U               positions looked at: the T of the batch, and while sampling those before them
+    """
+    C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
+    tap = tree(config.n_layer)
+    tap.emb = new(C, N)
+    if config.norm_embedding:
+        tap.emb_norm, tap.emb_scale = new(C, N), new(N)
+    for layer in tap.layers:
+        layer.attn_norm, layer.attn_scale = new(C, N), new(N)
+        layer.qkv = new(3 * C, N)
+        layer.attn_logits = new(U, B * H * T)
+        layer.attn_weights = new(U, B * H * T)
+        layer.attn_out = new(C, N)
+        layer.attn_res = new(C, N)
+        layer.mlp_norm, layer.mlp_scale = new(C, N), new(N)
+        layer.mlp_pre = new(F, N)
+        layer.mlp_act = new(F, N)
+        layer.mlp_res = new(C, N)
+        _add_views(layer, B, H)
+    tap.logits, tap.probs = new(V, N), new(V, N)
+    tap.loss_t = new(N)
+    return tap
+
+
+def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -> SimpleNamespace:
+    """Everything that the backward pass fills, in that order: the derivatives of the taps.
+
+    Unless somebody watches, what has been used is overwritten: the layers share their arrays,
+    and the residual stream has a single derivative that each block adds to.
+    """
+    C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
+    dtap = tree(config.n_layer)
+    dtap.logits = new(V, N)
+    stream = new(C, N)
+    for i in reversed(range(config.n_layer)):
+        if not watch and i < config.n_layer - 1:
+            dtap.layers[i] = dtap.layers[-1]
+            continue
+        layer = dtap.layers[i]
+        layer.mlp_res = new(C, N) if watch else stream
+        layer.mlp_act = new(F, N)
+        layer.mlp_pre = new(F, N) if watch else layer.mlp_act
+        layer.mlp_norm = new(C, N)
+        layer.attn_res = new(C, N) if watch else stream
+        layer.attn_out = new(C, N)
+        layer.attn_weights = new(T, B * H * T)
+        layer.attn_logits = new(T, B * H * T) if watch else layer.attn_weights
+        layer.qkv = new(3 * C, N)
+        layer.attn_norm = new(C, N)
+        _add_views(layer, B, H)
+    dtap.emb = dtap.emb_norm = new(C, N) if watch else stream
+    return dtap
+
+
+def _add_views(layer: SimpleNamespace, B: int, H: int) -> None:
+    """What attention works on: the arrays of a layer, document by document and head by head.
+
+    q, k, v          (B, H, D, T)   rows of qkv: the channels of a head lie together
+    logits, weights  (B, H, U, T)   of attn_logits, attn_weights
+    out              (B, H, D, T)   of attn_out
+    """
+    N = layer.qkv.shape[-1]
+    layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 3, 1, 2, 4)
+    layer.logits = layer.attn_logits.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
+    layer.weights = layer.attn_weights.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
+    layer.out = layer.attn_out.reshape(H, -1, B, N // B).transpose(2, 0, 1, 3)
+
+
+class Workspace:
+    """The activations and their derivatives for batches of every shape, allocated once."""
+
+    SMALL = 1024  # columns; of larger batches, only the latest shape is kept
+
+    def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
+        self.config, self.V, self.watch = config, V, watch
+        self.new: New = lambda *shape: np.empty(shape, dtype)
+        self.kept: dict[tuple[int, int], tuple[SimpleNamespace, SimpleNamespace]] = {}
+
+    def arrays(self, B: int, T: int) -> tuple[SimpleNamespace, SimpleNamespace]:
+        """The taps of B documents of T positions, and their derivatives."""
+        if (B, T) not in self.kept:
+            if B * T > self.SMALL:
+                self.kept.clear()
+            self.kept[B, T] = (
+                activations(self.config, self.V, B, T, T, self.new),
+                derivatives(self.config, self.V, B, T, self.watch, self.new),
+            )
+        return self.kept[B, T]
 
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:
@@ -63,7 +157,7 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
 
 
 def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int) -> SimpleNamespace:
-    """The tensors of a buffer as the model reads them: params.wte, params.layers[0].attn_wq.
+    """The tensors of a buffer as the model reads them: params.wte, params.layers[0].attn_wo.
 
     attn_wq, attn_wk and attn_wv lie side by side, so attn_wqkv (3 C, C) is a view of all three.
     """

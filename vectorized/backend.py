@@ -11,10 +11,18 @@ import numpy as np
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import pick, tap_names, tree
+from microgpt.layout import pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
-from vectorized.arrays import Array, flatten, model_tree, named_views, pad
+from vectorized.arrays import (
+    Array,
+    Workspace,
+    activations,
+    flatten,
+    model_tree,
+    named_views,
+    pad,
+)
 from vectorized.model import loss_backward, loss_forward
 from vectorized.sample import sample
 
@@ -33,11 +41,11 @@ class Backend:
         self.updates = state.updates
         self.params = model_tree(self.flat, self.shapes, config.n_layer)
         self.dparams = model_tree(self.flat_grads, self.shapes, config.n_layer)
-        self.tap = tree(config.n_layer)
-        self.dtap = tree(config.n_layer) if watch else unkept(config.n_layer)
+        self.workspace = Workspace(config, len(self.params.wte), dtype, watch)
 
     def forward(self, docs: Docs) -> float:
         self.batch = pad(docs, self.flat.dtype)
+        self.tap, self.dtap = self.workspace.arrays(*self.batch.tokens.shape)
         return float(loss_forward(self.batch, self.params, self.config, self.tap))
 
     def backward(self) -> None:
@@ -51,8 +59,10 @@ class Backend:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        tap = tree(self.config.n_layer)
-        loss_forward(pad(docs, self.flat.dtype), self.params, self.config, tap)
+        batch = pad(docs, self.flat.dtype)
+        B, T = batch.tokens.shape
+        tap = activations(self.config, len(self.params.wte), B, T, T, self.workspace.new)
+        loss_forward(batch, self.params, self.config, tap)
         by_doc = tap.loss_t.reshape(len(docs), -1).tolist()
         return [losses[: len(tokens) - 1] for tokens, losses in zip(docs, by_doc)]
 
@@ -95,17 +105,3 @@ class Backend:
                 columns = tap.reshape(-1, B, T)
                 batched[name] = np.where(real[..., None], columns.transpose(1, 2, 0), 0.0)
         return batched
-
-
-class _Unkept:
-    """A node of a tree of taps that keeps nothing: what nobody asks for is free to go."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pass
-
-
-def unkept(n_layer: int) -> Any:
-    """A tree of taps that keeps nothing."""
-    root = _Unkept()
-    vars(root)["layers"] = [_Unkept() for _ in range(n_layer)]
-    return root

@@ -9,8 +9,10 @@ Each f_forward has its f_backward directly beneath: the forward read upside down
 derivative of the loss with respect to y. At the end of a line: (its shape).
 B = documents, T = positions, N = B T columns, C = n_embd, H = n_head, D = C / H channels a head,
 F = 4 C, V = vocabulary, U = positions looked at: T, and while sampling those before them too.
-`tap.name = ...` keeps a value for the backward pass, and for whoever wants to see it.
-Two-dimensional products are written a.dot(b), which is a @ b at half the cost for small matrices.
+
+`out` is where a result goes, as everywhere in NumPy. The arrays of `tap` are allocated once
+(vectorized.arrays shows them all); what forward writes there, backward reads, and anyone may see.
+Two-dimensional products are a.dot(b): for small matrices half the cost of a @ b.
 """
 
 from __future__ import annotations
@@ -24,42 +26,42 @@ from microgpt.config import Config
 from vectorized.arrays import Array, Batch, column_mean, column_sum
 
 
-def linear_forward(x: Array, w: Array) -> Array:
+def linear_forward(x: Array, w: Array, out: Array) -> Array:
     """y = w . x"""
-    return w.dot(x)  # (n_out, n_in), (n_in, N) -> (n_out, N)
+    return w.dot(x, out)  # (n_out, n_in), (n_in, N) -> (n_out, N)
 
 
-def linear_backward(dy: Array, x: Array, w: Array, dw: Array) -> Array:
+def linear_backward(dy: Array, x: Array, w: Array, dw: Array, out: Array) -> Array:
     """dx = w^T . dy, dw = dy . x^T
 
     forward: y_o = sum_i w_oi x_i, in every column. So dy_o / dx_i = w_oi, summed over the outputs
     that x_i goes into, and dy_o / dw_oi = x_i, summed over the columns that share w_oi.
     """
-    np.dot(dy, x.T, out=dw)  # (n_out, n_in)
-    return w.T.dot(dy)  # (n_in, N)
+    dy.dot(x.T, dw)  # (n_out, n_in)
+    return w.T.dot(dy, out)  # (n_in, N)
 
 
-def softmax_forward(x: Array) -> Array:
+def softmax_forward(x: Array, out: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
-    exps = np.exp(x - np.maximum.reduce(x))  # (n, N)
-    return exps / column_sum(exps)  # (n, N)
+    exps = np.exp(np.subtract(x, np.maximum.reduce(x), out), out)  # (n, N)
+    return np.divide(exps, column_sum(exps), out)  # (n, N)
 
 
-def softmax_backward(dy: Array, y: Array) -> Array:
+def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
     """dx = y * (dy - sum(dy * y))
 
     forward: y_i = e_i / sum_j e_j, e_i = exp(x_i - max(x)). So dy_i / dx_j = y_i ([i = j] - y_j):
     when one input rises every output gives way, hence the sum over the column. The max divides
     numerator and denominator alike and has no part in it.
     """
-    return y * (dy - column_sum(dy * y))  # (n, N)
+    return np.multiply(y, dy - column_sum(dy * y), out)  # (n, N)
 
 
-def rmsnorm_forward(x: Array, eps: float) -> tuple[Array, Array]:
+def rmsnorm_forward(x: Array, eps: float, out: Array, scale: Array) -> Array:
     """y = x * (mean(x * x) + eps) ** -0.5"""
     ms = column_mean(x * x)  # (N,)
-    scale = (ms + eps) ** -0.5  # (N,)
-    return x * scale, scale  # (n, N), (N,)
+    np.power(ms + eps, -0.5, scale)  # (N,)
+    return np.multiply(x, scale, out)  # (n, N)
 
 
 def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
@@ -72,25 +74,25 @@ def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
     return scale * (dy - y * column_mean(dy * y))  # (n, N)
 
 
-def activation_forward(x: Array, squared: bool) -> Array:
+def activation_forward(x: Array, squared: bool, out: Array) -> Array:
     """y = relu(x), or relu(x) ** 2"""
-    relu = np.maximum(x, 0.0)  # (n, N)
-    return relu * relu if squared else relu  # (n, N)
+    relu = np.maximum(x, 0.0, out)  # (n, N)
+    return np.multiply(relu, relu, out) if squared else relu  # (n, N)
 
 
-def activation_backward(dy: Array, x: Array, squared: bool) -> Array:
+def activation_backward(dy: Array, x: Array, squared: bool, out: Array) -> Array:
     """dx = dy * (x > 0), or dy * 2 relu(x)
 
     forward: y = x where x > 0, else 0: the slope is 1, else 0. The slope of its square is 2 x.
     """
-    return dy * (2.0 * np.maximum(x, 0.0)) if squared else dy * (x > 0.0)  # (n, N)
+    slope = 2.0 * np.maximum(x, 0.0) if squared else x > 0.0  # (n, N)
+    return np.multiply(dy, slope, out)  # (n, N)
 
 
 def attention_forward(
     x: Array,
     w: SimpleNamespace,
     past: SimpleNamespace | None,
-    B: int,
     config: Config,
     tap: SimpleNamespace,
 ) -> Array:
@@ -99,25 +101,22 @@ def attention_forward(
     past holds the keys and values of the positions before these; there are none in training.
     """
     # queries, keys and values
-    tap.attn_norm, tap.attn_scale = rmsnorm_forward(x, config.norm_eps)  # (C, N), (N,)
-    qkv = linear_forward(tap.attn_norm, w.attn_wqkv)  # (3 C, N)
-    q, k, v = tap.q, tap.k, tap.v = split_heads(qkv, 3, B, config)  # (B, H, D, T) each
+    attn_norm = rmsnorm_forward(x, config.norm_eps, tap.attn_norm, tap.attn_scale)  # (C, N)
+    linear_forward(attn_norm, w.attn_wqkv, tap.qkv)  # (3 C, N): one product for the three
+    q, k, v = tap.q, tap.k, tap.v  # (B, H, D, T), views of qkv
     if past is not None:
         k = past.k = np.concatenate((past.k, k), axis=-1)  # (B, H, D, U)
         v = past.v = np.concatenate((past.v, v), axis=-1)  # (B, H, D, U)
     # how much each head looks at each position up to this one
-    attn_logits = tap.attn_logits = np.empty((k.shape[-1], x.shape[-1] * config.n_head), x.dtype)
-    scores = by_head(attn_logits, B, config)  # (B, H, U, T), a view
-    np.matmul(k.swapaxes(2, 3), q, out=scores)
-    scores *= config.head_dim**-0.5
-    scores += causal_mask(q.shape[-1], x.dtype)
-    attn_weights = tap.attn_weights = softmax_forward(attn_logits)  # (U, B H T)
+    logits = np.matmul(k.swapaxes(2, 3), q, tap.logits)  # (B, H, U, T), a view of attn_logits
+    logits *= config.head_dim**-0.5
+    logits += causal_mask(q.shape[-1], q.dtype)
+    softmax_forward(tap.attn_logits, tap.attn_weights)  # (U, B H T)
     # what it sees there, heads side by side
-    attn_out = tap.attn_out = np.empty_like(x)  # (C, N)
-    np.matmul(v, by_head(attn_weights, B, config), out=split_heads(attn_out, 1, B, config)[0])
+    np.matmul(v, tap.weights, tap.out)  # (B, H, D, T), a view of attn_out
     # residual
-    projected = linear_forward(attn_out, w.attn_wo)  # (C, N)
-    attn_res = tap.attn_res = projected + x  # (C, N)
+    attn_res = linear_forward(tap.attn_out, w.attn_wo, tap.attn_res)  # (C, N)
+    attn_res += x
     return attn_res
 
 
@@ -125,12 +124,12 @@ def attention_backward(
     dattn_res: Array,
     w: SimpleNamespace,
     dw: SimpleNamespace,
-    B: int,
     config: Config,
     tap: SimpleNamespace,
     dtap: SimpleNamespace,
+    out: Array,
 ) -> Array:
-    """dx = rmsnorm_backward(w^T . dq, dk, dv) + dattn_res
+    """dx = rmsnorm_backward(w^T . (dq, dk, dv)) + dattn_res
 
     forward: out_dt = sum_u v_du weights_ut and logits_ut = sum_d k_du q_dt / sqrt(D), in every
     head of every document. Each is a product of two matrices, so each factor receives the
@@ -138,41 +137,35 @@ def attention_backward(
     dv over t, dweights over d; dk over t, dq over u.
     """
     # residual
-    dtap.attn_res = dattn_res  # (C, N)
     # forward: attn_res = attn_wo . attn_out + x
-    dattn_out = dtap.attn_out = linear_backward(dattn_res, tap.attn_out, w.attn_wo, dw.attn_wo)
+    linear_backward(dattn_res, tap.attn_out, w.attn_wo, dw.attn_wo, dtap.attn_out)  # (C, N)
     # what it sees there, heads side by side
-    dqkv = np.empty((3 * config.n_embd, dattn_res.shape[-1]), dattn_res.dtype)  # (3 C, N)
-    dq, dk, dv = split_heads(dqkv, 3, B, config)  # (B, H, D, T) each, views
-    dout = split_heads(dattn_out, 1, B, config)[0]  # (B, H, D, T), a view
     # forward: out = v . weights
-    dattn_weights = dtap.attn_weights = np.empty_like(tap.attn_weights)  # (T, B H T)
-    np.matmul(tap.v.swapaxes(2, 3), dout, out=by_head(dattn_weights, B, config))
-    np.matmul(dout, by_head(tap.attn_weights, B, config).swapaxes(2, 3), out=dv)
+    np.matmul(tap.v.swapaxes(2, 3), dtap.out, dtap.weights)  # (B, H, T, T)
+    np.matmul(dtap.out, tap.weights.swapaxes(2, 3), dtap.v)  # (B, H, D, T)
     # how much each head looks at each position up to this one
     # forward: weights = softmax(logits)
-    dattn_logits = dtap.attn_logits = softmax_backward(dattn_weights, tap.attn_weights)
+    softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, B H T)
     # forward: logits = k^T . q / sqrt(D)
-    dscores = by_head(dattn_logits * config.head_dim**-0.5, B, config)  # (B, H, T, T)
-    np.matmul(tap.q, dscores.swapaxes(2, 3), out=dk)
-    np.matmul(tap.k, dscores, out=dq)
-    dtap.v, dtap.k, dtap.q = dv, dk, dq
+    dlogits = dtap.logits * config.head_dim**-0.5  # (B, H, T, T)
+    np.matmul(tap.q, dlogits.swapaxes(2, 3), dtap.k)  # (B, H, D, T)
+    np.matmul(tap.k, dlogits, dtap.q)  # (B, H, D, T)
     # queries, keys and values
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
-    dattn_norm = linear_backward(dqkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv)  # (C, N)
-    dtap.attn_norm = dattn_norm
+    dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
-    return rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_scale) + dattn_res  # (C, N)
+    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_scale)  # (C, N)
+    return np.add(dx, dattn_res, out)  # (C, N)
 
 
 def mlp_forward(x: Array, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
-    tap.mlp_norm, tap.mlp_scale = rmsnorm_forward(x, config.norm_eps)  # (C, N), (N,)
-    mlp_pre = tap.mlp_pre = linear_forward(tap.mlp_norm, w.mlp_fc1)  # (F, N)
-    mlp_act = tap.mlp_act = activation_forward(mlp_pre, config.squared_relu)  # (F, N)
+    mlp_norm = rmsnorm_forward(x, config.norm_eps, tap.mlp_norm, tap.mlp_scale)  # (C, N)
+    mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
+    mlp_act = activation_forward(mlp_pre, config.squared_relu, tap.mlp_act)  # (F, N)
     # residual
-    projected = linear_forward(mlp_act, w.mlp_fc2)  # (C, N)
-    mlp_res = tap.mlp_res = projected + x  # (C, N)
+    mlp_res = linear_forward(mlp_act, w.mlp_fc2, tap.mlp_res)  # (C, N)
+    mlp_res += x
     return mlp_res
 
 
@@ -183,18 +176,19 @@ def mlp_backward(
     config: Config,
     tap: SimpleNamespace,
     dtap: SimpleNamespace,
+    out: Array,
 ) -> Array:
     """dx = rmsnorm_backward(mlp_fc1^T . activation_backward(mlp_fc2^T . dmlp_res)) + dmlp_res"""
     # residual
-    dtap.mlp_res = dmlp_res  # (C, N)
     # forward: mlp_res = mlp_fc2 . mlp_act + x
-    dmlp_act = dtap.mlp_act = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2, dw.mlp_fc2)
+    dmlp_act = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2, dw.mlp_fc2, dtap.mlp_act)  # (F, N)
     # forward: mlp_act = activation(mlp_pre)
-    dmlp_pre = dtap.mlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)
+    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu, dtap.mlp_pre)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
-    dmlp_norm = dtap.mlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1)
+    dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    return rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale) + dmlp_res  # (C, N)
+    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale)  # (C, N)
+    return np.add(dx, dmlp_res, out)  # (C, N)
 
 
 def gpt_forward(
@@ -207,21 +201,17 @@ def gpt_forward(
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
     B, T = tokens.shape
     start = 0 if past is None else past.layers[0].k.shape[-1]
-    positions = params.wpe[start : start + T]  # (T, C)
-    emb = tap.emb = np.empty((config.n_embd, B * T), positions.dtype)  # (C, N)
-    np.add(params.wte.take(tokens, axis=0), positions, out=emb.T.reshape(B, T, -1))
+    emb = tap.emb  # (C, N)
+    np.add(params.wte.take(tokens, 0), params.wpe[start : start + T], emb.T.reshape(B, T, -1))
     res = emb
     if config.norm_embedding:
-        res, tap.emb_scale = rmsnorm_forward(emb, config.norm_eps)  # (C, N), (N,)
-        tap.emb_norm = res
+        res = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm, tap.emb_scale)  # (C, N)
     for i in range(config.n_layer):
         past_i = None if past is None else past.layers[i]
-        res = attention_forward(res, params.layers[i], past_i, B, config, tap.layers[i])  # (C, N)
+        res = attention_forward(res, params.layers[i], past_i, config, tap.layers[i])  # (C, N)
         res = mlp_forward(res, params.layers[i], config, tap.layers[i])  # (C, N)
-    logits = tap.logits = linear_forward(
-        res, params.wte if config.tie_lm_head else params.lm_head
-    )  # (V, N)
-    return logits
+    lm_head = params.wte if config.tie_lm_head else params.lm_head
+    return linear_forward(res, lm_head, tap.logits)  # (V, N)
 
 
 def gpt_backward(
@@ -233,44 +223,44 @@ def gpt_backward(
     tap: SimpleNamespace,
     dtap: SimpleNamespace,
 ) -> None:
-    """dparams, from dlogits: every parameter's gradient, written over what was there"""
+    """dparams: the gradient of every parameter, written over what was there"""
     B, T = tokens.shape
-    dtap.logits = dlogits  # (V, N)
     # forward: logits = lm_head . res
     res = tap.layers[-1].mlp_res  # (C, N)
+    dres = dtap.layers[-1].mlp_res  # (C, N)
     dparams.wte.fill(0.0)
     if config.tie_lm_head:
-        dres = linear_backward(dlogits, res, params.wte, dparams.wte)  # (C, N)
+        linear_backward(dlogits, res, params.wte, dparams.wte, dres)
     else:
-        dres = linear_backward(dlogits, res, params.lm_head, dparams.lm_head)  # (C, N)
+        linear_backward(dlogits, res, params.lm_head, dparams.lm_head, dres)
     for i in reversed(range(config.n_layer)):
-        w, dw = params.layers[i], dparams.layers[i]
-        dres = mlp_backward(dres, w, dw, config, tap.layers[i], dtap.layers[i])  # (C, N)
-        dres = attention_backward(dres, w, dw, B, config, tap.layers[i], dtap.layers[i])  # (C, N)
+        w, dw, tap_i, dtap_i = params.layers[i], dparams.layers[i], tap.layers[i], dtap.layers[i]
+        before = dtap.layers[i - 1].mlp_res if i > 0 else dtap.emb_norm  # (C, N)
+        dres = mlp_backward(dres, w, dw, config, tap_i, dtap_i, dtap_i.attn_res)  # (C, N)
+        dres = attention_backward(dres, w, dw, config, tap_i, dtap_i, before)  # (C, N)
+    demb = dres
     if config.norm_embedding:
-        dtap.emb_norm = dres  # (C, N)
-        dres = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (C, N)
-    demb = dtap.emb = dres  # (C, N)
-    # forward: emb = wte[token] + wpe[position]; a token that occurs twice receives twice, and
-    # where wte is also lm_head, this comes on top of what that has received
+        demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (C, N)
+    # forward: emb = wte[token] + wpe[position]. A token that occurs twice receives twice; and
+    # where wte is lm_head as well, this comes on top of what it has received as that.
     np.add.at(dparams.wte, tokens.reshape(-1), demb.T)
     dparams.wpe[T:] = 0.0
-    np.add.reduce(demb.reshape(-1, B, T), axis=1, out=dparams.wpe[:T].T)
+    np.add.reduce(demb.reshape(-1, B, T), 1, None, dparams.wpe[:T].T)
 
 
-def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
+def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
     """loss_t = -log(softmax(logits)[target])"""
-    probs = softmax_forward(logits)  # (V, N)
-    return -np.log(probs.take(targets)), probs  # (N,), (V, N)
+    softmax_forward(logits, probs)  # (V, N)
+    return np.negative(np.log(probs.take(targets)), out)  # (N,)
 
 
-def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array) -> Array:
+def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Array) -> Array:
     """dlogits = dloss_t * (probs - [target])
 
     forward: loss_t = log(sum_j exp(x_j)) - x_target, the same thing in other words. The slope of
     the first term is softmax(x), that of the second is 1 at the target and 0 elsewhere.
     """
-    dlogits = dloss_t * probs  # (V, N)
+    dlogits = np.multiply(dloss_t, probs, out)  # (V, N)
     dlogits.reshape(-1)[targets] -= dloss_t
     return dlogits
 
@@ -280,10 +270,10 @@ def loss_forward(
 ) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
     logits = gpt_forward(batch.tokens, params, None, config, tap)  # (V, N)
-    tap.loss_t, tap.probs = cross_entropy_forward(logits, batch.targets)  # (N,), (V, N)
+    loss_t = cross_entropy_forward(logits, batch.targets, tap.loss_t, tap.probs)  # (N,)
     if batch.ragged:
-        tap.loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
-    tap.loss = batch.weights.dot(tap.loss_t)  # weights of 1 / (B n) make the sum that mean
+        loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
+    tap.loss = batch.weights.dot(loss_t)  # weights of 1 / (B n) make the sum that mean
     return tap.loss
 
 
@@ -299,21 +289,9 @@ def loss_backward(
 
     forward: loss = sum over columns of weight * loss_t.
     """
-    dtap.loss = np.ones_like(tap.loss)
-    dtap.loss_t = batch.weights  # (N,)
-    dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets)  # (V, N)
+    dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (N,)
+    dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets, dtap.logits)  # (V, N)
     gpt_backward(dlogits, batch.tokens, params, dparams, config, tap, dtap)
-
-
-def split_heads(x: Array, parts: int, B: int, config: Config) -> Array:
-    """(parts C, N) -> (parts, B, H, D, T), a view: the channels of a head are rows of x."""
-    by_channel = x.reshape(parts, config.n_head, config.head_dim, B, -1)
-    return by_channel.transpose(0, 3, 1, 2, 4)
-
-
-def by_head(x: Array, B: int, config: Config) -> Array:
-    """(U, B H T) -> (B, H, U, T), a view."""
-    return x.reshape(len(x), B, config.n_head, -1).transpose(1, 2, 0, 3)
 
 
 @cache

@@ -19,7 +19,7 @@ import numpy as np
 from microgpt.config import Config
 from microgpt.layout import tree
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array
+from vectorized.arrays import Array, activations
 from vectorized.model import gpt_forward, softmax_forward
 
 WALKERS = 1024  # side by side at most: a bound on memory
@@ -70,19 +70,19 @@ def walk(
     Returns (walkers, longest), filled up with the closing token.
     """
     H, D, longest = config.n_head, config.head_dim, config.block_size - len(prompt)
-    nothing = np.empty((1, H, D, 0), params.wte.dtype)  # (B, H, D, U), U = 0
-    tap, past = tree(config.n_layer), tree(config.n_layer)
+    past = tree(config.n_layer)
     for layer in past.layers:
-        layer.k = layer.v = nothing
+        layer.k = layer.v = np.empty((1, H, D, 0), params.wte.dtype)  # (B, H, D, U), U = 0
     # all walkers read the same opening
-    logits = gpt_forward(np.array([[tokenizer.bos, *prompt]]), params, past, config, tap)
+    logits = read(np.array([[tokenizer.bos, *prompt]]), params, past, config)
     logits = np.repeat(logits[:, -1:], walkers, axis=1)  # (V, walkers)
     for layer in past.layers:
         layer.k, layer.v = np.repeat(layer.k, walkers, axis=0), np.repeat(layer.v, walkers, axis=0)
     drawn = np.full((walkers, longest), tokenizer.eos)
     awake = np.arange(walkers)
     for i in range(longest):
-        tokens = choose(softmax_forward(logits * temperature**-1), draws[awake + i])
+        probs = softmax_forward(logits * temperature**-1, np.empty_like(logits))  # (V, awake)
+        tokens = choose(probs, draws[awake + i])
         drawn[awake, i] = tokens
         going = tokens != tokenizer.eos
         awake, tokens = awake[going], tokens[going]
@@ -90,8 +90,17 @@ def walk(
             break
         for layer in past.layers:
             layer.k, layer.v = layer.k[going], layer.v[going]
-        logits = gpt_forward(tokens[:, None], params, past, config, tap)  # (V, awake)
+        logits = read(tokens[:, None], params, past, config)  # (V, awake)
     return drawn
+
+
+def read(tokens: Array, params: SimpleNamespace, past: SimpleNamespace, config: Config) -> Array:
+    """The logits that follow these tokens (B, T), which join the past: (V, B T)."""
+    B, T = tokens.shape
+    U = past.layers[0].k.shape[-1] + T
+    dtype = params.wte.dtype
+    tap = activations(config, len(params.wte), B, T, U, lambda *shape: np.empty(shape, dtype))
+    return gpt_forward(tokens, params, past, config, tap)
 
 
 def choose(probs: Array, draws: Array) -> Array:
