@@ -33,7 +33,9 @@ class Batch(NamedTuple):
 def pad(docs: Sequence[Sequence[int]], dtype: np.dtype) -> Batch:
     """Documents of n + 1 tokens, any n, as one batch of inputs and targets."""
     B, T = len(docs), max(map(len, docs)) - 1
-    tokens, targets, weights = [], [], []
+    tokens: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
     for doc in docs:
         n = len(doc) - 1
         padding = [0] * (T - n)

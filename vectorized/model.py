@@ -43,8 +43,8 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, out: Array) -> Arr
 
 def softmax_forward(x: Array, out: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
-    exps = np.exp(np.subtract(x, np.maximum.reduce(x), out), out)  # (n, N)
-    return np.divide(exps, column_sum(exps), out)  # (n, N)
+    exps = np.exp(x - np.maximum.reduce(x), out=out)  # (n, N)
+    return np.divide(exps, column_sum(exps), out=out)  # (n, N)
 
 
 def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
@@ -54,14 +54,14 @@ def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
     when one input rises every output gives way, hence the sum over the column. The max divides
     numerator and denominator alike and has no part in it.
     """
-    return np.multiply(y, dy - column_sum(dy * y), out)  # (n, N)
+    return np.multiply(y, dy - column_sum(dy * y), out=out)  # (n, N)
 
 
 def rmsnorm_forward(x: Array, eps: float, out: Array, scale: Array) -> Array:
     """y = x * (mean(x * x) + eps) ** -0.5"""
     ms = column_mean(x * x)  # (N,)
-    np.power(ms + eps, -0.5, scale)  # (N,)
-    return np.multiply(x, scale, out)  # (n, N)
+    np.power(ms + eps, -0.5, out=scale)  # (N,)
+    return np.multiply(x, scale, out=out)  # (n, N)
 
 
 def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
@@ -76,8 +76,8 @@ def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
 
 def activation_forward(x: Array, squared: bool, out: Array) -> Array:
     """y = relu(x), or relu(x) ** 2"""
-    relu = np.maximum(x, 0.0, out)  # (n, N)
-    return np.multiply(relu, relu, out) if squared else relu  # (n, N)
+    relu = np.maximum(x, 0.0, out=out)  # (n, N)
+    return np.multiply(relu, relu, out=out) if squared else relu  # (n, N)
 
 
 def activation_backward(dy: Array, x: Array, squared: bool, out: Array) -> Array:
@@ -86,7 +86,7 @@ def activation_backward(dy: Array, x: Array, squared: bool, out: Array) -> Array
     forward: y = x where x > 0, else 0: the slope is 1, else 0. The slope of its square is 2 x.
     """
     slope = 2.0 * np.maximum(x, 0.0) if squared else x > 0.0  # (n, N)
-    return np.multiply(dy, slope, out)  # (n, N)
+    return np.multiply(dy, slope, out=out)  # (n, N)
 
 
 def attention_forward(
@@ -108,12 +108,12 @@ def attention_forward(
         k = past.k = np.concatenate((past.k, k), axis=-1)  # (B, H, D, U)
         v = past.v = np.concatenate((past.v, v), axis=-1)  # (B, H, D, U)
     # how much each head looks at each position up to this one
-    logits = np.matmul(k.swapaxes(2, 3), q, tap.logits)  # (B, H, U, T), a view of attn_logits
+    logits = np.matmul(k.swapaxes(2, 3), q, out=tap.logits)  # (B, H, U, T), a view of attn_logits
     logits *= config.head_dim**-0.5
     logits += causal_mask(q.shape[-1], q.dtype)
     softmax_forward(tap.attn_logits, tap.attn_weights)  # (U, B H T)
     # what it sees there, heads side by side
-    np.matmul(v, tap.weights, tap.out)  # (B, H, D, T), a view of attn_out
+    np.matmul(v, tap.weights, out=tap.out)  # (B, H, D, T), a view of attn_out
     # residual
     attn_res = linear_forward(tap.attn_out, w.attn_wo, tap.attn_res)  # (C, N)
     attn_res += x
@@ -141,21 +141,21 @@ def attention_backward(
     linear_backward(dattn_res, tap.attn_out, w.attn_wo, dw.attn_wo, dtap.attn_out)  # (C, N)
     # what it sees there, heads side by side
     # forward: out = v . weights
-    np.matmul(tap.v.swapaxes(2, 3), dtap.out, dtap.weights)  # (B, H, T, T)
-    np.matmul(dtap.out, tap.weights.swapaxes(2, 3), dtap.v)  # (B, H, D, T)
+    np.matmul(tap.v.swapaxes(2, 3), dtap.out, out=dtap.weights)  # (B, H, T, T)
+    np.matmul(dtap.out, tap.weights.swapaxes(2, 3), out=dtap.v)  # (B, H, D, T)
     # how much each head looks at each position up to this one
     # forward: weights = softmax(logits)
     softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, B H T)
     # forward: logits = k^T . q / sqrt(D)
     dlogits = dtap.logits * config.head_dim**-0.5  # (B, H, T, T)
-    np.matmul(tap.q, dlogits.swapaxes(2, 3), dtap.k)  # (B, H, D, T)
-    np.matmul(tap.k, dlogits, dtap.q)  # (B, H, D, T)
+    np.matmul(tap.q, dlogits.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
+    np.matmul(tap.k, dlogits, out=dtap.q)  # (B, H, D, T)
     # queries, keys and values
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
     dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_scale)  # (C, N)
-    return np.add(dx, dattn_res, out)  # (C, N)
+    return np.add(dx, dattn_res, out=out)  # (C, N)
 
 
 def mlp_forward(x: Array, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> Array:
@@ -188,7 +188,7 @@ def mlp_backward(
     dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
     dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale)  # (C, N)
-    return np.add(dx, dmlp_res, out)  # (C, N)
+    return np.add(dx, dmlp_res, out=out)  # (C, N)
 
 
 def gpt_forward(
@@ -202,7 +202,8 @@ def gpt_forward(
     B, T = tokens.shape
     start = 0 if past is None else past.layers[0].k.shape[-1]
     emb = tap.emb  # (C, N)
-    np.add(params.wte.take(tokens, 0), params.wpe[start : start + T], emb.T.reshape(B, T, -1))
+    positions = params.wpe[start : start + T]  # (T, C)
+    np.add(params.wte.take(tokens, axis=0), positions, out=emb.T.reshape(B, T, -1))
     res = emb
     if config.norm_embedding:
         res = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm, tap.emb_scale)  # (C, N)
@@ -245,13 +246,13 @@ def gpt_backward(
     # where wte is lm_head as well, this comes on top of what it has received as that.
     np.add.at(dparams.wte, tokens.reshape(-1), demb.T)
     dparams.wpe[T:] = 0.0
-    np.add.reduce(demb.reshape(-1, B, T), 1, None, dparams.wpe[:T].T)
+    np.add.reduce(demb.reshape(-1, B, T), axis=1, out=dparams.wpe[:T].T)
 
 
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
     """loss_t = -log(softmax(logits)[target])"""
     softmax_forward(logits, probs)  # (V, N)
-    return np.negative(np.log(probs.take(targets)), out)  # (N,)
+    return np.negative(np.log(probs.take(targets)), out=out)  # (N,)
 
 
 def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Array) -> Array:
@@ -260,7 +261,7 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Ar
     forward: loss_t = log(sum_j exp(x_j)) - x_target, the same thing in other words. The slope of
     the first term is softmax(x), that of the second is 1 at the target and 0 elsewhere.
     """
-    dlogits = np.multiply(dloss_t, probs, out)  # (V, N)
+    dlogits = np.multiply(dloss_t, probs, out=out)  # (V, N)
     dlogits.reshape(-1)[targets] -= dloss_t
     return dlogits
 
