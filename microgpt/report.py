@@ -19,6 +19,8 @@ class Progress:
     def __init__(self, step: int, steps: int) -> None:
         self.steps = steps
         self.recent: deque[float] = deque(maxlen=RECENT)
+        self.done = 0  # steps of this run, and the seconds they took together
+        self.seconds = 0.0
         self.every = max(1, steps // LINES)
         self.bar: Any = None
         if sys.stdout.isatty():
@@ -28,9 +30,11 @@ class Progress:
                 total=steps, initial=step, unit="step", file=sys.stdout, dynamic_ncols=True
             )
 
-    def update(self, step: int, loss: float) -> None:
+    def update(self, step: int, loss: float, seconds: float) -> None:
         """After each step, counted from 1."""
         self.recent.append(loss)
+        self.done += 1
+        self.seconds += seconds
         if step % self.every == 0 or step in (1, self.steps):
             if self.bar is None:
                 print(f"step {step:{len(str(self.steps))}} / {self.steps} | loss {loss:.4f}")
@@ -58,13 +62,15 @@ def beginning(config: Config, documents: int, vocab_size: int, parameters: int) 
 
 
 def ending(progress: Progress, vocab_size: int) -> str:
-    """The loss beside that of a model that knows nothing, and what that means."""
+    """The loss beside that of a model that knows nothing, what that means, and the time it took."""
     loss, uniform = progress.mean(), math.log(vocab_size)
     steps = len(progress.recent)
     over = f"the last {steps} steps" if steps > 1 else "the last step"
     return (
-        f"loss {loss:.4f}, mean of {over};"
-        f" knowing nothing would be ln {vocab_size} = {uniform:.4f}\n" + meaning(loss, vocab_size)
+        f"loss {loss:.4f}, mean of {over}; knowing nothing would be"
+        f" ln {vocab_size} = {uniform:.4f}\n{meaning(loss, vocab_size)}\n"
+        f"{progress.done:,} steps in {progress.seconds:.2f} s,"
+        f" {1000 * progress.seconds / progress.done:.3f} ms a step"
     )
 
 

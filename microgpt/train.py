@@ -36,7 +36,7 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", FILE_NAME, "samples.txt")
 # what --resume may change: nothing that the model or the order of the data depends on
 RESUMABLE = ("steps", "learning_rate", "num_samples", "temperature")
 
-Progress = Callable[[int, float], None]  # step, from 1, and its loss
+Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Run:
                     f'{{"step": {self.step}, "loss": {loss!r}, "lr": {lr_t!r},'
                     f' "seconds": {seconds:.9f}}}\n'
                 )
-                progress(self.step, loss)
+                progress(self.step, loss, seconds)
         self.save()
         return self.step == self.config.steps
 

@@ -41,7 +41,8 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype) -> Batch:
         padding = [0] * (T - n)
         tokens += [*doc[:-1], *padding]
         targets += [*doc[1:], *padding]
-        weights += [1 / (B * n)] * n + padding
+        weights += [1 / (B * n)] * n
+        weights += padding
     return Batch(
         tokens=np.array(tokens).reshape(B, T),
         targets=np.array(targets) * (B * T) + np.arange(B * T),
