@@ -6,19 +6,7 @@ import math
 import struct
 
 from crosscheck.compare import Disagreement, Tally
-from crosscheck.trace import split_key
-
-PHASES = {
-    "batch": "the batch",
-    "entry": "parameters at entry",
-    "forward": "forward pass",
-    "backward": "backward pass",
-    "gradient": "parameter gradients",
-    "adam_m": "Adam's m",
-    "adam_v": "Adam's v",
-    "update": "Adam's update",
-    "params": "parameters after the step",
-}
+from crosscheck.trace import PHASES, split_key
 
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:

@@ -15,7 +15,7 @@ params/<p>         parameters after the step
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,26 +23,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crosscheck.cases import Case
-from microgpt.backend import Backend, Docs, fresh_state, load_backend
+from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.train import learning_rate
 
 Array = NDArray[Any]
 Step = dict[str, Array]
 
+PHASES = {
+    "batch": "the batch",
+    "entry": "parameters at entry",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "gradient": "parameter gradients",
+    "adam_m": "Adam's m",
+    "adam_v": "Adam's v",
+    "update": "Adam's update",
+    "params": "parameters after the step",
+}
+
 
 def trace(case: Case, backend_name: str, dtype: str, steps: int) -> Iterator[Step]:
-    """The steps of a case, computed as they are asked for."""
+    """The steps of a case, one after the other from the case's parameters, as they are asked for."""
     config = replace(case.config, dtype=dtype)
     backend = load_backend(backend_name, config, fresh_state(case.params), watch=True)
     for step in range(steps):
         yield trace_step(backend, case.docs(step), learning_rate(step, config))
 
 
-def trace_step(backend: Backend, docs: Docs, lr_t: float) -> Step:
-    """One step of training, watched."""
+def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -> Iterator[Step]:
+    """The same steps, each begun where another trace began it, and updated by its gradients.
+
+    What one step gets wrong does not reach the next, and what Adam gets wrong is Adam's alone.
+    """
+    config = replace(case.config, dtype=dtype)
+    moments = fresh_state(case.params)
+    for step, lesson in enumerate(lessons):
+        params, grads = part(lesson, "entry"), part(lesson, "gradient", "d")
+        state = State(params, moments.m, moments.v, step)
+        backend = load_backend(backend_name, config, state, watch=True)
+        yield trace_step(backend, case.docs(step), learning_rate(step, config), grads)
+        moments = State(params, part(lesson, "adam_m"), part(lesson, "adam_v"), step + 1)
+
+
+def trace_step(backend: Backend, docs: Docs, lr_t: float, grads: Tensors | None = None) -> Step:
+    """One step of training, watched; with the update made from `grads`, if they are given."""
     record: Step = {"batch/tokens": padded_tokens(docs)}
 
-    def keep(phase: str, tensors: Any, prefix: str = "") -> None:
+    def keep(phase: str, tensors: Tensors, prefix: str = "") -> None:
         for name, tensor in tensors.items():
             record[f"{phase}/{prefix}{name}"] = np.array(tensor)
 
@@ -52,6 +79,8 @@ def trace_step(backend: Backend, docs: Docs, lr_t: float) -> Step:
     backend.backward()
     keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
     keep("gradient", backend.grads(), prefix="d")
+    if grads is not None:
+        backend.set_grads(grads)
     backend.update(lr_t)
     after = backend.state()
     keep("adam_m", after.m)
@@ -59,6 +88,12 @@ def trace_step(backend: Backend, docs: Docs, lr_t: float) -> Step:
     keep("update", {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params})
     keep("params", after.params)
     return record
+
+
+def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:
+    """The tensors of one phase, by their names without the prefix."""
+    start = f"{phase}/{prefix}"
+    return {key.removeprefix(start): step[key] for key in step if key.startswith(start)}
 
 
 def padded_tokens(docs: Docs) -> Array:
