@@ -10,6 +10,7 @@ import numpy as np
 from crosscheck.cases import Case
 from crosscheck.trace import PHASES, Array, Step, real, split_key
 
+COUNTED = ("batch", "sample")  # token ids, not measurements
 KINK = 1e-9  # a ReLU input this close to 0 may fall on either side by rounding alone
 
 
@@ -145,7 +146,7 @@ def _compare_tensor(
         problem = f"has shape {theirs.shape}, and should have {ours.shape}"
         return Disagreement(case.name, step, key, problem)
     phase, _ = split_key(key)
-    if phase != "batch" and theirs.dtype != standard.dtype and theirs.ndim:
+    if phase not in COUNTED and theirs.dtype != standard.dtype and theirs.ndim:
         problem = f"is {theirs.dtype}, and {standard.dtype} was promised"
         return Disagreement(case.name, step, key, problem)
     there = real(key, ours.shape, reference["batch/tokens"])
@@ -179,7 +180,7 @@ def _compare_tensor(
 def _vacuous(case: Case, key: str, reference: Array, candidate: Array, there: Array) -> str:
     """Why agreement on this tensor would prove nothing, or is not what the case declares."""
     phase, name = split_key(key)
-    if phase == "batch":
+    if phase in (*COUNTED, "entry_m", "entry_v"):  # not results, or zero at the first step
         return ""
     # a parameter whose gradient is zero has moments and an update of zero as well
     gradient = f"d{name}" if phase in ("adam_m", "adam_v", "update") else name

@@ -4,19 +4,23 @@ Keys are "phase/name", in the order in which they are compared:
 
 batch/tokens       the token ids of the documents, padded with -1
 entry/<p>          parameters before the step
+entry_m/<p>        Adam's running mean of the gradient before the step
+entry_v/<p>        and of its square
 forward/<tap>      what the forward pass computes in between, (B, T, ..), zero where there is none
 backward/d<tap>    the derivative of the loss with respect to each, in reverse order
 gradient/d<p>      the same for each parameter
-adam_m/<p>         Adam's running mean of the gradient after the step
-adam_v/<p>         and of its square
+adam_m/<p>         Adam's m after the step
+adam_v/<p>         Adam's v after the step
 update/<p>         what the step added to the parameters
 params/<p>         parameters after the step
+sample/documents   token ids of documents drawn from the model, padded with -1
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -29,9 +33,13 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
+SAMPLES, TEMPERATURE = 3, 2.0
+
 PHASES = {
     "batch": "the batch",
     "entry": "parameters at entry",
+    "entry_m": "Adam's m at entry",
+    "entry_v": "Adam's v at entry",
     "forward": "forward pass",
     "backward": "backward pass",
     "gradient": "parameter gradients",
@@ -39,15 +47,19 @@ PHASES = {
     "adam_v": "Adam's v",
     "update": "Adam's update",
     "params": "parameters after the step",
+    "sample": "documents drawn",
 }
 
 
 def trace(case: Case, backend_name: str, dtype: str, steps: int) -> Iterator[Step]:
-    """The steps of a case, one after the other from the case's parameters, as they are asked for."""
+    """The steps of a case, each from where the one before it ended, as they are asked for."""
     config = replace(case.config, dtype=dtype)
     backend = load_backend(backend_name, config, fresh_state(case.params), watch=True)
     for step in range(steps):
-        yield trace_step(backend, case.docs(step), learning_rate(step, config))
+        yield {
+            **trace_step(backend, case.docs(step), learning_rate(step, config)),
+            **drawn(case, backend, step),
+        }
 
 
 def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -> Iterator[Step]:
@@ -56,13 +68,11 @@ def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -
     What one step gets wrong does not reach the next, and what Adam gets wrong is Adam's alone.
     """
     config = replace(case.config, dtype=dtype)
-    moments = fresh_state(case.params)
     for step, lesson in enumerate(lessons):
-        params, grads = part(lesson, "entry"), part(lesson, "gradient", "d")
-        state = State(params, moments.m, moments.v, step)
-        backend = load_backend(backend_name, config, state, watch=True)
+        params, m, v = (part(lesson, phase) for phase in ("entry", "entry_m", "entry_v"))
+        backend = load_backend(backend_name, config, State(params, m, v, step), watch=True)
+        grads = part(lesson, "gradient", "d")
         yield trace_step(backend, case.docs(step), learning_rate(step, config), grads)
-        moments = State(params, part(lesson, "adam_m"), part(lesson, "adam_v"), step + 1)
 
 
 def trace_step(backend: Backend, docs: Docs, lr_t: float, grads: Tensors | None = None) -> Step:
@@ -73,7 +83,10 @@ def trace_step(backend: Backend, docs: Docs, lr_t: float, grads: Tensors | None 
         for name, tensor in tensors.items():
             record[f"{phase}/{prefix}{name}"] = np.array(tensor)
 
-    keep("entry", backend.state().params)
+    before = backend.state()
+    keep("entry", before.params)
+    keep("entry_m", before.m)
+    keep("entry_v", before.v)
     backend.forward(docs)
     keep("forward", backend.taps())
     backend.backward()
@@ -94,6 +107,12 @@ def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:
     """The tensors of one phase, by their names without the prefix."""
     start = f"{phase}/{prefix}"
     return {key.removeprefix(start): step[key] for key in step if key.startswith(start)}
+
+
+def drawn(case: Case, backend: Backend, seed: int) -> Step:
+    """Documents from the model as it stands, at a temperature that makes them differ."""
+    docs = backend.sample(case.tokenizer, Random(seed), SAMPLES, TEMPERATURE, [])
+    return {"sample/documents": padded_tokens([[case.tokenizer.bos, *doc] for doc in docs])}
 
 
 def padded_tokens(docs: Docs) -> Array:

@@ -1,0 +1,30 @@
+"""The report's expressions are true: evaluated, they give the element that they explain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crosscheck.cases import load_case
+from crosscheck.explain import expression
+from crosscheck.trace import real, split_key, trace
+
+
+@pytest.mark.parametrize("name", ["two-layers", "tied-two-layers", "microgpt-243", "ragged-batch"])
+@pytest.mark.parametrize("backend", ["scalar", "vectorized"])
+def test_every_expression_gives_its_element(name: str, backend: str) -> None:
+    case = load_case(name)
+    rng = np.random.default_rng(1)
+    explained = set()
+    for number, step in enumerate(trace(case, backend, "float64", 2), 1):
+        for key, tensor in step.items():
+            places = np.argwhere(real(key, tensor.shape, step["batch/tokens"]))
+            for place in rng.permutation(places)[:6]:
+                index = tuple(map(int, place))
+                found = expression(case, number, key, index, step)
+                if found is None:
+                    assert split_key(key)[0] in ("batch", "sample", "entry", "entry_m", "entry_v")
+                    continue
+                assert found.value == pytest.approx(float(tensor[index]), rel=1e-9, abs=1e-12), key
+                explained.add(split_key(key)[0])
+    assert len(explained) == 7
