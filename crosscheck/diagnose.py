@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from math import sqrt
 
@@ -163,28 +163,20 @@ def attention_forward(pair: Pair) -> str:
         return ""
     p, config = pair.place, pair.case.config
     if pair.tap == "attn_weights":
-        tokens, x = pair.step["batch/tokens"], p["forward/attn_logits"]
-        T = x.shape[-1]
-        sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1)
-        queries = pair.there.any(axis=-1)
-        q, k = (_by_head(pair, p[f"forward/{name}"]) for name in "qk")
-        all_logits = q @ k.swapaxes(-1, -2) / sqrt(config.head_dim)
-        exps = np.exp(x - x.max(axis=-1, keepdims=True))
-        later = np.triu(np.ones((T, T), bool), 1)
-        everything = np.exp(all_logits)
-        padded = bool((tokens < 0).any())
-        guesses = {
-            "the mask is missing: positions to come take part": everything
-            / everything.sum(axis=-1, keepdims=True),
-            "the mask comes after the softmax: rows do not sum to one": np.where(
-                later, 0.0, everything / everything.sum(axis=-1, keepdims=True)
-            ),
-            "not normalised: softmax without its division": exps,
-        }
-        answer = _first(pair, guesses)
-        if not answer and np.any(sums[queries] < 1 - 1e-6):
-            answer = "rows sum to less than one: the mask comes after the softmax, or is missing"
-            answer += " (or padding takes part)" if padded else ""
+        x = p["forward/attn_logits"]
+        unpadded = (pair.step["batch/tokens"] >= 0).all(axis=1)  # of the others, we know too little
+        whole = replace(pair, ours=pair.ours[unpadded], theirs=pair.theirs[unpadded],
+                        there=pair.there[unpadded])  # fmt: skip
+        q, k = (_by_head(pair, p[f"forward/{name}"])[unpadded] for name in "qk")
+        everything = np.exp(q @ k.swapaxes(-1, -2) / sqrt(config.head_dim))
+        everything /= everything.sum(axis=-1, keepdims=True)
+        exps = np.exp(x - x.max(axis=-1, keepdims=True, where=pair.there, initial=-np.inf))
+        unmasked = "the mask is missing or comes after the softmax: positions to come take part"
+        answer = _first(whole, {unmasked: everything})
+        answer = answer or _first(pair, {"not normalised: softmax without its division": exps})
+        sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1)[pair.there.any(axis=-1)]
+        if not answer and np.any(sums < 1 - 1e-6):
+            answer = "rows sum to less than one: positions to come take part"
         return answer
     if pair.tap == "attn_logits":
         later = np.triu(np.ones(pair.ours.shape[-2:], bool), 0)
@@ -202,7 +194,7 @@ def heads(pair: Pair) -> str:
         return ""
     if pair.tap in ("attn_logits", "attn_weights"):
         axis, by_head = 1, pair.ours
-    elif shape[-1] == H * D and len(shape) == 3 and pair.tap in ("q", "k", "v", "attn_out"):
+    elif pair.tap in ("q", "k", "v", "attn_out"):
         axis, by_head = 2, pair.ours.reshape(*shape[:2], H, D)
         merged = by_head.swapaxes(2, 3).reshape(shape)
         split = pair.ours.reshape(*shape[:2], D, H).swapaxes(2, 3).reshape(shape)
@@ -246,11 +238,16 @@ def repeated_tokens(pair: Pair) -> str:
     bad = ~np.isclose(pair.theirs, pair.ours, rtol=1e-7, atol=1e-13).all(axis=1)
     counts = np.array([(inputs == row).sum() for row in range(len(pair.ours))])
     if bad.any() and (counts[bad] > 1).all():
-        places = [np.argwhere(inputs == row)[-1] for row in np.flatnonzero(bad)]
-        last = np.array([demb[b, t] for b, t in places])
-        head = _head_gradient(pair)[bad] if pair.case.config.tie_lm_head else 0.0
-        if np.allclose(pair.theirs[bad], last + head, rtol=1e-7, atol=1e-13):
-            return "repeated tokens accumulated once: only the last occurrence counts"
+        head = _head_gradient(pair) if pair.case.config.tie_lm_head else np.zeros_like(pair.ours)
+        single = [
+            any(
+                np.allclose(pair.theirs[row], part + head[row], rtol=1e-7, atol=1e-13)
+                for part in [*demb[inputs == row], np.zeros_like(head[row])]
+            )
+            for row in np.flatnonzero(bad)
+        ]
+        if all(single):
+            return "repeated tokens accumulated once: one occurrence counts, the others are lost"
         return "wrong only in the rows of tokens that occur more than once"
     return ""
 
@@ -371,11 +368,8 @@ def logarithm(pair: Pair) -> str:
     p = np.exp(-pair.ours)
     for eps in (1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5):
         guess = -np.log(p + eps)
-        exact = (
-            np.abs(pair.theirs - guess)[pair.there]
-            <= 1e-3 * np.abs(guess - pair.ours)[pair.there] + 4e-16 * np.abs(guess)[pair.there]
-        )
-        if exact.all():
+        allowed = 1e-3 * np.abs(guess - pair.ours) + 1e-12 * (1 + np.abs(pair.ours))
+        if (np.abs(pair.theirs - guess) <= allowed)[pair.there].all():
             return f"a constant inside the logarithm: -log(p + {eps:g})"
     return _first(pair, {"log2 in place of ln": pair.ours / np.log(2.0)})
 

@@ -1,0 +1,246 @@
+"""Named defects: classic bugs, planted one at a time to see the crosscheck catch them.
+
+They are listed, with the story behind each, in fixtures/defects.yaml.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import yaml
+
+from crosscheck.cases import Case, load_case
+from crosscheck.compare import FLOAT64, Disagreement, Outcome, compare, compare_step
+from crosscheck.diagnose import diagnose
+from crosscheck.trace import Step, split_key, taught, trace
+from microgpt.config import FIXTURES
+
+ROOT = FIXTURES.parent
+# between them, these cases reach every line that a defect is planted in
+PANEL = (
+    "ragged-batch",
+    "repeated-token",
+    "longer-than-context",
+    "two-layers",
+    "tied-two-layers",
+    "microgpt-243",
+    "large-logits",
+)
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A piece of source text and what takes its place."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A bug: the patches that plant it, and what the crosscheck must say to it."""
+
+    name: str
+    story: str
+    patches: tuple[Patch, ...]
+    first: str  # a regular expression for the first tensor to differ
+    says: str = ""  # and one for the diagnosis, where it promises one
+    case: str = ""  # the case to try first
+
+    @property
+    def package(self) -> str:
+        """The implementation it is planted in."""
+        return self.patches[0].file.partition("/")[0]
+
+
+@dataclass
+class Verdict:
+    """What the crosscheck made of a defect."""
+
+    defect: Defect
+    case: str = ""
+    first: Disagreement | None = None
+    caught_by: list[str] = field(default_factory=list)  # phases, and "taught" ones
+    diagnosis: str = ""
+
+    @property
+    def located(self) -> bool:
+        """Whether the first tensor to differ is the one that the defect computes."""
+        return self.first is not None and bool(re.match(self.defect.first, self.first.key))
+
+    @property
+    def understood(self) -> bool:
+        """Whether the diagnosis is the right one, or none was promised."""
+        return bool(re.search(self.defect.says, self.diagnosis))
+
+
+def load_defects() -> list[Defect]:
+    """All of them."""
+    with open(FIXTURES / "defects.yaml", encoding="utf-8") as file:
+        entries: list[dict[str, Any]] = yaml.safe_load(file)
+    return [
+        Defect(
+            name=entry["name"],
+            story=entry["story"],
+            patches=tuple(
+                Patch(part["file"], part["old"], part["new"])
+                for part in [entry, *entry.get("also", [])]
+            ),
+            first=entry["first"],
+            says=entry.get("says", ""),
+            case=entry.get("case", ""),
+        )
+        for entry in entries
+    ]
+
+
+def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
+    """Plant a defect and run the panel, up to the first case that catches it."""
+    verdict = Verdict(defect)
+    other = "vectorized" if defect.package == "scalar" else "scalar"
+    with planted(defect.patches), np.errstate(all="ignore"):
+        for name in sorted(panel, key=lambda name: name != defect.case):
+            case = load_case(name)
+            found, caught_by = _hold(case, _lessons(name, other), defect.package)
+            if found:
+                verdict.case, verdict.first, verdict.caught_by = name, found[0], caught_by
+                verdict.diagnosis = found[1]
+                return verdict
+    return verdict
+
+
+def _hold(
+    case: Case, lessons: tuple[Step, ...], candidate: str
+) -> tuple[tuple[Disagreement, str] | None, list[str]]:
+    """The first disagreement with its diagnosis, and the phases in which there is one."""
+    steps: list[Step] = []
+    candidate_steps = trace(case, candidate, "float64", STEPS)
+    outcome = Outcome(case.name)
+    try:
+        for number, lesson in enumerate(lessons, 1):
+            steps.append(next(candidate_steps))
+            compare_step(case, number, lesson, steps[-1], FLOAT64, outcome)
+            if outcome.found:
+                break
+    except ArithmeticError as error:
+        outcome.found.append(Disagreement(case.name, len(steps) + 1, "", f"stopped: {error}"))
+    if not outcome.found:
+        return None, []
+    first = outcome.found[0]
+    phases = [split_key(found.key)[0] for found in outcome.found]
+    alone = compare(case, lessons[:1], taught(case, candidate, "float64", lessons[:1]))
+    phases += [f"taught {split_key(found.key)[0]}" for found in alone.found]
+    n = first.step - 1
+    before = lessons[n - 1] if n else None
+    known = n < len(steps)
+    words = diagnose(case, n + 1, first.key, lessons[n], steps[n], before) if known else ""
+    return (first, words), phases
+
+
+@cache
+def _lessons(case_name: str, backend: str) -> tuple[Step, ...]:
+    """The trace of the implementation without the defect."""
+    case = load_case(case_name)
+    return tuple(trace(case, backend, "float64", STEPS))
+
+
+@contextmanager
+def planted(patches: Sequence[Patch]) -> Iterator[None]:
+    """Within this context, importing a patched package gives it with the patches."""
+    sources: dict[str, str] = {}
+    for patch in patches:
+        source = sources.get(patch.file) or (ROOT / patch.file).read_text(encoding="utf-8")
+        if source.count(patch.old) != 1:
+            raise ValueError(
+                f"{patch.file}: found {source.count(patch.old)} times, wanted once: {patch.old!r}"
+            )
+        sources[patch.file] = source.replace(patch.old, patch.new)
+    packages = {file.partition("/")[0] for file in sources}
+    modules = {file.removesuffix(".py").replace("/", "."): text for file, text in sources.items()}
+    shelved = _shelve(packages)
+    finder = _Finder(modules)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        _shelve(packages)
+        sys.modules.update(shelved)
+
+
+def _shelve(packages: set[str]) -> dict[str, ModuleType]:
+    """Take the modules of these packages off the shelf of what has been imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] in packages]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds the patched modules, and leaves all others to those who come after it."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        self.sources = sources
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.sources:
+            return None
+        return importlib.util.spec_from_loader(fullname, self)
+
+    def get_source(self, fullname: str) -> str:
+        return self.sources[fullname]
+
+
+def kill_matrix(verdicts: Sequence[Verdict]) -> str:
+    """Which defect was caught by which comparison, where it was seen first, and what was said."""
+    marks = {
+        "F": "forward",
+        "B": "backward",
+        "G": "gradient",
+        "M": "adam_m",
+        "V": "adam_v",
+        "U": "update",
+        "S": "sample",
+    }
+    lines = [
+        "Caught by  F forward taps and loss, B backward taps, G parameter gradients, M Adam's m,",
+        "           V Adam's v, U update, S samples drawn; lower case: also when Adam is handed the",
+        "           reference's gradients, so that the fault is Adam's own",
+        "",
+    ]
+    for verdict in verdicts:
+        seen = ""
+        for letter, phase in marks.items():
+            if phase in verdict.caught_by:
+                alone = f"taught {phase}" in verdict.caught_by and letter in "MVU"
+                seen += letter.lower() if alone else letter
+            else:
+                seen += "."
+        first = verdict.first.key if verdict.first else "NOT CAUGHT"
+        wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
+        lines.append(f"{verdict.defect.name:38} {seen}  {first}{wrong}")
+        if verdict.diagnosis:
+            lines.append(f"{'':38} {verdict.diagnosis}")
+    caught = sum(verdict.first is not None for verdict in verdicts)
+    located = sum(verdict.located for verdict in verdicts)
+    promised = [verdict for verdict in verdicts if verdict.defect.says]
+    understood = sum(verdict.understood for verdict in promised)
+    lines += [
+        "",
+        f"{caught} of {len(verdicts)} caught, {located} located,"
+        f" {understood} of {len(promised)} promised diagnoses given",
+    ]
+    return "\n".join(lines)
