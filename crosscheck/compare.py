@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from crosscheck.cases import Case
+from crosscheck.diagnose import diagnose
+from crosscheck.explain import expression, shown
 from crosscheck.trace import PHASES, Array, Step, real, split_key
 
 COUNTED = ("batch", "sample")  # token ids, not measurements
@@ -60,6 +62,10 @@ class Disagreement:
     exceeding: int = 0
     elements: int = 0
     agreed: tuple[str, ...] = ()  # the keys of this step that agreed before it
+    formula: str = ""  # the scalar expression behind the element
+    operands: Mapping[str, str] = field(default_factory=dict)  # the reference's
+    diagnosis: str = ""  # what it looks like, where that is known
+    phases: tuple[str, ...] = ()  # all in which this step differs
 
 
 @dataclass
@@ -98,11 +104,16 @@ def compare(
 ) -> Outcome:
     """Hold the steps of two traces against each other, up to the first one that differs."""
     outcome = Outcome(case.name)
-    for step, (ours, theirs) in enumerate(zip(reference, candidate), 1):
-        compare_step(case, step, ours, theirs, standard, outcome)
+    before: Step | None = None
+    for number, (ours, theirs) in enumerate(zip(reference, candidate), 1):
+        compare_step(case, number, ours, theirs, standard, outcome)
         if outcome.found:
+            first, phases = outcome.found[0], tuple(split_key(one.key)[0] for one in outcome.found)
+            first = _explained(case, first, ours, theirs, before)
+            outcome.found[0] = replace(first, phases=phases)
             return outcome
         outcome.tally.steps += 1
+        before = ours
     if outcome.tally.steps == 0:
         outcome.found.append(Disagreement(case.name, 0, "", "no step was compared"))
     return outcome
@@ -175,6 +186,19 @@ def _compare_tensor(
     if shares.max() > tally.worst:
         tally.worst, tally.worst_key = float(shares.max()), key
     return None
+
+
+def _explained(
+    case: Case, found: Disagreement, ours: Step, theirs: Step, before: Step | None
+) -> Disagreement:
+    """With the expression behind the element, and a diagnosis."""
+    behind = expression(case, found.step, found.key, found.index, ours) if found.shape else None
+    return replace(
+        found,
+        formula=behind.formula if behind else "",
+        operands={name: shown(value) for name, value in behind.operands.items()} if behind else {},
+        diagnosis=diagnose(case, found.step, found.key, ours, theirs, before),
+    )
 
 
 def _vacuous(case: Case, key: str, reference: Array, candidate: Array, there: Array) -> str:

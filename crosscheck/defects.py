@@ -21,8 +21,7 @@ import numpy as np
 import yaml
 
 from crosscheck.cases import Case, load_case
-from crosscheck.compare import FLOAT64, Disagreement, Outcome, compare, compare_step
-from crosscheck.diagnose import diagnose
+from crosscheck.compare import Disagreement, compare
 from crosscheck.trace import Step, split_key, taught, trace
 from microgpt.config import FIXTURES
 
@@ -71,10 +70,9 @@ class Verdict:
     """What the crosscheck made of a defect."""
 
     defect: Defect
-    case: str = ""
     first: Disagreement | None = None
-    caught_by: list[str] = field(default_factory=list)  # phases, and "taught" ones
-    diagnosis: str = ""
+    caught_by: set[str] = field(default_factory=set)  # the phases that differ
+    caught_alone: set[str] = field(default_factory=set)  # and those with the reference's state
 
     @property
     def located(self) -> bool:
@@ -85,6 +83,11 @@ class Verdict:
     def understood(self) -> bool:
         """Whether the diagnosis is the right one, or none was promised."""
         return bool(re.search(self.defect.says, self.diagnosis))
+
+    @property
+    def diagnosis(self) -> str:
+        """What the report says that it looks like."""
+        return self.first.diagnosis if self.first else ""
 
 
 def load_defects() -> list[Defect]:
@@ -109,45 +112,34 @@ def load_defects() -> list[Defect]:
 
 def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
     """Plant a defect and run the panel, up to the first case that catches it."""
-    verdict = Verdict(defect)
     other = "vectorized" if defect.package == "scalar" else "scalar"
     with planted(defect.patches), np.errstate(all="ignore"):
         for name in sorted(panel, key=lambda name: name != defect.case):
             case = load_case(name)
-            found, caught_by = _hold(case, _lessons(name, other), defect.package)
+            lessons = _lessons(name, other)
+            found = _hold(case, lessons, defect.package)
             if found:
-                verdict.case, verdict.first, verdict.caught_by = name, found[0], caught_by
-                verdict.diagnosis = found[1]
-                return verdict
-    return verdict
+                alone = _alone(case, lessons, defect.package)
+                return Verdict(
+                    defect,
+                    found[0],
+                    caught_by={split_key(one.key)[0] for one in found},
+                    caught_alone={split_key(one.key)[0] for one in alone},
+                )
+    return Verdict(defect)
 
 
-def _hold(
-    case: Case, lessons: tuple[Step, ...], candidate: str
-) -> tuple[tuple[Disagreement, str] | None, list[str]]:
-    """The first disagreement with its diagnosis, and the phases in which there is one."""
-    steps: list[Step] = []
-    candidate_steps = trace(case, candidate, "float64", STEPS)
-    outcome = Outcome(case.name)
+def _hold(case: Case, lessons: tuple[Step, ...], candidate: str) -> list[Disagreement]:
+    """The disagreements of the first step that has any."""
     try:
-        for number, lesson in enumerate(lessons, 1):
-            steps.append(next(candidate_steps))
-            compare_step(case, number, lesson, steps[-1], FLOAT64, outcome)
-            if outcome.found:
-                break
-    except ArithmeticError as error:
-        outcome.found.append(Disagreement(case.name, len(steps) + 1, "", f"stopped: {error}"))
-    if not outcome.found:
-        return None, []
-    first = outcome.found[0]
-    phases = [split_key(found.key)[0] for found in outcome.found]
-    alone = compare(case, lessons[:1], taught(case, candidate, "float64", lessons[:1]))
-    phases += [f"taught {split_key(found.key)[0]}" for found in alone.found]
-    n = first.step - 1
-    before = lessons[n - 1] if n else None
-    known = n < len(steps)
-    words = diagnose(case, n + 1, first.key, lessons[n], steps[n], before) if known else ""
-    return (first, words), phases
+        return compare(case, lessons, trace(case, candidate, "float64", STEPS)).found
+    except ArithmeticError as error:  # what a user would see of it
+        return [Disagreement(case.name, 1, "", f"stopped: {error}")]
+
+
+def _alone(case: Case, lessons: tuple[Step, ...], candidate: str) -> list[Disagreement]:
+    """The same where every step starts from the reference's state, and uses its gradients."""
+    return compare(case, lessons, taught(case, candidate, "float64", lessons)).found
 
 
 @cache
@@ -225,7 +217,7 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
         seen = ""
         for letter, phase in marks.items():
             if phase in verdict.caught_by:
-                alone = f"taught {phase}" in verdict.caught_by and letter in "MVU"
+                alone = phase in verdict.caught_alone and letter in "MVU"
                 seen += letter.lower() if alone else letter
             else:
                 seen += "."

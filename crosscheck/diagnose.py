@@ -465,6 +465,15 @@ def somewhere(pair: Pair) -> str:
     return ""
 
 
+def other_tensor(pair: Pair) -> str:
+    """The numbers of something else."""
+    for key, tensor in pair.step.items():
+        if tensor.shape == pair.ours.shape and key != pair.key and tensor.dtype == "float64":
+            if pair.explains(tensor):
+                return f"these are the numbers of {split_key(key)[1]}"
+    return ""
+
+
 PATTERNS: list[Callable[[Pair], str]] = [
     not_finite,
     weighting,
@@ -480,6 +489,7 @@ PATTERNS: list[Callable[[Pair], str]] = [
     transposed,
     heads,
     shifted,
+    other_tensor,
     somewhere,
     single_precision,
 ]

@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
+import textwrap
+from typing import Any
 
 from crosscheck.compare import Disagreement, Tally
 from crosscheck.trace import PHASES, split_key
 
+WIDTH = 80
+
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:
-    """The disagreement in a few lines: what, where, by how much, what agreed before it."""
+    """A disagreement in a few lines: what, where, by how much, what is behind it, what agreed."""
     phase, name = split_key(found.key)
-    place = f"case {found.case}, step {found.step}"
-    if phase:
-        place += f", {PHASES[phase]}"
-    lines = [
-        f"{place}:",
-        f"{name or 'the comparison'} {found.problem}".replace("the comparison no", "no"),
-    ]
+    where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
+    rows: list[tuple[str, str]] = []
     if found.shape:
-        width = max(len(reference), len(candidate), len("difference"))
-        difference = abs(found.candidate - found.reference)
-        relative = difference / abs(found.reference) if found.reference else math.inf
         at = ", ".join(
             f"{axis}={i}" for axis, i in zip(axes(found.key, len(found.shape)), found.index)
         )
-        rows = {
-            "at": f"{name}[{at}], shape {found.shape}",
-            reference: f"{found.reference!r}",
-            candidate: f"{found.candidate!r}",
-            "difference": f"{difference:.3g} absolute, {relative:.3g} relative,"
-            f" {ulps(found.reference, found.candidate)} ulp",
-            "allowed": str(found.tolerance),
-            "exceeded": f"by {found.exceeding:,} of {found.elements:,} elements",
-        }
-        lines += [f"  {label:{width}}  {text}" for label, text in rows.items()]
-    compared = [key for key in found.agreed if not key.startswith(("batch", "entry"))]
+        difference = abs(found.candidate - found.reference)
+        relative = difference / abs(found.reference) if found.reference else math.inf
+        rows += [
+            ("first at", f"{name}[{at}] of {found.shape}"),
+            (reference, f"{found.reference!r}"),
+            (candidate, f"{found.candidate!r}"),
+            (
+                "difference",
+                f"{difference:.3g} absolute, {relative:.3g} relative,"
+                f" {ulps(found.reference, found.candidate)} ulp",
+            ),
+            ("allowed", str(found.tolerance)),
+            ("exceeded by", f"{found.exceeding:,} of {found.elements:,} elements"),
+        ]
+    if found.formula:
+        rows.append(("should be", found.formula))
+        rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
+    if found.diagnosis:
+        rows.append(("looks like", found.diagnosis))
+    if found.phases:
+        rows.append(("differs in", ", ".join(PHASES[phase] for phase in found.phases)))
+    compared = [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
     if compared:
-        last = split_key(compared[-1])[1]
-        lines.append(
-            f"  {len(compared)} tensors of this step agreed before it, the last was {last}"
+        rows.append(
+            ("agreed", f"{len(compared)} tensors before it, the last {split_key(compared[-1])[1]}")
+        )
+    width = max((len(label) for label, _ in rows), default=0)
+    lines = [f"{', '.join(where)}:", f"{name} {found.problem}".strip()]
+    for label, text in rows:
+        lines += textwrap.wrap(
+            text,
+            WIDTH,
+            initial_indent=f"  {label:{width}}  ",
+            subsequent_indent=" " * (width + 4),
+            break_on_hyphens=False,
         )
     return "\n".join(lines)
+
+
+def as_json(found: Disagreement) -> dict[str, Any]:
+    """The same for other programs. Numbers that JSON has no name for are given as text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return value
+
+    fields = dataclasses.asdict(found)
+    return {name: plain(value) for name, value in fields.items()}
 
 
 def axes(key: str, dimensions: int) -> tuple[str, ...]:
