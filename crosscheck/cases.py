@@ -10,6 +10,8 @@ shift      what is added to every weight of a parameter as drawn, by name
 zero       gradients that are zero everywhere, by name, each with the reason why that is right
 zero_rows  rows of gradients that are exactly zero, by name: the characters, and the reason
 kink       the reason why ReLU inputs may lie on the kink
+random     the reason why some tensors may happen to be zero, or ReLU inputs on the kink
+float32    how much more single precision may lose here (`slack`), and the reason (`why`)
 
 The parameters are drawn as training draws them, with the configuration's seed.
 """
@@ -17,7 +19,7 @@ The parameters are drawn as training draws them, with the configuration's seed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,6 +45,8 @@ KEYS = {
     "zero": dict,
     "zero_rows": dict,
     "kink": str,
+    "random": str,
+    "float32": dict,
 }
 
 
@@ -59,6 +63,8 @@ class Case:
     zero: Mapping[str, str] = field(default_factory=dict)
     zero_rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     kink: str = ""
+    random: str = ""
+    float32: Mapping[str, Any] = field(default_factory=dict)
     params: Tensors = field(default_factory=dict, repr=False)
 
     @property
@@ -79,15 +85,18 @@ def case_names() -> list[str]:
 
 
 def load_case(name: str) -> Case:
-    """A case by its name.
+    """A case by its name, or by the path of its YAML file.
 
     Raises MicrogptError if there is none of that name, or if its file does not say what it should.
     """
-    if name not in case_names():
-        raise MicrogptError(f"there is no case {name!r}; the cases are {', '.join(case_names())}")
-    case = read_case(CASES / f"{name}.yaml")
+    path = CASES / f"{name}.yaml" if name in case_names() else Path(name)
+    if not path.is_file():
+        raise MicrogptError(
+            f"there is no case and no file {name!r}; the cases are {', '.join(case_names())}"
+        )
+    case = read_case(path)
     shapes = param_shapes(case.config, case.tokenizer.vocab_size)
-    return with_params(case, load_params(CASES / f"{name}.safetensors", shapes))
+    return with_params(case, load_params(path.with_suffix(".safetensors"), shapes))
 
 
 def read_case(path: Path) -> Case:
@@ -120,8 +129,12 @@ def draw_params(case: Case, seed: int | None = None) -> Tensors:
     return params
 
 
-def save_case(case: Case, raw: Mapping[str, Any], folder: Path = CASES) -> None:
-    """Write a case and its parameters."""
-    text = yaml.safe_dump(dict(raw), sort_keys=False, allow_unicode=True)
-    write_whole(folder / f"{case.name}.yaml", text.encode())
-    save_params(folder / f"{case.name}.safetensors", case.params)
+def save_case(case: Case, path: Path) -> None:
+    """Write a case, and its parameters beside it."""
+    preset = asdict(config_from({}, "the default preset"))
+    config = {name: value for name, value in asdict(case.config).items() if value != preset[name]}
+    fields = {key: getattr(case, key) for key in KEYS if key != "config"}
+    raw = {"config": config, **{key: value for key, value in fields.items() if value}}
+    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    write_whole(path.with_suffix(".yaml"), text.encode())
+    save_params(path.with_suffix(".safetensors"), case.params)

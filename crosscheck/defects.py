@@ -21,8 +21,8 @@ import numpy as np
 import yaml
 
 from crosscheck.cases import Case, load_case
-from crosscheck.compare import Disagreement, compare
-from crosscheck.trace import Step, split_key, taught, trace
+from crosscheck.compare import Disagreement, compare, compare_taught
+from crosscheck.trace import Step, split_key, trace
 from microgpt.config import FIXTURES
 
 ROOT = FIXTURES.parent
@@ -139,7 +139,7 @@ def _hold(case: Case, lessons: tuple[Step, ...], candidate: str) -> list[Disagre
 
 def _alone(case: Case, lessons: tuple[Step, ...], candidate: str) -> list[Disagreement]:
     """The same where every step starts from the reference's state, and uses its gradients."""
-    return compare(case, lessons, taught(case, candidate, "float64", lessons)).found
+    return compare_taught(case, lessons, candidate).found
 
 
 @cache

@@ -98,10 +98,10 @@ def _ordinal(x: float) -> int:
     return bits if bits >= 0 else -(bits & 0x7FFF_FFFF_FFFF_FFFF)
 
 
-def summary(tally: Tally, cases: int) -> str:
-    """What was compared, in a line."""
+def summary(tally: Tally, comparisons: int) -> str:
+    """What was compared."""
     return (
-        f"{cases} cases, {tally.steps:,} steps, {tally.tensors:,} tensors,"
-        f" {tally.elements:,} elements compared; the closest used {tally.worst:.2g} of the"
-        f" allowed error ({tally.worst_key})"
+        f"{comparisons} comparisons over {tally.steps:,} steps: {tally.tensors:,} tensors,"
+        f" {tally.elements:,} elements\nthe worst used {tally.worst:.2g} of the allowed error"
+        f" ({tally.worst_key})"
     )

@@ -1,0 +1,49 @@
+"""Models that nobody thought of: hypothesis draws them, and shrinks what disagrees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from crosscheck.cases import Case, save_case
+from crosscheck.compare import Outcome, compare_taught
+from crosscheck.conftest import Choice
+from crosscheck.models import cases, described
+from crosscheck.report import render
+from crosscheck.trace import trace
+
+EXAMPLES = 100
+
+
+def test_random_models(choice: Choice, settle: Any) -> None:
+    """Each step starts from the reference's state: no rounding is amplified by Adam."""
+    total = Outcome("random models")
+
+    @hypothesis.seed(choice.seed or 0)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def agree(case: Case) -> None:
+        lessons = trace(case, choice.reference, "float64", len(case.batches))
+        outcome = compare_taught(case, lessons, choice.candidate, choice.standard(case))
+        if outcome.found:
+            if choice.save_case:
+                save_case(case, choice.save_case)  # the last one to fail is the smallest
+            words = render(outcome.found[0], choice.reference, choice.candidate)
+            raise AssertionError(f"{words}\n{described(case)}")
+        total.tally.add(outcome.tally)
+
+    try:
+        agree()
+    except AssertionError as error:
+        saved = f"\nsaved as {choice.save_case}" if choice.save_case else ""
+        pytest.fail(f"{error}{saved}", pytrace=False)
+    settle(total)
