@@ -3,22 +3,167 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
-from crosscheck.cases import CASES, case_names, draw_params, read_case
+import numpy as np
+
+from crosscheck.cases import CASES, case_names, draw_params, load_case, read_case, with_params
+from crosscheck.compare import FLOAT32_MEASURED
+from crosscheck.report import as_json, render, summary
+from crosscheck.trace import PHASES, real, split_key, taught, trace
+from microgpt.backend import NAMES
 from microgpt.checkpoint import save_params
+from microgpt.errors import MicrogptError
+
+SEEDS = 9  # sets of parameters for which single precision is measured
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m crosscheck", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    params = commands.add_parser("params", help="draw the parameters of cases anew and store them")
-    params.add_argument("case", nargs="*", help="which cases (default: all)")
-    options = parser.parse_args(arguments)
+    """Run a command. Exit status 0: as it should be; 1: a difference; 2: a mistake in the call."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except MicrogptError as error:
+        print(f"python -m crosscheck {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def defects(options: argparse.Namespace) -> int:
+    """Plant every named defect and print what catches it."""
+    from crosscheck.defects import judge, kill_matrix, load_defects
+
+    chosen = [one for one in load_defects() if not options.name or one.name in options.name]
+    unknown = set(options.name) - {one.name for one in chosen}
+    if unknown:
+        raise MicrogptError(f"there is no defect {min(unknown)!r}; see fixtures/defects.yaml")
+    verdicts = [judge(defect) for defect in chosen]
+    if options.json:
+        report = [
+            {
+                "defect": verdict.defect.name,
+                "caught_by": sorted(verdict.caught_by),
+                "located": verdict.located,
+                "first": as_json(verdict.first) if verdict.first else None,
+            }
+            for verdict in verdicts
+        ]
+        print(json.dumps(report, indent=1))
+    else:
+        print(kill_matrix(verdicts))
+    return 0 if all(verdict.first and verdict.understood for verdict in verdicts) else 1
+
+
+def record(options: argparse.Namespace) -> int:
+    """Write a trace."""
+    from crosscheck.traces import save_trace
+
+    case = load_case(options.case)
+    if options.steps < 1:
+        raise MicrogptError(f"--steps: expected 1 or more, got {options.steps}")
+    steps = trace(case, options.backend, options.dtype, options.steps)
+    count = save_trace(options.out, case, options.backend, options.dtype, steps)
+    print(f"{options.out}: {count} steps of {case.name} by {options.backend}, {options.dtype}")
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Compare two traces."""
+    from crosscheck.traces import diff
+
+    outcome = diff(options.reference, options.candidate, options.only)
+    first = outcome.found[0] if outcome.found else None
+    if options.json:
+        report = {
+            "compared": dataclasses.asdict(outcome.tally),
+            "disagreement": as_json(first) if first else None,
+        }
+        print(json.dumps(report, indent=1))
+    elif first:
+        print(render(first, options.reference.stem, options.candidate.stem))
+    else:
+        print(summary(outcome.tally, 1))
+    return 1 if first else 0
+
+
+def params(options: argparse.Namespace) -> int:
+    """Draw the parameters of cases and store them beside the cases."""
     for name in options.case or case_names():
         save_params(CASES / f"{name}.safetensors", draw_params(read_case(CASES / f"{name}.yaml")))
     return 0
+
+
+def float32(options: argparse.Namespace) -> int:
+    """Measure what single precision loses, as a share of the largest number of each tensor."""
+    worst: dict[str, tuple[float, str]] = dict.fromkeys(FLOAT32_MEASURED, (0.0, ""))
+    for name in case_names():
+        stored = load_case(name)
+        if stored.float32:
+            continue  # it declares that it loses more
+        for seed in range(SEEDS):
+            case = with_params(stored, draw_params(stored, seed)) if seed else stored
+            lessons = list(trace(case, "vectorized", "float64", 5))
+            for lesson, step in zip(lessons, taught(case, "vectorized", "float32", lessons)):
+                for key, tensor in step.items():
+                    phase, where = split_key(key)[0], f"{name}, seed {seed}: {key}"
+                    there = real(key, tensor.shape, lesson["batch/tokens"])
+                    size = np.abs(lesson[key][there]).max(initial=0.0)
+                    error = np.abs(tensor - lesson[key])[there].max() / size if size else 0.0
+                    worst[phase] = max(worst[phase], (float(error), where))
+    for phase, (error, where) in worst.items():
+        print(
+            f"{PHASES[phase]:26} {error:8.1e}  (allowed four times"
+            f" {FLOAT32_MEASURED[phase]:.1e})  {where}"
+        )
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m crosscheck", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: object) -> argparse.ArgumentParser:
+        help = (run.__doc__ or "").rstrip(".")
+        added: argparse.ArgumentParser = commands.add_parser(
+            name, help=help[0].lower() + help[1:], description=run.__doc__, allow_abbrev=False
+        )
+        added.set_defaults(run=run)
+        return added
+
+    one = command("defects", defects)
+    one.add_argument("name", nargs="*", help="only these (default: all)")
+    one.add_argument("--json", action="store_true", help="for other programs")
+
+    one = command("trace", record)
+    one.add_argument("--case", required=True, metavar="NAME|FILE", help="a case")
+    one.add_argument("--backend", required=True, choices=NAMES)
+    one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
+    one.add_argument("--steps", type=int, default=3, metavar="N", help="how many (default: 3)")
+    one.add_argument("--out", required=True, type=Path, metavar="FILE", help="a safetensors file")
+
+    one = command("diff", diff)
+    one.add_argument("reference", type=Path)
+    one.add_argument("candidate", type=Path)
+    one.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of phase/name,"
+                     " such as 'gradient/*'")  # fmt: skip
+    one.add_argument("--json", action="store_true", help="for other programs")
+
+    command("float32", float32)
+
+    one = command("params", params)
+    one.add_argument("case", nargs="*", help="which cases (default: all)")
+    return parser
 
 
 if __name__ == "__main__":

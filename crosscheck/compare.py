@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -141,9 +142,7 @@ def compare(
     for number, (ours, theirs) in enumerate(zip(reference, candidate), 1):
         compare_step(case, number, ours, theirs, standard, outcome)
         if outcome.found:
-            first, phases = outcome.found[0], tuple(split_key(one.key)[0] for one in outcome.found)
-            first = _explained(case, first, ours, theirs, before)
-            outcome.found[0] = replace(first, phases=phases)
+            outcome.found[0] = explained(case, outcome.found, ours, theirs, before)
             return outcome
         outcome.tally.steps += 1
         before = ours
@@ -180,6 +179,25 @@ def compare_step(
         elif phase not in noted:
             noted.add(phase)
             outcome.found.append(replace(found, agreed=tuple(agreed)))
+
+
+def explained(
+    case: Case, found: list[Disagreement], ours: Step, theirs: Step, before: Step | None
+) -> Disagreement:
+    """The first disagreement of a step, with the expression behind it and a diagnosis.
+
+    Where the reference's step, or the one before it, is too incomplete for that, without.
+    """
+    first = replace(found[0], phases=tuple(split_key(one.key)[0] for one in found))
+    with suppress(KeyError):
+        behind = expression(case, first.step, first.key, first.index, ours) if first.shape else None
+        if behind:
+            operands = {name: shown(value) for name, value in behind.operands.items()}
+            first = replace(first, formula=behind.formula, operands=operands)
+    with suppress(KeyError):
+        words = diagnose(case, first.step, first.key, ours, theirs, before)
+        first = replace(first, diagnosis=words)
+    return first
 
 
 def _compare_tensor(
@@ -228,19 +246,6 @@ def _compare_tensor(
     if shares.max() > tally.worst:
         tally.worst, tally.worst_key = float(shares.max()), key
     return None
-
-
-def _explained(
-    case: Case, found: Disagreement, ours: Step, theirs: Step, before: Step | None
-) -> Disagreement:
-    """With the expression behind the element, and a diagnosis."""
-    behind = expression(case, found.step, found.key, found.index, ours) if found.shape else None
-    return replace(
-        found,
-        formula=behind.formula if behind else "",
-        operands={name: shown(value) for name, value in behind.operands.items()} if behind else {},
-        diagnosis=diagnose(case, found.step, found.key, ours, theirs, before),
-    )
 
 
 def _vacuous(case: Case, key: str, reference: Array, candidate: Array, there: Array) -> str:

@@ -208,9 +208,9 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
         "S": "sample",
     }
     lines = [
-        "Caught by  F forward taps and loss, B backward taps, G parameter gradients, M Adam's m,",
-        "           V Adam's v, U update, S samples drawn; lower case: also when Adam is handed the",
-        "           reference's gradients, so that the fault is Adam's own",
+        "Caught by  F forward taps and loss, B backward taps, G parameter gradients,",
+        "           M Adam's m, V Adam's v, U update, S samples drawn; lower case: also",
+        "           from the reference's gradients, so that the fault is Adam's own",
         "",
     ]
     for verdict in verdicts:

@@ -468,9 +468,9 @@ def somewhere(pair: Pair) -> str:
 def other_tensor(pair: Pair) -> str:
     """The numbers of something else."""
     for key, tensor in pair.step.items():
-        if tensor.shape == pair.ours.shape and key != pair.key and tensor.dtype == "float64":
-            if pair.explains(tensor):
-                return f"these are the numbers of {split_key(key)[1]}"
+        alike = tensor.shape == pair.ours.shape and tensor.dtype == "float64" and key != pair.key
+        if alike and pair.explains(tensor):
+            return f"these are the numbers of {split_key(key)[1]}"
     return ""
 
 

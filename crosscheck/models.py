@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from crosscheck.cases import Case, draw_params, with_params
+from crosscheck.cases import Case
 from microgpt.config import config_from
 
 REASON = "drawn at random"
@@ -15,7 +15,7 @@ REASON = "drawn at random"
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """A case: layers, heads, widths, context, vocabulary, switches, documents, parameters.
+    """A case without its parameters: layers, heads, widths, context, switches, documents.
 
     The simplest comes first in every choice, so that what shrinks becomes a model that can be
     worked out on paper.
@@ -34,8 +34,8 @@ def cases(draw: Any) -> Case:
             "squared_relu": draw(st.booleans(), label="squared_relu"),
             "tie_lm_head": draw(st.booleans(), label="tie_lm_head"),
             "norm_eps": draw(st.sampled_from([1e-5, 1e-2, 1e-8]), label="norm_eps"),
-            "init_std": draw(st.sampled_from([0.3, 0.08, 0.02, 1.0]), label="init_std"),
-            "init_std_residual": draw(st.sampled_from([0.3, 0.02, 1.0]), label="init_std_residual"),
+            "init_std": draw(st.sampled_from([0.3, 0.08, 0.02, 0.6]), label="init_std"),
+            "init_std_residual": draw(st.sampled_from([0.3, 0.02, 0.6]), label="init_std_residual"),
             "beta1": draw(st.sampled_from([0.85, 0.0, 0.99]), label="beta1"),
             "beta2": draw(st.sampled_from([0.99, 0.5]), label="beta2"),
             "adam_eps": draw(st.sampled_from([1e-8, 1e-3]), label="adam_eps"),
@@ -49,8 +49,7 @@ def cases(draw: Any) -> Case:
         st.lists(st.lists(documents, min_size=1, max_size=4), min_size=1, max_size=2),
         label="batches",
     )
-    case = Case("random", REASON, config, chars, batches, random=REASON)
-    return with_params(case, draw_params(case))
+    return Case("random", REASON, config, chars, batches, random=REASON)
 
 
 def described(case: Case) -> str:

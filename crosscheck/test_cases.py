@@ -11,7 +11,7 @@ import pytest
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import compare, compare_taught
 from crosscheck.conftest import Choice
-from crosscheck.trace import PHASES, real, split_key, trace
+from crosscheck.trace import PHASES, keys, real, split_key, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import load_config
 from microgpt.data import load_documents
@@ -92,7 +92,7 @@ def test_nothing_is_left_out(choice: Choice) -> None:
     ]
     for name in (choice.reference, choice.candidate):
         step = next(trace(case, name, "float64", 1))
-        assert list(step) == expected
+        assert list(step) == expected == keys(case.config, 27)
         assert {split_key(key)[0] for key in step} == set(PHASES)
     lessons = list(trace(case, choice.reference, "float64", 1))
     outcome = compare_taught(case, lessons, choice.candidate)

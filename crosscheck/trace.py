@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 from crosscheck.cases import Case
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
+from microgpt.config import Config
+from microgpt.layout import param_shapes, tap_names
 from microgpt.train import learning_rate
 
 Array = NDArray[Any]
@@ -101,6 +103,19 @@ def trace_step(backend: Backend, docs: Docs, lr_t: float, grads: Tensors | None 
     keep("update", {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params})
     keep("params", after.params)
     return record
+
+
+def keys(config: Config, vocab_size: int) -> list[str]:
+    """The keys of a whole step, in the order of comparison."""
+    taps, params = tap_names(config), list(param_shapes(config, vocab_size))
+    names = {
+        "batch": ["tokens"],
+        "forward": taps,
+        "backward": [f"d{name}" for name in reversed(taps)],
+        "gradient": [f"d{name}" for name in params],
+        "sample": ["documents"],
+    }
+    return [f"{phase}/{name}" for phase in PHASES for name in names.get(phase, params)]
 
 
 def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:

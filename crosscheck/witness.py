@@ -6,7 +6,8 @@ subtracted, so the derivative is exact to rounding. No backward pass has a part 
 
 Where complex numbers cannot go, in the Values of scalar/, differences of two losses have to do.
 
-Source: Squire and Trapp, "Using complex variables to estimate derivatives of real functions" (1998).
+Source: Squire and Trapp, "Using complex variables to estimate derivatives of real functions",
+SIAM Review 40 (1998).
 """
 
 from __future__ import annotations
