@@ -1,0 +1,267 @@
+"""What a batch means, and that sampling side by side is sampling one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import vectorized.backend
+import vectorized.sample
+from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
+from microgpt.config import Config, load_config, presets
+from microgpt.init import init_params
+from microgpt.tokenizer import Tokenizer, build_tokenizer
+from vectorized.arrays import Array, Batch
+from vectorized.sample import choose
+
+# both revisions of the model, small, with weights that tell everything apart
+CONFIGS = {
+    name: replace(
+        load_config(name), n_embd=4, n_head=2, block_size=6, init_std=0.5, init_std_residual=0.5
+    )
+    for name in presets()
+}
+TOKENIZERS = {name: build_tokenizer("abc", config) for name, config in CONFIGS.items()}
+
+backends = pytest.mark.parametrize("backend", NAMES)
+models = pytest.mark.parametrize("preset", CONFIGS)
+texts = st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=4)
+few = settings(max_examples=40, deadline=None)
+
+
+def load(backend: str, config: Config, tokenizer: Tokenizer) -> Backend:
+    params = init_params(config, tokenizer.vocab_size, Random(config.seed))
+    return load_backend(backend, config, fresh_state(params))
+
+
+def encoded(texts: Sequence[str], preset: str) -> list[list[int]]:
+    tokenizer, longest = TOKENIZERS[preset], CONFIGS[preset].max_tokens
+    return [tokenizer.document(text)[:longest] for text in texts]
+
+
+def measured(backend: Backend, docs: Docs) -> tuple[float, dict[str, Array]]:
+    """The loss of a batch and its gradients."""
+    loss = backend.forward(docs)
+    backend.backward()
+    return loss, {name: np.array(grad) for name, grad in backend.grads().items()}
+
+
+def assert_same(
+    found: tuple[float, dict[str, Array]], expected: tuple[float, dict[str, Array]]
+) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-14)
+    for name, grad in expected[1].items():
+        np.testing.assert_allclose(found[1][name], grad, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+@backends
+@models
+@few
+@given(texts=texts)
+@example(texts=["ab", "ab", "c"])  # a document that occurs twice counts twice
+@example(texts=["a", "abcabcab"])  # each counts the same, however long it is
+def test_a_batch_is_the_mean_of_its_documents_run_alone(
+    backend: str, preset: str, texts: list[str]
+) -> None:
+    model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
+    docs = encoded(texts, preset)
+    alone = [measured(model, [doc]) for doc in docs]
+    mean_loss = sum(loss for loss, _ in alone) / len(docs)
+    mean_grads = {name: sum(grads[name] for _, grads in alone) / len(docs) for name in alone[0][1]}
+    assert_same(measured(model, docs), (mean_loss, mean_grads))
+
+
+@backends
+@models
+@few
+@given(texts=texts)
+@example(texts=["a", "abcabcab"])
+def test_the_losses_of_a_document_are_the_same_in_any_company(
+    backend: str, preset: str, texts: list[str]
+) -> None:
+    model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
+    docs = encoded(texts, preset)
+    together = model.position_losses(docs)
+    for losses, doc in zip(together, docs, strict=True):
+        (alone,) = model.position_losses([doc])
+        assert losses == pytest.approx(alone, rel=1e-14)
+        assert len(losses) == len(doc) - 1
+
+
+@backends
+@models
+@few
+@given(texts=texts, seed=st.integers(0, 99))
+def test_the_order_of_a_batch_changes_nothing(
+    backend: str, preset: str, texts: list[str], seed: int
+) -> None:
+    model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
+    docs = encoded(texts, preset)
+    shuffled = Random(seed).sample(docs, len(docs))
+    assert_same(measured(model, shuffled), measured(model, docs))
+
+
+def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
+    """A batch with more padding than it needs, and anything at all in the padding."""
+    B = len(docs)
+    tokens = np.array([[rng.randrange(V) for _ in range(T)] for _ in docs])
+    targets = np.array([[rng.randrange(V) for _ in range(T)] for _ in docs])
+    weights = np.zeros((B, T))
+    for b, doc in enumerate(docs):
+        n = len(doc) - 1
+        tokens[b, :n], targets[b, :n], weights[b, :n] = doc[:-1], doc[1:], 1 / (B * n)
+    places = targets.reshape(-1) * (B * T) + np.arange(B * T)
+    return Batch(tokens, places, weights.reshape(-1), ragged=True)
+
+
+@models
+@given(texts=texts, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_more_padding_changes_nothing(preset: str, texts: list[str], seed: int) -> None:
+    config, tokenizer = CONFIGS[preset], TOKENIZERS[preset]
+    model = load("vectorized", config, tokenizer)
+    docs = encoded(texts, preset)
+    expected = measured(model, docs)
+
+    def pad(docs: Docs, dtype: np.dtype) -> Batch:
+        return padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
+
+    with patch.object(vectorized.backend, "pad", pad):
+        assert_same(measured(model, docs), expected)
+
+
+def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Parameters by which token 0 cannot follow at position 2, where its logit is -2000."""
+    params = init_params(config, tokenizer.vocab_size, Random(config.seed))
+    for name in ("wte", "wpe", "layer0.attn_wo", "layer0.mlp_fc2"):  # channel 0 is of no other use
+        rows = params[name]
+        params[name] = (
+            [[0.0] * len(rows[0]), *rows[1:]] if "." in name else [[0.0, *row[1:]] for row in rows]
+        )
+    params["wpe"][2] = [1e6, 0.0, 0.0, 0.0]
+    params["lm_head"][0] = [-1000.0, 0.0, 0.0, 0.0]
+    return params
+
+
+def test_padding_may_have_a_loss_that_is_not_finite() -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    params = with_an_impossible_token(config, tokenizer)
+    model = load_backend("vectorized", config, fresh_state(params))
+    long, short = [3, 1, 2, 1, 3], [3, 0, 3]  # pad() fills the short one up with token 0
+    (loss_1, grads_1), (loss_2, grads_2) = (measured(model, [doc]) for doc in (long, short))
+    mean_grads = {name: (grads_1[name] + grads_2[name]) / 2 for name in grads_1}
+    assert_same(measured(model, [long, short]), ((loss_1 + loss_2) / 2, mean_grads))
+
+
+@backends
+def test_a_token_of_probability_0_is_refused(backend: str) -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    params = with_an_impossible_token(config, tokenizer)
+    model = load_backend(backend, config, fresh_state(params))
+    with pytest.raises(FloatingPointError):
+        model.forward([[3, 1, 2, 0, 3]])
+
+
+@st.composite
+def models_to_sample(draw: st.DrawFn) -> tuple[Config, Tokenizer]:
+    D, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    config = replace(
+        CONFIGS[draw(st.sampled_from(sorted(CONFIGS)))],
+        n_layer=draw(st.integers(1, 2)),
+        n_embd=D * H,
+        n_head=H,
+        block_size=draw(st.integers(1, 6)),
+        vocabulary=draw(st.sampled_from(["chars-bos", "bos-eos-chars"])),
+        seed=draw(st.integers(0, 10**6)),
+    )
+    return config, build_tokenizer("abcd"[: draw(st.integers(1, 4))], config)
+
+
+def assert_same_samples(
+    config: Config,
+    tokenizer: Tokenizer,
+    seed: int,
+    num: int,
+    temperature: float,
+    prompt: Sequence[int],
+) -> None:
+    """The same documents from both backends, which leave the random stream in the same place."""
+    ours, theirs = Random(seed), Random(seed)
+    expected = load("scalar", config, tokenizer).sample(tokenizer, ours, num, temperature, prompt)
+    found = load("vectorized", config, tokenizer).sample(
+        tokenizer, theirs, num, temperature, prompt
+    )
+    assert found == expected
+    assert len(found) == num
+    assert ours.getstate() == theirs.getstate()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    model=models_to_sample(),
+    seed=st.integers(0, 10**6),
+    num=st.integers(0, 9),
+    temperature=st.floats(0.1, 3),
+    walkers=st.sampled_from([1, 2, 5, 1024]),
+    data=st.data(),
+)
+def test_samples_are_the_same_draw_for_draw(
+    model: tuple[Config, Tokenizer],
+    seed: int,
+    num: int,
+    temperature: float,
+    walkers: int,
+    data: st.DataObject,
+) -> None:
+    config, tokenizer = model
+    chars = st.sampled_from(sorted(tokenizer.ids.values()))
+    prompt = data.draw(st.lists(chars, max_size=config.block_size - 1))
+    with patch.object(vectorized.sample, "WALKERS", walkers):
+        assert_same_samples(config, tokenizer, seed, num, temperature, prompt)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_samples_of_a_whole_model_are_the_same_draw_for_draw(preset: str) -> None:
+    config = load_config(preset)
+    tokenizer = build_tokenizer("abcdefghijklmnopqrstuvwxyz", config)
+    assert_same_samples(config, tokenizer, 1, config.num_samples, config.temperature, [])
+
+
+def test_no_sample_takes_no_draw() -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    assert_same_samples(config, tokenizer, seed=1, num=0, temperature=1.0, prompt=[])
+
+
+def test_a_context_of_one_position_gives_one_character_at_most() -> None:
+    config = replace(CONFIGS["microgpt"], block_size=1)
+    assert_same_samples(config, TOKENIZERS["microgpt"], 1, 30, 1.0, [])
+
+
+# eighths, so that many draws fall exactly on the border between two choices
+eighths = st.integers(0, 8).map(lambda n: n / 8)
+weights = st.lists(eighths | st.floats(0, 1), min_size=1, max_size=5).filter(any)
+draws = st.integers(0, 7).map(lambda n: n / 8) | st.floats(0, 1, exclude_max=True)
+
+
+@settings(deadline=None)
+@given(weights=weights, draws=st.lists(draws, min_size=1, max_size=5))
+@example(weights=[0.25, 0.0, 0.25, 0.5], draws=[0.0, 0.25, 0.5, 0.75])
+@example(weights=[0.0, 1.0, 0.0], draws=[0.0, 1 - 2**-53])
+def test_choose_is_random_choices_on_the_same_draws(
+    weights: list[float], draws: list[float]
+) -> None:
+    expected = []
+    for draw in draws:
+        rng = Random()
+        with patch.object(rng, "random", lambda: draw):  # noqa: B023
+            expected += rng.choices(range(len(weights)), weights)
+    columns = np.array([weights] * len(draws)).T
+    assert choose(columns, np.array(draws)).tolist() == expected

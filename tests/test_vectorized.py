@@ -1,0 +1,417 @@
+"""Every hand-written backward pass against finite differences, and what else only arrays have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.config import Config, load_config
+from microgpt.init import init_params
+from microgpt.layout import param_shapes
+from vectorized.arrays import Array, Workspace, model_tree, named_views, pad
+from vectorized.model import (
+    activation_backward,
+    activation_forward,
+    attention_backward,
+    attention_forward,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    gpt_backward,
+    gpt_forward,
+    linear_backward,
+    linear_forward,
+    loss_backward,
+    loss_forward,
+    mlp_backward,
+    mlp_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    softmax_backward,
+    softmax_forward,
+)
+
+H = 1e-6  # the step of the finite differences
+KINK = 1e-4  # ReLU inputs are kept further than this from 0, where there is no slope
+
+# An operation, ready to be checked: its inputs by name, forward() -> y, and backward(dy) -> the
+# derivative of sum(dy * y) with respect to each input. forward reads the inputs as they stand.
+Grads = dict[str, Array]
+Op = tuple[Grads, Callable[[], Array], Callable[[Array], Grads]]
+
+
+def linear(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    x, w = rng.normal(size=(size.C, size.N)), rng.normal(size=(size.V, size.C))
+
+    def forward() -> Array:
+        return linear_forward(x, w, blank(size.V, size.N))
+
+    def backward(dy: Array) -> Grads:
+        dw = blank(size.V, size.C)
+        return {"x": linear_backward(dy, x, w, dw, blank(size.C, size.N)), "w": dw}
+
+    return {"x": x, "w": w}, forward, backward
+
+
+def softmax(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    x = rng.normal(size=(size.V, size.N))
+
+    def forward() -> Array:
+        return softmax_forward(x, blank(size.V, size.N))
+
+    def backward(dy: Array) -> Grads:
+        return {"x": softmax_backward(dy, forward(), blank(size.V, size.N))}
+
+    return {"x": x}, forward, backward
+
+
+def rmsnorm(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    x, eps, scale = rng.normal(size=(size.C, size.N)), 0.1, blank(size.N)
+
+    def forward() -> Array:
+        return rmsnorm_forward(x, eps, blank(size.C, size.N), scale)
+
+    def backward(dy: Array) -> Grads:
+        return {"x": rmsnorm_backward(dy, forward(), scale)}
+
+    return {"x": x}, forward, backward
+
+
+def activation(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    x = rng.choice([-1, 1], (size.C, size.N)) * rng.uniform(0.1, 2, (size.C, size.N))
+
+    def forward() -> Array:
+        return activation_forward(x, size.squared, blank(size.C, size.N))
+
+    def backward(dy: Array) -> Grads:
+        return {"x": activation_backward(dy, x, size.squared, blank(size.C, size.N))}
+
+    return {"x": x}, forward, backward
+
+
+def attention(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    gpt, x = model(rng, size), rng.normal(size=(size.C, size.N))
+    w, dw, tap, dtap = (tree.layers[0] for tree in (gpt.params, gpt.dparams, gpt.tap, gpt.dtap))
+
+    def forward() -> Array:
+        return attention_forward(x, w, None, gpt.config, tap)
+
+    def backward(dy: Array) -> Grads:
+        forward()
+        dx = attention_backward(dy, w, dw, gpt.config, tap, dtap, blank(size.C, size.N))
+        return {"x": dx, **starting_with("layer0.attn", gpt.grads)}
+
+    return {"x": x, **starting_with("layer0.attn", gpt.named)}, forward, backward
+
+
+def mlp(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    gpt, x = model(rng, size), rng.normal(size=(size.C, size.N))
+    w, dw, tap, dtap = (tree.layers[0] for tree in (gpt.params, gpt.dparams, gpt.tap, gpt.dtap))
+
+    def forward() -> Array:
+        return mlp_forward(x, w, gpt.config, tap)
+
+    def backward(dy: Array) -> Grads:
+        forward()
+        dx = mlp_backward(dy, w, dw, gpt.config, tap, dtap, blank(size.C, size.N))
+        return {"x": dx, **starting_with("layer0.mlp", gpt.grads)}
+
+    forward()
+    assume(np.abs(tap.mlp_pre).min() > KINK)
+    return {"x": x, **starting_with("layer0.mlp", gpt.named)}, forward, backward
+
+
+def gpt(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
+
+    def forward() -> Array:
+        return gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap)
+
+    def backward(dy: Array) -> Grads:
+        forward()
+        gpt_backward(dy, tokens, gpt.params, gpt.dparams, gpt.config, gpt.tap, gpt.dtap)
+        return gpt.grads
+
+    forward()
+    assume(all(np.abs(tap.mlp_pre).min() > KINK for tap in gpt.tap.layers))
+    return gpt.named, forward, backward
+
+
+def cross_entropy(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    logits, probs = rng.normal(size=(size.V, size.N)), blank(size.V, size.N)
+    targets = rng.integers(size.V, size=size.N) * size.N + np.arange(size.N)
+
+    def forward() -> Array:
+        return cross_entropy_forward(logits, targets, blank(size.N), probs)
+
+    def backward(dy: Array) -> Grads:
+        forward()
+        return {"logits": cross_entropy_backward(dy, probs, targets, blank(size.V, size.N))}
+
+    return {"logits": logits}, forward, backward
+
+
+def loss(rng: np.random.Generator, size: SimpleNamespace) -> Op:
+    gpt = model(rng, size)
+    lengths = [size.T, *rng.integers(1, size.T + 1, size=size.B - 1)]  # ragged more often than not
+    batch = pad([rng.integers(size.V, size=n + 1).tolist() for n in lengths], np.dtype("float64"))
+
+    def forward() -> Array:
+        return loss_forward(batch, gpt.params, gpt.config, gpt.tap)
+
+    def backward(dy: Array) -> Grads:
+        forward()
+        loss_backward(batch, gpt.params, gpt.dparams, gpt.config, gpt.tap, gpt.dtap)
+        return {name: dy * grad for name, grad in gpt.grads.items()}
+
+    forward()
+    assume(all(np.abs(tap.mlp_pre).min() > KINK for tap in gpt.tap.layers))
+    return gpt.named, forward, backward
+
+
+OPS = [linear, softmax, rmsnorm, activation, attention, mlp, gpt, cross_entropy, loss]
+
+
+def blank(*shape: int) -> Array:
+    """An array to write to: what is not written stays not a number, and is found."""
+    return np.full(shape, np.nan)
+
+
+def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
+    """A GPT of that size, its parameters by name, and blank arrays for everything else."""
+    config = replace(
+        load_config(),
+        n_layer=size.L,
+        n_embd=size.C,
+        n_head=size.H,
+        block_size=size.T + 1,
+        norm_embedding=size.norm_embedding,
+        squared_relu=size.squared,
+        tie_lm_head=size.tied,
+        norm_eps=0.1,  # large enough to be missed
+    )
+    shapes = param_shapes(config, size.V)
+    flat = rng.normal(size=sum(n_out * n_in for n_out, n_in in shapes.values())) * 0.7
+    flat_grads = np.full_like(flat, np.nan)
+    tap, dtap = Workspace(config, size.V, flat.dtype, size.watch).arrays(size.B, size.T)
+    for array in floats([tap, dtap]):
+        array[...] = np.nan
+    return SimpleNamespace(
+        config=config,
+        params=model_tree(flat, shapes, size.L),
+        named=named_views(flat, shapes),
+        dparams=model_tree(flat_grads, shapes, size.L),
+        grads=named_views(flat_grads, shapes),
+        tap=tap,
+        dtap=dtap,
+    )
+
+
+def starting_with(prefix: str, named: Mapping[str, Array]) -> Grads:
+    return {name: array for name, array in named.items() if name.startswith(prefix)}
+
+
+def floats(node: Any) -> Iterator[Array]:
+    """Every array of floating-point numbers inside an object, however deep."""
+    if isinstance(node, (np.ndarray, np.generic)):
+        if np.issubdtype(node.dtype, np.floating):
+            yield node
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from floats(item)
+    elif isinstance(node, dict):
+        yield from floats(list(node.values()))
+    elif hasattr(node, "__dict__"):
+        yield from floats(vars(node))
+
+
+def size_of(**drawn: Any) -> SimpleNamespace:
+    return SimpleNamespace(**drawn, C=drawn["H"] * drawn["D"], N=drawn["B"] * drawn["T"])
+
+
+sizes = st.builds(
+    size_of,
+    B=st.integers(1, 3),
+    T=st.integers(1, 4),
+    H=st.integers(1, 3),
+    D=st.integers(1, 2),
+    V=st.integers(2, 5),
+    L=st.integers(1, 2),
+    norm_embedding=st.booleans(),
+    squared=st.booleans(),
+    tied=st.booleans(),
+    watch=st.booleans(),
+)
+SIZE = size_of(
+    B=2, T=3, H=2, D=2, V=4, L=2, norm_embedding=True, squared=False, tied=False, watch=False
+)
+
+
+def check(op: Op, dy: Array, wrong: Mapping[str, float] = {}) -> None:
+    """Hold each derivative against the change of sum(dy * y) when its number moves by 2 H.
+
+    wrong    factors by which to spoil derivatives first
+    """
+    inputs, forward, backward = op
+    rounding = 1e-9 * (np.abs(dy) * (1 + np.abs(forward()))).sum()  # 1e-16 of a sum, over 2 H
+    found = {name: grad * wrong.get(name, 1.0) for name, grad in backward(dy.copy()).items()}
+    for name, x in inputs.items():
+        expected = np.empty_like(x)
+        for place in np.ndindex(x.shape):
+            held = x[place]
+            x[place] = held + H
+            up = (dy * forward()).sum()
+            x[place] = held - H
+            expected[place] = (up - (dy * forward()).sum()) / (2 * H)
+            x[place] = held
+        atol = rounding + 1e-7 * np.abs(expected).max()
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("make", OPS)
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_a_backward_pass_is_the_slope_of_its_forward_pass(
+    make: Callable[[np.random.Generator, SimpleNamespace], Op], size: SimpleNamespace, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    op = make(rng, size)
+    check(op, rng.normal(size=op[1]().shape))
+
+
+@pytest.mark.parametrize("make", OPS)
+@given(seed=st.integers(0, 9))
+@settings(max_examples=4, deadline=None)
+def test_the_check_objects_to_a_derivative_that_is_off_by_a_thousandth(
+    make: Callable[[np.random.Generator, SimpleNamespace], Op], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    op = make(rng, SIZE)
+    dy = rng.normal(size=op[1]().shape)
+    check(op, dy)
+    for name in op[0]:
+        with pytest.raises(AssertionError, match=name):
+            check(op, dy, wrong={name: 1.001})
+
+
+def test_every_backward_pass_is_checked() -> None:
+    import vectorized.model
+
+    functions = {name for name in vars(vectorized.model) if name.endswith("_backward")}
+    assert functions == {f"{make.__name__}_backward" for make in OPS}
+
+
+def test_softmax_takes_logits_of_any_size() -> None:
+    x = np.random.default_rng(1).normal(size=(5, 4))
+    np.testing.assert_allclose(
+        softmax_forward(x + 5000.0, blank(5, 4)), softmax_forward(x, blank(5, 4)), rtol=1e-11
+    )
+
+
+@given(size=sizes, seed=st.integers(0, 2**32 - 1), data=st.data())
+@settings(deadline=None)
+def test_a_token_changes_no_logits_before_it_and_none_of_other_documents(
+    size: SimpleNamespace, seed: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
+    b, t = data.draw(st.integers(0, size.B - 1)), data.draw(st.integers(0, size.T - 1))
+    before = gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap).copy()
+    tokens[b, t] = (tokens[b, t] + 1) % size.V
+    after = gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap)
+    unmoved = np.ones((size.B, size.T), bool)
+    unmoved[b, t:] = False
+    columns = unmoved.reshape(-1)
+    np.testing.assert_allclose(after[:, columns], before[:, columns], rtol=1e-15, atol=1e-15)
+    assert (after[:, ~columns] != before[:, ~columns]).any()
+
+
+def small_config(**fields: Any) -> Config:
+    return replace(load_config(), n_embd=4, n_head=2, block_size=5, init_std=0.5, **fields)
+
+
+DOCS = [[3, 0, 1, 3], [3, 2, 3], [3, 1, 1, 0, 2, 3]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adam_is_the_algorithm_of_the_textbook(name: str) -> None:
+    config = small_config()
+    init = init_params(config, 4, Random(1))
+    backend = load_backend(name, config, fresh_state(init))
+    rng = Random(2)
+    expected = {p: [[[x, 0.0, 0.0] for x in row] for row in init[p]] for p in init}  # theta, m, v
+    for t in range(1, 6):
+        # from 0 to sizes beside which epsilon is small
+        grads = {
+            p: [[rng.choice([0, 1e-9, 1e-3, 1]) * rng.gauss(0, 1) for _ in row] for row in init[p]]
+            for p in init
+        }
+        alpha = 0.01 / t
+        backend.set_grads(grads)
+        backend.update(alpha)
+        for p, rows in expected.items():
+            for row, row_grads in zip(rows, grads[p]):
+                for number, g in zip(row, row_grads):
+                    textbook_adam(number, g, t, alpha, config)
+    state = backend.state()
+    for i, tensors in enumerate((state.params, state.m, state.v)):
+        for p, rows in expected.items():
+            numbers = [[number[i] for number in row] for row in rows]
+            np.testing.assert_allclose(tensors[p], numbers, rtol=1e-12, atol=1e-18, err_msg=p)
+
+
+def textbook_adam(number: list[float], g: float, t: int, alpha: float, config: Config) -> None:
+    """Kingma and Ba (2015), algorithm 1, for one parameter: theta, m, v."""
+    theta, m, v = number
+    m = config.beta1 * m + (1 - config.beta1) * g
+    v = config.beta2 * v + (1 - config.beta2) * g * g
+    m_hat = m / (1 - config.beta1**t)
+    v_hat = v / (1 - config.beta2**t)
+    number[:] = theta - alpha * m_hat / (v_hat**0.5 + config.adam_eps), m, v
+
+
+@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_array_has_the_precision_of_the_configuration(dtype: str, watch: bool) -> None:
+    config = small_config(dtype=dtype, n_layer=2)
+    init = init_params(config, 4, Random(1))
+    backend = load_backend("vectorized", config, fresh_state(init), watch)
+    for _ in range(2):
+        backend.forward(DOCS)
+        backend.backward()
+        backend.update(0.01)
+    state = backend.state()
+    arrays = list(floats([backend, state, backend.grads(), backend.taps()]))
+    assert len(arrays) > 50
+    assert {array.dtype.name for array in arrays} == {dtype}
+
+
+def test_single_precision_finds_the_same_loss_in_fewer_digits() -> None:
+    init = init_params(small_config(), 4, Random(1))
+    single, double = (
+        load_backend("vectorized", small_config(dtype=dtype), fresh_state(init)).forward(DOCS)
+        for dtype in ("float32", "float64")
+    )
+    assert single == pytest.approx(double, rel=1e-5)
+    assert single != double
+
+
+def test_nothing_that_is_looked_at_between_forward_and_backward_changes_the_gradients() -> None:
+    config = small_config()
+    backend = load_backend("vectorized", config, fresh_state(init_params(config, 4, Random(1))))
+    backend.forward(DOCS)
+    backend.backward()
+    undisturbed = {name: grad.copy() for name, grad in backend.grads().items()}
+    backend.forward(DOCS)
+    backend.position_losses([doc[::-1] for doc in DOCS])
+    backend.backward()
+    for name, grad in backend.grads().items():
+        np.testing.assert_array_equal(grad, undisturbed[name])
