@@ -81,6 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"{candidate} against itself proves nothing; choose another --reference, or --dtype"
         )
+    if option("--steps") < 1:
+        raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
+    for name in option("--case") or []:
+        try:
+            load_case(name)
+        except MicrogptError as error:
+            raise pytest.UsageError(str(error)) from None
     config.stash[CHOICE] = Choice(
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
@@ -101,10 +108,7 @@ def choice(pytestconfig: pytest.Config) -> Choice:
 @pytest.fixture
 def case(choice: Choice, case_name: str) -> Case:
     """A case, as the command line asks for it."""
-    try:
-        return choice.case(case_name)
-    except MicrogptError as error:
-        pytest.fail(str(error), pytrace=False)
+    return choice.case(case_name)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ class Backend(Protocol):
     def forward(self, docs: Docs) -> float:
         """The loss of a batch: the mean over its documents of the mean over their positions.
 
-        Raises FloatingPointError if a probability is 0, where the logarithm has no value.
+        Raises FloatingPointError if it is not finite.
         """
 
     def backward(self) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises MicrogptError if it is missing, damaged, no checkpoint, of another version, or if its
     tensors do not have the shapes that its configuration asks for.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / FILE_NAME
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
@@ -92,11 +93,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config = checked(typed_fields(fields, f"{path}: config"))
         tokenizer = build_tokenizer(metadata["chars"], config)
         updates = int(metadata["updates"])
+        if updates < 0:
+            raise ValueError(f"{updates} updates")
         version, numbers, gauss_next = json.loads(metadata["random"])
         rng = Random()
         rng.setstate((version, tuple(numbers), gauss_next))
         documents = metadata["documents"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise MicrogptError(f"{path}: damaged: its metadata cannot be read ({error!r})") from None
     shapes = param_shapes(config, tokenizer.vocab_size)
     params, m, v = (
@@ -118,11 +121,12 @@ def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Everything in a safetensors file: arrays by name, and metadata."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MicrogptError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise MicrogptError(f"{path}: not a readable safetensors file: {error}") from None
 

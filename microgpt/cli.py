@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -21,20 +22,33 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend."""
-    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status: int = options.run(options)
+        status = _run(arguments)
         sys.stdout.flush()
-    except MicrogptError as error:
-        print(f"microgpt {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"microgpt {options.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone: let the interpreter's last flush go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    except SystemExit as done:  # --help and --version are printed, mistakes explained
+        return int(done.code or 0)
+    try:
+        status: int = options.run(options)
+    except MicrogptError as error:
+        print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"microgpt {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status
 
 
@@ -60,9 +74,9 @@ def train(options: argparse.Namespace) -> int:
     print(report.ending(progress, tokenizer.vocab_size))
     documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
     samples = [tokenizer.decode(ids) for ids in documents]
+    write_samples(run.out, samples)
     for i, sample in enumerate(samples, 1):
         print(f"sample {i:2}: {sample}")
-    write_samples(run.out, samples)
     print(f"everything is in {run.out}")
     return 0
 
@@ -146,11 +160,16 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
     return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
 
 
+def _one_line(message: object) -> str:
+    """Whatever a path or a server's answer may contain."""
+    return " ".join(str(message).splitlines())
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: error: {_one_line(message)}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
 
@@ -209,7 +228,7 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     command.add_argument(
         "--backend",
         default="vectorized",

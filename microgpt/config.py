@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from microgpt.errors import MicrogptError
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES / "configs"
 DEFAULT_PRESET = "microgpt"
+TINIEST = 1e-300  # the inverse of anything smaller may be infinite
 
 
 def _field(help: str, *, least: float | None = None, above: float | None = None,
@@ -111,7 +113,8 @@ def checked(fields: Mapping[str, Any]) -> Config:
     """A configuration whose fields fit together."""
     config = Config(**fields)
     if config.n_embd % config.n_head:
-        divisors = [str(n) for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
+        widest = min(config.n_embd, 1000)
+        divisors = [str(n) for n in range(1, widest + 1) if config.n_embd % n == 0]
         raise MicrogptError(
             f"n_head {config.n_head} does not divide n_embd {config.n_embd}, and every head takes"
             f" an equal share of the channels; n_head can be {', '.join(divisors[:12])}"
@@ -151,7 +154,7 @@ def flag(name: str) -> str:
 
 def _read_source(source: str) -> dict[Any, Any]:
     path = CONFIGS / f"{source}.yaml" if source in presets() else Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MicrogptError(
             f"--config: there is no preset and no file {source!r};"
             f" the presets are {', '.join(presets())}"
@@ -166,7 +169,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             raw = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date
         reason = " ".join(str(error).split())
         raise MicrogptError(f"{path}: not readable as YAML: {reason}") from None
     except OSError as error:
@@ -195,6 +198,8 @@ def _typed(name: str, value: Any, where: str) -> Any:
         raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}")
     if limits["above"] is not None and value <= limits["above"]:
         raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")
+    if isinstance(value, float) and name == "temperature" and value < TINIEST:
+        raise MicrogptError(f"{where}: {value} is too close to 0; try 0.001")
     if limits["below"] is not None and value >= limits["below"]:
         raise MicrogptError(f"{where}: expected less than {limits['below']}, got {value}")
     return value

@@ -7,8 +7,9 @@ import hashlib
 import os
 import secrets
 import sys
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from microgpt.config import FIXTURES
@@ -34,14 +35,18 @@ def load_documents(dataset: str) -> list[str]:
         return read_documents(NAMES)
     if dataset == "makemore":
         return read_documents(makemore())
-    path = Path(dataset)
-    if not path.is_file():
-        kind = "is a folder, not" if path.is_dir() else "names no data set and"
+    if not os.path.isfile(dataset):
+        kind = "is a folder, not a" if os.path.isdir(dataset) else "names no data set and no"
         raise MicrogptError(
-            f"--dataset: {dataset!r} {kind} a file;"
+            f"--dataset: {dataset!r} {kind} file;"
             " expected names, makemore, or the path of a text file with one document per line"
         )
-    return read_documents(path)
+    return read_documents(Path(dataset))
+
+
+def located(dataset: str) -> str:
+    """The same data set, from whichever folder one asks."""
+    return dataset if dataset in ("names", "makemore") else os.path.abspath(dataset)
 
 
 def read_documents(path: Path) -> list[str]:
@@ -50,15 +55,19 @@ def read_documents(path: Path) -> list[str]:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = len(_lines(error.object[: error.start].decode("latin-1")))
         raise MicrogptError(f"{path}: line {line} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    documents = [line.strip() for line in lines if line.strip()]
+    documents = [line.strip() for line in _lines(text) if line.strip()]
     if not documents:
         raise MicrogptError(f"{path}: no documents; expected one on each line")
     return documents
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as every system ends them, and nothing else that Unicode takes for a line's end."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def makemore() -> Path:
@@ -77,7 +86,9 @@ def download(url: str, sha256: str, size: int, path: Path) -> None:
     try:
         with urlopen(url, timeout=TIMEOUT) as answer:
             content = answer.read(size + 1)
-    except (URLError, OSError) as error:
+    except (URLError, OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()
         reason = getattr(error, "reason", None) or error
         raise MicrogptError(f"{url}: cannot be downloaded ({reason}); {by_hand}") from None
     if _sha256(content) != sha256:

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from random import Random
 from time import perf_counter
 
+import numpy as np
 import yaml
 
 from microgpt.backend import Backend, fresh_state, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from microgpt.config import Config, checked
-from microgpt.data import load_documents, write_whole
+from microgpt.data import load_documents, located, write_whole
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
@@ -56,7 +57,11 @@ class Run:
 
         Raises MicrogptError, before anything is written, if the loss is not finite.
         """
-        with _signals() as stopping, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
+        with (
+            open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log,
+            _signals() as stopping,
+            np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
+        ):
             while self.step < self.config.steps and not stopping:
                 start = perf_counter()
                 lr_t = learning_rate(self.step, self.config)
@@ -75,12 +80,10 @@ class Run:
         docs = batch(self.step, self.documents, self.tokenizer, self.config)
         try:
             loss = self.backend.forward(docs)
+            self.backend.backward()
+            self.backend.update(lr_t)
         except ArithmeticError as error:
             raise MicrogptError(self._diverged(str(error))) from None
-        if not math.isfinite(loss):
-            raise MicrogptError(self._diverged(f"the loss is {loss}"))
-        self.backend.backward()
-        self.backend.update(lr_t)
         return loss
 
     def _diverged(self, what: str) -> str:
@@ -122,6 +125,7 @@ def new_run(
         )
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
+    config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
     params = init_params(config, tokenizer.vocab_size, rng)
@@ -138,7 +142,7 @@ def new_run(
 
 def holds_run(out: Path) -> bool:
     """Whether a directory has any file of a run in it."""
-    return any((out / run_file).exists() for run_file in RUN_FILES)
+    return any(os.path.exists(out / run_file) for run_file in RUN_FILES)
 
 
 def _free_directory(first: Path) -> Path:
@@ -149,13 +153,15 @@ def _free_directory(first: Path) -> Path:
 def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> Run:
     """A run that goes on from the checkpoint in its directory."""
     held = load_checkpoint(out)
-    for name in overrides:
-        if name not in RESUMABLE:
+    for name, value in overrides.items():
+        value = located(str(value)) if name == "dataset" else value
+        if name not in RESUMABLE and value != getattr(held.config, name):
             raise MicrogptError(
                 f"--resume: {name} is part of what was trained and cannot change on the way;"
                 f" what can is {', '.join(RESUMABLE)}"
             )
-    config = checked({**dataclasses.asdict(held.config), **overrides})
+    changes = {name: value for name, value in overrides.items() if name in RESUMABLE}
+    config = checked({**dataclasses.asdict(held.config), **changes})
     updates = held.state.updates
     if updates >= config.steps:
         raise MicrogptError(

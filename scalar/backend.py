@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
@@ -32,9 +34,13 @@ class Backend:
         self.m = [float(x) for matrix in state.m.values() for row in matrix for x in row]
         self.v = [float(x) for matrix in state.v.values() for row in matrix for x in row]
         self.updates = state.updates
+        self.doc_taps: list[list[SimpleNamespace]] = []
 
     def forward(self, docs: Docs) -> float:
+        self.doc_taps = []
         self.loss, self.doc_taps = loss(docs, self.params, self.config)
+        if not math.isfinite(self.loss.data):
+            raise FloatingPointError(f"the loss is {self.loss.data}")
         return self.loss.data
 
     def backward(self) -> None:
@@ -86,6 +92,8 @@ class Backend:
 
     def _batched(self, field: str) -> Nested:
         """The taps by name, documents padded with zeros to one length."""
+        if not self.doc_taps:
+            raise FloatingPointError("the forward pass has not been finished")
         T = max(map(len, self.doc_taps))
         *names, _ = tap_names(self.config)
         batched: Nested = {}

@@ -321,7 +321,7 @@ def test_ulps_count_the_numbers_between() -> None:
     assert ulps(1.0, float("nan")) == "no number of"
 
 
-# --- pytest crosscheck, on a tree with a bug in it -------------------------------------------------
+# --- pytest crosscheck, on a tree with a bug in it -----------------------------------------------
 
 
 @pytest.fixture

@@ -456,7 +456,7 @@ def test_a_run_is_not_resumed_on_a_changed_data_set(
     (here / "words.txt").write_text("abba\nba\ncabb\n", encoding="utf-8")
     before = contents(here)
     assert microgpt("train", "--resume", "--out", "run") == 2
-    assert "error: words.txt: has changed since the run in run began" in capsys.readouterr().err
+    assert "words.txt: has changed since the run in run began" in capsys.readouterr().err
     assert contents(here) == before
 
 

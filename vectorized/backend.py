@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from random import Random
 from types import SimpleNamespace
@@ -45,7 +46,11 @@ class Backend:
     def forward(self, docs: Docs) -> float:
         self.batch = pad(docs, self.flat.dtype)
         self.tap, self.dtap = self.workspace.arrays(*self.batch.tokens.shape)
-        return float(loss_forward(self.batch, self.params, self.config, self.tap))
+        with np.errstate(all="ignore"):  # a loss that is not finite says it all
+            loss = float(loss_forward(self.batch, self.params, self.config, self.tap))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return loss
 
     def backward(self) -> None:
         loss_backward(self.batch, self.params, self.dparams, self.config, self.tap, self.dtap)
