@@ -25,13 +25,23 @@ SEEDS = 9  # sets of parameters for which single precision is measured
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit status 0: as it should be; 1: a difference; 2: a mistake in the call."""
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and options.run is not test:
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         status: int = options.run(options)
     except MicrogptError as error:
         print(f"python -m crosscheck {options.command}: error: {error}", file=sys.stderr)
         return 2
     return status
+
+
+def test(options: argparse.Namespace) -> int:
+    """Run `pytest crosscheck` from anywhere; options are pytest's."""
+    import pytest
+
+    return int(pytest.main([str(Path(__file__).parent), *options.rest]))
 
 
 def defects(options: argparse.Namespace) -> int:
@@ -138,8 +148,10 @@ def _parser() -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(
             name, help=help[0].lower() + help[1:], description=run.__doc__, allow_abbrev=False
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
+
+    command("test", test)
 
     one = command("defects", defects)
     one.add_argument("name", nargs="*", help="only these (default: all)")
