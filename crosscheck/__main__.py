@@ -69,6 +69,17 @@ def defects(options: argparse.Namespace) -> int:
     return 0 if all(verdict.first and verdict.understood for verdict in verdicts) else 1
 
 
+def mutants(options: argparse.Namespace) -> int:
+    """Plant every mechanical mutant of vectorized/ and print what survives."""
+    from crosscheck.mutants import survivors
+
+    found, count = survivors()
+    for mutant in found:
+        print(mutant)
+    print(f"{count - len(found):,} of {count:,} mutants caught, {len(found)} survive")
+    return 0
+
+
 def record(options: argparse.Namespace) -> int:
     """Write a trace."""
     from crosscheck.traces import save_trace
@@ -156,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     one = command("defects", defects)
     one.add_argument("name", nargs="*", help="only these (default: all)")
     one.add_argument("--json", action="store_true", help="for other programs")
+
+    command("mutants", mutants)
 
     one = command("trace", record)
     one.add_argument("--case", required=True, metavar="NAME|FILE", help="a case")

@@ -35,6 +35,7 @@ PANEL = (
     "tied-two-layers",
     "microgpt-243",
     "large-logits",
+    "decay-and-clip",
 )
 STEPS = 3
 
@@ -116,10 +117,10 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
     with planted(defect.patches), np.errstate(all="ignore"):
         for name in sorted(panel, key=lambda name: name != defect.case):
             case = load_case(name)
-            lessons = _lessons(name, other)
-            found = _hold(case, lessons, defect.package)
+            taught_by = lessons(name, other)
+            found = _hold(case, taught_by, defect.package)
             if found:
-                alone = _alone(case, lessons, defect.package)
+                alone = _alone(case, taught_by, defect.package)
                 return Verdict(
                     defect,
                     found[0],
@@ -129,21 +130,21 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
     return Verdict(defect)
 
 
-def _hold(case: Case, lessons: tuple[Step, ...], candidate: str) -> list[Disagreement]:
+def _hold(case: Case, reference: tuple[Step, ...], candidate: str) -> list[Disagreement]:
     """The disagreements of the first step that has any."""
     try:
-        return compare(case, lessons, trace(case, candidate, "float64", STEPS)).found
+        return compare(case, reference, trace(case, candidate, "float64", STEPS)).found
     except ArithmeticError as error:  # what a user would see of it
         return [Disagreement(case.name, 1, "", f"stopped: {error}")]
 
 
-def _alone(case: Case, lessons: tuple[Step, ...], candidate: str) -> list[Disagreement]:
+def _alone(case: Case, reference: tuple[Step, ...], candidate: str) -> list[Disagreement]:
     """The same where every step starts from the reference's state, and uses its gradients."""
-    return compare_taught(case, lessons, candidate).found
+    return compare_taught(case, reference, candidate).found
 
 
 @cache
-def _lessons(case_name: str, backend: str) -> tuple[Step, ...]:
+def lessons(case_name: str, backend: str) -> tuple[Step, ...]:
     """The trace of the implementation without the defect."""
     case = load_case(case_name)
     return tuple(trace(case, backend, "float64", STEPS))

@@ -16,7 +16,7 @@ from math import sqrt
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.explain import Place
+from crosscheck.explain import Place, clipping
 from crosscheck.trace import Array, Step, real, split_key
 from microgpt.train import learning_rate
 
@@ -257,7 +257,11 @@ def adam(pair: Pair) -> str:
     if pair.phase not in ("adam_m", "adam_v", "update"):
         return ""
     config, n, name = pair.case.config, pair.number, pair.name
-    g = pair.step[f"gradient/d{name}"]
+    raw = pair.step[f"gradient/d{name}"]
+    g = clipping(config, pair.step) * raw
+    own = (
+        min(1.0, config.grad_clip / float(np.sqrt((raw * raw).sum()))) if config.grad_clip else 1.0
+    )
     m0, v0 = pair.step[f"entry_m/{name}"], pair.step[f"entry_v/{name}"]
     m, v = pair.step[f"adam_m/{name}"], pair.step[f"adam_v/{name}"]
     beta1, beta2, eps = config.beta1, config.beta2, config.adam_eps
@@ -266,6 +270,10 @@ def adam(pair: Pair) -> str:
         return _first(
             pair,
             {
+                "the gradient is not clipped": beta1 * m0 + (1 - beta1) * raw,
+                "every tensor is clipped by its own length": beta1 * m0 + (1 - beta1) * own * raw,
+                "clipped number by number": beta1 * m0
+                + (1 - beta1) * np.clip(raw, -config.grad_clip, config.grad_clip),
                 "the gradient enters m without the factor 1 - beta1": beta1 * m0 + g,
                 "beta1 and 1 - beta1 exchanged": (1 - beta1) * m0 + beta1 * g,
                 "m does not remember: beta1 m is missing": (1 - beta1) * g,
@@ -288,38 +296,49 @@ def adam(pair: Pair) -> str:
             },
         )
 
+    p0 = pair.step[f"entry/{name}"]
+    decay = -lr * config.weight_decay * p0
+
     def rule(t1: int | None = n, t2: int | None = n, lr: float = lr) -> Array:
         m_hat = m / (1 - beta1**t1) if t1 else m
         v_hat = v / (1 - beta2**t2) if t2 else v
         return -lr * m_hat / (np.sqrt(v_hat) + eps)
 
+    if config.weight_decay:
+        answer = _first(
+            pair,
+            {
+                "the weight decay is missing": rule(),
+                "the weight decay is not multiplied by the learning rate": rule()
+                - config.weight_decay * p0,
+                "the sign of the weight decay": rule() - decay,
+            },
+        )
+        if answer:
+            return answer
+
     m_hat, v_hat = m / (1 - beta1**n), v / (1 - beta2**n)
     plain = config.learning_rate
-    return _first(
-        pair,
-        {
-            "bias correction is absent": rule(None, None),
-            "bias correction of m is absent": rule(None, n),
-            "bias correction of v is absent": rule(n, None),
-            "bias correction off by one step: t + 1 in place of t": rule(n + 1, n + 1),
-            "bias correction off by one step: t - 1 in place of t": rule(n - 1, n - 1),
-            "bias corrections exchanged": -lr
-            * (m / (1 - beta2**n))
-            / (np.sqrt(v / (1 - beta1**n)) + eps),
-            "eps in the wrong place: under the root": -lr * m_hat / np.sqrt(v_hat + eps),
-            "eps is missing": -lr * m_hat / np.sqrt(v_hat),
-            "eps is not corrected along with v": -lr
-            * m_hat
-            * sqrt(1 - beta2**n)
-            / (np.sqrt(v) + eps),
-            "the root of v is missing": -lr * m_hat / (v_hat + eps),
-            "the sign: the update goes uphill": lr * m_hat / (np.sqrt(v_hat) + eps),
-            "the gradient in place of its mean": -lr * g / (np.sqrt(v_hat) + eps),
-            "plain gradient descent": -lr * g,
-            "the learning rate is not decayed": rule(lr=plain),
-            "the learning rate is a step ahead": rule(lr=plain * (1 - n / config.steps)),
-        },
-    )
+    guesses = {
+        "bias correction is absent": rule(None, None),
+        "bias correction of m is absent": rule(None, n),
+        "bias correction of v is absent": rule(n, None),
+        "bias correction off by one step: t + 1 in place of t": rule(n + 1, n + 1),
+        "bias correction off by one step: t - 1 in place of t": rule(n - 1, n - 1),
+        "bias corrections exchanged": -lr
+        * (m / (1 - beta2**n))
+        / (np.sqrt(v / (1 - beta1**n)) + eps),
+        "eps in the wrong place: under the root": -lr * m_hat / np.sqrt(v_hat + eps),
+        "eps is missing": -lr * m_hat / np.sqrt(v_hat),
+        "eps is not corrected along with v": -lr * m_hat * sqrt(1 - beta2**n) / (np.sqrt(v) + eps),
+        "the root of v is missing": -lr * m_hat / (v_hat + eps),
+        "the sign: the update goes uphill": lr * m_hat / (np.sqrt(v_hat) + eps),
+        "the gradient in place of its mean": -lr * g / (np.sqrt(v_hat) + eps),
+        "plain gradient descent": -lr * g,
+        "the learning rate is not decayed": rule(lr=plain),
+        "the learning rate is a step ahead": rule(lr=learning_rate(n, config)),
+    }
+    return _first(pair, {label: decay + guess for label, guess in guesses.items()})
 
 
 def stale(pair: Pair) -> str:

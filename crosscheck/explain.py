@@ -15,6 +15,7 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.trace import Array, Step, split_key
+from microgpt.config import Config
 from microgpt.train import learning_rate
 
 
@@ -72,6 +73,7 @@ def expression(
     phase, name = split_key(key)
     if phase in ("batch", "sample", "entry", "entry_m", "entry_v"):
         return None
+    phase = {"eval": "forward", "unwatched": "gradient"}.get(phase, phase)
     if phase in ("backward", "gradient"):
         name = name[1:]
     place = Place(case, number, name, index, step)
@@ -317,17 +319,32 @@ def _dwpe(p: Place) -> Expression:
     )
 
 
+def clipping(config: Config, step: Step) -> float:
+    """What Adam multiplies the gradients with."""
+    squares = sum(float((step[key] ** 2).sum()) for key in step if key.startswith("gradient/"))
+    if not config.grad_clip or not squares:
+        return 1.0
+    return min(1.0, config.grad_clip / math.sqrt(squares))
+
+
+def _clipped(p: Place) -> tuple[float, str]:
+    """The element's gradient as Adam takes it, and how it is written."""
+    factor = clipping(p.case.config, p.step)
+    g = p[f"gradient/d{p.name}"][p.index]
+    return factor * g, "g" if factor == 1 else f"({factor:.6g} g)"
+
+
 def _m(p: Place) -> Expression:
     beta = p.case.config.beta1
-    m, g = p[f"entry_m/{p.name}"][p.index], p[f"gradient/d{p.name}"][p.index]
-    formula = f"{beta:g} m + (1 - {beta:g}) g"
+    (g, written), m = _clipped(p), p[f"entry_m/{p.name}"][p.index]
+    formula = f"{beta:g} m + (1 - {beta:g}) {written}"
     return Expression(formula, {"m before": m, "g": g}, beta * m + (1 - beta) * g)
 
 
 def _v(p: Place) -> Expression:
     beta = p.case.config.beta2
-    v, g = p[f"entry_v/{p.name}"][p.index], p[f"gradient/d{p.name}"][p.index]
-    formula = f"{beta:g} v + (1 - {beta:g}) g g"
+    (g, written), v = _clipped(p), p[f"entry_v/{p.name}"][p.index]
+    formula = f"{beta:g} v + (1 - {beta:g}) {written}^2"
     return Expression(formula, {"v before": v, "g": g}, beta * v + (1 - beta) * g * g)
 
 
@@ -341,7 +358,12 @@ def _update(p: Place) -> Expression:
         f" m_hat = m / (1 - {config.beta1:g}^{n}), v_hat = v / (1 - {config.beta2:g}^{n})"
     )
     value = -lr_t * m_hat / (math.sqrt(v_hat) + config.adam_eps)
-    return Expression(formula, {"m": m, "v": v}, value)
+    if not config.weight_decay:
+        return Expression(formula, {"m": m, "v": v}, value)
+    weight = p[f"entry/{p.name}"][p.index]
+    formula = f"-lr_t {config.weight_decay:g} p {formula}"
+    value -= lr_t * config.weight_decay * weight
+    return Expression(formula, {"p": weight, "m": m, "v": v}, value)
 
 
 def _params(p: Place) -> Expression:

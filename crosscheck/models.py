@@ -39,6 +39,8 @@ def cases(draw: Any) -> Case:
             "beta1": draw(st.sampled_from([0.85, 0.0, 0.99]), label="beta1"),
             "beta2": draw(st.sampled_from([0.99, 0.5]), label="beta2"),
             "adam_eps": draw(st.sampled_from([1e-8, 1e-3]), label="adam_eps"),
+            "weight_decay": draw(st.sampled_from([0.0, 0.1]), label="weight_decay"),
+            "grad_clip": draw(st.sampled_from([0.0, 0.1, 10.0]), label="grad_clip"),
             "seed": draw(st.integers(0, 999), label="seed"),
         },
         REASON,

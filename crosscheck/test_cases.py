@@ -81,8 +81,9 @@ def test_nothing_is_left_out(choice: Choice) -> None:
         "batch/tokens",
         *[f"{phase}/{name}" for phase in ("entry", "entry_m", "entry_v") for name in params],
         *[f"forward/{name}" for name in taps],
+        "eval/loss_t",
         *[f"backward/d{name}" for name in reversed(taps)],
-        *[f"gradient/d{name}" for name in params],
+        *[f"{phase}/d{name}" for phase in ("gradient", "unwatched") for name in params],
         *[
             f"{phase}/{name}"
             for phase in ("adam_m", "adam_v", "update", "params")

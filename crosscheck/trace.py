@@ -7,8 +7,10 @@ entry/<p>          parameters before the step
 entry_m/<p>        Adam's running mean of the gradient before the step
 entry_v/<p>        and of its square
 forward/<tap>      what the forward pass computes in between, (B, T, ..), zero where there is none
+eval/loss_t        the loss of every position, as it is computed where nothing is learned
 backward/d<tap>    the derivative of the loss with respect to each, in reverse order
 gradient/d<p>      the same for each parameter
+unwatched/d<p>     once more, as it is computed where nobody asks for the derivatives above
 adam_m/<p>         Adam's m after the step
 adam_v/<p>         Adam's v after the step
 update/<p>         what the step added to the parameters
@@ -36,7 +38,7 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
-SAMPLES, TEMPERATURE = 3, 2.0
+SAMPLES, TEMPERATURE = 2, 2.0
 
 PHASES = {
     "batch": "the batch",
@@ -44,8 +46,10 @@ PHASES = {
     "entry_m": "Adam's m at entry",
     "entry_v": "Adam's v at entry",
     "forward": "forward pass",
+    "eval": "evaluation",
     "backward": "backward pass",
     "gradient": "parameter gradients",
+    "unwatched": "parameter gradients, unwatched",
     "adam_m": "Adam's m",
     "adam_v": "Adam's v",
     "update": "Adam's update",
@@ -57,12 +61,10 @@ PHASES = {
 def trace(case: Case, backend_name: str, dtype: str, steps: int) -> Iterator[Step]:
     """The steps of a case, each from where the one before it ended, as they are asked for."""
     config = replace(case.config, dtype=dtype)
-    backend = load_backend(backend_name, config, fresh_state(case.params), watch=True)
+    pair = Pair(backend_name, config, fresh_state(case.params))
     for step in range(steps):
-        yield {
-            **trace_step(backend, case.docs(step), learning_rate(step, config)),
-            **drawn(case, backend, step),
-        }
+        record = trace_step(pair, case.docs(step), learning_rate(step, config))
+        yield {**record, **drawn(case, pair.trained, step)}
 
 
 def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -> Iterator[Step]:
@@ -73,12 +75,23 @@ def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -
     config = replace(case.config, dtype=dtype)
     for step, lesson in enumerate(lessons):
         params, m, v = (part(lesson, phase) for phase in ("entry", "entry_m", "entry_v"))
-        backend = load_backend(backend_name, config, State(params, m, v, step), watch=True)
+        pair = Pair(backend_name, config, State(params, m, v, step))
         grads = part(lesson, "gradient", "d")
-        yield trace_step(backend, case.docs(step), learning_rate(step, config), grads)
+        yield trace_step(pair, case.docs(step), learning_rate(step, config), grads)
 
 
-def trace_step(backend: Backend, docs: Docs, lr_t: float, grads: Tensors | None = None) -> Step:
+class Pair:
+    """An implementation twice: as it is when it trains, and with somebody watching.
+
+    Whoever watches has arrays kept that training overwrites, so that one does not prove the other.
+    """
+
+    def __init__(self, name: str, config: Config, state: State) -> None:
+        self.trained = load_backend(name, config, state)
+        self.watched = load_backend(name, config, state, watch=True)
+
+
+def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None) -> Step:
     """One step of training, watched; with the update made from `grads`, if they are given."""
     record: Step = {"batch/tokens": padded_tokens(docs)}
 
@@ -86,20 +99,25 @@ def trace_step(backend: Backend, docs: Docs, lr_t: float, grads: Tensors | None 
         for name, tensor in tensors.items():
             record[f"{phase}/{prefix}{name}"] = np.array(tensor)
 
-    before = backend.state()
+    before = pair.trained.state()
     keep("entry", before.params)
     keep("entry_m", before.m)
     keep("entry_v", before.v)
-    with suppress(FloatingPointError):  # the taps show where it began
-        backend.forward(docs)
-    keep("forward", backend.taps())
-    backend.backward()
-    keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
-    keep("gradient", backend.grads(), prefix="d")
-    if grads is not None:
-        backend.set_grads(grads)
-    backend.update(lr_t)
-    after = backend.state()
+    for backend in (pair.trained, pair.watched):
+        with suppress(FloatingPointError):  # the taps show where it began
+            backend.forward(docs)
+    keep("forward", pair.watched.taps())
+    keep("eval", {"loss_t": _padded(pair.watched.position_losses(docs))})
+    for backend in (pair.trained, pair.watched):
+        backend.backward()
+    keep("backward", dict(reversed(list(pair.watched.dtaps().items()))), prefix="d")
+    keep("gradient", pair.watched.grads(), prefix="d")
+    keep("unwatched", pair.trained.grads(), prefix="d")
+    for backend in (pair.trained, pair.watched):
+        if grads is not None:
+            backend.set_grads(grads)
+        backend.update(lr_t)
+    after = pair.trained.state()
     keep("adam_m", after.m)
     keep("adam_v", after.v)
     keep("update", {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params})
@@ -114,7 +132,9 @@ def keys(config: Config, vocab_size: int) -> list[str]:
         "batch": ["tokens"],
         "forward": taps,
         "backward": [f"d{name}" for name in reversed(taps)],
+        "eval": ["loss_t"],
         "gradient": [f"d{name}" for name in params],
+        "unwatched": [f"d{name}" for name in params],
         "sample": ["documents"],
     }
     return [f"{phase}/{name}" for phase in PHASES for name in names.get(phase, params)]
@@ -127,9 +147,18 @@ def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:
 
 
 def drawn(case: Case, backend: Backend, seed: int) -> Step:
-    """Documents from the model as it stands, at a temperature that makes them differ."""
-    docs = backend.sample(case.tokenizer, Random(seed), SAMPLES, TEMPERATURE, [])
-    return {"sample/documents": padded_tokens([[case.tokenizer.bos, *doc] for doc in docs])}
+    """Documents from the model as it stands, at a temperature that makes them differ.
+
+    The last ones begin with a prompt, if the context has room for one.
+    """
+    tokenizer, rng = case.tokenizer, Random(seed)
+    prompt = tokenizer.encode(case.chars[:2])[: case.config.block_size - 1]
+    docs = [
+        [tokenizer.bos, *doc]
+        for start in ([], prompt)
+        for doc in backend.sample(tokenizer, rng, SAMPLES, TEMPERATURE, start)
+    ]
+    return {"sample/documents": padded_tokens(docs)}
 
 
 def padded_tokens(docs: Docs) -> Array:
@@ -138,10 +167,15 @@ def padded_tokens(docs: Docs) -> Array:
     return np.array([[*tokens, *[-1] * (longest - len(tokens))] for tokens in docs])
 
 
+def _padded(rows: list[list[float]]) -> Array:
+    longest = max(map(len, rows))
+    return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
+
+
 def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
     """Which elements of a tensor there are: not those of padding, nor of positions to come."""
     phase, name = split_key(key)
-    if phase not in ("forward", "backward") or name.endswith("loss"):
+    if phase not in ("forward", "eval", "backward") or name.endswith("loss"):
         return np.ones(shape, bool)
     positions = tokens[:, 1:] >= 0  # (B, T)
     B, T = positions.shape

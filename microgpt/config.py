@@ -52,12 +52,17 @@ class Config:
     # training
     steps: int = _field("optimizer steps", least=1)
     batch_size: int = _field("documents per step", least=1)
-    learning_rate: float = _field("at the first step; falls linearly to 0", above=0)
+    learning_rate: float = _field("the highest of the schedule", above=0)
+    schedule: str = _field("how it falls to 0", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = _field("steps in which it rises first", least=0)
+    weight_decay: float = _field("share of a weight lost per step, times the rate", least=0)
+    grad_clip: float = _field("longest gradient, as one vector; 0 is any", least=0)
     beta1: float = _field("Adam's decay of the mean gradient", least=0, below=1)
     beta2: float = _field("Adam's decay of the mean square", least=0, below=1)
     adam_eps: float = _field("Adam's epsilon", above=0)
     dtype: str = _field("precision of vectorized", choices=("float64", "float32"))
     seed: int = _field("of the one random stream")
+    held_out: int = _field("documents kept from training, to measure with", least=0)
     dataset: str = _field("names, makemore, or a text file with one document per line")
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
@@ -119,6 +124,11 @@ def checked(fields: Mapping[str, Any]) -> Config:
             f"n_head {config.n_head} does not divide n_embd {config.n_embd}, and every head takes"
             f" an equal share of the channels; n_head can be {', '.join(divisors[:12])}"
             + (", .." if len(divisors) > 12 else "")
+        )
+    if config.warmup_steps >= config.steps:
+        raise MicrogptError(
+            f"warmup_steps {config.warmup_steps} leaves none of the {config.steps} steps;"
+            " take fewer, or more steps"
         )
     if config.crop == "tokens" and config.block_size < 2:
         raise MicrogptError(

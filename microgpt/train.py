@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -190,8 +191,20 @@ def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config)
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """lr_t = learning_rate * (1 - step / steps), steps counted from 0"""
-    return config.learning_rate * (1 - step / config.steps)
+    """lr_t = learning_rate * (1 - step / steps), steps counted from 0
+
+    With another schedule (1 + cos(pi step / steps)) / 2 or 1 for the second factor. Where there
+    are warm-up steps, step / steps counts from their end, and the rate rises to there in a line.
+    """
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / (config.steps - warmup)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - done)
+    if config.schedule == "cosine":
+        return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return config.learning_rate
 
 
 def digest(documents: list[str]) -> str:

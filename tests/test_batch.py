@@ -172,19 +172,17 @@ def test_a_token_of_probability_0_is_refused(backend: str) -> None:
 
 @st.composite
 def models_to_sample(draw: st.DrawFn) -> tuple[Config, Tokenizer]:
-    D, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    D, H = draw(st.sampled_from([2, 1])), draw(st.sampled_from([2, 1]))
     config = replace(
         CONFIGS[draw(st.sampled_from(sorted(CONFIGS)))],
         n_layer=draw(st.integers(1, 2)),
         n_embd=D * H,
         n_head=H,
-        block_size=draw(st.integers(1, 6)),
-        init_std=2.0,  # so that what follows depends on all that came before
-        init_std_residual=2.0,
+        block_size=draw(st.sampled_from([5, 6, 4, 3, 2, 1])),
         vocabulary=draw(st.sampled_from(["chars-bos", "bos-eos-chars"])),
         seed=draw(st.integers(0, 10**6)),
     )
-    return config, build_tokenizer("abcd"[: draw(st.integers(1, 4))], config)
+    return config, build_tokenizer("abcd"[: draw(st.sampled_from([4, 3, 2, 1]))], config)
 
 
 def assert_same_samples(
@@ -206,13 +204,13 @@ def assert_same_samples(
     assert ours.getstate() == theirs.getstate()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     model=models_to_sample(),
     seed=st.integers(0, 10**6),
-    num=st.integers(0, 9),
-    temperature=st.floats(0.1, 3),
-    walkers=st.sampled_from([1, 2, 5, 1024]),
+    num=st.sampled_from([7, 12, 3, 1, 0]),
+    temperature=st.floats(0.2, 2),
+    walkers=st.sampled_from([1024, 5, 2, 1]),
     data=st.data(),
 )
 def test_samples_are_the_same_draw_for_draw(

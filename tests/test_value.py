@@ -68,11 +68,14 @@ Program = list[tuple[str, int, int]]  # operations, and which of the numbers so 
 
 
 def run(program: Program, leaves: Sequence[Any]) -> list[Any]:
-    """All numbers of a program: its leaves, the results, and the sum of everything at the end."""
+    """All numbers of a program: its leaves, the results, and the sum of everything at the end.
+
+    The last one leads the sum, so that it is met before what it was made from.
+    """
     numbers = list(leaves)
     for name, i, j in program:
         numbers.append(OPERATIONS[name](numbers[i], numbers[j]))
-    return [*numbers, reduce(add, numbers)]
+    return [*numbers, reduce(add, reversed(numbers))]
 
 
 def exactly(program: Program, leaves: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -271,24 +274,25 @@ scales = st.sampled_from([1.0, -1.0, 0.1, 1e16, -1e16, 3.7, 1e8])
 
 
 @st.composite
-def products_of_scales(draw: st.DrawFn) -> list[tuple[int, int, float]]:
-    """Numbers made of two before them, the second one scaled: a + scale * b."""
+def sums(draw: st.DrawFn) -> list[tuple[int, float, int, float]]:
+    """Numbers made of two before them: a * number_i + b * number_j, where a 1.0 is left out."""
     return [
-        (draw(st.integers(0, n)), draw(st.integers(0, n)), draw(scales))
+        (draw(st.integers(0, n)), draw(scales), draw(st.integers(0, n)), draw(scales))
         for n in range(draw(st.integers(1, 9)))
     ]
 
 
 @settings(deadline=None)
-@given(products_of_scales())
-@example([(0, 0, 1e16), (0, 0, -1e16), (1, 2, 1.0)])
+@given(sums())
+@example([(0, 1e16, 0, -1e16), (1, 1.0, 0, 1.0), (2, 1.0, 1, 0.1)])
 def test_gradients_add_up_in_the_order_of_the_original_program(
-    program: list[tuple[int, int, float]],
+    program: list[tuple[int, float, int, float]],
 ) -> None:
     def build() -> list[Value]:
         values = [Value(1.0)]
-        for i, j, scale in program:
-            values.append(values[i] + values[j] * scale)
+        for i, a, j, b in program:
+            left = values[i] if a == 1.0 else values[i] * a
+            values.append(left + (values[j] if b == 1.0 else values[j] * b))
         return values
 
     ours, theirs = build(), build()
@@ -302,6 +306,15 @@ def test_gradients_add_up_from_the_last_operand_to_the_first() -> None:
     ((x * 1.0 + x * 1e16) + x * -1e16).backward()
     assert x.grad == (-1e16 + 1e16) + 1.0
     assert x.grad != (1.0 + 1e16) + -1e16  # what the other order finds
+
+
+def test_a_value_passes_its_gradient_on_when_it_has_all_of_it() -> None:
+    for order in (1, -1):
+        x = Value(2.0)
+        b = x * 3
+        a = b * 5
+        reduce(add, [a, b][::order]).backward()
+        assert x.grad == 18.0
 
 
 def test_a_chain_of_100_000_additions_runs_backward() -> None:

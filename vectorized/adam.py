@@ -8,12 +8,18 @@ from microgpt.config import Config
 from vectorized.arrays import Array
 
 
+def clip(grads: Array, longest: float) -> float:
+    """factor = min(1, longest / sqrt(sum(g * g))), over the gradients of all parameters"""
+    squares = float(grads.dot(grads))
+    return min(1.0, longest / (squares**0.5)) if squares > 0 else 1.0
+
+
 def adam(
     params: Array, grads: Array, m: Array, v: Array, step: int, lr_t: float, config: Config
 ) -> None:
-    """p = p - lr_t * m_hat / (sqrt(v_hat) + eps), in place, (P,) each
+    """p = p - lr_t * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), in place
 
-    m, v    running means of the gradient and of its square
+    m, v    running means of the gradient and of its square, (P,) as params and grads
     step    how many updates came before this one
     lr_t    this step's learning rate
 
@@ -22,16 +28,21 @@ def adam(
     lr_t m_hat / (sqrt(v_hat) + eps) = lr_t c / (1 - beta1^t) m / (sqrt(v) + c eps), where
     c = sqrt(1 - beta2^t).
 
-    Source: Kingma and Ba, "Adam: a method for stochastic optimization" (2015), algorithm 1 and
-    the remark on efficiency beneath it.
+    Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015), algorithm 1 and
+    the remark on efficiency beneath it; for the weight decay, Loshchilov and Hutter, "Decoupled
+    weight decay regularization" (2019), algorithm 2.
     """
     beta1, beta2 = config.beta1, config.beta2
     correction1 = 1 - beta1 ** (step + 1)
     correction2 = (1 - beta2 ** (step + 1)) ** 0.5
+    if config.grad_clip:
+        grads = clip(grads, config.grad_clip) * grads
     m *= beta1
     m += (1 - beta1) * grads
     v *= beta2
     v += (1 - beta2) * (grads * grads)
     denominator = np.sqrt(v)
     denominator += correction2 * config.adam_eps
+    if config.weight_decay:
+        params *= 1 - lr_t * config.weight_decay
     params -= (lr_t * correction2 / correction1) * (m / denominator)
