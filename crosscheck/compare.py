@@ -144,7 +144,7 @@ def compare(
     for number, (ours, theirs) in enumerate(zip(reference, candidate), 1):
         compare_step(case, number, ours, theirs, standard, outcome)
         if outcome.found:
-            outcome.found[0] = explained(case, outcome.found, ours, theirs, before)
+            outcome.found[0] = explained(case, outcome.found, ours, theirs, before, standard)
             return outcome
         outcome.tally.steps += 1
         before = ours
@@ -184,7 +184,12 @@ def compare_step(
 
 
 def explained(
-    case: Case, found: list[Disagreement], ours: Step, theirs: Step, before: Step | None
+    case: Case,
+    found: list[Disagreement],
+    ours: Step,
+    theirs: Step,
+    before: Step | None,
+    standard: Standard,
 ) -> Disagreement:
     """The first disagreement of a step, with the expression behind it and a diagnosis.
 
@@ -197,7 +202,7 @@ def explained(
             operands = {name: shown(value) for name, value in behind.operands.items()}
             first = replace(first, formula=behind.formula, operands=operands)
     with suppress(KeyError):
-        words = diagnose(case, first.step, first.key, ours, theirs, before)
+        words = diagnose(case, first.step, first.key, ours, theirs, before, standard.dtype)
         first = replace(first, diagnosis=words)
     return first
 

@@ -71,20 +71,32 @@ class Pair:
 
 
 def diagnose(
-    case: Case, number: int, key: str, reference: Step, candidate: Step, before: Step | None
+    case: Case,
+    number: int,
+    key: str,
+    reference: Step,
+    candidate: Step,
+    before: Step | None,
+    promised: str = "float64",
 ) -> str:
-    """A sentence on what went wrong, or nothing where no known pattern fits."""
+    """A sentence on what went wrong, or nothing where no known pattern fits.
+
+    number       which step it is, from 1
+    before       the reference's step before it
+    promised     the candidate's precision
+    """
     if key not in reference or key not in candidate:
         return ""
     ours, theirs = reference[key], candidate[key]
     if ours.shape != theirs.shape:
         return "transposed" if ours.shape == theirs.shape[::-1] else ""
-    if theirs.dtype == "float32" and ours.dtype == "float64":
+    if theirs.dtype == "float32" and promised == "float64" and ours.dtype == "float64":
         return "float32 where float64 was promised"
     there = real(key, ours.shape, reference["batch/tokens"])
     pair = Pair(case, number, key, reference, before, ours, theirs.astype("float64"), there)
     with np.errstate(all="ignore"):
-        return next((answer for pattern in PATTERNS if (answer := pattern(pair))), "")
+        patterns = [one for one in PATTERNS if one is not single_precision or promised == "float64"]
+        return next((answer for pattern in patterns if (answer := pattern(pair))), "")
 
 
 def not_finite(pair: Pair) -> str:

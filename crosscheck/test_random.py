@@ -20,6 +20,8 @@ EXAMPLES = 200
 
 def test_random_models(choice: Choice, settle: Any) -> None:
     """Each step starts from the reference's state: no rounding is amplified by Adam."""
+    if choice.dtype == "float32":
+        pytest.skip("a random model can lose any number of digits; single precision has few")
     total = Outcome("random models")
 
     @hypothesis.seed(choice.seed or 0)

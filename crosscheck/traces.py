@@ -99,7 +99,7 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
         theirs_wanted = {TOKENS: a[TOKENS], **{key: b[key] for key in wanted}}
         compare_step(case, number, shared, theirs_wanted, standard, outcome)
         if outcome.found:
-            outcome.found[0] = explained(case, outcome.found, a, b, before)
+            outcome.found[0] = explained(case, outcome.found, a, b, before, standard)
             return outcome
         outcome.tally.steps += 1
         before = a

@@ -16,6 +16,7 @@ from microgpt import __version__
 from microgpt.config import DEFAULT_PRESET, FIELDS, flag, load_config, presets, typed_flag
 from microgpt.errors import MicrogptError
 
+BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -136,6 +137,27 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def bench(options: argparse.Namespace) -> int:
+    """microgpt bench"""
+    import json
+
+    from microgpt import bench as timing
+
+    config = load_config(options.config or DEFAULT_PRESET)
+    sizes = [typed_flag("batch_size", text) for text in options.batch_size or BATCH_SIZES]
+    contestants = timing.bench(config, sizes, options.against)
+    if options.json:
+        print(json.dumps(timing.as_json(contestants), indent=1))
+    else:
+        print(timing.table(contestants))
+        print(", ".join(f"{name}: {value}" for name, value in timing.machine().items()))
+        print(
+            "medians of steps taken in turn; apart: the largest difference from scalar's gradient"
+            "\non the same parameters and documents, as a share of the largest gradient"
+        )
+    return 0 if all(one.right for one in contestants) else 1
+
+
 def _new(options: argparse.Namespace) -> Any:
     from microgpt.train import new_run
 
@@ -218,6 +240,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(command)
     command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, or a text file"
                          " (default: the run's)")  # fmt: skip
+
+    command = commands.add_parser(
+        "bench",
+        help="time both implementations, side by side",
+        description="Time both implementations, side by side, and hold their gradients together.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=bench, parser=command)
+    command.add_argument("--config", metavar="NAME|FILE", help="the model (default: microgpt)")
+    command.add_argument(
+        "--batch-size",
+        action="append",
+        metavar="N",
+        help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
+    )
+    command.add_argument(
+        "--against", action="append", default=[], metavar="torch", help="who else takes part"
+    )
+    command.add_argument("--json", action="store_true", help="for other programs")
     return parser
 
 

@@ -282,9 +282,9 @@ def sums(draw: st.DrawFn) -> list[tuple[int, float, int, float]]:
     ]
 
 
-@settings(deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(sums())
-@example([(0, 1e16, 0, -1e16), (1, 1.0, 0, 1.0), (2, 1.0, 1, 0.1)])
+@example([(0, 1e16, 0, 1e16), (0, 0.1, 0, 1.0), (2, -1e16, 1, 1e16)])  # layer by layer is not it
 def test_gradients_add_up_in_the_order_of_the_original_program(
     program: list[tuple[int, float, int, float]],
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from random import Random
@@ -342,25 +343,32 @@ DOCS = [[3, 0, 1, 3], [3, 2, 3], [3, 1, 1, 0, 2, 3]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adam_is_the_algorithm_of_the_textbook(name: str) -> None:
-    config = small_config()
+@pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.3}, {"grad_clip": 2.0}], ids=str)
+def test_adam_is_the_algorithm_of_the_textbook(name: str, fields: dict[str, float]) -> None:
+    config = small_config(**fields)
     init = init_params(config, 4, Random(1))
     backend = load_backend(name, config, fresh_state(init))
     rng = Random(2)
-    expected = {p: [[[x, 0.0, 0.0] for x in row] for row in init[p]] for p in init}  # theta, m, v
+    expected = {p: [[(x, 0.0, 0.0) for x in row] for row in init[p]] for p in init}
     for t in range(1, 6):
-        # from 0 to sizes beside which epsilon is small
+        # from 0 to sizes beside which epsilon is small; too short to be clipped in the last step
+        sizes = [0, 1e-9, 1e-3, 1] if t < 5 else [1e-3]
         grads = {
-            p: [[rng.choice([0, 1e-9, 1e-3, 1]) * rng.gauss(0, 1) for _ in row] for row in init[p]]
-            for p in init
+            p: [[rng.choice(sizes) * rng.gauss(0, 1) for _ in row] for row in init[p]] for p in init
         }
         alpha = 0.01 / t
         backend.set_grads(grads)
         backend.update(alpha)
-        for p, rows in expected.items():
-            for row, row_grads in zip(rows, grads[p]):
-                for number, g in zip(row, row_grads):
-                    textbook_adam(number, g, t, alpha, config)
+        norm = math.sqrt(sum(g * g for rows in grads.values() for row in rows for g in row))
+        assert (norm > 2.0) == (t < 5)
+        factor = config.grad_clip / norm if 0 < config.grad_clip < norm else 1.0
+        expected = {
+            p: [
+                [textbook_adam(*number, factor * g, t, alpha, config) for number, g in zip(*rows)]
+                for rows in zip(expected[p], grads[p])
+            ]
+            for p in init
+        }
     state = backend.state()
     for i, tensors in enumerate((state.params, state.m, state.v)):
         for p, rows in expected.items():
@@ -368,14 +376,16 @@ def test_adam_is_the_algorithm_of_the_textbook(name: str) -> None:
             np.testing.assert_allclose(tensors[p], numbers, rtol=1e-12, atol=1e-18, err_msg=p)
 
 
-def textbook_adam(number: list[float], g: float, t: int, alpha: float, config: Config) -> None:
-    """Kingma and Ba (2015), algorithm 1, for one parameter: theta, m, v."""
-    theta, m, v = number
+def textbook_adam(
+    theta: float, m: float, v: float, g: float, t: int, alpha: float, config: Config
+) -> tuple[float, float, float]:
+    """Kingma and Ba (2015), algorithm 1, with the decay of Loshchilov and Hutter (2019)."""
     m = config.beta1 * m + (1 - config.beta1) * g
     v = config.beta2 * v + (1 - config.beta2) * g * g
     m_hat = m / (1 - config.beta1**t)
     v_hat = v / (1 - config.beta2**t)
-    number[:] = theta - alpha * m_hat / (v_hat**0.5 + config.adam_eps), m, v
+    step = m_hat / (math.sqrt(v_hat) + config.adam_eps)
+    return theta - alpha * (step + config.weight_decay * theta), m, v
 
 
 @pytest.mark.parametrize("watch", [False, True])

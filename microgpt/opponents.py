@@ -1,0 +1,98 @@
+"""Opponents for `microgpt bench`: the same model in PyTorch, eager and compiled, with autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from microgpt.backend import Docs, State
+from microgpt.config import Config
+from microgpt.errors import MicrogptError
+
+
+def torch_backends() -> dict[str, Callable[[Config, State], Any]]:
+    """The contestants that PyTorch can field.
+
+    Raises MicrogptError if it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MicrogptError(
+            "--against torch: PyTorch is not installed; pip install torch"
+        ) from None
+    return {
+        "torch": lambda config, state: TorchBackend(torch, config, state, compiled=False),
+        "torch compiled": lambda config, state: TorchBackend(torch, config, state, compiled=True),
+    }
+
+
+class TorchBackend:
+    """As much of microgpt.backend.Backend as a benchmark needs."""
+
+    def __init__(self, torch: Any, config: Config, state: State, compiled: bool) -> None:
+        self.torch, self.config = torch, config
+        dtype = getattr(torch, config.dtype)
+        self.params = {
+            name: torch.tensor(np.asarray(tensor), dtype=dtype, requires_grad=True)
+            for name, tensor in state.params.items()
+        }
+        self.adam = torch.optim.Adam(
+            self.params.values(), betas=(config.beta1, config.beta2), eps=config.adam_eps
+        )
+        self.loss_of = torch.compile(self._loss, dynamic=True) if compiled else self._loss
+
+    def forward(self, docs: Docs) -> float:
+        T = max(map(len, docs)) - 1
+        ids = self.torch.tensor([[*doc, *[0] * (T + 1 - len(doc))] for doc in docs])
+        weights = [
+            [1 / (len(docs) * (len(doc) - 1))] * (len(doc) - 1) + [0.0] * (T + 1 - len(doc))
+            for doc in docs
+        ]
+        shares = self.torch.tensor(weights, dtype=self.params["wte"].dtype)
+        self.loss = self.loss_of(self.params, ids[:, :-1], ids[:, 1:], shares)
+        return float(self.loss.detach())
+
+    def backward(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        self.loss.backward()
+
+    def update(self, lr_t: float) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = lr_t
+        self.adam.step()
+
+    def grads(self) -> dict[str, Any]:
+        return {name: p.grad.numpy() for name, p in self.params.items()}
+
+    def state(self) -> State:
+        params = {name: p.detach().numpy() for name, p in self.params.items()}
+        return State(params, {}, {}, 0)
+
+    def _loss(self, p: Mapping[str, Any], tokens: Any, targets: Any, weights: Any) -> Any:
+        config, functional = self.config, self.torch.nn.functional
+        B, T = tokens.shape
+        H, D = config.n_head, config.head_dim
+
+        def norm(x: Any) -> Any:
+            return x * (x.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
+
+        def heads(x: Any) -> Any:
+            return x.view(B, T, H, D).transpose(1, 2)
+
+        x = p["wte"][tokens] + p["wpe"][:T]
+        if config.norm_embedding:
+            x = norm(x)
+        for i in range(config.n_layer):
+            w = f"layer{i}."
+            n = norm(x)
+            q, k, v = (heads(n @ p[f"{w}attn_w{c}"].T) for c in "qkv")
+            seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + seen.transpose(1, 2).reshape(B, T, H * D) @ p[w + "attn_wo"].T
+            act = functional.relu(norm(x) @ p[w + "mlp_fc1"].T)
+            x = x + (act.square() if config.squared_relu else act) @ p[w + "mlp_fc2"].T
+        logits = x @ p["wte" if config.tie_lm_head else "lm_head"].T
+        losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return (weights * losses).sum()
