@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from microgpt.backend import NAMES
 from microgpt.checkpoint import save_params
 from microgpt.errors import MicrogptError
 
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 SEEDS = 9  # sets of parameters for which single precision is measured
 
 
@@ -31,9 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.rest = rest
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
     except MicrogptError as error:
         print(f"python -m crosscheck {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     return status
 
 

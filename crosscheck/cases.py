@@ -7,6 +7,7 @@ config     what differs from the default preset, or from the one named under `pr
 chars      the characters of the vocabulary
 batches    one list of documents per step; more steps begin again with the first
 shift      what is added to every weight of a parameter as drawn, by name
+zeroed     rows of parameters that are zero, by name
 zero       gradients that are zero everywhere, by name, each with the reason why that is right
 zero_rows  rows of gradients that are exactly zero, by name: the characters, and the reason
 kink       the reason why ReLU inputs may lie on the kink
@@ -42,6 +43,7 @@ KEYS = {
     "chars": str,
     "batches": list,
     "shift": dict,
+    "zeroed": dict,
     "zero": dict,
     "zero_rows": dict,
     "kink": str,
@@ -60,6 +62,7 @@ class Case:
     chars: str
     batches: list[list[str]]
     shift: Mapping[str, float] = field(default_factory=dict)
+    zeroed: Mapping[str, list[int]] = field(default_factory=dict)
     zero: Mapping[str, str] = field(default_factory=dict)
     zero_rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     kink: str = ""
@@ -80,8 +83,14 @@ class Case:
 
 
 def case_names() -> list[str]:
-    """The cases that there are."""
-    return sorted(path.stem for path in CASES.glob("*.yaml"))
+    """The cases that there are, the smallest models first."""
+    paths = sorted(CASES.glob("*.yaml"))
+    return [path.stem for path in sorted(paths, key=lambda path: _size(path))]
+
+
+def _size(path: Path) -> int:
+    stored = path.with_suffix(".safetensors")
+    return stored.stat().st_size if stored.is_file() else 0
 
 
 def load_case(name: str) -> Case:
@@ -126,6 +135,9 @@ def draw_params(case: Case, seed: int | None = None) -> Tensors:
     params = init_params(case.config, case.tokenizer.vocab_size, rng)
     for name, offset in case.shift.items():
         params[name] = [[x + offset for x in row] for row in params[name]]
+    for name, rows in case.zeroed.items():
+        for row in rows:
+            params[name][row] = [0.0] * len(params[name][row])
     return params
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -59,6 +60,7 @@ FLOAT32_MEASURED = {
     "entry_v": 5.9e-8,
     "forward": 9.4e-7,
     "eval": 9.4e-7,
+    "read": 9.4e-7,
     "backward": 3.1e-5,
     "gradient": 3.1e-5,
     "unwatched": 3.1e-5,
@@ -90,7 +92,7 @@ class Disagreement:
     step: int  # from 1
     key: str
     problem: str  # in words; where values differ, the figures below say how
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
     index: tuple[int, ...] = ()
     reference: float = 0.0
     candidate: float = 0.0
@@ -99,7 +101,9 @@ class Disagreement:
     elements: int = 0
     agreed: tuple[str, ...] = ()  # the keys of this step that agreed before it
     formula: str = ""  # the scalar expression behind the element
-    operands: Mapping[str, str] = field(default_factory=dict)  # the reference's
+    operands: Mapping[str, str] = field(default_factory=dict)  # of the side that is right
+    expected: float = 0.0  # what they come to
+    at_fault: str = ""  # "reference" or "candidate": whose number is not what its operands say
     diagnosis: str = ""  # what it looks like, where that is known
     phases: tuple[str, ...] = ()  # all in which this step differs
 
@@ -140,14 +144,19 @@ def compare(
 ) -> Outcome:
     """Hold the steps of two traces against each other, up to the first one that differs."""
     outcome = Outcome(case.name)
-    before: Step | None = None
-    for number, (ours, theirs) in enumerate(zip(reference, candidate), 1):
+    before: tuple[Step, Step] | None = None
+    for number, (ours, theirs) in enumerate(zip_longest(reference, candidate), 1):
+        if ours is None or theirs is None:
+            side = "reference" if ours is None else "candidate"
+            problem = f"is missing: the {side} stops after step {number - 1}"
+            outcome.found.append(Disagreement(case.name, number, "", problem))
+            return outcome
         compare_step(case, number, ours, theirs, standard, outcome)
         if outcome.found:
             outcome.found[0] = explained(case, outcome.found, ours, theirs, before, standard)
             return outcome
         outcome.tally.steps += 1
-        before = ours
+        before = ours, theirs
     if outcome.tally.steps == 0:
         outcome.found.append(Disagreement(case.name, 0, "", "no step was compared"))
     return outcome
@@ -188,23 +197,49 @@ def explained(
     found: list[Disagreement],
     ours: Step,
     theirs: Step,
-    before: Step | None,
+    before: tuple[Step, Step] | None,
     standard: Standard,
 ) -> Disagreement:
     """The first disagreement of a step, with the expression behind it and a diagnosis.
 
-    Where the reference's step, or the one before it, is too incomplete for that, without.
+    The side whose number is not what its own operands come to is the one at fault, and is held
+    against the other. Where a step, or the one before it, is too incomplete for that, without.
+
+    before    the two steps before these
     """
     first = replace(found[0], phases=tuple(split_key(one.key)[0] for one in found))
-    with suppress(KeyError):
-        behind = expression(case, first.step, first.key, first.index, ours) if first.shape else None
+    if first.shape is not None:
+        follows = _follows(case, first, ours, standard), _follows(case, first, theirs, standard)
+        if follows[0] is not None and follows[1] is not None and follows[0] != follows[1]:
+            first = replace(first, at_fault="candidate" if follows[0] else "reference")
+    sound, faulty = (theirs, ours) if first.at_fault == "reference" else (ours, theirs)
+    with suppress(KeyError, IndexError):
+        behind = None
+        if first.shape is not None:
+            behind = expression(case, first.step, first.key, first.index, sound)
         if behind:
             operands = {name: shown(value) for name, value in behind.operands.items()}
-            first = replace(first, formula=behind.formula, operands=operands)
-    with suppress(KeyError):
-        words = diagnose(case, first.step, first.key, ours, theirs, before, standard.dtype)
+            first = replace(
+                first, formula=behind.formula, operands=operands, expected=float(behind.value)
+            )
+    earlier = before[sound is theirs] if before else None
+    with suppress(KeyError, IndexError):
+        words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words)
     return first
+
+
+def _follows(case: Case, found: Disagreement, step: Step, standard: Standard) -> bool | None:
+    """Whether an element is what its own operands come to; None where they cannot be had."""
+    try:
+        behind = expression(case, found.step, found.key, found.index, step)
+    except (KeyError, IndexError, ArithmeticError, ValueError):
+        return None
+    if behind is None:
+        return None
+    number = np.asarray(step[found.key][found.index])
+    share = standard.tolerances[split_key(found.key)[0]].shares(np.asarray(behind.value), number)
+    return bool(share <= 1)
 
 
 def _compare_tensor(
@@ -245,7 +280,7 @@ def _compare_tensor(
             exceeding=int((shares > 1).sum()),
             elements=int(there.sum()),
         )
-    problem = _vacuous(case, key, ours, theirs, there)
+    problem = _vacuous(case, key, ours, theirs, there, reference["batch/tokens"])
     if problem:
         return Disagreement(case.name, step, key, problem)
     tally.tensors += 1
@@ -255,7 +290,17 @@ def _compare_tensor(
     return None
 
 
-def _vacuous(case: Case, key: str, reference: Array, candidate: Array, there: Array) -> str:
+def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:
+    """The rows of wte and wpe that no document reads: nothing flows back to them."""
+    if name == "dwpe":
+        return np.arange(rows) >= tokens.shape[1] - 1
+    inputs = tokens[:, :-1][tokens[:, 1:] >= 0]
+    return ~np.isin(np.arange(rows), inputs) & (not case.config.tie_lm_head)
+
+
+def _vacuous(
+    case: Case, key: str, reference: Array, candidate: Array, there: Array, tokens: Array
+) -> str:
     """Why agreement on this tensor would prove nothing, or is not what the case declares."""
     phase, name = split_key(key)
     if phase in (*COUNTED, "entry_m", "entry_v"):  # not results, or zero at the first step
@@ -267,10 +312,14 @@ def _vacuous(case: Case, key: str, reference: Array, candidate: Array, there: Ar
             return "is not zero, and the case declares it to be"
     elif not np.any(reference[there]) and not case.random:
         return "is zero everywhere, so agreement proves nothing, and the case does not say why"
-    if phase == "gradient" and name in case.zero_rows:
-        rows = case.tokenizer.encode(case.zero_rows[name]["chars"])
-        if np.any(reference[rows]) or np.any(candidate[rows]):
-            return "is not exactly zero in the rows that the case declares unused"
+    if phase in ("gradient", "unwatched") and name in ("dwte", "dwpe"):
+        unused = _unused_rows(case, name, len(reference), tokens)
+        if np.any(reference[unused]) or np.any(candidate[unused]):
+            return "is not exactly zero in the rows that no document reads"
+        if name in case.zero_rows:
+            declared = case.tokenizer.encode(case.zero_rows[name]["chars"])
+            if not unused[declared].all():
+                return "is said to have unused rows that a document reads"
     watched = phase == "forward" and name.endswith(".mlp_pre") and not (case.kink or case.random)
     if watched and np.abs(reference[there]).min() < KINK:
         return f"comes within {KINK:g} of the kink of the ReLU, where rounding decides the slope"

@@ -81,6 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"{candidate} against itself proves nothing; choose another --reference, or --dtype"
         )
+    if option("--save-case") and option("--save-case").suffix != ".yaml":
+        raise pytest.UsageError(f"--save-case {option('--save-case')}: expected a name in .yaml")
     if option("--steps") < 1:
         raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
     for name in option("--case") or []:
@@ -92,6 +94,14 @@ def pytest_configure(config: pytest.Config) -> None:
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
     config.stash[RECORD] = Record([], [], [])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --case, only what runs on a case."""
+    if config.getoption("--case"):
+        chosen = [item for item in items if "case_name" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

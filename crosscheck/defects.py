@@ -10,7 +10,8 @@ import importlib.machinery
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from crosscheck.cases import Case, load_case
+from crosscheck.cases import load_case
 from crosscheck.compare import Disagreement, compare, compare_taught
+from crosscheck.report import WIDTH
 from crosscheck.trace import Step, split_key, trace
 from microgpt.config import FIXTURES
 
@@ -36,6 +38,8 @@ PANEL = (
     "microgpt-243",
     "large-logits",
     "decay-and-clip",
+    "on-the-kink",
+    "large-attention-logits",
 )
 STEPS = 3
 
@@ -112,15 +116,24 @@ def load_defects() -> list[Defect]:
 
 
 def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
-    """Plant a defect and run the panel, up to the first case that catches it."""
-    other = "vectorized" if defect.package == "scalar" else "scalar"
+    """Plant a defect and run the panel, up to the first case that catches it.
+
+    As for a user, scalar is the reference and vectorized the candidate, whichever has the defect.
+    """
     with planted(defect.patches), np.errstate(all="ignore"):
         for name in sorted(panel, key=lambda name: name != defect.case):
             case = load_case(name)
-            taught_by = lessons(name, other)
-            found = _hold(case, taught_by, defect.package)
+            sound = lessons(name, "vectorized" if defect.package == "scalar" else "scalar")
+            faulty: list[Step] = []
+            steps = _recorded(trace(case, defect.package, "float64", STEPS), faulty)
+            sides = (steps, sound) if defect.package == "scalar" else (sound, steps)
+            try:
+                found = compare(case, *sides).found
+            except ArithmeticError as error:
+                return Verdict(defect, Disagreement(name, 1, "", f"stopped: {error}"))
             if found:
-                alone = _alone(case, taught_by, defect.package)
+                reference = faulty if defect.package == "scalar" else sound
+                alone = compare_taught(case, reference, "vectorized").found
                 return Verdict(
                     defect,
                     found[0],
@@ -130,17 +143,10 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
     return Verdict(defect)
 
 
-def _hold(case: Case, reference: tuple[Step, ...], candidate: str) -> list[Disagreement]:
-    """The disagreements of the first step that has any."""
-    try:
-        return compare(case, reference, trace(case, candidate, "float64", STEPS)).found
-    except ArithmeticError as error:  # what a user would see of it
-        return [Disagreement(case.name, 1, "", f"stopped: {error}")]
-
-
-def _alone(case: Case, reference: tuple[Step, ...], candidate: str) -> list[Disagreement]:
-    """The same where every step starts from the reference's state, and uses its gradients."""
-    return compare_taught(case, reference, candidate).found
+def _recorded(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:
+    for step in steps:
+        record.append(step)
+        yield step
 
 
 @cache
@@ -224,9 +230,10 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
                 seen += "."
         first = verdict.first.key if verdict.first else "NOT CAUGHT"
         wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
-        lines.append(f"{verdict.defect.name:38} {seen}  {first}{wrong}")
-        if verdict.diagnosis:
-            lines.append(f"{'':38} {verdict.diagnosis}")
+        lines.append(f"{verdict.defect.name:37} {seen} {first}{wrong}")
+        lines += textwrap.wrap(
+            verdict.diagnosis, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
     caught = sum(verdict.first is not None for verdict in verdicts)
     located = sum(verdict.located for verdict in verdicts)
     promised = [verdict for verdict in verdicts if verdict.defect.says]

@@ -2,8 +2,8 @@
 
 Each pattern is a function that is shown the two tensors and everything around them, and answers
 with a sentence or with nothing. The first to answer is believed, so the narrow ones come first.
-A pattern must reproduce the candidate's numbers from the reference's, all of them, not resemble
-them.
+Most must reproduce the faulty numbers from the sound ones, all of them, not resemble them; the
+last few only say where, or of what size, the fault is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.explain import Place, clipping
-from crosscheck.trace import Array, Step, real, split_key
+from crosscheck.trace import PHASES, Array, Step, real, split_key
 from microgpt.train import learning_rate
 
 
@@ -102,6 +102,8 @@ def diagnose(
 def not_finite(pair: Pair) -> str:
     """Infinities or NaN."""
     bad = ~np.isfinite(pair.theirs[pair.there])
+    if pair.tap == "attn_logits" and np.isneginf(pair.theirs[pair.there]).any():
+        return f"-inf at {bad.sum():,} places that a position may look at: the mask hides too much"
     return f"not a finite number in {bad.sum():,} of {bad.size:,} elements" if bad.any() else ""
 
 
@@ -258,6 +260,8 @@ def repeated_tokens(pair: Pair) -> str:
             )
             for row in np.flatnonzero(bad)
         ]
+        if not np.any(pair.theirs[bad]):
+            return "all contributions of these tokens are lost"
         if all(single):
             return "repeated tokens accumulated once: one occurrence counts, the others are lost"
         return "wrong only in the rows of tokens that occur more than once"
@@ -438,6 +442,8 @@ def constant_factor(pair: Pair) -> str:
     close = [name for name, value in named.items() if abs(factor - value) < 1e-6 * abs(value)]
     if factor == 2.0 or abs(factor - 2) < 1e-6:
         close = ["2 (doubled)", *close[1:]]
+    if ours.size < 2 and not close:
+        return ""
     return f"a constant factor of {factor:.6g}" + (f" = {' = '.join(close)}" if close else "")
 
 
@@ -498,10 +504,12 @@ def somewhere(pair: Pair) -> str:
 
 def other_tensor(pair: Pair) -> str:
     """The numbers of something else."""
+    if not np.any(pair.theirs[pair.there]):
+        return "never written, or lost: zero everywhere"
     for key, tensor in pair.step.items():
         alike = tensor.shape == pair.ours.shape and tensor.dtype == "float64" and key != pair.key
         if alike and pair.explains(tensor):
-            return f"these are the numbers of {split_key(key)[1]}"
+            return f"these are the numbers of {split_key(key)[1]} ({PHASES[split_key(key)[0]]})"
     return ""
 
 

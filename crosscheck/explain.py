@@ -71,7 +71,7 @@ def expression(
     step      the tensors from which the operands are taken
     """
     phase, name = split_key(key)
-    if phase in ("batch", "sample", "entry", "entry_m", "entry_v"):
+    if phase in ("batch", "sample", "read", "entry", "entry_m", "entry_v"):
         return None
     phase = {"eval": "forward", "unwatched": "gradient"}.get(phase, phase)
     if phase in ("backward", "gradient"):

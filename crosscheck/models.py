@@ -22,20 +22,23 @@ def cases(draw: Any) -> Case:
     """
     n_head = draw(st.integers(1, 4), label="n_head")
     head_dim = draw(st.integers(1, 4), label="head_dim")
+    crop = draw(st.sampled_from(["positions", "tokens"]), label="crop")
     config = config_from(
         {
             "n_layer": draw(st.integers(1, 3), label="n_layer"),
             "n_embd": n_head * head_dim,
             "n_head": n_head,
-            "block_size": draw(st.integers(2, 8), label="block_size"),
+            "block_size": draw(st.integers(2 if crop == "tokens" else 1, 8), label="block_size"),
             "vocabulary": draw(st.sampled_from(["chars-bos", "bos-eos-chars"])),
-            "crop": draw(st.sampled_from(["positions", "tokens"])),
+            "crop": crop,
             "norm_embedding": draw(st.booleans(), label="norm_embedding"),
             "squared_relu": draw(st.booleans(), label="squared_relu"),
             "tie_lm_head": draw(st.booleans(), label="tie_lm_head"),
             "norm_eps": draw(st.sampled_from([1e-5, 1e-2, 1e-8]), label="norm_eps"),
-            "init_std": draw(st.sampled_from([0.3, 0.08, 0.02, 0.6]), label="init_std"),
-            "init_std_residual": draw(st.sampled_from([0.3, 0.02, 0.6]), label="init_std_residual"),
+            "init_std": draw(st.sampled_from([0.3, 0.08, 0.02, 1e-3, 1.0]), label="init_std"),
+            "init_std_residual": draw(
+                st.sampled_from([0.3, 0.02, 1e-3, 1.0]), label="init_std_residual"
+            ),
             "beta1": draw(st.sampled_from([0.85, 0.0, 0.99]), label="beta1"),
             "beta2": draw(st.sampled_from([0.99, 0.5]), label="beta2"),
             "adam_eps": draw(st.sampled_from([1e-8, 1e-3]), label="adam_eps"),

@@ -19,14 +19,14 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     phase, name = split_key(found.key)
     where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
     rows: list[tuple[str, str]] = []
-    if found.shape:
+    if found.shape is not None:
         at = ", ".join(
             f"{axis}={i}" for axis, i in zip(axes(found.key, len(found.shape)), found.index)
         )
         difference = abs(found.candidate - found.reference)
         relative = difference / abs(found.reference) if found.reference else math.inf
         rows += [
-            ("first at", f"{name}[{at}] of {found.shape}"),
+            ("first at", f"{name}[{at}] of {found.shape}" if at else name),
             (reference, f"{found.reference!r}"),
             (candidate, f"{found.candidate!r}"),
             (
@@ -38,8 +38,11 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
             ("exceeded by", f"{found.exceeding:,} of {found.elements:,} elements"),
         ]
     if found.formula:
-        rows.append(("should be", found.formula))
+        rows.append(("should be", f"{found.formula} = {found.expected:.6g}"))
         rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
+    if found.at_fault:
+        side = reference if found.at_fault == "reference" else candidate
+        rows.append(("at fault", f"{side}: its number is not what its own operands come to"))
     if found.diagnosis:
         rows.append(("looks like", found.diagnosis))
     if found.phases:

@@ -82,6 +82,7 @@ def test_nothing_is_left_out(choice: Choice) -> None:
         *[f"{phase}/{name}" for phase in ("entry", "entry_m", "entry_v") for name in params],
         *[f"forward/{name}" for name in taps],
         "eval/loss_t",
+        "read/logits",
         *[f"backward/d{name}" for name in reversed(taps)],
         *[f"{phase}/d{name}" for phase in ("gradient", "unwatched") for name in params],
         *[

@@ -48,9 +48,12 @@ def test_random_models(choice: Choice, settle: Any) -> None:
             raise AssertionError(f"{words}\n{described(case)}")
         total.tally.add(outcome.tally)
 
+    words = ""
     try:
         agree()
     except AssertionError as error:
+        words = str(error)
+    if words:
         saved = f"\nsaved as {choice.save_case}" if choice.save_case else ""
-        pytest.fail(f"{error}{saved}", pytrace=False)
+        pytest.fail(words + saved, pytrace=False)
     settle(total)

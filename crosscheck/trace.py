@@ -8,6 +8,7 @@ entry_m/<p>        Adam's running mean of the gradient before the step
 entry_v/<p>        and of its square
 forward/<tap>      what the forward pass computes in between, (B, T, ..), zero where there is none
 eval/loss_t        the loss of every position, as it is computed where nothing is learned
+read/logits        the logits of the first document, read token by token as when sampling
 backward/d<tap>    the derivative of the loss with respect to each, in reverse order
 gradient/d<p>      the same for each parameter
 unwatched/d<p>     once more, as it is computed where nobody asks for the derivatives above
@@ -21,7 +22,6 @@ sample/documents   token ids of documents drawn from the model, padded with -1
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -47,6 +47,7 @@ PHASES = {
     "entry_v": "Adam's v at entry",
     "forward": "forward pass",
     "eval": "evaluation",
+    "read": "reading token by token",
     "backward": "backward pass",
     "gradient": "parameter gradients",
     "unwatched": "parameter gradients, unwatched",
@@ -103,11 +104,18 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
     keep("entry", before.params)
     keep("entry_m", before.m)
     keep("entry_v", before.v)
+    failure = None
     for backend in (pair.trained, pair.watched):
-        with suppress(FloatingPointError):  # the taps show where it began
+        try:
             backend.forward(docs)
-    keep("forward", pair.watched.taps())
+        except FloatingPointError as error:  # the taps show where it began, if there are any
+            failure = error
+    try:
+        keep("forward", pair.watched.taps())
+    except FloatingPointError as error:
+        raise failure or error from None
     keep("eval", {"loss_t": _padded(pair.watched.position_losses(docs))})
+    keep("read", {"logits": pair.watched.read(docs[0][:-1])})
     for backend in (pair.trained, pair.watched):
         backend.backward()
     keep("backward", dict(reversed(list(pair.watched.dtaps().items()))), prefix="d")
@@ -133,6 +141,7 @@ def keys(config: Config, vocab_size: int) -> list[str]:
         "forward": taps,
         "backward": [f"d{name}" for name in reversed(taps)],
         "eval": ["loss_t"],
+        "read": ["logits"],
         "gradient": [f"d{name}" for name in params],
         "unwatched": [f"d{name}" for name in params],
         "sample": ["documents"],
@@ -158,7 +167,8 @@ def drawn(case: Case, backend: Backend, seed: int) -> Step:
         for start in ([], prompt)
         for doc in backend.sample(tokenizer, rng, SAMPLES, TEMPERATURE, start)
     ]
-    return {"sample/documents": padded_tokens(docs)}
+    longest = case.config.block_size + 1
+    return {"sample/documents": np.array([[*doc, *[-1] * (longest - len(doc))] for doc in docs])}
 
 
 def padded_tokens(docs: Docs) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from crosscheck.cases import Case
+from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import FLOAT64, Outcome, compare_step, explained, float32
 from crosscheck.trace import Step, keys, split_key
 from microgpt.checkpoint import read_tensors
-from microgpt.config import checked, typed_fields
+from microgpt.config import stored_config
 from microgpt.data import write_whole
 from microgpt.errors import MicrogptError
 
@@ -31,7 +32,7 @@ def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable
     number = 0
     for number, step in enumerate(steps, 1):
         for key, tensor in step.items():
-            tensors[f"step{number}/{key}"] = np.ascontiguousarray(tensor)
+            tensors[f"step{number}/{key}"] = np.array(tensor, order="C")
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -54,17 +55,23 @@ def load_trace(path: Path) -> tuple[Case, str, list[Step]]:
             f"{path}: not a trace of version {VERSION}; see crosscheck/TRACES.md for the format"
         )
     try:
-        config = checked(typed_fields(json.loads(metadata["config"]), f"{path}: config"))
+        config = stored_config(json.loads(metadata["config"]), str(path))
         chars, dtype = metadata["chars"], metadata["dtype"]
         steps: list[Step] = [{} for _ in range(int(metadata["steps"]))]
         for key, tensor in tensors.items():
             number, _, rest = key.partition("/")
+            if number not in {f"step{n}" for n in range(1, len(steps) + 1)}:
+                raise ValueError(f"{key!r} in a trace of {len(steps)} steps")
             steps[int(number.removeprefix("step")) - 1][rest] = tensor
+        if dtype not in ("float64", "float32") or not steps:
+            raise ValueError(f"dtype {dtype!r}, {len(steps)} steps")
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise MicrogptError(f"{path}: damaged: {error!r}") from None
-    case = Case(
-        metadata.get("case", path.stem), "a trace", config, chars, [], random="read from a trace"
-    )
+    name = metadata.get("case", path.stem)
+    case = Case(name, "a trace", config, chars, [], kink="read from a trace")
+    if name in case_names():  # it knows what may be zero, and what single precision loses
+        known = load_case(name)
+        case = replace(case, zero=known.zero, float32=known.float32, random=known.random)
     order = keys(config, case.tokenizer.vocab_size)
     for step in steps:
         unknown = [key for key in step if key not in order]
@@ -79,10 +86,14 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
     Raises MicrogptError if there is nothing to compare, or nothing to compare it with.
     """
     case, _, ours = load_trace(reference)
-    _, dtype, theirs = load_trace(candidate)
+    other, dtype, theirs = load_trace(candidate)
+    if (other.config, other.chars) != (case.config, case.chars):
+        raise MicrogptError(f"{candidate}: is of another model, or vocabulary, than {reference}")
+    if len(ours) != len(theirs):
+        raise MicrogptError(f"{candidate}: {len(theirs)} steps, and {reference} has {len(ours)}")
     standard = float32(case) if dtype == "float32" else FLOAT64
     outcome = Outcome(case.name)
-    before: Step | None = None
+    before: tuple[Step, Step] | None = None
     for number, (a, b) in enumerate(zip(ours, theirs), 1):
         wanted = [
             key
@@ -102,5 +113,5 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
             outcome.found[0] = explained(case, outcome.found, a, b, before, standard)
             return outcome
         outcome.tally.steps += 1
-        before = a
+        before = a, b
     return outcome

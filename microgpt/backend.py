@@ -61,6 +61,9 @@ class Backend(Protocol):
     def position_losses(self, docs: Docs) -> list[list[float]]:
         """-log p(next token) at every position of every document; nothing is learned."""
 
+    def read(self, tokens: Sequence[int]) -> Any:
+        """The logits (T, V) that follow each token, read one at a time as in sampling."""
+
     def sample(
         self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
     ) -> list[list[int]]:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from microgpt.backend import State
-from microgpt.config import Config, checked, typed_fields
+from microgpt.config import Config, stored_config
 from microgpt.data import write_whole
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
@@ -90,7 +90,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         fields = json.loads(metadata["config"])
-        config = checked(typed_fields(fields, f"{path}: config"))
+        config = stored_config(fields, str(path))
         tokenizer = build_tokenizer(metadata["chars"], config)
         updates = int(metadata["updates"])
         if updates < 0:

@@ -54,7 +54,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Microgpt train"""
+    """`microgpt train`: 0 when all steps are done, 130 when a signal ended them early."""
     from microgpt import report
     from microgpt.train import write_samples
 
@@ -73,6 +73,11 @@ def train(options: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     print(report.ending(progress, tokenizer.vocab_size))
+    if run.held_out:
+        from microgpt.evaluate import evaluation
+
+        loss = evaluation(run.backend, run.held_out, tokenizer, config).loss
+        print(f"loss {loss:.4f} on {len(run.held_out):,} documents kept from training")
     documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
     samples = [tokenizer.decode(ids) for ids in documents]
     write_samples(run.out, samples)
@@ -83,7 +88,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def sample(options: argparse.Namespace) -> int:
-    """Microgpt sample"""
+    """`microgpt sample`: prints one sample per line."""
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
 
@@ -110,7 +115,7 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Microgpt eval"""
+    """`microgpt eval`: prints the loss, by position and over all."""
     from microgpt import report
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
@@ -138,7 +143,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """microgpt bench"""
+    """`microgpt bench`: 1 if a contestant computes something else than scalar does."""
     import json
 
     from microgpt import bench as timing
@@ -211,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE",
         help=f"a preset ({', '.join(presets())}) or a YAML file (default: {DEFAULT_PRESET})",
     )
-    command.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: a"
-                         " new one under runs/)")  # fmt: skip
+    command.add_argument("--out", type=_directory, metavar="DIR", help="the run directory"
+                         " (default: a new one under runs/)")  # fmt: skip
     command.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     command.add_argument(
         "--overwrite", action="store_true", help="replace the run that --out DIR holds"
@@ -260,6 +265,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="for other programs")
     return parser
+
+
+def _directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a directory")
+    return Path(text)
 
 
 METAVARS = {"int": "N", "float": "X", "bool": "true|false", "str": "NAME|FILE"}

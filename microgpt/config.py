@@ -138,6 +138,17 @@ def checked(fields: Mapping[str, Any]) -> Config:
     return config
 
 
+def stored_config(fields: Mapping[Any, Any], where: str) -> Config:
+    """The configuration that a file carries along, which must be complete."""
+    missing = [name for name in FIELDS if name not in fields]
+    if missing:
+        raise MicrogptError(
+            f"{where}: its configuration lacks {missing[0]!r}: written by another version;"
+            " use the version that wrote it"
+        )
+    return checked(typed_fields(fields, f"{where}: config"))
+
+
 def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """The fields of a mapping that came from outside, each with its right type and range."""
     for name in raw:

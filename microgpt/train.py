@@ -47,7 +47,7 @@ class Run:
 
     config: Config
     tokenizer: Tokenizer
-    documents: list[str]  # shuffled
+    documents: list[str]  # shuffled; the last held_out of them are kept from training
     backend: Backend
     rng: Random  # as the initialisation left it: the samples are drawn from here on
     out: Path
@@ -73,12 +73,17 @@ class Run:
                     f'{{"step": {self.step}, "loss": {loss!r}, "lr": {lr_t!r},'
                     f' "seconds": {seconds:.9f}}}\n'
                 )
-                progress(self.step, loss, seconds)
+                try:
+                    progress(self.step, loss, seconds)
+                except BrokenPipeError:  # nobody reads the progress any more
+                    log.flush()
+                    self.save()
+                    raise
         self.save()
         return self.step == self.config.steps
 
     def _step(self, lr_t: float) -> float:
-        docs = batch(self.step, self.documents, self.tokenizer, self.config)
+        docs = batch(self.step, self.training, self.tokenizer, self.config)
         try:
             loss = self.backend.forward(docs)
             self.backend.backward()
@@ -88,14 +93,28 @@ class Run:
         return loss
 
     def _diverged(self, what: str) -> str:
-        return (
-            f"step {self.step + 1}: {what}; the run has stopped without writing a checkpoint."
-            f" A smaller --learning-rate (now {self.config.learning_rate}) often helps"
-        )
+        if self.step == 0:
+            advice = f"try a smaller --init-std than {self.config.init_std}"
+        else:
+            advice = f"try a smaller --learning-rate than {self.config.learning_rate}"
+        return f"step {self.step + 1}: {what}; stopped without writing a checkpoint; {advice}"
 
     def save(self) -> None:
         """Write the checkpoint."""
         save_checkpoint(self.out / FILE_NAME, self.checkpoint())
+
+    def __post_init__(self) -> None:
+        if self.config.held_out >= len(self.documents):
+            raise MicrogptError(
+                f"--held-out {self.config.held_out}: the data set has {len(self.documents):,}"
+                " documents, and none would be left to train on"
+            )
+        self.training = self.documents[: len(self.documents) - self.config.held_out]
+
+    @property
+    def held_out(self) -> list[str]:
+        """The documents that training does not see."""
+        return self.documents[len(self.training) :]
 
     @property
     def num_params(self) -> int:
@@ -118,7 +137,10 @@ def new_run(
     Without `out`, the run goes to runs/<name>, or to runs/<name>-2 and so on if there is one.
     Everything that can be wrong with the input is found before the directory is touched.
     """
-    out = out or _free_directory(Path("runs") / name)
+    if out is None:
+        if overwrite:
+            raise MicrogptError("--overwrite: which run? Name its directory with --out DIR")
+        out = _free_directory(Path("runs") / name)
     if holds_run(out) and not overwrite:
         raise MicrogptError(
             f"--out {out}: holds a run already; choose another directory, continue that run with"
@@ -131,6 +153,7 @@ def new_run(
     tokenizer = build_tokenizer("".join(documents), config)
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend(backend_name, config, fresh_state(params))
+    run = Run(config, tokenizer, documents, backend, rng, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for run_file in RUN_FILES:
@@ -138,7 +161,7 @@ def new_run(
     except OSError as error:
         raise MicrogptError(f"--out {out}: {error.strerror}") from None
     _write_config(out, config)
-    return Run(config, tokenizer, documents, backend, rng, out)
+    return run
 
 
 def holds_run(out: Path) -> bool:

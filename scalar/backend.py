@@ -10,10 +10,10 @@ from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import grow, pick, tap_names
+from microgpt.layout import grow, pick, tap_names, tree
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
-from scalar.model import loss
+from scalar.model import Matrix, gpt, loss
 from scalar.sample import sample
 from scalar.value import Value
 
@@ -60,6 +60,15 @@ class Backend:
     def position_losses(self, docs: Docs) -> list[list[float]]:
         _, doc_taps = loss(docs, self.params, self.config)
         return [[tap.loss_t.data for tap in taps] for taps in doc_taps]
+
+    def read(self, tokens: Sequence[int]) -> list[list[float]]:
+        keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]
+        values: list[Matrix] = [[] for _ in range(self.config.n_layer)]
+        rows = [
+            gpt(token, t, self.params, keys, values, self.config, tree(self.config.n_layer))
+            for t, token in enumerate(tokens)
+        ]
+        return [[logit.data for logit in row] for row in rows]
 
     def sample(
         self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]

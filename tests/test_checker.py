@@ -344,12 +344,11 @@ def _pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_pytest_crosscheck_reports_the_bug_and_saves_the_smallest_model(buggy: Path) -> None:
     smallest, report = buggy / "smallest.yaml", buggy / "report.json"
-    done = _pytest(
-        buggy,
-        "crosscheck/test_random.py",
-        "crosscheck/test_cases.py::test_taught",
-        *("--case", "one-head", "--save-case", str(smallest), "--json", str(report)),
-    )
+    done = _pytest(buggy, "crosscheck/test_random.py", "--save-case", str(smallest))
+    assert done.returncode == 1
+    assert "saved as" in done.stdout
+    taught = "crosscheck/test_cases.py::test_taught"
+    done = _pytest(buggy, taught, "--case", "one-head", "--json", str(report))
     assert done.returncode == 1
     assert "case one-head, step 1, backward pass:\ndlayer0.attn_res disagrees" in done.stdout
     assert "the second term of the norm's derivative is missing" in done.stdout
@@ -371,6 +370,7 @@ def test_pytest_crosscheck_reports_the_bug_and_saves_the_smallest_model(buggy: P
         (["--backend", "scalar", "--reference", "vectorized", "--dtype", "float32"], "float64"),
         (["--case", "nowhere"], "there is no case and no file 'nowhere'"),
         (["--steps", "0"], "expected 1 or more"),
+        (["--save-case", "x.txt"], "expected a name in .yaml"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], complaint: str, buggy: Path) -> None:

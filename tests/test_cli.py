@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from http.client import BadStatusLine
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.error import URLError
 
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 import yaml
 
-from microgpt import data, evaluate, report
+from microgpt import data, evaluate, report, train
 from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
@@ -273,7 +274,7 @@ def test_a_run_that_diverges_says_so_in_one_line_and_writes_no_checkpoint(
     train = ["train", *flags, "--backend", backend, "--out", "run"]
     assert microgpt(*train, "--learning-rate", "1e300") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"microgpt train: error: step \d: .*--learning-rate \(now 1e\+300\)", line)
+    assert re.match(r"microgpt train: error: step \d: .*--learning-rate than 1e\+300", line)
     assert not (here / "run" / FILE_NAME).exists()
     assert not (here / "run" / "samples.txt").exists()
 
@@ -859,3 +860,30 @@ def process_unread(unbuffered: str, *arguments: object) -> subprocess.CompletedP
         return process(*arguments, stdout=write, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     finally:
         os.close(write)
+
+
+def test_documents_kept_from_training_are_not_trained_on_and_are_measured(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["ab", "ba", "aab", "bba", "abba"]
+    (here / "words.txt").write_text("\n".join(words), encoding="utf-8")
+    Random(42).shuffle(words)
+    (here / "kept.txt").write_text("\n".join(words[3:]), encoding="utf-8")
+    trained_on: list[list[str]] = []
+    batch = train.batch
+
+    def watched(step: int, documents: list[str], *more: Any) -> list[list[int]]:
+        trained_on.append(documents)
+        return batch(step, documents, *more)
+
+    monkeypatch.setattr(train, "batch", watched)
+    flags = ["--dataset", "words.txt", "--n-embd", "4", "--n-head", "2", "--steps", "6"]
+    assert microgpt("train", *flags, "--held-out", "2", "--out", "run") == 0
+    said = capsys.readouterr().out
+    assert trained_on == [words[:3]] * 6
+    assert microgpt("eval", "run", "--dataset", "kept.txt") == 0
+    (loss,) = re.findall(r"loss (\S+), mean over 2 documents", capsys.readouterr().out)
+    assert f"loss {loss} on 2 documents kept from training" in said
+    assert microgpt("train", *flags, "--held-out", "5", "--out", "none") == 2
+    assert "none would be left" in capsys.readouterr().err
+    assert not (here / "none").exists()

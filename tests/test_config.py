@@ -30,9 +30,17 @@ COMMON = {
     "dataset": "names",
 }
 
+LATER_ADDITIONS: dict[str, Any] = {  # off in both
+    "schedule": "linear",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "grad_clip": 0.0,
+    "held_out": 0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "microgpt": {
         **COMMON,
+        **LATER_ADDITIONS,
         "block_size": 16,
         "vocabulary": "chars-bos",
         "crop": "positions",
@@ -48,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "microgpt-243": {
         **COMMON,
+        **LATER_ADDITIONS,
         "block_size": 8,
         "vocabulary": "bos-eos-chars",
         "crop": "tokens",

@@ -1,4 +1,9 @@
-"""Adam in arrays: all parameters at once, in the one buffer that holds them."""
+"""Adam in arrays: all parameters at once, in the one buffer that holds them.
+
+Same as scalar:         the rule, and the names in it.
+Different from scalar:  one parameter after another -> one buffer; the bias corrections are applied
+                        to the learning rate and to eps.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +39,7 @@ def adam(
     """
     beta1, beta2 = config.beta1, config.beta2
     correction1 = 1 - beta1 ** (step + 1)
-    correction2 = (1 - beta2 ** (step + 1)) ** 0.5
+    c = (1 - beta2 ** (step + 1)) ** 0.5
     if config.grad_clip:
         grads = clip(grads, config.grad_clip) * grads
     m *= beta1
@@ -42,7 +47,7 @@ def adam(
     v *= beta2
     v += (1 - beta2) * (grads * grads)
     denominator = np.sqrt(v)
-    denominator += correction2 * config.adam_eps
+    denominator += c * config.adam_eps
     if config.weight_decay:
         params *= 1 - lr_t * config.weight_decay
-    params -= (lr_t * correction2 / correction1) * (m / denominator)
+    params -= (lr_t * c / correction1) * (m / denominator)

@@ -24,7 +24,7 @@ from vectorized.arrays import (
     pad,
 )
 from vectorized.model import loss_backward, loss_forward
-from vectorized.sample import sample
+from vectorized.sample import empty_past, read, sample
 
 
 class Backend:
@@ -70,6 +70,11 @@ class Backend:
         by_doc = tap.loss_t.reshape(len(docs), -1).tolist()
         return [losses[: len(tokens) - 1] for tokens, losses in zip(docs, by_doc)]
 
+    def read(self, tokens: Sequence[int]) -> Array:
+        past = empty_past(self.params, self.config)
+        columns = [read(np.array([[token]]), self.params, past, self.config) for token in tokens]
+        return np.concatenate(columns, axis=1).T
+
     def sample(
         self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
     ) -> list[list[int]]:
@@ -95,7 +100,7 @@ class Backend:
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, T)
         batched: dict[str, Array] = {}
         for name in tap_names(self.config):
-            tap = np.asarray(pick(taps, name))
+            tap = np.asarray(pick(taps, name), self.flat.dtype)
             if name == "loss":
                 batched[name] = tap
             elif name == "loss_t":

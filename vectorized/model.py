@@ -203,7 +203,8 @@ def gpt_forward(
     start = 0 if past is None else past.layers[0].k.shape[-1]
     emb = tap.emb  # (C, N)
     positions = params.wpe[start : start + T]  # (T, C)
-    np.add(params.wte.take(tokens, axis=0), positions, out=emb.T.reshape(B, T, -1))
+    by_token = emb.T.reshape(B, T, -1)  # (B, T, C), a view: what is written to it is in emb
+    np.add(params.wte.take(tokens, axis=0), positions, out=by_token)
     res = emb
     if config.norm_embedding:
         res = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm, tap.emb_scale)  # (C, N)

@@ -69,10 +69,8 @@ def walk(
 
     Returns (walkers, longest), filled up with the closing token.
     """
-    H, D, longest = config.n_head, config.head_dim, config.block_size - len(prompt)
-    past = tree(config.n_layer)
-    for layer in past.layers:
-        layer.k = layer.v = np.empty((1, H, D, 0), params.wte.dtype)  # (B, H, D, U), U = 0
+    longest = config.block_size - len(prompt)
+    past = empty_past(params, config)
     # all walkers read the same opening
     logits = read(np.array([[tokenizer.bos, *prompt]]), params, past, config)
     logits = np.repeat(logits[:, -1:], walkers, axis=1)  # (V, walkers)
@@ -92,6 +90,15 @@ def walk(
             layer.k, layer.v = layer.k[going], layer.v[going]
         logits = read(tokens[:, None], params, past, config)  # (V, awake)
     return drawn
+
+
+def empty_past(params: SimpleNamespace, config: Config) -> SimpleNamespace:
+    """The keys and values of no position, for one document."""
+    past = tree(config.n_layer)
+    for layer in past.layers:
+        nothing = np.empty((1, config.n_head, config.head_dim, 0), params.wte.dtype)
+        layer.k = layer.v = nothing  # (B, H, D, U), U = 0
+    return past
 
 
 def read(tokens: Array, params: SimpleNamespace, past: SimpleNamespace, config: Config) -> Array:
