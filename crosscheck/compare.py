@@ -27,7 +27,8 @@ class Tolerance:
     scale: float = 0.0  # the share of the largest number in the tensor
 
     def __str__(self) -> str:
-        return f"rtol {self.rtol:g}, atol {self.atol:g}, scale {self.scale:g}"
+        parts = {"rtol": self.rtol, "atol": self.atol, "scale": self.scale}
+        return ", ".join(f"{name} {value:g}" for name, value in parts.items() if value)
 
     def shares(self, reference: Array, candidate: Array) -> Array:
         """The distance of each pair as a share of what is allowed; not a number counts as inf."""

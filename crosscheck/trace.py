@@ -50,7 +50,7 @@ PHASES = {
     "read": "reading token by token",
     "backward": "backward pass",
     "gradient": "parameter gradients",
-    "unwatched": "parameter gradients, unwatched",
+    "unwatched": "unwatched gradients",
     "adam_m": "Adam's m",
     "adam_v": "Adam's v",
     "update": "Adam's update",
