@@ -230,7 +230,6 @@ def gpt_backward(
     # forward: logits = lm_head . res
     res = tap.layers[-1].mlp_res  # (C, N)
     dres = dtap.layers[-1].mlp_res  # (C, N)
-    dparams.wte.fill(0.0)
     if config.tie_lm_head:
         linear_backward(dlogits, res, params.wte, dparams.wte, dres)
     else:
@@ -243,9 +242,15 @@ def gpt_backward(
     demb = dres
     if config.norm_embedding:
         demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (C, N)
-    # forward: emb = wte[token] + wpe[position]. A token that occurs twice receives twice; and
-    # where wte is lm_head as well, this comes on top of what it has received as that.
-    np.add.at(dparams.wte, tokens.reshape(-1), demb.T)
+    # forward: emb = wte[token] + wpe[position]. As a product, wte[token] is wte^T . one_hot, so
+    # a token that occurs twice receives twice; and where wte is lm_head as well, this comes on
+    # top of what it has received as that.
+    one_hot = (np.arange(len(params.wte))[:, None] == tokens.reshape(-1)).astype(demb.dtype)
+    dwte = one_hot.dot(demb.T)  # (V, N), (N, C) -> (V, C)
+    if config.tie_lm_head:
+        dparams.wte += dwte
+    else:
+        dparams.wte[:] = dwte
     dparams.wpe[T:] = 0.0
     np.add.reduce(demb.reshape(-1, B, T), axis=1, out=dparams.wpe[:T].T)
 
