@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.compare import FLOAT64, Outcome, Standard, Tally, float32
 from crosscheck.report import as_json, render, summary
+from crosscheck.trace import Step, trace
 from microgpt.backend import NAMES
 from microgpt.errors import MicrogptError
 
@@ -119,6 +121,18 @@ def choice(pytestconfig: pytest.Config) -> Choice:
 def case(choice: Choice, case_name: str) -> Case:
     """A case, as the command line asks for it."""
     return choice.case(case_name)
+
+
+@pytest.fixture
+def lessons(choice: Choice, case_name: str) -> tuple[Step, ...]:
+    """The steps of the case as the reference computes them, once for all tests."""
+    return _steps(choice, case_name)
+
+
+@cache
+def _steps(choice: Choice, case_name: str) -> tuple[Step, ...]:
+    case = choice.case(case_name)
+    return tuple(trace(case, choice.reference, "float64", choice.steps))
 
 
 @pytest.fixture

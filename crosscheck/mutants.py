@@ -28,7 +28,7 @@ FILES = (
     "vectorized/adam.py",
     "vectorized/sample.py",
 )
-TIMEOUT = 60  # seconds; what takes longer is a loop without an end, and is noticed
+TIMEOUT = 20  # seconds; what takes longer is a loop without an end, and is noticed
 
 
 @dataclass(frozen=True)

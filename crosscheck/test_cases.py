@@ -11,7 +11,7 @@ import pytest
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import compare, compare_taught
 from crosscheck.conftest import Choice
-from crosscheck.trace import PHASES, keys, real, split_key, trace
+from crosscheck.trace import PHASES, Step, keys, real, split_key, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import load_config
 from microgpt.data import load_documents
@@ -24,23 +24,29 @@ FREE_LOSS = 1e-12  # 1e-14 is exceeded by no run we know of
 FREE_PARAMS = 1e-10
 
 
-def test_free_running(case: Case, choice: Choice, settle: Any) -> None:
+def test_free_running(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
-    settle(
-        compare(
-            case,
-            trace(case, choice.reference, "float64", choice.steps),
-            trace(case, choice.candidate, "float64", choice.steps),
-        )
-    )
+    settle(compare(case, lessons, trace(case, choice.candidate, "float64", choice.steps)))
 
 
-def test_taught(case: Case, choice: Choice, settle: Any) -> None:
+def test_taught(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
     """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
-    lessons = trace(case, choice.reference, "float64", choice.steps)
     settle(compare_taught(case, lessons, choice.candidate, choice.standard(case)))
+
+
+@pytest.mark.parametrize("columns", [1, 24])
+def test_in_pieces(
+    case: Case, columns: int, lessons: tuple[Step, ...], choice: Choice, settle: Any
+) -> None:
+    """A batch worked through in pieces of so many columns is the same batch."""
+    from vectorized import arrays  # here, since a defect may be planted in it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "COLUMNS", columns)
+        patch.setattr(arrays.Workspace, "SMALL", 0)
+        settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
 
 
 def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:

@@ -15,7 +15,7 @@ from crosscheck.models import cases, described
 from crosscheck.report import render
 from crosscheck.trace import trace
 
-EXAMPLES = 200
+EXAMPLES = 150
 
 
 def test_random_models(choice: Choice, settle: Any) -> None:

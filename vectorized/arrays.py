@@ -6,6 +6,7 @@ so that y = w . x is one matrix product and every sum over channels runs along a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -20,6 +21,9 @@ from microgpt.layout import grow, tree
 Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
 
+COLUMNS = 512  # of a piece of a batch
+ALIGNED = 16  # numbers: arrays begin where a line of the cache does
+
 
 class Batch(NamedTuple):
     """B documents, padded at the end to the T positions of the longest."""
@@ -30,9 +34,31 @@ class Batch(NamedTuple):
     ragged: bool  # whether there is padding at all
 
 
-def pad(docs: Sequence[Sequence[int]], dtype: np.dtype) -> Batch:
-    """Documents of n + 1 tokens, any n, as one batch of inputs and targets."""
+def pieces(docs: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """A batch in pieces of at most COLUMNS columns, in which the documents are alike in length.
+
+    What is computed for a piece stays in the cache while it is worked on, and hardly any of it is
+    padding. The loss of a batch is the sum over its pieces, and so is the gradient.
+    """
+    if len(docs) * (max(map(len, docs)) - 1) <= COLUMNS:
+        return [docs]
+    ordered = sorted(docs, key=len)
+    cut: list[Sequence[Sequence[int]]] = []
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        if end == len(ordered) or (end + 1 - start) * (len(ordered[end]) - 1) > COLUMNS:
+            cut.append(ordered[start:end])
+            start = end
+    return cut
+
+
+def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -> Batch:
+    """Documents of n + 1 tokens, any n, as one batch of inputs and targets.
+
+    of    how many documents the whole batch has, if these are a piece of it
+    """
     B, T = len(docs), max(map(len, docs)) - 1
+    whole = of or B
     tokens: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
@@ -41,7 +67,7 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype) -> Batch:
         padding = [0] * (T - n)
         tokens += [*doc[:-1], *padding]
         targets += [*doc[1:], *padding]
-        weights += [1 / (B * n)] * n
+        weights += [1 / (whole * n)] * n
         weights += padding
     return Batch(
         tokens=np.array(tokens).reshape(B, T),
@@ -124,25 +150,53 @@ def _add_views(layer: SimpleNamespace, B: int, H: int) -> None:
 
 
 class Workspace:
-    """The activations and their derivatives for batches of every shape, allocated once."""
+    """Where activations and their derivatives lie, so that no step has to ask for new memory.
 
-    SMALL = 1024  # columns; of larger batches, only the latest shape is kept
+    Small batches have arrays of their own, one set for each shape that comes again. Large ones, and
+    those in pieces, lie in one block of memory, which is laid out anew for every batch.
+    """
+
+    SMALL = 256  # columns of a batch
+    KEPT = 1024  # columns of small batches in all
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
-        self.new: New = lambda *shape: np.empty(shape, dtype)
         self.kept: dict[tuple[int, int], tuple[SimpleNamespace, SimpleNamespace]] = {}
+        self.block = np.empty(0, dtype)
+        self.used = 0
 
-    def arrays(self, B: int, T: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-        """The taps of B documents of T positions, and their derivatives."""
+    def arrays(self, B: int, T: int, whole: bool) -> tuple[SimpleNamespace, SimpleNamespace]:
+        """The taps of a whole batch, or of a piece of one, and their derivatives."""
+        if B * T > self.SMALL or not whole:
+            return self._allocate(B, T, self._from_block)
         if (B, T) not in self.kept:
-            if B * T > self.SMALL:
+            if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
                 self.kept.clear()
-            self.kept[B, T] = (
-                activations(self.config, self.V, B, T, T, self.new),
-                derivatives(self.config, self.V, B, T, self.watch, self.new),
-            )
+            self.kept[B, T] = self._allocate(B, T, self.new)
         return self.kept[B, T]
+
+    def clear(self) -> None:
+        """Give up what the batch before has in the block."""
+        if self.used > len(self.block):
+            self.block = np.empty(self.used, self.block.dtype)
+        self.used = 0
+
+    def new(self, *shape: int) -> Array:
+        """An array that belongs to whoever asks."""
+        return np.empty(shape, self.block.dtype)
+
+    def _from_block(self, *shape: int) -> Array:
+        start, size = self.used, math.prod(shape)
+        self.used += -(-size // ALIGNED) * ALIGNED
+        if self.used > len(self.block):
+            return self.new(*shape)  # the next batch will find room
+        return self.block[start : start + size].reshape(shape)
+
+    def _allocate(self, B: int, T: int, new: New) -> tuple[SimpleNamespace, SimpleNamespace]:
+        return (
+            activations(self.config, self.V, B, T, T, new),
+            derivatives(self.config, self.V, B, T, self.watch, new),
+        )
 
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:

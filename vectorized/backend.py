@@ -16,12 +16,14 @@ from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
 from vectorized.arrays import (
     Array,
+    Batch,
     Workspace,
     activations,
     flatten,
     model_tree,
     named_views,
     pad,
+    pieces,
 )
 from vectorized.model import loss_backward, loss_forward
 from vectorized.sample import empty_past, read, sample
@@ -41,19 +43,35 @@ class Backend:
         self.updates = state.updates
         self.params = model_tree(self.flat, self.shapes, config.n_layer)
         self.dparams = model_tree(self.flat_grads, self.shapes, config.n_layer)
+        self.flat_piece = np.zeros_like(self.flat)
+        self.dpiece = model_tree(self.flat_piece, self.shapes, config.n_layer)
+        self.watch = watch
+        self.work: list[tuple[Batch, SimpleNamespace, SimpleNamespace]] = []
         self.workspace = Workspace(config, len(self.params.wte), dtype, watch)
 
     def forward(self, docs: Docs) -> float:
-        self.batch = pad(docs, self.flat.dtype)
-        self.tap, self.dtap = self.workspace.arrays(*self.batch.tokens.shape)
+        self.work.clear()
+        self.workspace.clear()
+        loss = 0.0
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
-            loss = float(loss_forward(self.batch, self.params, self.config, self.tap))
+            cut = [docs] if self.watch else pieces(docs)
+            for piece in cut:
+                batch = pad(piece, self.flat.dtype, of=len(docs))
+                B, T = batch.tokens.shape
+                tap, dtap = self.workspace.arrays(B, T, whole=len(cut) == 1)
+                self.work.append((batch, tap, dtap))
+                loss += float(loss_forward(batch, self.params, self.config, tap))
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss
 
     def backward(self) -> None:
-        loss_backward(self.batch, self.params, self.dparams, self.config, self.tap, self.dtap)
+        first, *others = reversed(self.work)  # what was used last is still in the cache
+        batch, tap, dtap = first
+        loss_backward(batch, self.params, self.dparams, self.config, tap, dtap)
+        for batch, tap, dtap in others:
+            loss_backward(batch, self.params, self.dpiece, self.config, tap, dtap)
+            self.flat_grads += self.flat_piece
 
     def update(self, lr_t: float) -> None:
         adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config)
@@ -88,15 +106,17 @@ class Backend:
         return named_views(self.flat_grads, self.shapes)
 
     def taps(self) -> dict[str, Array]:
-        return self._batched(self.tap)
+        ((batch, tap, _),) = self.work
+        return self._batched(batch, tap)
 
     def dtaps(self) -> dict[str, Array]:
-        return self._batched(self.dtap)
+        ((batch, _, dtap),) = self.work
+        return self._batched(batch, dtap)
 
-    def _batched(self, taps: SimpleNamespace) -> dict[str, Array]:
+    def _batched(self, batch: Batch, taps: SimpleNamespace) -> dict[str, Array]:
         """The taps by name, their columns turned into documents and positions."""
-        B, T = self.batch.tokens.shape
-        real = self.batch.weights.reshape(B, T) > 0
+        B, T = batch.tokens.shape
+        real = batch.weights.reshape(B, T) > 0
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, T)
         batched: dict[str, Array] = {}
         for name in tap_names(self.config):
