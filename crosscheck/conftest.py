@@ -167,9 +167,10 @@ def settle(pytestconfig: pytest.Config) -> Any:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     record = terminalreporter.config.stash[RECORD]
-    if record.tallies:
+    lines = [summary(_total(record.tallies), len(record.tallies))] if record.tallies else []
+    if lines or record.notes:
         terminalreporter.write_sep("-", "crosscheck")
-        for line in [summary(_total(record.tallies), len(record.tallies)), *record.notes]:
+        for line in [*lines, *record.notes]:
             terminalreporter.write_line(line)
 
 

@@ -449,6 +449,10 @@ def constant_factor(pair: Pair) -> str:
 
 def shifted(pair: Pair) -> str:
     """Every position has its neighbour's numbers."""
+    if pair.phase in ("gradient", "unwatched") and pair.tap == "wpe":
+        for label, by in (("later", -1), ("earlier", 1)):
+            if pair.explains(np.roll(pair.ours, by, axis=0)):
+                return f"shifted by one position: each row has what belongs one row {label}"
     if pair.phase not in ("forward", "backward") or pair.ours.ndim not in (2, 3):
         return ""
     T = pair.ours.shape[1]

@@ -27,7 +27,12 @@ class Progress:
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=steps, initial=step, unit="step", file=sys.stdout, dynamic_ncols=True
+                total=steps,
+                initial=step,
+                unit="step",
+                file=sys.stdout,
+                dynamic_ncols=True,
+                ascii=True,
             )
 
     def update(self, step: int, loss: float, seconds: float) -> None:

@@ -131,7 +131,7 @@ def test_more_padding_changes_nothing(preset: str, texts: list[str], seed: int) 
     docs = encoded(texts, preset)
     expected = measured(model, docs)
 
-    def pad(docs: Docs, dtype: np.dtype) -> Batch:
+    def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
         return padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
 
     with patch.object(vectorized.backend, "pad", pad):
