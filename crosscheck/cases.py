@@ -7,7 +7,7 @@ config     what differs from the default preset, or from the one named under `pr
 chars      the characters of the vocabulary
 batches    one list of documents per step; more steps begin again with the first
 shift      what is added to every weight of a parameter as drawn, by name
-zeroed     rows of parameters that are zero, by name
+rows       rows of parameters that hold one number throughout, by name: row and number
 zero       gradients that are zero everywhere, by name, each with the reason why that is right
 zero_rows  rows of gradients that are exactly zero, by name: the characters, and the reason
 kink       the reason why ReLU inputs may lie on the kink
@@ -43,7 +43,7 @@ KEYS = {
     "chars": str,
     "batches": list,
     "shift": dict,
-    "zeroed": dict,
+    "rows": dict,
     "zero": dict,
     "zero_rows": dict,
     "kink": str,
@@ -62,7 +62,7 @@ class Case:
     chars: str
     batches: list[list[str]]
     shift: Mapping[str, float] = field(default_factory=dict)
-    zeroed: Mapping[str, list[int]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     zero: Mapping[str, str] = field(default_factory=dict)
     zero_rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     kink: str = ""
@@ -135,9 +135,9 @@ def draw_params(case: Case, seed: int | None = None) -> Tensors:
     params = init_params(case.config, case.tokenizer.vocab_size, rng)
     for name, offset in case.shift.items():
         params[name] = [[x + offset for x in row] for row in params[name]]
-    for name, rows in case.zeroed.items():
-        for row in rows:
-            params[name][row] = [0.0] * len(params[name][row])
+    for name, rows in case.rows.items():
+        for row, number in rows.items():
+            params[name][row] = [number] * len(params[name][row])
     return params
 
 

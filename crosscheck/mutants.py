@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crosscheck.cases import case_names
-from crosscheck.defects import ROOT, Defect, Patch, judge, lessons
+from crosscheck.cases import case_names, load_case
+from crosscheck.compare import compare_taught
+from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted
 from microgpt.errors import MicrogptError
 
 FILES = (
@@ -100,8 +101,23 @@ def _try(mutant: Mutant) -> None:
     original = (ROOT / mutant.file).read_text(encoding="utf-8")
     defect = Defect(str(mutant), "", (Patch(mutant.file, original, mutant.source),), first="")
     with np.errstate(all="ignore"):
-        caught = judge(defect, case_names()).first is not None
+        caught = judge(defect, case_names()).first is not None or _differs_in_pieces(defect)
     os._exit(int(caught))
+
+
+def _differs_in_pieces(defect: Defect) -> bool:
+    """Whether a batch worked through in pieces tells the mutant from the original."""
+    with planted(defect.patches):
+        from vectorized import arrays
+
+        arrays.Workspace.SMALL = 0
+        for columns in (1, 24):
+            arrays.COLUMNS = columns
+            for name in ("ragged-batch", "three-layers"):
+                case, steps = load_case(name), lessons(name, "scalar")
+                if compare_taught(case, steps, "vectorized").found:
+                    return True
+    return False
 
 
 def _mutant(file: str, operator: str, source: str, mutated: str) -> Mutant:
