@@ -119,7 +119,7 @@ def table(contestants: Sequence[Contestant]) -> str:
     """The results at 80 columns."""
     scalar = median(contestants[0].seconds)
     lines = [
-        f"{'':22} {'batch':>5}  {'us/step':>9} {'spread':>6} {'us/doc':>9} {'us/token':>8}"
+        f"{'':20} {'batch':>5}  {'us/step':>9} {'spread':>6} {'us/doc':>9} {'us/token':>8}"
         f" {'x scalar':>8} {'apart':>7}"
     ]
     for one in contestants:
@@ -128,7 +128,7 @@ def table(contestants: Sequence[Contestant]) -> str:
         name = f"{one.name} {one.config.dtype}"
         verdict = f"{one.difference:7.0e}" if one.right else "  WRONG"
         lines.append(
-            f"{name:22} {size:5}  {step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
+            f"{name:20} {size:5}  {step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
             f" {step / one.tokens * 1e6:8,.2f} {scalar / (step / size):8,.0f} {verdict}"
         )
     return "\n".join(lines)

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import vectorized.arrays
 import vectorized.backend
 import vectorized.sample
 from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config, presets
 from microgpt.init import init_params
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import Array, Batch
+from vectorized.arrays import Array, Batch, pieces
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -62,6 +63,16 @@ def assert_same(
         np.testing.assert_allclose(found[1][name], grad, rtol=1e-12, atol=1e-15, err_msg=name)
 
 
+def mean_alone(backend: Backend, docs: Docs) -> tuple[float, dict[str, Array]]:
+    """The mean of what is measured of each document by itself."""
+    alone = [measured(backend, [doc]) for doc in docs]
+    names = alone[0][1]
+    return (
+        sum(loss for loss, _ in alone) / len(docs),
+        {name: sum(grads[name] for _, grads in alone) / len(docs) for name in names},
+    )
+
+
 @backends
 @models
 @few
@@ -73,10 +84,7 @@ def test_a_batch_is_the_mean_of_its_documents_run_alone(
 ) -> None:
     model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
     docs = encoded(texts, preset)
-    alone = [measured(model, [doc]) for doc in docs]
-    mean_loss = sum(loss for loss, _ in alone) / len(docs)
-    mean_grads = {name: sum(grads[name] for _, grads in alone) / len(docs) for name in alone[0][1]}
-    assert_same(measured(model, docs), (mean_loss, mean_grads))
+    assert_same(measured(model, docs), mean_alone(model, docs))
 
 
 @backends
@@ -107,6 +115,35 @@ def test_the_order_of_a_batch_changes_nothing(
     docs = encoded(texts, preset)
     shuffled = Random(seed).sample(docs, len(docs))
     assert_same(measured(model, shuffled), measured(model, docs))
+
+
+@models
+@few
+@given(
+    batches=st.lists(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1), min_size=1),
+    columns=st.sampled_from([12, 5, 1]),
+    small=st.sampled_from([0, 4, 99]),
+)
+def test_batches_that_are_computed_in_pieces_are_the_batches(
+    preset: str, batches: list[list[str]], columns: int, small: int
+) -> None:
+    whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
+    with (
+        patch.object(vectorized.arrays, "COLUMNS", columns),
+        patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=6),
+    ):
+        found = [measured(cut, encoded(texts, preset)) for texts in batches]
+    for texts, measures in zip(batches, found):
+        assert_same(measures, measured(whole, encoded(texts, preset)))
+
+
+@models
+def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
+    model = load("vectorized", CONFIGS[preset], TOKENIZERS[preset])
+    rng = Random(1)
+    docs = encoded(["".join(rng.choices("abc", k=rng.randint(1, 8))) for _ in range(300)], preset)
+    assert len(pieces(docs)) > 1
+    assert_same(measured(model, docs), mean_alone(model, docs))
 
 
 def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:

@@ -1,0 +1,75 @@
+"""The benchmark is honest: beside every speed stands whether the answer is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from microgpt import bench
+from microgpt.backend import Docs
+from microgpt.cli import main
+from microgpt.config import Config, load_config
+from vectorized.backend import Backend
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A small model on a small data set."""
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(["emma", "noah", "al", "isabella", "jo"]), encoding="utf-8")
+    return load_config(overrides={"n_embd": "4", "n_head": "2", "dataset": str(words)})
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round, no longer than it must be."""
+    monkeypatch.setattr(bench, "ROUND_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_contestants_are_timed_and_right(config: Config) -> None:
+    contestants = bench.bench(config, [1, 3], rounds=2)
+    assert [(one.name, one.config.batch_size, one.config.dtype) for one in contestants] == [
+        ("scalar", 1, "float64"),
+        ("vectorized", 1, "float64"),
+        ("vectorized", 1, "float32"),
+        ("vectorized", 3, "float64"),
+        ("vectorized", 3, "float32"),
+    ]
+    assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in contestants)
+    assert all(one.right for one in contestants)
+    assert contestants[0].difference == 0
+    assert 0 < contestants[3].difference < 1e-13 < contestants[4].difference < 1e-4
+    assert max(map(len, bench.table(contestants).splitlines())) <= 80
+
+
+@pytest.mark.usefixtures("quick")
+def test_whoever_skips_work_is_wrong(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Backend.forward
+
+    def half(self: Backend, docs: Docs) -> float:
+        return forward(self, docs[: (len(docs) + 1) // 2])
+
+    monkeypatch.setattr(Backend, "forward", half)
+    contestants = bench.bench(config, [3], rounds=1)
+    assert not any(one.right for one in contestants[1:])
+    assert bench.table(contestants).count("WRONG") == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_reports_for_other_programs(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(f"n_embd: 4\nn_head: 2\ndataset: {config.dataset}\n", encoding="utf-8")
+    assert main(["bench", "--config", str(file), "--batch-size", "2", "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert {one["batch_size"] for one in report["results"]} == {1, 2}
+    assert all(one["right"] for one in report["results"])
+    assert report["machine"]["numpy"]
+    assert main(["bench", "--batch-size", "0"]) == 2
+    assert main(["bench", "--against", "abacus", "--batch-size", "1"]) == 2
+    assert "abacus" in capsys.readouterr().err
