@@ -46,7 +46,11 @@ def test_in_pieces(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "COLUMNS", columns)
         patch.setattr(arrays.Workspace, "SMALL", 0)
-        settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
+        if choice.dtype == "float64":  # from the second step on, in memory that was used before
+            few = min(3, choice.steps)
+            settle(compare(case, lessons[:few], trace(case, choice.candidate, "float64", few)))
+        else:
+            settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
 
 
 def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -122,15 +123,16 @@ def test_the_order_of_a_batch_changes_nothing(
 @given(
     batches=st.lists(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1), min_size=1),
     columns=st.sampled_from([12, 5, 1]),
-    small=st.sampled_from([0, 4, 99]),
+    small=st.sampled_from([99, 4, 0]),
+    kept=st.sampled_from([30, 6]),
 )
 def test_batches_that_are_computed_in_pieces_are_the_batches(
-    preset: str, batches: list[list[str]], columns: int, small: int
+    preset: str, batches: list[list[str]], columns: int, small: int, kept: int
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
         patch.object(vectorized.arrays, "COLUMNS", columns),
-        patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=6),
+        patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]
     for texts, measures in zip(batches, found):
@@ -205,6 +207,20 @@ def test_a_token_of_probability_0_is_refused(backend: str) -> None:
     model = load_backend(backend, config, fresh_state(params))
     with pytest.raises(FloatingPointError):
         model.forward([[3, 1, 2, 0, 3]])
+
+
+def test_both_backends_say_the_same_of_the_loss_of_an_impossible_token() -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    params = with_an_impossible_token(config, tokenizer)
+    outcomes: list[Any] = []
+    for backend in NAMES:
+        model = load_backend(backend, config, fresh_state(params))
+        try:
+            (losses,) = model.position_losses([[3, 1, 2, 0, 3]])
+            outcomes.append([math.isinf(loss) for loss in losses])
+        except FloatingPointError:
+            outcomes.append("refused")
+    assert outcomes[0] == outcomes[1]
 
 
 @st.composite
