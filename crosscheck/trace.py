@@ -21,6 +21,7 @@ sample/documents   token ids of documents drawn from the model, padded with -1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from random import Random
@@ -114,7 +115,11 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
         keep("forward", pair.watched.taps())
     except FloatingPointError as error:
         raise failure or error from None
-    keep("eval", {"loss_t": _padded(pair.watched.position_losses(docs))})
+    try:
+        losses = pair.watched.position_losses(docs)
+    except FloatingPointError:
+        losses = [[math.nan] * (len(doc) - 1) for doc in docs]
+    keep("eval", {"loss_t": _padded(losses)})
     keep("read", {"logits": pair.watched.read(docs[0][:-1])})
     for backend in (pair.trained, pair.watched):
         backend.backward()

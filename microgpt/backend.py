@@ -59,7 +59,10 @@ class Backend(Protocol):
         """Put these in the place of what backward found, for update to go by."""
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        """-log p(next token) at every position of every document; nothing is learned."""
+        """-log p(next token) at every position of every document; nothing is learned.
+
+        Raises FloatingPointError if one is not finite.
+        """
 
     def read(self, tokens: Sequence[int]) -> Any:
         """The logits (T, V) that follow each token, read one at a time as in sampling."""
@@ -79,6 +82,7 @@ class Backend(Protocol):
         """What forward computed in between, by document and position, zero where there is none.
 
         Batched shapes: (B, T, channels), attention (B, H, T, T), loss_t (B, T), loss ().
+        Needs `watch` where a batch is large enough to be worked through in pieces.
         """
 
     def dtaps(self) -> Tensors:

@@ -125,12 +125,13 @@ def evaluate(options: argparse.Namespace) -> int:
     held = load_checkpoint(options.checkpoint)
     dataset = options.dataset or held.config.dataset
     documents = load_documents(dataset)
-    result = evaluation(
-        load_backend(options.backend, held.config, held.state),
-        documents,
-        held.tokenizer,
-        held.config,
-    )
+    backend = load_backend(options.backend, held.config, held.state)
+    try:
+        result = evaluation(backend, documents, held.tokenizer, held.config)
+    except ArithmeticError as error:
+        raise MicrogptError(
+            f"{dataset}: {error}; the model gives one of its characters no chance at all"
+        ) from None
     V = held.tokenizer.vocab_size
     print(f"{'position':>8}  {'documents':>9}  {'loss':>7}")
     for position, (count, loss) in enumerate(result.by_position, 1):

@@ -126,6 +126,7 @@ def test_the_order_of_a_batch_changes_nothing(
     small=st.sampled_from([99, 4, 0]),
     kept=st.sampled_from([30, 6]),
 )
+@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, small=99, kept=30)
 def test_batches_that_are_computed_in_pieces_are_the_batches(
     preset: str, batches: list[list[str]], columns: int, small: int, kept: int
 ) -> None:

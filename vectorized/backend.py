@@ -86,8 +86,10 @@ class Backend:
         tap = activations(self.config, len(self.params.wte), B, T, T, self.workspace.new)
         with np.errstate(all="ignore"):  # padding need not be finite
             loss_forward(batch, self.params, self.config, tap)
-        by_doc = tap.loss_t.reshape(len(docs), -1).tolist()
-        return [losses[: len(tokens) - 1] for tokens, losses in zip(docs, by_doc)]
+        by_doc = tap.loss_t.reshape(len(docs), -1)
+        if not np.isfinite(by_doc).all():
+            raise FloatingPointError("the loss of a position is not finite")
+        return [losses[: len(doc) - 1].tolist() for doc, losses in zip(docs, by_doc)]
 
     def read(self, tokens: Sequence[int]) -> Array:
         past = empty_past(self.params, self.config)
