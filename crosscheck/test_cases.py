@@ -79,7 +79,7 @@ def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:
     assert apart <= FREE_PARAMS
     notes.append(
         f"free run of {config.steps:,} steps: losses within {worst:.1e},"
-        f" parameters within {apart:.1e} at the end"
+        f" parameters at the end {apart:.1e}"
     )
 
 
