@@ -40,7 +40,7 @@ def pieces(docs: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
     What is computed for a piece stays in the cache while it is worked on, and hardly any of it is
     padding. The loss of a batch is the sum over its pieces, and so is the gradient.
     """
-    if len(docs) * (max(map(len, docs)) - 1) <= COLUMNS:
+    if len(docs) == 1 or len(docs) * (max(map(len, docs)) - 1) <= COLUMNS:
         return [docs]
     ordered = sorted(docs, key=len)
     cut: list[Sequence[Sequence[int]]] = []

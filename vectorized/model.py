@@ -245,12 +245,11 @@ def gpt_backward(
     # forward: emb = wte[token] + wpe[position]. As a product, wte[token] is wte^T . one_hot, so
     # a token that occurs twice receives twice; and where wte is lm_head as well, this comes on
     # top of what it has received as that.
-    one_hot = (np.arange(len(params.wte))[:, None] == tokens.reshape(-1)).astype(demb.dtype)
-    dwte = one_hot.dot(demb.T)  # (V, N), (N, C) -> (V, C)
+    one_hot = (rows(len(params.wte)) == tokens.reshape(-1)).astype(demb.dtype)  # (V, N)
     if config.tie_lm_head:
-        dparams.wte += dwte
+        dparams.wte += one_hot.dot(demb.T)  # (V, C)
     else:
-        dparams.wte[:] = dwte
+        one_hot.dot(demb.T, dparams.wte)  # (V, C)
     dparams.wpe[T:] = 0.0
     np.add.reduce(demb.reshape(-1, B, T), axis=1, out=dparams.wpe[:T].T)
 
@@ -299,6 +298,12 @@ def loss_backward(
     dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (N,)
     dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets, dtap.logits)  # (V, N)
     gpt_backward(dlogits, batch.tokens, params, dparams, config, tap, dtap)
+
+
+@cache
+def rows(n: int) -> Array:
+    """0, 1, .., n - 1, one to a row: (n, 1)."""
+    return np.arange(n)[:, None]
 
 
 @cache
