@@ -2,6 +2,10 @@
 
 A vector of scalar/ is a column here. N = B T columns stand side by side, document after document,
 so that y = w . x is one matrix product and every sum over channels runs along axis 0.
+
+Same as scalar:         the names of what is computed in between.
+Different from scalar:  what comes into being as it is computed -> arrays that are there beforehand;
+                        one parameter -> a view of the buffer that holds them all.
 """
 
 from __future__ import annotations
@@ -139,12 +143,12 @@ def _add_views(layer: SimpleNamespace, B: int, H: int) -> None:
     """What attention works on: the arrays of a layer, document by document and head by head.
 
     q, k, v          (B, H, D, T)   rows of qkv: the channels of a head lie together
-    logits, weights  (B, H, U, T)   of attn_logits, attn_weights
+    scores, weights  (B, H, U, T)   of attn_logits, attn_weights
     out              (B, H, D, T)   of attn_out
     """
     N = layer.qkv.shape[-1]
     layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 3, 1, 2, 4)
-    layer.logits = layer.attn_logits.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
+    layer.scores = layer.attn_logits.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
     layer.weights = layer.attn_weights.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
     layer.out = layer.attn_out.reshape(H, -1, B, N // B).transpose(2, 0, 1, 3)
 

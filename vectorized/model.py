@@ -108,9 +108,9 @@ def attention_forward(
         k = past.k = np.concatenate((past.k, k), axis=-1)  # (B, H, D, U)
         v = past.v = np.concatenate((past.v, v), axis=-1)  # (B, H, D, U)
     # how much each head looks at each position up to this one
-    logits = np.matmul(k.swapaxes(2, 3), q, out=tap.logits)  # (B, H, U, T), a view of attn_logits
-    logits *= config.head_dim**-0.5
-    logits += causal_mask(q.shape[-1], q.dtype)
+    scores = np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (B, H, U, T), a view of attn_logits
+    scores *= config.head_dim**-0.5
+    scores += causal_mask(q.shape[-1], q.dtype)
     softmax_forward(tap.attn_logits, tap.attn_weights)  # (U, B H T)
     # what it sees there, heads side by side
     np.matmul(v, tap.weights, out=tap.out)  # (B, H, D, T), a view of attn_out
@@ -147,9 +147,9 @@ def attention_backward(
     # forward: weights = softmax(logits)
     softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, B H T)
     # forward: logits = k^T . q / sqrt(D)
-    dlogits = dtap.logits * config.head_dim**-0.5  # (B, H, T, T)
-    np.matmul(tap.q, dlogits.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
-    np.matmul(tap.k, dlogits, out=dtap.q)  # (B, H, D, T)
+    dscores = dtap.scores * config.head_dim**-0.5  # (B, H, T, T)
+    np.matmul(tap.q, dscores.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
+    np.matmul(tap.k, dscores, out=dtap.q)  # (B, H, D, T)
     # queries, keys and values
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
