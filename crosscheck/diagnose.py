@@ -268,73 +268,69 @@ def repeated_tokens(pair: Pair) -> str:
     return ""
 
 
-def adam(pair: Pair) -> str:
-    """Moments and update by another rule."""
-    if pair.phase not in ("adam_m", "adam_v", "update"):
+def adam_m(pair: Pair) -> str:
+    """The running mean of the gradient by another rule."""
+    if pair.phase != "adam_m":
+        return ""
+    config, name = pair.case.config, pair.name
+    beta1, beta2, limit = config.beta1, config.beta2, config.grad_clip
+    m0, raw = pair.step[f"entry_m/{name}"], pair.step[f"gradient/d{name}"]
+    g = clipping(config, pair.step) * raw
+    own = min(1.0, limit / float(np.sqrt((raw * raw).sum()))) if limit else 1.0
+    return _first(
+        pair,
+        {
+            "the gradient is not clipped": beta1 * m0 + (1 - beta1) * raw,
+            "every tensor is clipped by its own length": beta1 * m0 + (1 - beta1) * own * raw,
+            "clipped number by number": beta1 * m0 + (1 - beta1) * np.clip(raw, -limit, limit),
+            "the gradient enters m without the factor 1 - beta1": beta1 * m0 + g,
+            "beta1 and 1 - beta1 exchanged": (1 - beta1) * m0 + beta1 * g,
+            "m does not remember: beta1 m is missing": (1 - beta1) * g,
+            "beta2 in place of beta1": beta2 * m0 + (1 - beta2) * g,
+        },
+    )
+
+
+def adam_v(pair: Pair) -> str:
+    """The running mean of the gradient's square by another rule."""
+    if pair.phase != "adam_v":
+        return ""
+    config, name = pair.case.config, pair.name
+    beta1, beta2 = config.beta1, config.beta2
+    v0, m = pair.step[f"entry_v/{name}"], pair.step[f"adam_m/{name}"]
+    g = clipping(config, pair.step) * pair.step[f"gradient/d{name}"]
+    kept = beta2 * v0
+    return _first(
+        pair,
+        {
+            "the gradient enters v without the factor 1 - beta2": kept + g * g,
+            "beta2 and 1 - beta2 exchanged": (1 - beta2) * v0 + beta2 * g * g,
+            "the gradient enters v without its square": kept + (1 - beta2) * g,
+            "the gradient enters v by its size, not its square": kept + (1 - beta2) * np.abs(g),
+            "v does not remember: beta2 v is missing": (1 - beta2) * g * g,
+            "beta1 in place of beta2": beta1 * v0 + (1 - beta1) * g * g,
+            "the mean gradient is squared in place of the gradient": kept + (1 - beta2) * m * m,
+        },
+    )
+
+
+def adam_update(pair: Pair) -> str:
+    """The update by another rule."""
+    if pair.phase != "update":
         return ""
     config, n, name = pair.case.config, pair.number, pair.name
-    raw = pair.step[f"gradient/d{name}"]
-    g = clipping(config, pair.step) * raw
-    own = (
-        min(1.0, config.grad_clip / float(np.sqrt((raw * raw).sum()))) if config.grad_clip else 1.0
-    )
-    m0, v0 = pair.step[f"entry_m/{name}"], pair.step[f"entry_v/{name}"]
-    m, v = pair.step[f"adam_m/{name}"], pair.step[f"adam_v/{name}"]
     beta1, beta2, eps = config.beta1, config.beta2, config.adam_eps
     lr = learning_rate(n - 1, config)
-    if pair.phase == "adam_m":
-        return _first(
-            pair,
-            {
-                "the gradient is not clipped": beta1 * m0 + (1 - beta1) * raw,
-                "every tensor is clipped by its own length": beta1 * m0 + (1 - beta1) * own * raw,
-                "clipped number by number": beta1 * m0
-                + (1 - beta1) * np.clip(raw, -config.grad_clip, config.grad_clip),
-                "the gradient enters m without the factor 1 - beta1": beta1 * m0 + g,
-                "beta1 and 1 - beta1 exchanged": (1 - beta1) * m0 + beta1 * g,
-                "m does not remember: beta1 m is missing": (1 - beta1) * g,
-                "beta2 in place of beta1": beta2 * m0 + (1 - beta2) * g,
-            },
-        )
-    if pair.phase == "adam_v":
-        return _first(
-            pair,
-            {
-                "the gradient enters v without the factor 1 - beta2": beta2 * v0 + g * g,
-                "beta2 and 1 - beta2 exchanged": (1 - beta2) * v0 + beta2 * g * g,
-                "the gradient enters v without its square": beta2 * v0 + (1 - beta2) * g,
-                "the gradient enters v by its size, not its square": beta2 * v0
-                + (1 - beta2) * np.abs(g),
-                "v does not remember: beta2 v is missing": (1 - beta2) * g * g,
-                "beta1 in place of beta2": beta1 * v0 + (1 - beta1) * g * g,
-                "the mean gradient is squared in place of the gradient": beta2 * v0
-                + (1 - beta2) * m * m,
-            },
-        )
-
-    p0 = pair.step[f"entry/{name}"]
+    m, v, p0 = (pair.step[f"{phase}/{name}"] for phase in ("adam_m", "adam_v", "entry"))
+    g = clipping(config, pair.step) * pair.step[f"gradient/d{name}"]
+    m_hat, v_hat = m / (1 - beta1**n), v / (1 - beta2**n)
     decay = -lr * config.weight_decay * p0
 
     def rule(t1: int | None = n, t2: int | None = n, lr: float = lr) -> Array:
-        m_hat = m / (1 - beta1**t1) if t1 else m
-        v_hat = v / (1 - beta2**t2) if t2 else v
-        return -lr * m_hat / (np.sqrt(v_hat) + eps)
+        corrected_m = m / (1 - beta1**t1) if t1 else m
+        corrected_v = v / (1 - beta2**t2) if t2 else v
+        return -lr * corrected_m / (np.sqrt(corrected_v) + eps)
 
-    if config.weight_decay:
-        answer = _first(
-            pair,
-            {
-                "the weight decay is missing": rule(),
-                "the weight decay is not multiplied by the learning rate": rule()
-                - config.weight_decay * p0,
-                "the sign of the weight decay": rule() - decay,
-            },
-        )
-        if answer:
-            return answer
-
-    m_hat, v_hat = m / (1 - beta1**n), v / (1 - beta2**n)
-    plain = config.learning_rate
     guesses = {
         "bias correction is absent": rule(None, None),
         "bias correction of m is absent": rule(None, n),
@@ -351,10 +347,17 @@ def adam(pair: Pair) -> str:
         "the sign: the update goes uphill": lr * m_hat / (np.sqrt(v_hat) + eps),
         "the gradient in place of its mean": -lr * g / (np.sqrt(v_hat) + eps),
         "plain gradient descent": -lr * g,
-        "the learning rate is not decayed": rule(lr=plain),
+        "the learning rate is not decayed": rule(lr=config.learning_rate),
         "the learning rate is a step ahead": rule(lr=learning_rate(n, config)),
     }
-    return _first(pair, {label: decay + guess for label, guess in guesses.items()})
+    # without weight decay these are the rule itself, which explains nothing
+    of_decay = {
+        "the weight decay is missing": rule(),
+        "the weight decay is not multiplied by the learning rate": rule()
+        - config.weight_decay * p0,
+        "the sign of the weight decay": rule() - decay,
+    }
+    return _first(pair, {**of_decay, **{label: decay + one for label, one in guesses.items()}})
 
 
 def stale(pair: Pair) -> str:
@@ -523,7 +526,9 @@ PATTERNS: list[Callable[[Pair], str]] = [
     logarithm,
     normalisation,
     attention_forward,
-    adam,
+    adam_m,
+    adam_v,
+    adam_update,
     stale,
     constant_factor,
     norm_backward,
