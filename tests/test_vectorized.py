@@ -204,7 +204,8 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
     flat_grads = np.full_like(flat, np.nan)
     tap, dtap = Workspace(config, size.V, flat.dtype, size.watch).arrays(size.B, size.T, whole=True)
     for array in floats([tap, dtap]):
-        array[...] = np.nan
+        if array.flags.writeable:  # others are constants
+            array[...] = np.nan
     return SimpleNamespace(
         config=config,
         params=model_tree(flat, shapes, size.L),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
 
 COLUMNS = 512  # of a piece of a batch
+KEEPABLE = 2**16  # numbers of a constant that is worth keeping
 ALIGNED = 16  # numbers: arrays begin where a line of the cache does
 
 
@@ -64,18 +65,18 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
     B, T = len(docs), max(map(len, docs)) - 1
     whole = of or B
     tokens: list[int] = []
-    targets: list[int] = []
     weights: list[float] = []
     for doc in docs:
         n = len(doc) - 1
         padding = [0] * (T - n)
-        tokens += [*doc[:-1], *padding]
-        targets += [*doc[1:], *padding]
+        tokens += doc
+        tokens += padding
         weights += [1 / (whole * n)] * n
         weights += padding
+    by_doc = np.array(tokens).reshape(B, T + 1)
     return Batch(
-        tokens=np.array(tokens).reshape(B, T),
-        targets=np.array(targets) * (B * T) + np.arange(B * T),
+        tokens=by_doc[:, :-1],
+        targets=by_doc[:, 1:].reshape(-1) * (B * T) + np.arange(B * T),
         weights=np.array(weights, dtype),
         ragged=0 in weights,
     )
@@ -84,17 +85,23 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
 def activations(config: Config, V: int, B: int, T: int, U: int, new: New) -> SimpleNamespace:
     """Everything that the forward pass fills, in that order: the taps, by their names.
 
-    scale, probs    what the backward pass needs besides
-    U               positions looked at: the T of the batch, and while sampling those before them
+    scale, probs        what the backward pass needs besides
+    causal_mask         0 where position t may look at position u, else -inf: (T, B H T)
+    one_hot_positions   1 where a column has that position, else 0: (T, N)
+
+    U    positions looked at: the T of the batch, and while sampling those before them
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = tree(config.n_layer)
     tap.emb = new(C, N)
+    tap.one_hot_positions = side_by_side(np.eye, T, B, tap.emb.dtype)
     if config.norm_embedding:
         tap.emb_norm, tap.emb_scale = new(C, N), new(N)
+    mask = side_by_side(causal_mask, T, B * H, tap.emb.dtype)
     for layer in tap.layers:
         layer.attn_norm, layer.attn_scale = new(C, N), new(N)
         layer.qkv = new(3 * C, N)
+        layer.causal_mask = mask
         layer.attn_logits = new(U, B * H * T)
         layer.attn_weights = new(U, B * H * T)
         layer.attn_out = new(C, N)
@@ -240,6 +247,27 @@ def column_sum(x: Array) -> Array:
 def column_mean(x: Array) -> Array:
     """s = 1/n * (x_0 + .. + x_n-1), in every column: (n, N) -> (N,)."""
     return _filled(len(x), 1 / len(x), x.dtype).dot(x)
+
+
+def causal_mask(T: int, dtype: np.dtype) -> Array:
+    """0 where position t may look at position u, u <= t, else -inf: (U, T), U = T."""
+    return np.tril(np.full((T, T), -np.inf, dtype), -1)
+
+
+def side_by_side(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:
+    """The matrix square(T, dtype=dtype) over and over, to be read only: (T, copies T)."""
+    width = 1 << (copies - 1).bit_length()  # a few widths serve all, so that they can be kept
+    repeat = _kept if T * width * T <= KEEPABLE else _repeated
+    return repeat(square, T, width, dtype)[:, : copies * T]
+
+
+def _repeated(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:
+    row = np.tile(square(T, dtype=dtype), copies)
+    row.setflags(write=False)  # there is one for all who ask
+    return row
+
+
+_kept = lru_cache(maxsize=64)(_repeated)
 
 
 @cache

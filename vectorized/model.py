@@ -108,10 +108,11 @@ def attention_forward(
         k = past.k = np.concatenate((past.k, k), axis=-1)  # (B, H, D, U)
         v = past.v = np.concatenate((past.v, v), axis=-1)  # (B, H, D, U)
     # how much each head looks at each position up to this one
-    scores = np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (B, H, U, T), a view of attn_logits
-    scores *= config.head_dim**-0.5
-    scores += causal_mask(q.shape[-1], q.dtype)
-    softmax_forward(tap.attn_logits, tap.attn_weights)  # (U, B H T)
+    np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (B, H, U, T), a view of attn_logits
+    logits = tap.attn_logits  # (U, B H T)
+    logits *= config.head_dim**-0.5
+    logits += tap.causal_mask
+    softmax_forward(logits, tap.attn_weights)  # (U, B H T)
     # what it sees there, heads side by side
     np.matmul(v, tap.weights, out=tap.out)  # (B, H, D, T), a view of attn_out
     # residual
@@ -226,7 +227,7 @@ def gpt_backward(
     dtap: SimpleNamespace,
 ) -> None:
     """dparams: the gradient of every parameter, written over what was there"""
-    B, T = tokens.shape
+    T = tokens.shape[1]
     # forward: logits = lm_head . res
     res = tap.layers[-1].mlp_res  # (C, N)
     dres = dtap.layers[-1].mlp_res  # (C, N)
@@ -251,7 +252,7 @@ def gpt_backward(
     else:
         one_hot.dot(demb.T, dparams.wte)  # (V, C)
     dparams.wpe[T:] = 0.0
-    np.add.reduce(demb.reshape(-1, B, T), axis=1, out=dparams.wpe[:T].T)
+    tap.one_hot_positions.dot(demb.T, dparams.wpe[:T])  # (T, C), likewise
 
 
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
@@ -304,9 +305,3 @@ def loss_backward(
 def rows(n: int) -> Array:
     """0, 1, .., n - 1, one to a row: (n, 1)."""
     return np.arange(n)[:, None]
-
-
-@cache
-def causal_mask(T: int, dtype: np.dtype) -> Array:
-    """0 where position t may look at position u, u <= t, else -inf: (U, T), U = T."""
-    return np.tril(np.full((T, T), -np.inf, dtype), -1)
