@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ FILES = (
     "vectorized/arrays.py",
     "vectorized/adam.py",
     "vectorized/sample.py",
+    "vectorized/worker.py",
 )
 TIMEOUT = 20  # seconds; what takes longer is a loop without an end, and is noticed
 
@@ -102,7 +103,11 @@ def _try(mutant: Mutant) -> None:
     original = (ROOT / mutant.file).read_text(encoding="utf-8")
     defect = Defect(str(mutant), "", (Patch(mutant.file, original, mutant.source),), first="")
     with np.errstate(all="ignore"):
-        caught = judge(defect, case_names()).first is not None or _differs_in_pieces(defect)
+        caught = (
+            judge(defect, case_names()).first is not None
+            or _differs_in_pieces(defect)
+            or _differs_on_cores(defect)
+        )
     os._exit(int(caught))
 
 
@@ -119,6 +124,15 @@ def _differs_in_pieces(defect: Defect) -> bool:
                 if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:
                     return True
     return False
+
+
+def _differs_on_cores(defect: Defect) -> bool:
+    """Whether a batch shared with two more processes tells the mutant from the original."""
+    with planted(defect.patches):
+        case, steps = load_case("ragged-batch"), lessons("ragged-batch", "scalar")
+        shared = replace(case, config=replace(case.config, cores=3))
+        found = compare(case, steps, trace(shared, "vectorized", "float64", len(steps))).found
+    return bool(found)
 
 
 def _mutant(file: str, operator: str, source: str, mutated: str) -> Mutant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_in_pieces(
             settle(compare(case, lessons[:few], trace(case, choice.candidate, "float64", few)))
         else:
             settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
+
+
+def test_on_two_cores(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
+    """A batch that two processes share is the same batch."""
+    shared = replace(case, config=replace(case.config, cores=2))
+    if choice.dtype == "float64":
+        few = min(3, choice.steps)
+        settle(compare(case, lessons[:few], trace(shared, choice.candidate, "float64", few)))
+    else:
+        settle(compare_taught(shared, lessons[:1], choice.candidate, choice.standard(case)))
 
 
 def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:

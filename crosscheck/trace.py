@@ -62,7 +62,7 @@ PHASES = {
 
 def trace(case: Case, backend_name: str, dtype: str, steps: int) -> Iterator[Step]:
     """The steps of a case, each from where the one before it ended, as they are asked for."""
-    config = replace(case.config, dtype=dtype)
+    config = suited(case.config, backend_name, dtype)
     pair = Pair(backend_name, config, fresh_state(case.params))
     for step in range(steps):
         record = trace_step(pair, case.docs(step), learning_rate(step, config))
@@ -74,12 +74,17 @@ def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -
 
     What one step gets wrong does not reach the next, and what Adam gets wrong is Adam's alone.
     """
-    config = replace(case.config, dtype=dtype)
+    config = suited(case.config, backend_name, dtype)
     for step, lesson in enumerate(lessons):
         params, m, v = (part(lesson, phase) for phase in ("entry", "entry_m", "entry_v"))
         pair = Pair(backend_name, config, State(params, m, v, step))
         grads = part(lesson, "gradient", "d")
         yield trace_step(pair, case.docs(step), learning_rate(step, config), grads)
+
+
+def suited(config: Config, backend_name: str, dtype: str) -> Config:
+    """The configuration in that precision; scalar has a single core's work to do."""
+    return replace(config, dtype=dtype, cores=1 if backend_name == "scalar" else config.cores)
 
 
 class Pair:

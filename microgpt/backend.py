@@ -106,5 +106,10 @@ def load_backend(name: str, config: Config, state: State, watch: bool = False) -
             f"--dtype {config.dtype}: scalar computes with Python's floats, which are float64;"
             " use --dtype float64 or --backend vectorized"
         )
+    if name == "scalar" and config.cores > 1:
+        raise MicrogptError(
+            f"--cores {config.cores}: scalar computes one number after another;"
+            " use --cores 1 or --backend vectorized"
+        )
     backend: Backend = import_module(f"{name}.backend").Backend(config, state, watch)
     return backend

@@ -66,12 +66,15 @@ def train(options: argparse.Namespace) -> int:
         finished = run.train(progress.update)
     finally:
         progress.close()
+    how_to_go_on = f"go on with: microgpt train --resume --out {run.out}"
     if not finished:
         print(
             f"stopped after step {run.step:,} of {config.steps:,}; everything is in {run.out}\n"
-            f"go on with: microgpt train --resume --out {run.out}"
+            + how_to_go_on
         )
         return INTERRUPTED
+    if run.step < config.steps:
+        print(f"time is up after step {run.step:,} of {config.steps:,}; {how_to_go_on}")
     print(report.ending(progress, tokenizer.vocab_size))
     if run.held_out:
         from microgpt.evaluate import evaluation

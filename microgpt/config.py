@@ -64,6 +64,9 @@ class Config:
     seed: int = _field("of the one random stream")
     held_out: int = _field("documents kept from training, to measure with", least=0)
     dataset: str = _field("names, makemore, or a text file with one document per line")
+    # how it runs
+    cores: int = _field("processes that share a batch", least=1)
+    max_seconds: float = _field("stop training after so many; 0 is never", least=0)
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
     temperature: float = _field("divides the logits before sampling", above=0)
@@ -129,6 +132,11 @@ def checked(fields: Mapping[str, Any]) -> Config:
         raise MicrogptError(
             f"warmup_steps {config.warmup_steps} leaves none of the {config.steps} steps;"
             " take fewer, or more steps"
+        )
+    if config.cores > config.batch_size:
+        raise MicrogptError(
+            f"cores {config.cores} have a batch_size of {config.batch_size} to share;"
+            " take a larger batch, or fewer cores"
         )
     if config.crop == "tokens" and config.block_size < 2:
         raise MicrogptError(

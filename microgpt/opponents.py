@@ -40,12 +40,17 @@ class TorchBackend:
             for name, tensor in state.params.items()
         }
         self.adam = torch.optim.Adam(
-            self.params.values(), betas=(config.beta1, config.beta2), eps=config.adam_eps
+            self.params.values(),
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            fused=True,
         )
-        self.loss_of = torch.compile(self._loss, dynamic=True) if compiled else self._loss
+        self.compiled = compiled
+        self.loss_of = torch.compile(self._loss, dynamic=False) if compiled else self._loss
 
     def forward(self, docs: Docs) -> float:
-        T = max(map(len, docs)) - 1
+        # one length for all batches, so that one compilation serves them
+        T = self.config.block_size if self.compiled else max(map(len, docs)) - 1
         ids = self.torch.tensor([[*doc, *[0] * (T + 1 - len(doc))] for doc in docs])
         weights = [
             [1 / (len(docs) * (len(doc) - 1))] * (len(doc) - 1) + [0.0] * (T + 1 - len(doc))

@@ -36,7 +36,7 @@ from microgpt.tokenizer import Tokenizer, build_tokenizer
 RUN_FILES = ("config.yaml", "metrics.jsonl", FILE_NAME, "samples.txt")
 
 # what --resume may change: nothing that the model or the order of the data depends on
-RESUMABLE = ("steps", "learning_rate", "num_samples", "temperature")
+RESUMABLE = ("steps", "learning_rate", "cores", "max_seconds", "num_samples", "temperature")
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 
@@ -54,7 +54,7 @@ class Run:
     step: int = 0  # how many steps are done
 
     def train(self, progress: Progress) -> bool:
-        """Run the steps that are left. False if a signal ended it early.
+        """Run the steps that are left, or as many as max_seconds allows. False if a signal came.
 
         Raises MicrogptError, before anything is written, if the loss is not finite.
         """
@@ -63,12 +63,14 @@ class Run:
             _signals() as stopping,
             np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
         ):
-            while self.step < self.config.steps and not stopping:
+            time_left = self.config.max_seconds or math.inf
+            while self.step < self.config.steps and time_left > 0 and not stopping:
                 start = perf_counter()
                 lr_t = learning_rate(self.step, self.config)
                 loss = self._step(lr_t)
                 self.step += 1
                 seconds = perf_counter() - start
+                time_left -= seconds
                 log.write(
                     f'{{"step": {self.step}, "loss": {loss!r}, "lr": {lr_t!r},'
                     f' "seconds": {seconds:.9f}}}\n'
@@ -80,7 +82,7 @@ class Run:
                     self.save()
                     raise
         self.save()
-        return self.step == self.config.steps
+        return not stopping or self.step == self.config.steps
 
     def _step(self, lr_t: float) -> float:
         docs = batch(self.step, self.training, self.tokenizer, self.config)

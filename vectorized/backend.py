@@ -14,19 +14,10 @@ from microgpt.config import Config
 from microgpt.layout import pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
-from vectorized.arrays import (
-    Array,
-    Batch,
-    Workspace,
-    activations,
-    flatten,
-    model_tree,
-    named_views,
-    pad,
-    pieces,
-)
-from vectorized.model import loss_backward, loss_forward
+from vectorized.arrays import Array, Batch, activations, flatten, named_views, pad
+from vectorized.model import loss_forward
 from vectorized.sample import empty_past, read, sample
+from vectorized.worker import Remote, Worker, deal, shared
 
 
 class Backend:
@@ -34,44 +25,39 @@ class Backend:
 
     def __init__(self, config: Config, state: State, watch: bool = False) -> None:
         self.config = config
-        dtype = np.dtype(config.dtype)
         self.shapes = {name: np.shape(tensor) for name, tensor in state.params.items()}
-        self.flat = flatten(state.params, dtype)  # (P,)
-        self.flat_grads = np.zeros_like(self.flat)
-        self.m = flatten(state.m, dtype)
-        self.v = flatten(state.v, dtype)
+        dtype = np.dtype(config.dtype)
+        self.flat, self.m, self.v = (
+            flatten(tensors, dtype) for tensors in (state.params, state.m, state.v)
+        )  # (P,)
         self.updates = state.updates
-        self.params = model_tree(self.flat, self.shapes, config.n_layer)
-        self.dparams = model_tree(self.flat_grads, self.shapes, config.n_layer)
-        self.flat_piece = np.zeros_like(self.flat)
-        self.dpiece = model_tree(self.flat_piece, self.shapes, config.n_layer)
-        self.watch = watch
-        self.work: list[tuple[Batch, SimpleNamespace, SimpleNamespace]] = []
-        self.workspace = Workspace(config, len(self.params.wte), dtype, watch)
+        self.others: list[Remote] = []
+        if config.cores > 1 and not watch:
+            memory = shared(self.flat.nbytes)
+            numbers = np.frombuffer(memory, dtype)
+            numbers[:] = self.flat
+            self.flat = numbers
+            self.others = [Remote(config, self.shapes, memory) for _ in range(1, config.cores)]
+        self.flat_grads = np.zeros_like(self.flat)
+        self.worker = Worker(config, self.shapes, self.flat, self.flat_grads, watch)
+        self.params = self.worker.params
 
     def forward(self, docs: Docs) -> float:
-        self.work.clear()
-        self.workspace.clear()
-        loss = 0.0
-        with np.errstate(all="ignore"):  # a loss that is not finite says it all
-            cut = [docs] if self.watch else pieces(docs)
-            for piece in cut:
-                batch = pad(piece, self.flat.dtype, of=len(docs))
-                B, T = batch.tokens.shape
-                tap, dtap = self.workspace.arrays(B, T, whole=len(cut) == 1)
-                self.work.append((batch, tap, dtap))
-                loss += float(loss_forward(batch, self.params, self.config, tap))
+        own, *shares = deal(docs, 1 + len(self.others))
+        self.busy = [other for other, share in zip(self.others, shares) if share]
+        for other, share in zip(self.busy, shares):
+            other.begin(share, of=len(docs))
+        loss = self.worker.forward(own, of=len(docs))
+        loss += sum(other.forward() for other in self.busy)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss
 
     def backward(self) -> None:
-        first, *others = reversed(self.work)  # what was used last is still in the cache
-        batch, tap, dtap = first
-        loss_backward(batch, self.params, self.dparams, self.config, tap, dtap)
-        for batch, tap, dtap in others:
-            loss_backward(batch, self.params, self.dpiece, self.config, tap, dtap)
-            self.flat_grads += self.flat_piece
+        self.worker.backward()
+        for other in self.busy:
+            other.backward()
+            self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
         adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config)
@@ -83,7 +69,7 @@ class Backend:
     def position_losses(self, docs: Docs) -> list[list[float]]:
         batch = pad(docs, self.flat.dtype)
         B, T = batch.tokens.shape
-        tap = activations(self.config, len(self.params.wte), B, T, T, self.workspace.new)
+        tap = activations(self.config, len(self.params.wte), B, T, T, self.worker.workspace.new)
         with np.errstate(all="ignore"):  # padding need not be finite
             loss_forward(batch, self.params, self.config, tap)
         by_doc = tap.loss_t.reshape(len(docs), -1)
@@ -109,11 +95,11 @@ class Backend:
         return named_views(self.flat_grads, self.shapes)
 
     def taps(self) -> dict[str, Array]:
-        ((batch, tap, _),) = self.work
+        ((batch, tap, _),) = self.worker.work
         return self._batched(batch, tap)
 
     def dtaps(self) -> dict[str, Array]:
-        ((batch, _, dtap),) = self.work
+        ((batch, _, dtap),) = self.worker.work
         return self._batched(batch, dtap)
 
     def _batched(self, batch: Batch, taps: SimpleNamespace) -> dict[str, Array]:

@@ -1,0 +1,150 @@
+"""A batch on several cores: the same gradient, and processes that end when they should."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microgpt.backend import Docs, fresh_state, load_backend
+from microgpt.config import load_config
+from microgpt.errors import MicrogptError
+from microgpt.init import init_params
+from microgpt.tokenizer import build_tokenizer
+from vectorized.worker import deal
+
+CONFIG = replace(load_config(), n_embd=4, n_head=2, init_std=0.5, init_std_residual=0.5)
+TOKENIZER = build_tokenizer("abc", CONFIG)
+DOCS = [TOKENIZER.document(text) for text in ("a", "abcabc", "cab", "bb", "abcc")]
+ALONE = 5  # seconds within which a process that is not needed has ended
+
+
+def trained(cores: int, docs: Docs = DOCS, steps: int = 3) -> tuple[list[float], np.ndarray]:
+    """The losses of a few steps, and the parameters that they lead to."""
+    params = init_params(CONFIG, TOKENIZER.vocab_size, Random(1))
+    backend: Any = load_backend("vectorized", replace(CONFIG, cores=cores), fresh_state(params))
+    losses = []
+    for _ in range(steps):
+        losses.append(backend.forward(docs))
+        backend.backward()
+        backend.update(0.01)
+    return losses, backend.flat.copy()
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+def test_a_shared_batch_is_the_batch(cores: int) -> None:
+    ours, theirs = trained(1), trained(cores)
+    np.testing.assert_allclose(theirs[0], ours[0], rtol=1e-14)
+    np.testing.assert_allclose(theirs[1], ours[1], rtol=1e-12)
+
+
+def test_two_runs_on_as_many_cores_are_the_same_to_the_last_bit() -> None:
+    assert trained(3)[0] == trained(3)[0]
+    assert (trained(3)[1] == trained(3)[1]).all()
+
+
+def test_more_cores_than_documents() -> None:
+    ours, theirs = trained(1, DOCS[:1]), trained(3, DOCS[:1])
+    np.testing.assert_allclose(theirs[1], ours[1], rtol=1e-12)
+
+
+def test_a_forward_pass_whose_gradient_nobody_wants() -> None:
+    params = init_params(CONFIG, TOKENIZER.vocab_size, Random(1))
+    backend = load_backend("vectorized", replace(CONFIG, cores=2), fresh_state(params))
+    backend.forward(DOCS[:3])
+    assert backend.forward(DOCS) == pytest.approx(trained(1, steps=1)[0][0], rel=1e-14)
+
+
+@given(lengths=st.lists(st.integers(2, 9), max_size=12), shares=st.integers(2, 4))
+def test_shares_are_alike(lengths: list[int], shares: int) -> None:
+    docs = [list(range(i, i + n)) for i, n in enumerate(lengths)]
+    dealt = deal(docs, shares)
+    assert sorted(doc for share in dealt for doc in share) == sorted(docs)
+    sizes = [sum(map(len, share)) for share in dealt]
+    assert max(sizes) - min(sizes) <= 9  # a document
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + ALONE
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
+
+
+def test_a_process_ends_with_its_backend() -> None:
+    trained(3)
+    gc.collect()
+    assert eventually(lambda: not multiprocessing.active_children())
+
+
+def test_a_process_that_was_killed_is_missed() -> None:
+    gc.collect()
+    assert eventually(lambda: not multiprocessing.active_children())
+    params = init_params(CONFIG, TOKENIZER.vocab_size, Random(1))
+    backend = load_backend("vectorized", replace(CONFIG, cores=2), fresh_state(params))
+    backend.forward(DOCS)
+    backend.backward()
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    process.join()
+    with pytest.raises(MicrogptError, match="a process that worked on a share"):
+        backend.forward(DOCS)
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A long training run on two cores, a few steps in."""
+    options = ["--cores", "2", "--batch-size", "8", "--steps", "10000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "microgpt", "train", "--out", str(folder / "run"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group, as a terminal makes one
+    )
+    metrics = folder / "run" / "metrics.jsonl"
+    assert eventually(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    return process
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a group that are alive."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, IndexError):
+            continue
+        if fields[0] != "Z" and int(fields[2]) == leader:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_all_ends_all(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path)
+    assert len(group(process.pid)) >= 2
+    if number == signal.SIGKILL:
+        process.kill()  # alone: the others notice
+    else:
+        os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert eventually(lambda: not group(process.pid))
+    assert err == ""
+    if number != signal.SIGKILL:
+        assert "go on with" in out
+        assert process.returncode in (130, 143)

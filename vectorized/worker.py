@@ -1,0 +1,157 @@
+"""Who works on a batch: this process, and on several cores others beside it.
+
+Same as scalar:         the loss and the gradient of a batch are means over its documents.
+Different from scalar:  one document after another -> shares of a batch, worked through in pieces.
+
+NumPy holds Python's lock for most of the time that a small array takes, so cores are used by
+processes. They read the parameters where they lie, in memory that they share, and each writes its
+gradient to memory that this process reads; what goes through a pipe is documents and losses.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.util
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from microgpt.backend import Docs
+from microgpt.config import Config
+from microgpt.errors import MicrogptError
+from vectorized.arrays import Array, Batch, Workspace, model_tree, pad, pieces
+from vectorized.model import loss_backward, loss_forward
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+class Worker:
+    """Finds what a share of a batch adds to the loss, and the gradient of that."""
+
+    def __init__(
+        self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array, watch: bool = False
+    ) -> None:
+        self.config = config
+        self.flat_grads = flat_grads  # (P,), as flat
+        self.params = model_tree(flat, shapes, config.n_layer)
+        self.dparams = model_tree(flat_grads, shapes, config.n_layer)
+        self.flat_piece = np.zeros_like(flat)
+        self.dpiece = model_tree(self.flat_piece, shapes, config.n_layer)
+        self.watch = watch
+        self.work: list[tuple[Batch, SimpleNamespace, SimpleNamespace]] = []
+        self.workspace = Workspace(config, len(self.params.wte), flat.dtype, watch)
+
+    def forward(self, docs: Docs, of: int) -> float:
+        """The loss of these documents, times their share in a batch of so many."""
+        self.work.clear()
+        self.workspace.clear()
+        loss = 0.0
+        cut = [docs] if self.watch else pieces(docs)
+        with np.errstate(all="ignore"):  # a loss that is not finite says it all
+            for piece in cut:
+                batch = pad(piece, self.flat_grads.dtype, of)
+                B, T = batch.tokens.shape
+                tap, dtap = self.workspace.arrays(B, T, whole=len(cut) == 1)
+                self.work.append((batch, tap, dtap))
+                loss += float(loss_forward(batch, self.params, self.config, tap))
+        return loss
+
+    def backward(self) -> None:
+        """The gradient of what forward returned, in flat_grads."""
+        first, *others = reversed(self.work)  # what was used last is still in the cache
+        batch, tap, dtap = first
+        loss_backward(batch, self.params, self.dparams, self.config, tap, dtap)
+        for batch, tap, dtap in others:
+            loss_backward(batch, self.params, self.dpiece, self.config, tap, dtap)
+            self.flat_grads += self.flat_piece
+
+
+class Remote:
+    """A Worker in a process of its own. It begins when told to, and waits for nobody after that."""
+
+    def __init__(self, config: Config, shapes: Shapes, memory: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        grads = shared(len(memory))
+        self.flat_grads = np.frombuffer(grads, config.dtype)  # (P,)
+        self.pipe, theirs = context.Pipe()
+        self.answers = 0  # that are still to come
+        process = context.Process(
+            target=serve, args=(theirs, config, shapes, memory, grads), daemon=True
+        )
+        with _deaf():
+            process.start()
+        theirs.close()
+        # The process ends when the pipe does: with this object, or with this process, before
+        # multiprocessing waits for it (0: among the first of what it does at the end).
+        multiprocessing.util.Finalize(self, self.pipe.close, exitpriority=0)
+
+    def begin(self, docs: Docs, of: int) -> None:
+        """Find the loss and the gradient of these documents."""
+        while self.answers:  # to a batch whose gradient nobody wanted
+            self._receive()
+        with suppress(BrokenPipeError):  # there will be no answer, and that is dealt with
+            self.pipe.send((docs, of))
+        self.answers = 2
+
+    def forward(self) -> float:
+        """The loss, as soon as it is known."""
+        return float(self._receive())
+
+    def backward(self) -> None:
+        """Wait until the gradient is in flat_grads."""
+        self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise MicrogptError(
+                "--cores: a process that worked on a share of the batch has ended, for want of"
+                " memory or because somebody ended it; go on with fewer cores"
+            ) from None
+        self.answers -= 1
+        return answer
+
+
+def serve(pipe: Connection, config: Config, shapes: Shapes, memory: Any, grads: Any) -> None:
+    """What the other process does until nobody asks any more."""
+    flat, flat_grads = (np.frombuffer(numbers, config.dtype) for numbers in (memory, grads))
+    worker = Worker(config, shapes, flat, flat_grads)
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(worker.forward(*pipe.recv()))
+            worker.backward()
+            pipe.send(None)
+
+
+def deal(docs: Docs, shares: int) -> list[Docs]:
+    """As many shares of a batch, alike in what there is to do: dealt in order of length."""
+    if shares == 1:
+        return [docs]
+    ordered = sorted(docs, key=len)
+    return [ordered[first::shares] for first in range(shares)]
+
+
+def shared(size: int) -> Any:
+    """That many bytes, which other processes can be given."""
+    return multiprocessing.get_context("spawn").RawArray("b", size)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A process started in here never hears of Ctrl-C and the like: who started it ends it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # multiprocessing's own, whose start would undo the mask
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
