@@ -37,7 +37,7 @@ def complex_step(case: Case, directions: Array) -> Array:
     shapes = param_shapes(config, V)
     batch = pad(case.docs(0), np.dtype("float64"))
     B, T = batch.tokens.shape
-    tap = activations(config, V, B, T, T, lambda *shape: np.empty(shape, "complex128"))
+    tap = activations(config, V, B, T, T, True, lambda *shape: np.empty(shape, "complex128"))
     flat = flatten(case.params, np.dtype("complex128"))  # (P,)
     params = model_tree(flat, shapes, config.n_layer)
     point = flat.copy()
@@ -61,7 +61,7 @@ def difference(case: Case, backend_name: str, direction: Mapping[str, Any]) -> t
         params = {
             name: np.asarray(tensor) + h * direction[name] for name, tensor in case.params.items()
         }
-        backend = load_backend(backend_name, case.config, fresh_state(params))
+        backend = load_backend(backend_name, case.config, fresh_state(params), watch=True)
         value = backend.forward(case.docs(0))
         taps = backend.taps()
         return value, [np.array(taps[name]) for name in taps if name.endswith(".mlp_pre")]

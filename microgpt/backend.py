@@ -82,7 +82,7 @@ class Backend(Protocol):
         """What forward computed in between, by document and position, zero where there is none.
 
         Batched shapes: (B, T, channels), attention (B, H, T, T), loss_t (B, T), loss ().
-        Needs `watch` where a batch is large enough to be worked through in pieces.
+        Needs `watch`, without which some are overwritten.
         """
 
     def dtaps(self) -> Tensors:
@@ -95,7 +95,7 @@ class Backend(Protocol):
 def load_backend(name: str, config: Config, state: State, watch: bool = False) -> Backend:
     """The implementation of that name, starting from a state.
 
-    watch    keep the derivatives of the taps, which training has no use for
+    watch    keep all taps and their derivatives, which training has no use for
 
     Raises MicrogptError if there is none of that name, or if it cannot do what config asks.
     """

@@ -57,12 +57,15 @@ def original(request: pytest.FixtureRequest) -> SimpleNamespace:
     backend = load_backend(request.param, config, fresh_state(init))
     losses, docs, logits, tensors = [], {}, {}, {}
     for step in range(config.steps):
+        if step in WATCHED:
+            watched = load_backend(request.param, config, backend.state(), watch=True)
+            watched.forward(batch(step, documents, tokenizer, config))
+            logits[step] = np.array(watched.taps()["logits"])[0]
         losses.append(backend.forward(batch(step, documents, tokenizer, config)))
         backend.backward()
         backend.update(learning_rate(step, config))
         if step in WATCHED:
             docs[step] = documents[step]
-            logits[step] = np.array(backend.taps()["logits"])[0]
             state = backend.state()
             kinds = (backend.grads(), state.params, state.m, state.v)
             for kind, named in zip(TENSORS, kinds):

@@ -383,8 +383,12 @@ def adam_complaints(scalar: str, vectorized: str) -> Complaints:
         if equation(ours) != equation(theirs):
             yield f"{ours.name}: the equations differ"
         names, others = (
-            # the gradients lie in the parameters, or beside them
-            [argument.arg for argument in f.args.args if argument.arg not in ("params", "grads")]
+            # the gradients lie in the parameters, or beside them, and arrays want a place to lie
+            [
+                argument.arg
+                for argument in f.args.args
+                if argument.arg not in ("params", "grads", "scratch")
+            ]
             for f in (ours, theirs)
         )
         if names != others:

@@ -202,7 +202,9 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
     shapes = param_shapes(config, size.V)
     flat = rng.normal(size=sum(n_out * n_in for n_out, n_in in shapes.values())) * 0.7
     flat_grads = np.full_like(flat, np.nan)
-    tap, dtap = Workspace(config, size.V, flat.dtype, size.watch).arrays(size.B, size.T, whole=True)
+    workspace = Workspace(config, size.V, flat.dtype, size.watch)
+    tap = workspace.activations(size.B, size.T, whole=True)
+    dtap = workspace.derivatives(size.B, size.T, whole=True)
     for array in floats([tap, dtap]):
         if array.flags.writeable:  # others are constants
             array[...] = np.nan

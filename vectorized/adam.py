@@ -20,13 +20,21 @@ def clip(grads: Array, longest: float) -> float:
 
 
 def adam(
-    params: Array, grads: Array, m: Array, v: Array, step: int, lr_t: float, config: Config
+    params: Array,
+    grads: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr_t: float,
+    config: Config,
+    scratch: Array,
 ) -> None:
     """p = p - lr_t * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), in place
 
-    m, v    running means of the gradient and of its square, (P,) as params and grads
-    step    how many updates came before this one
-    lr_t    this step's learning rate
+    m, v       running means of the gradient and of its square, (P,) as params and grads
+    step       how many updates came before this one
+    lr_t       this step's learning rate
+    scratch    (P,), for what is computed in between: no step asks for new memory
 
     The corrections m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t), t = step + 1, are
     applied to the two numbers lr_t and eps, which spares two passes over the parameters:
@@ -43,11 +51,15 @@ def adam(
     if config.grad_clip:
         grads = clip(grads, config.grad_clip) * grads
     m *= beta1
-    m += (1 - beta1) * grads
+    m += np.multiply(1 - beta1, grads, out=scratch)
+    squares = np.multiply(grads, grads, out=scratch)
+    squares *= 1 - beta2
     v *= beta2
-    v += (1 - beta2) * (grads * grads)
-    denominator = np.sqrt(v)
+    v += squares
+    denominator = np.sqrt(v, out=scratch)
     denominator += c * config.adam_eps
+    change = np.divide(m, denominator, out=scratch)
+    change *= lr_t * c / correction1
     if config.weight_decay:
         params *= 1 - lr_t * config.weight_decay
-    params -= (lr_t * c / correction1) * (m / denominator)
+    params -= change

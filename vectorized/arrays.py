@@ -82,8 +82,12 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
     )
 
 
-def activations(config: Config, V: int, B: int, T: int, U: int, new: New) -> SimpleNamespace:
+def activations(
+    config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New
+) -> SimpleNamespace:
     """Everything that the forward pass fills, in that order: the taps, by their names.
+
+    Unless somebody watches, a softmax overwrites its logits, which nothing else reads.
 
     scale, probs        what the backward pass needs besides
     causal_mask         0 where position t may look at position u, else -inf: (T, B H T)
@@ -103,7 +107,7 @@ def activations(config: Config, V: int, B: int, T: int, U: int, new: New) -> Sim
         layer.qkv = new(3 * C, N)
         layer.causal_mask = mask
         layer.attn_logits = new(U, B * H * T)
-        layer.attn_weights = new(U, B * H * T)
+        layer.attn_weights = new(U, B * H * T) if watch else layer.attn_logits
         layer.attn_out = new(C, N)
         layer.attn_res = new(C, N)
         layer.mlp_norm, layer.mlp_scale = new(C, N), new(N)
@@ -111,7 +115,8 @@ def activations(config: Config, V: int, B: int, T: int, U: int, new: New) -> Sim
         layer.mlp_act = new(F, N)
         layer.mlp_res = new(C, N)
         _add_views(layer, B, H)
-    tap.logits, tap.probs = new(V, N), new(V, N)
+    tap.logits = new(V, N)
+    tap.probs = new(V, N) if watch else tap.logits
     tap.loss_t = new(N)
     return tap
 
@@ -164,7 +169,8 @@ class Workspace:
     """Where activations and their derivatives lie, so that no step has to ask for new memory.
 
     Small batches have arrays of their own, one set for each shape that comes again. Large ones, and
-    those in pieces, lie in one block of memory, which is laid out anew for every batch.
+    those in pieces, lie in one block of memory, which is laid out anew for every batch: first the
+    activations of all pieces, then the derivatives of one, since they are done one by one.
     """
 
     SMALL = 256  # columns of a batch
@@ -174,22 +180,27 @@ class Workspace:
         self.config, self.V, self.watch = config, V, watch
         self.kept: dict[tuple[int, int], tuple[SimpleNamespace, SimpleNamespace]] = {}
         self.block = np.empty(0, dtype)
-        self.used = 0
+        self.used = self.wanted = 0
 
-    def arrays(self, B: int, T: int, whole: bool) -> tuple[SimpleNamespace, SimpleNamespace]:
-        """The taps of a whole batch, or of a piece of one, and their derivatives."""
-        if B * T > self.SMALL or not whole:
-            return self._allocate(B, T, self._from_block)
-        if (B, T) not in self.kept:
-            if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
-                self.kept.clear()
-            self.kept[B, T] = self._allocate(B, T, self.new)
-        return self.kept[B, T]
+    def activations(self, B: int, T: int, whole: bool) -> SimpleNamespace:
+        """The taps of a whole batch, or of a piece of one."""
+        if whole and B * T <= self.SMALL:
+            return self._own(B, T)[0]
+        return activations(self.config, self.V, B, T, T, self.watch, self._from_block)
+
+    def derivatives(self, B: int, T: int, whole: bool) -> SimpleNamespace:
+        """Those of the taps, good until somebody asks for others."""
+        if whole and B * T <= self.SMALL:
+            return self._own(B, T)[1]
+        start = self.used
+        dtap = derivatives(self.config, self.V, B, T, self.watch, self._from_block)
+        self.used = start
+        return dtap
 
     def clear(self) -> None:
         """Give up what the batch before has in the block."""
-        if self.used > len(self.block):
-            self.block = np.empty(self.used, self.block.dtype)
+        if self.wanted > len(self.block):
+            self.block = np.empty(self.wanted, self.block.dtype)
         self.used = 0
 
     def new(self, *shape: int) -> Array:
@@ -199,15 +210,20 @@ class Workspace:
     def _from_block(self, *shape: int) -> Array:
         start, size = self.used, math.prod(shape)
         self.used += -(-size // ALIGNED) * ALIGNED
+        self.wanted = max(self.wanted, self.used)
         if self.used > len(self.block):
             return self.new(*shape)  # the next batch will find room
         return self.block[start : start + size].reshape(shape)
 
-    def _allocate(self, B: int, T: int, new: New) -> tuple[SimpleNamespace, SimpleNamespace]:
-        return (
-            activations(self.config, self.V, B, T, T, new),
-            derivatives(self.config, self.V, B, T, self.watch, new),
-        )
+    def _own(self, B: int, T: int) -> tuple[SimpleNamespace, SimpleNamespace]:
+        if (B, T) not in self.kept:
+            if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
+                self.kept.clear()
+            self.kept[B, T] = (
+                activations(self.config, self.V, B, T, T, self.watch, self.new),
+                derivatives(self.config, self.V, B, T, self.watch, self.new),
+            )
+        return self.kept[B, T]
 
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:

@@ -60,7 +60,8 @@ class Backend:
             self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
-        adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config)
+        scratch = self.worker.flat_piece
+        adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config, scratch)
         self.updates += 1
 
     def set_grads(self, grads: Tensors) -> None:
@@ -69,7 +70,9 @@ class Backend:
     def position_losses(self, docs: Docs) -> list[list[float]]:
         batch = pad(docs, self.flat.dtype)
         B, T = batch.tokens.shape
-        tap = activations(self.config, len(self.params.wte), B, T, T, self.worker.workspace.new)
+        tap = activations(
+            self.config, len(self.params.wte), B, T, T, False, self.worker.workspace.new
+        )
         with np.errstate(all="ignore"):  # padding need not be finite
             loss_forward(batch, self.params, self.config, tap)
         by_doc = tap.loss_t.reshape(len(docs), -1)
@@ -95,12 +98,12 @@ class Backend:
         return named_views(self.flat_grads, self.shapes)
 
     def taps(self) -> dict[str, Array]:
-        ((batch, tap, _),) = self.worker.work
+        ((batch, tap),) = self.worker.work
         return self._batched(batch, tap)
 
     def dtaps(self) -> dict[str, Array]:
-        ((batch, _, dtap),) = self.worker.work
-        return self._batched(batch, dtap)
+        ((batch, _),) = self.worker.work
+        return self._batched(batch, self.worker.dtap)
 
     def _batched(self, batch: Batch, taps: SimpleNamespace) -> dict[str, Array]:
         """The taps by name, their columns turned into documents and positions."""

@@ -43,7 +43,8 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, out: Array) -> Arr
 
 def softmax_forward(x: Array, out: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
-    exps = np.exp(x - np.maximum.reduce(x), out=out)  # (n, N)
+    below = np.subtract(x, np.maximum.reduce(x), out=out)  # (n, N)
+    exps = np.exp(below, out=out)  # (n, N)
     return np.divide(exps, column_sum(exps), out=out)  # (n, N)
 
 
@@ -148,9 +149,10 @@ def attention_backward(
     # forward: weights = softmax(logits)
     softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, B H T)
     # forward: logits = k^T . q / sqrt(D)
-    dscores = dtap.scores * config.head_dim**-0.5  # (B, H, T, T)
-    np.matmul(tap.q, dscores.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
-    np.matmul(tap.k, dscores, out=dtap.q)  # (B, H, D, T)
+    np.matmul(tap.k, dtap.scores, out=dtap.q)  # (B, H, D, T)
+    np.matmul(tap.q, dtap.scores.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
+    dqk = dtap.qkv[: 2 * config.n_embd]  # (2 C, N)
+    dqk *= config.head_dim**-0.5
     # queries, keys and values
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)

@@ -106,7 +106,9 @@ def read(tokens: Array, params: SimpleNamespace, past: SimpleNamespace, config: 
     B, T = tokens.shape
     U = past.layers[0].k.shape[-1] + T
     dtype = params.wte.dtype
-    tap = activations(config, len(params.wte), B, T, U, lambda *shape: np.empty(shape, dtype))
+    tap = activations(
+        config, len(params.wte), B, T, U, False, lambda *shape: np.empty(shape, dtype)
+    )
     return gpt_forward(tokens, params, past, config, tap)
 
 
