@@ -32,7 +32,7 @@ class State:
 
 def fresh_state(params: Tensors) -> State:
     """The state before the first update: these parameters, and moments of zero."""
-    zeros = {name: [[0.0] * len(row) for row in matrix] for name, matrix in params.items()}
+    zeros = {name: [[0.0] * len(matrix[0])] * len(matrix) for name, matrix in params.items()}
     return State(params, zeros, zeros, 0)
 
 

@@ -29,7 +29,6 @@ from microgpt.train import batch
 
 ROUNDS = 15  # of which the median is taken
 ROUND_SECONDS = 0.05  # how long each contestant has in a round
-WARM_UP = 3  # steps that are not timed
 CHUNK = 16  # documents whose graph scalar/ holds at a time
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # of the largest gradient
 LEARNING_RATE = 1e-3
@@ -45,6 +44,12 @@ class Contestant:
     docs: list[Docs]  # the batches, taken in turn
     seconds: list[float] = field(default_factory=list)  # a step, in each round
     difference: float = 0.0  # from scalar, as a share of the largest gradient
+
+    @property
+    def label(self) -> str:
+        """The name, the precision, and how many cores if it is more than one."""
+        cores = f" x{self.config.cores}" if self.config.cores > 1 else ""
+        return f"{self.name} {self.config.dtype}{cores}"
 
     @property
     def tokens(self) -> float:
@@ -64,26 +69,36 @@ class Contestant:
 
 
 def bench(
-    config: Config, batch_sizes: Sequence[int], against: Sequence[str] = (), rounds: int = ROUNDS
+    config: Config,
+    batch_sizes: Sequence[int],
+    against: Sequence[str] = (),
+    cores: int = 1,
+    rounds: int = ROUNDS,
 ) -> list[Contestant]:
     """Time scalar, vectorized and whoever they are up against, at each batch size.
 
-    scalar takes part with a batch of one. Raises MicrogptError if an opponent is unknown.
+    scalar takes part with a batch of one, vectorized once more on several cores where the batch
+    has a document for each. Raises MicrogptError if an opponent is unknown.
     """
-    contestants = [_enter("scalar", replace(config, batch_size=1, dtype="float64"))]
+    contestants = [_enter("scalar", replace(config, batch_size=1, dtype="float64", cores=1))]
     for size in batch_sizes:
         for dtype in ("float64", "float32"):
-            entry = replace(config, batch_size=size, dtype=dtype)
+            entry = replace(config, batch_size=size, dtype=dtype, cores=1)
             contestants.append(_enter("vectorized", entry))
+        if 1 < cores <= size:
+            contestants.append(_enter("vectorized", replace(entry, cores=cores)))
         for opponent in against:
             contestants += _opponents(opponent, replace(config, batch_size=size, dtype="float32"))
     turns = [cycle(one.docs) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):
-        start = perf_counter()
-        for docs in islice(turn, WARM_UP):
+        warm_up = len(one.docs) if one.name != "scalar" else 2
+        for docs in islice(turn, warm_up):  # each shape once: it may be compiled for it
             one.step(docs)
-        counts.append(max(1, int(ROUND_SECONDS * WARM_UP / (perf_counter() - start))))
+        start = perf_counter()
+        for docs in islice(turn, 2):
+            one.step(docs)
+        counts.append(max(1, int(ROUND_SECONDS * 2 / (perf_counter() - start))))
     for _ in range(rounds):
         for one, turn, count in zip(contestants, turns, counts):
             start = perf_counter()
@@ -102,7 +117,8 @@ def difference(backend: Backend, docs: Docs, config: Config) -> float:
     backend.forward(docs)
     backend.backward()
     theirs = {name: np.array(tensor) for name, tensor in backend.grads().items()}
-    witness = load_backend("scalar", replace(config, dtype="float64"), fresh_state(params))
+    witness_config = replace(config, dtype="float64", cores=1)
+    witness = load_backend("scalar", witness_config, fresh_state(params))
     ours = {name: np.zeros_like(tensor) for name, tensor in params.items()}
     for start in range(0, len(docs), CHUNK):
         part = docs[start : start + CHUNK]
@@ -119,16 +135,15 @@ def table(contestants: Sequence[Contestant]) -> str:
     """The results at 80 columns."""
     scalar = median(contestants[0].seconds)
     lines = [
-        f"{'':20} {'batch':>5}  {'us/step':>9} {'spread':>6} {'us/doc':>9} {'us/token':>8}"
-        f" {'x scalar':>8} {'apart':>7}"
+        f"{'':22} {'batch':>5} {'us/step':>9} {'spread':>6} {'us/doc':>9} {'us/token':>8}"
+        f" {'x scalar':>8} {'apart':>6}"
     ]
     for one in contestants:
         size, step = one.config.batch_size, median(one.seconds)
         spread = (max(one.seconds) - min(one.seconds)) / step
-        name = f"{one.name} {one.config.dtype}"
-        verdict = f"{one.difference:7.0e}" if one.right else "  WRONG"
+        verdict = f"{one.difference:6.0e}" if one.right else " WRONG"
         lines.append(
-            f"{name:20} {size:5}  {step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
+            f"{one.label:22} {size:5} {step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
             f" {step / one.tokens * 1e6:8,.2f} {scalar / (step / size):8,.0f} {verdict}"
         )
     return "\n".join(lines)
@@ -139,7 +154,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
-        "threads": os.environ.get("OPENBLAS_NUM_THREADS") or "as BLAS has it",
+        "threads of BLAS": os.environ["OPENBLAS_NUM_THREADS"],
         "blas": _blas(),
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -155,6 +170,7 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
             {
                 "name": one.name,
                 "dtype": one.config.dtype,
+                "cores": one.config.cores,
                 "batch_size": one.config.batch_size,
                 "tokens_per_step": one.tokens,
                 "seconds_per_step": median(one.seconds),

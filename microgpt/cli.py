@@ -154,7 +154,8 @@ def bench(options: argparse.Namespace) -> int:
 
     config = load_config(options.config or DEFAULT_PRESET)
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or BATCH_SIZES]
-    contestants = timing.bench(config, sizes, options.against)
+    cores = typed_flag("cores", options.cores) if options.cores else min(2, os.cpu_count() or 1)
+    contestants = timing.bench(config, sizes, options.against, cores)
     if options.json:
         print(json.dumps(timing.as_json(contestants), indent=1))
     else:
@@ -263,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="N",
         help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
+    )
+    command.add_argument(
+        "--cores", metavar="N", help="and on so many cores (default: 2, if there are)"
     )
     command.add_argument(
         "--against", action="append", default=[], metavar="torch", help="who else takes part"

@@ -31,13 +31,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_all_contestants_are_timed_and_right(config: Config) -> None:
-    contestants = bench.bench(config, [1, 3], rounds=2)
-    assert [(one.name, one.config.batch_size, one.config.dtype) for one in contestants] == [
-        ("scalar", 1, "float64"),
-        ("vectorized", 1, "float64"),
-        ("vectorized", 1, "float32"),
-        ("vectorized", 3, "float64"),
-        ("vectorized", 3, "float32"),
+    contestants = bench.bench(config, [1, 3], cores=2, rounds=2)
+    assert [(one.label, one.config.batch_size) for one in contestants] == [
+        ("scalar float64", 1),
+        ("vectorized float64", 1),
+        ("vectorized float32", 1),
+        ("vectorized float64", 3),
+        ("vectorized float32", 3),
+        ("vectorized float32 x2", 3),
     ]
     assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in contestants)
     assert all(one.right for one in contestants)
@@ -60,16 +61,29 @@ def test_whoever_skips_work_is_wrong(config: Config, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("quick")
+def test_whoever_does_not_wait_for_the_others_is_wrong(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backend, "backward", lambda self: self.worker.backward())
+    contestants = bench.bench(config, [3], cores=2, rounds=1)
+    assert [one.label for one in contestants if not one.right] == ["vectorized float32 x2"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_command_reports_for_other_programs(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "small.yaml"
     file.write_text(f"n_embd: 4\nn_head: 2\ndataset: {config.dataset}\n", encoding="utf-8")
-    assert main(["bench", "--config", str(file), "--batch-size", "2", "--json"]) == 0
+    assert (
+        main(["bench", "--config", str(file), "--batch-size", "2", "--cores", "2", "--json"]) == 0
+    )
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {one["batch_size"] for one in report["results"]} == {1, 2}
     assert all(one["right"] for one in report["results"])
     assert report["machine"]["numpy"]
+    assert {one["cores"] for one in report["results"]} == {1, 2}
     assert main(["bench", "--batch-size", "0"]) == 2
+    assert main(["bench", "--cores", "0"]) == 2
     assert main(["bench", "--against", "abacus", "--batch-size", "1"]) == 2
     assert "abacus" in capsys.readouterr().err

@@ -79,7 +79,9 @@ def test_a_standard_deviation_of_zero_takes_its_draws_all_the_same() -> None:
     rng, stream = Random(42), Random(42)
     for name, matrix in init_params(load_config("microgpt-243"), 28, rng).items():
         std = 0.0 if name in RESIDUAL else 0.02
-        assert matrix == [[stream.gauss(0, std) for _ in row] for row in matrix]
+        assert [list(row) for row in matrix] == [
+            [stream.gauss(0, std) for _ in row] for row in matrix
+        ]
         assert np.any(matrix) == (name not in RESIDUAL)
     assert rng.getstate() == stream.getstate()
 

@@ -203,8 +203,7 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
     flat = rng.normal(size=sum(n_out * n_in for n_out, n_in in shapes.values())) * 0.7
     flat_grads = np.full_like(flat, np.nan)
     workspace = Workspace(config, size.V, flat.dtype, size.watch)
-    tap = workspace.activations(size.B, size.T, whole=True)
-    dtap = workspace.derivatives(size.B, size.T, whole=True)
+    ((tap, dtap),) = workspace.arrays([(size.B, size.T)])
     for array in floats([tap, dtap]):
         if array.flags.writeable:  # others are constants
             array[...] = np.nan

@@ -24,6 +24,7 @@ from microgpt.layout import grow, tree
 
 Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
+Taps = tuple[SimpleNamespace, SimpleNamespace]  # and their derivatives
 
 COLUMNS = 512  # of a piece of a batch
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
@@ -178,52 +179,56 @@ class Workspace:
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
-        self.kept: dict[tuple[int, int], tuple[SimpleNamespace, SimpleNamespace]] = {}
+        self.kept: dict[tuple[int, int], Taps] = {}
         self.block = np.empty(0, dtype)
         self.used = self.wanted = 0
 
-    def activations(self, B: int, T: int, whole: bool) -> SimpleNamespace:
-        """The taps of a whole batch, or of a piece of one."""
-        if whole and B * T <= self.SMALL:
-            return self._own(B, T)[0]
-        return activations(self.config, self.V, B, T, T, self.watch, self._from_block)
-
-    def derivatives(self, B: int, T: int, whole: bool) -> SimpleNamespace:
-        """Those of the taps, good until somebody asks for others."""
-        if whole and B * T <= self.SMALL:
-            return self._own(B, T)[1]
-        start = self.used
-        dtap = derivatives(self.config, self.V, B, T, self.watch, self._from_block)
-        self.used = start
-        return dtap
-
-    def clear(self) -> None:
-        """Give up what the batch before has in the block."""
-        if self.wanted > len(self.block):
-            self.block = np.empty(self.wanted, self.block.dtype)
-        self.used = 0
+    def arrays(self, sizes: Sequence[tuple[int, int]]) -> list[Taps]:
+        """The taps and their derivatives for each piece (B, T) of a batch."""
+        if len(sizes) == 1 and math.prod(sizes[0]) <= self.SMALL:
+            return [self._own(*sizes[0])]
+        laid = self._lay_out(sizes)
+        if self.wanted > len(self.block):  # which is known only now
+            del laid
+            self.block = self.new(0)
+            self.block = self.new(self.wanted * 5 // 4)  # what is not used costs nothing
+            laid = self._lay_out(sizes)
+        return laid
 
     def new(self, *shape: int) -> Array:
         """An array that belongs to whoever asks."""
         return np.empty(shape, self.block.dtype)
+
+    def _own(self, B: int, T: int) -> Taps:
+        if (B, T) not in self.kept:
+            if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
+                self.kept.clear()
+            self.kept[B, T] = self._activations(B, T, self.new), self._derivatives(B, T, self.new)
+        return self.kept[B, T]
+
+    def _lay_out(self, sizes: Sequence[tuple[int, int]]) -> list[Taps]:
+        self.used = self.wanted = 0
+        taps = [self._activations(B, T, self._from_block) for B, T in sizes]
+        after = self.used
+        dtaps = []
+        for B, T in sizes:
+            self.used = after
+            dtaps.append(self._derivatives(B, T, self._from_block))
+        return list(zip(taps, dtaps))
 
     def _from_block(self, *shape: int) -> Array:
         start, size = self.used, math.prod(shape)
         self.used += -(-size // ALIGNED) * ALIGNED
         self.wanted = max(self.wanted, self.used)
         if self.used > len(self.block):
-            return self.new(*shape)  # the next batch will find room
+            return self.new(*shape)
         return self.block[start : start + size].reshape(shape)
 
-    def _own(self, B: int, T: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-        if (B, T) not in self.kept:
-            if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
-                self.kept.clear()
-            self.kept[B, T] = (
-                activations(self.config, self.V, B, T, T, self.watch, self.new),
-                derivatives(self.config, self.V, B, T, self.watch, self.new),
-            )
-        return self.kept[B, T]
+    def _activations(self, B: int, T: int, new: New) -> SimpleNamespace:
+        return activations(self.config, self.V, B, T, T, self.watch, new)
+
+    def _derivatives(self, B: int, T: int, new: New) -> SimpleNamespace:
+        return derivatives(self.config, self.V, B, T, self.watch, new)
 
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:

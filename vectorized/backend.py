@@ -98,12 +98,12 @@ class Backend:
         return named_views(self.flat_grads, self.shapes)
 
     def taps(self) -> dict[str, Array]:
-        ((batch, tap),) = self.worker.work
+        ((batch, tap, _),) = self.worker.work
         return self._batched(batch, tap)
 
     def dtaps(self) -> dict[str, Array]:
-        ((batch, _),) = self.worker.work
-        return self._batched(batch, self.worker.dtap)
+        ((batch, _, dtap),) = self.worker.work
+        return self._batched(batch, dtap)
 
     def _batched(self, batch: Batch, taps: SimpleNamespace) -> dict[str, Array]:
         """The taps by name, their columns turned into documents and positions."""

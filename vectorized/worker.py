@@ -44,36 +44,30 @@ class Worker:
         self.flat_piece = np.zeros_like(flat)
         self.dpiece = model_tree(self.flat_piece, shapes, config.n_layer)
         self.watch = watch
-        self.work: list[tuple[Batch, SimpleNamespace]] = []
+        self.work: list[tuple[Batch, SimpleNamespace, SimpleNamespace]] = []
         self.workspace = Workspace(config, len(self.params.wte), flat.dtype, watch)
 
     def forward(self, docs: Docs, of: int) -> float:
         """The loss of these documents, times their share in a batch of so many."""
-        self.work.clear()
-        self.workspace.clear()
-        loss = 0.0
         cut = [docs] if self.watch else pieces(docs)
+        batches = [pad(piece, self.flat_grads.dtype, of) for piece in cut]
+        self.work.clear()
+        arrays = self.workspace.arrays([batch.tokens.shape for batch in batches])
+        self.work += [(batch, tap, dtap) for batch, (tap, dtap) in zip(batches, arrays)]
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
-            for piece in cut:
-                batch = pad(piece, self.flat_grads.dtype, of)
-                B, T = batch.tokens.shape
-                tap = self.workspace.activations(B, T, whole=len(cut) == 1)
-                self.work.append((batch, tap))
-                loss += float(loss_forward(batch, self.params, self.config, tap))
-        return loss
+            losses = [
+                loss_forward(batch, self.params, self.config, tap) for batch, tap, _ in self.work
+            ]
+        return float(sum(losses))
 
     def backward(self) -> None:
         """The gradient of what forward returned, in flat_grads."""
         first, *others = reversed(self.work)  # what was used last is still in the cache
-        self._backward(*first, self.dparams)
-        for batch, tap in others:
-            self._backward(batch, tap, self.dpiece)
+        batch, tap, dtap = first
+        loss_backward(batch, self.params, self.dparams, self.config, tap, dtap)
+        for batch, tap, dtap in others:
+            loss_backward(batch, self.params, self.dpiece, self.config, tap, dtap)
             self.flat_grads += self.flat_piece
-
-    def _backward(self, batch: Batch, tap: SimpleNamespace, dparams: SimpleNamespace) -> None:
-        B, T = batch.tokens.shape
-        self.dtap = self.workspace.derivatives(B, T, whole=len(self.work) == 1)
-        loss_backward(batch, self.params, dparams, self.config, tap, self.dtap)
 
 
 class Remote:
