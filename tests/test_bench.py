@@ -70,6 +70,23 @@ def test_whoever_does_not_wait_for_the_others_is_wrong(
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_scalar_would_take_minutes_for_is_held_to_it_on_a_few_tokens(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SCALAR_WORK", 8 * 352)  # tokens, parameters
+    contestants = bench.bench(config, [3], cores=2, rounds=1)
+    assert {one.name for one in contestants} == {"vectorized"}
+    assert all(one.right for one in contestants)
+
+    few, whole = [], []
+    monkeypatch.setattr(bench, "_scalar_gradient", lambda p, docs, c: few.append(docs) or p)
+    monkeypatch.setattr(bench, "_whole_gradient", lambda p, docs, c: whole.append(docs) or p)
+    assert not any(one.right for one in bench.bench(config, [3], rounds=1))
+    assert all(sum(len(doc) - 1 for doc in docs) <= 8 for docs in few)
+    assert all(len(docs) == 3 for docs in whole)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_command_reports_for_other_programs(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

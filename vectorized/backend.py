@@ -1,4 +1,9 @@
-"""The vectorized GPT as the shell and the crosscheck see it: numbers in, numbers out."""
+"""The vectorized GPT as the shell and the crosscheck see it: numbers in, numbers out.
+
+Same as scalar:         the methods, and what each leaves for the next.
+Different from scalar:  parameters, gradients and moments -> a buffer for all of each;
+                        the graph of a batch -> workers, who keep what their shares need.
+"""
 
 from __future__ import annotations
 
