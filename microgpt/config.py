@@ -64,6 +64,8 @@ class Config:
     seed: int = _field("of the one random stream")
     held_out: int = _field("documents kept from training, to measure with", least=0)
     dataset: str = _field("names, makemore, or a text file with one document per line")
+    # the run
+    checkpoint_every: int = _field("steps between checkpoints; 0: only at the end", least=0)
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
     temperature: float = _field("divides the logits before sampling", above=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from microgpt.config import Config
@@ -55,7 +56,8 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):  # the terminal may have been closed
+                self.bar.close()
 
 
 def beginning(config: Config, documents: int, vocab_size: int, parameters: int) -> str:

@@ -36,6 +36,7 @@ LATER_ADDITIONS: dict[str, Any] = {  # off in both
     "weight_decay": 0.0,
     "grad_clip": 0.0,
     "held_out": 0,
+    "checkpoint_every": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "microgpt": {
