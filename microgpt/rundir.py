@@ -65,11 +65,12 @@ class RunLock:
         path = out / LOCK
         with writing(path):
             fd = _open_locked(path)
+        self.release = weakref.finalize(self, _unlock, fd, path)
+        with writing(path), released_on_error(self):
             self.left_by = os.read(fd, 1000).decode(errors="replace").strip()
             os.lseek(fd, 0, os.SEEK_SET)
             os.ftruncate(fd, 0)
             os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode())
-        self.release = weakref.finalize(self, _unlock, fd, path)
 
 
 def _open_locked(path: Path) -> int:
