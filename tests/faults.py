@@ -31,7 +31,7 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
-from microgpt.checkpoint import FILE_NAME, load_checkpoint, read_tensors
+from microgpt.checkpoint import FILE_NAME, read_tensors
 from microgpt.cli import main as microgpt
 from microgpt.config import load_config
 from microgpt.rundir import LOCK, METRICS, RUN_FILES
