@@ -38,8 +38,10 @@ if sys.platform == "win32":
 
     def _lock(fd: int) -> None:
         os.lseek(fd, 1 << 20, os.SEEK_SET)  # nobody can read a locked byte: none of the text
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        os.lseek(fd, 0, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)
 else:
     import fcntl
 

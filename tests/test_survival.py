@@ -34,9 +34,10 @@ from microgpt import checkpoint, report, rundir
 from microgpt.backend import NAMES
 from microgpt.checkpoint import FILE_NAME, load_checkpoint
 from microgpt.config import Config
+from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes, pick
 from microgpt.rundir import LOCK, METRICS, RUN_FILES
-from microgpt.train import Run
+from microgpt.train import Run, new_run, resumed_run
 
 STEPS, EVERY = 12, 4
 
@@ -379,6 +380,36 @@ def test_an_output_that_nobody_reads_ends_a_run_that_can_go_on(
     assert differences(tmp_path / "run", whole) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (None, BrokenPipeError(errno.EPIPE, "Broken pipe"), (141, "")),
+        (None, OSError(errno.EIO, "Input/output error"),
+         (2, "microgpt: error: output: Input/output error\n")),
+        (signal.SIGHUP, OSError(errno.EIO, "Input/output error"), (129, "")),
+    ],
+)  # fmt: skip
+def test_progress_that_nobody_reads_ends_a_run_with_its_checkpoint_written(
+    number: int | None,
+    error: OSError,
+    said: tuple[int, str],
+    start: list[str],
+    whole: Path,
+    tmp_path: Path,
+) -> None:
+    def leave() -> None:
+        if number is not None:
+            os.kill(os.getpid(), number)
+        raise error
+
+    out = tmp_path / "run"
+    with after_step(6, leave):
+        assert quiet([*start, "--out", str(out)]) == said
+    assert load_checkpoint(out).state.updates == 6
+    assert resume(out) == (0, "")
+    assert differences(out, whole) == []
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_on_a_full_disk_ends_a_run_that_can_go_on(
     unbuffered: str,
@@ -536,6 +567,19 @@ def test_a_lock_that_was_removed_while_it_was_taken_is_not_held(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_is_given_back_at_the_end_and_after_an_error(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    with new_run(tiny_config, "vectorized", tmp_path, "") as run:
+        with pytest.raises(rundir.TakenError):
+            rundir.RunLock(run.out)
+    rundir.RunLock(run.out).release()
+    with pytest.raises(MicrogptError, match="unknown backend") as refusal:
+        resumed_run(tmp_path, "torch", {})
+    assert refusal.tb is not None  # in which the lock is still known
+    rundir.RunLock(run.out).release()
+
+
 def test_a_file_system_without_locks_is_written_to_all_the_same(
     start: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -628,6 +672,13 @@ def test_an_overflow_is_traced_to_the_first_tap_and_no_parameter(
     line = one_line(quiet([*start, "--init-std", "1e4", "--out", str(tmp_path / "run")]))
     assert "step 1: the loss is inf; first not finite: tap loss_t, parameter none;" in line
     assert line.endswith("try a smaller --init-std than 10000.0")
+
+
+def test_a_batch_in_pieces_is_traced_as_well(start: list[str], tmp_path: Path) -> None:
+    large = [*start, "--batch-size", "200", "--out", str(tmp_path / "run")]
+    with spoiled("vectorized", "update", 6, no_number):
+        line = one_line(quiet(large))
+    assert "step 7: the loss is nan; first not finite: tap layer0.mlp_res, param" in line
 
 
 def test_a_run_is_replaced_only_by_one_that_has_begun(
