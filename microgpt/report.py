@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 from microgpt.config import Config
@@ -56,8 +55,7 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.bar is not None:
-            with suppress(OSError):  # the terminal may have been closed
-                self.bar.close()
+            self.bar.close()
 
 
 def beginning(config: Config, documents: int, vocab_size: int, parameters: int) -> str:

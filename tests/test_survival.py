@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import math
 import os
 import pty
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -425,6 +427,19 @@ def test_an_output_on_a_full_disk_ends_a_run_that_can_go_on(
     assert differences(tmp_path / "run", whole) == []
 
 
+def test_a_signal_counts_for_more_than_an_output_on_a_full_disk(
+    start: list[str], tmp_path: Path
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    stop = after_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with stop, redirect_stdout(Full()), redirect_stderr(io.StringIO()):
+        assert faults.microgpt([*start, "--out", str(tmp_path / "run")]) == 143
+    assert load_checkpoint(tmp_path / "run").state.updates == 6
+
+
 def test_a_run_needs_no_output(
     process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, whole: Path
 ) -> None:
@@ -578,6 +593,21 @@ def test_a_directory_is_given_back_at_the_end_and_after_an_error(
         resumed_run(tmp_path, "torch", {})
     assert refusal.tb is not None  # in which the lock is still known
     rundir.RunLock(run.out).release()
+
+
+def test_a_directory_that_was_taken_since_it_was_looked_at_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text("precious", encoding="utf-8")
+    with pytest.raises(rundir.TakenError, match="holds a run already"):
+        rundir.claim(tmp_path, overwrite=False)
+    rundir.claim(tmp_path, overwrite=True).release()
+
+
+def test_a_lock_that_cannot_be_written_is_not_held(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(os, "write", side_effect=full), pytest.raises(MicrogptError) as refusal:
+        rundir.RunLock(tmp_path)
+    assert refusal.tb is not None  # in which the lock is still known
+    rundir.RunLock(tmp_path).release()
 
 
 def test_a_file_system_without_locks_is_written_to_all_the_same(
