@@ -65,6 +65,19 @@ def run(start: list[str], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(autouse=True)
+def _untaken() -> Iterator[None]:
+    """A signal that nobody takes fails the test, and does not end all of them."""
+
+    def left_to_us(number: int, frame: object) -> None:
+        raise AssertionError(f"nobody took signal {number}")
+
+    before = {n: signal.signal(n, left_to_us) for n in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def resume(out: Path, *more: str) -> tuple[int, str]:
     return quiet(["train", "--resume", "--out", str(out), *more])
 
