@@ -91,6 +91,13 @@ def differences(out: Path, whole: Path) -> list[str]:
     ]
 
 
+def unlike(status: int, said: str, out: Path, whole: Path) -> list[str]:
+    """In what a run differs, going by how the last attempt at it ended."""
+    if (status, said) == (0, "") or "has had all of its" in said:  # cut short when all was written
+        return differences(out, whole)
+    return [f"status {status}: {said.strip()}"]
+
+
 def figures(out: Path) -> list[tuple[int, float, float]]:
     lines = (out / METRICS).read_text(encoding="utf-8").splitlines()
     return [(line["step"], line["loss"], line["lr"]) for line in map(json.loads, lines)]
@@ -246,10 +253,7 @@ def after_refusal(
         return  # nothing was begun
     if status:
         status, said = quiet(going_on(start, out))
-    if status and "has had all of its" not in said:
-        yield f"cannot go on: {said}"
-    else:
-        yield from differences(out, whole)
+    yield from unlike(status, said, out, whole)
 
 
 def differences_in_text(before: Path, out: Path) -> bool:
@@ -307,8 +311,7 @@ def kills(
                     break
                 killed += 1
             finished += 1
-            found = differences(out, one.out) if (status, said) == (0, "") else [said]
-            complaints += [f"{out.name}: {what}" for what in found]
+            complaints += [f"{out.name}: {what}" for what in unlike(status, said, out, one.out)]
     print(f"kills: {killed} kills in {finished} runs, {len(complaints)} not survived")
     return complaints
 
