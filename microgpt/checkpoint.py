@@ -10,6 +10,9 @@ chars       the characters of the vocabulary, as one text
 updates     how many updates the model has had
 random      the state of the random stream from which the samples are drawn, as JSON
 documents   the SHA-256 of the data set's documents
+
+The position in the data follows: the documents are shuffled by the seed of the configuration and
+taken round and round, batch_size of them for every update.
 """
 
 from __future__ import annotations
@@ -51,13 +54,19 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, whole or not at all.
+
+    Raises FloatingPointError, before anything is written, if a tensor is not finite everywhere.
+    """
     state = checkpoint.state
     tensors = {
         prefix + name: np.ascontiguousarray(tensor, checkpoint.config.dtype)
         for prefix, named in (("", state.params), ("adam.m.", state.m), ("adam.v.", state.v))
         for name, tensor in named.items()
     }
+    spoiled = not_finite(tensors)
+    if spoiled:
+        raise FloatingPointError(f"{spoiled} is not finite everywhere")
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -68,6 +77,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "documents": checkpoint.documents,
     }
     write_whole(path, save(tensors, metadata))
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that is not finite everywhere."""
+    return next((name for name, x in tensors.items() if not np.isfinite(x).all()), None)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

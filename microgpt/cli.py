@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from microgpt import __version__
 from microgpt.config import DEFAULT_PRESET, FIELDS, flag, load_config, presets, typed_flag
 from microgpt.errors import MicrogptError
 
+if TYPE_CHECKING:
+    from microgpt.train import Run
+
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+SIGNALLED = 128  # and the signal's number, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend."""
+    if sys.stdout is None:  # closed before we began
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
         sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # whoever read our output has gone: let the interpreter's last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:  # whoever read our output has gone
+        status = status or BROKEN_PIPE
+        _silence()
+    except OSError as error:
+        _say(f"microgpt: error: {error.filename or 'output'}: {error.strerror}", sys.stderr)
+        status = status or 2
+        _silence()
     return status
+
+
+def _silence() -> None:
+    """Let the interpreter's last flush of what nobody takes go nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print for whoever is still there: the terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -47,18 +70,30 @@ def _run(arguments: Sequence[str] | None) -> int:
     except MicrogptError as error:
         print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"microgpt {options.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        _say(f"microgpt {options.command}: interrupted", sys.stderr)
+        return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)
     return status
 
 
 def train(options: argparse.Namespace) -> int:
-    """`microgpt train`: 0 when all steps are done, 130 when a signal ended them early."""
-    from microgpt import report
-    from microgpt.train import write_samples
+    """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
+    from microgpt.signals import at_once
 
-    run = _resumed(options) if options.resume else _new(options)
+    with at_once(), _resumed(options) if options.resume else _new(options) as run:
+        if run.lock.left_by:
+            print(f"the run before ({run.lock.left_by}) was cut short; its lock is void")
+        try:
+            return _train(run)
+        except KeyboardInterrupt:
+            _say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
+            raise
+
+
+def _train(run: Run) -> int:
+    from microgpt import report
+    from microgpt.rundir import write_samples
+
     config, tokenizer = run.config, run.tokenizer
     print(report.beginning(config, len(run.documents), tokenizer.vocab_size, run.num_params))
     progress = report.Progress(run.step, config.steps)
@@ -66,21 +101,18 @@ def train(options: argparse.Namespace) -> int:
         finished = run.train(progress.update)
     finally:
         progress.close()
-    how_to_go_on = f"go on with: microgpt train --resume --out {run.out}"
     if not finished:
-        print(
+        _say(
             f"stopped after step {run.step:,} of {config.steps:,}; everything is in {run.out}\n"
-            + how_to_go_on
+            f"{run.how_to_resume}"
         )
-        return INTERRUPTED
+        return SIGNALLED + run.signal
     if run.step < config.steps:
-        print(f"time is up after step {run.step:,} of {config.steps:,}; {how_to_go_on}")
-    print(report.ending(progress, tokenizer.vocab_size))
+        print(f"time is up after step {run.step:,} of {config.steps:,}; {run.how_to_resume}")
+    if progress.done:
+        print(report.ending(progress, tokenizer.vocab_size))
     if run.held_out:
-        from microgpt.evaluate import evaluation
-
-        loss = evaluation(run.backend, run.held_out, tokenizer, config).loss
-        print(f"loss {loss:.4f} on {len(run.held_out):,} documents kept from training")
+        print(_loss_of_held_out(run))
     documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
     samples = [tokenizer.decode(ids) for ids in documents]
     write_samples(run.out, samples)
@@ -88,6 +120,17 @@ def train(options: argparse.Namespace) -> int:
         print(f"sample {i:2}: {sample}")
     print(f"everything is in {run.out}")
     return 0
+
+
+def _loss_of_held_out(run: Run) -> str:
+    from microgpt.evaluate import evaluation
+
+    kept = f"on {len(run.held_out):,} documents kept from training"
+    try:
+        loss = evaluation(run.backend, run.held_out, run.tokenizer, run.config).loss
+    except ArithmeticError as error:
+        return f"no loss {kept}: {error}"
+    return f"loss {loss:.4f} {kept}"
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -173,7 +216,7 @@ def bench(options: argparse.Namespace) -> int:
     return 0 if all(one.right for one in contestants) else 1
 
 
-def _new(options: argparse.Namespace) -> Any:
+def _new(options: argparse.Namespace) -> Run:
     from microgpt.train import new_run
 
     source = options.config or DEFAULT_PRESET
@@ -181,7 +224,7 @@ def _new(options: argparse.Namespace) -> Any:
     return new_run(config, options.backend, options.out, Path(source).stem, options.overwrite)
 
 
-def _resumed(options: argparse.Namespace) -> Any:
+def _resumed(options: argparse.Namespace) -> Run:
     from microgpt.train import resumed_run
 
     if options.config is not None or options.overwrite:

@@ -66,7 +66,8 @@ class Config:
     dataset: str = _field("names, makemore, or a text file with one document per line")
     # how it runs
     cores: int = _field("processes that share a batch", least=1)
-    max_seconds: float = _field("stop training after so many; 0 is never", least=0)
+    max_seconds: float = _field("stop training after so many; 0: never", least=0)
+    checkpoint_every: int = _field("steps between checkpoints; 0: only at the end", least=0)
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
     temperature: float = _field("divides the logits before sampling", above=0)

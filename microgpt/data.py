@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -115,16 +117,43 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is seen whole or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses becomes a MicrogptError that names the file."""
+    try:
+        yield
+    except OSError as error:
         raise MicrogptError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """See the names in a folder onto the disk: what was renamed there stays renamed."""
+    if sys.platform == "win32":  # which does so by itself, and opens no folders
+        return
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written to and not listed
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a file system without such a thing says
+            raise
+    finally:
+        os.close(fd)
 
 
 def _sha256(content: bytes) -> str:

@@ -1,42 +1,59 @@
-"""The training loop, and the run directory that it fills.
-
-config.yaml              the configuration, complete
-metrics.jsonl            one object per step: step (from 1), loss, lr, seconds (that this step took)
-checkpoint.safetensors   see microgpt.checkpoint
-samples.txt              what the trained model wrote, one document per line
-"""
+"""The training loop, and how a run begins or goes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from random import Random
 from time import perf_counter
 
 import numpy as np
-import yaml
 
-from microgpt.backend import Backend, fresh_state, load_backend
-from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, save_checkpoint
+from microgpt.backend import Backend, Docs, fresh_state, load_backend
+from microgpt.checkpoint import (
+    FILE_NAME,
+    Checkpoint,
+    load_checkpoint,
+    not_finite,
+    save_checkpoint,
+)
 from microgpt.config import Config, checked
-from microgpt.data import load_documents, located, write_whole
+from microgpt.data import load_documents, located
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
+from microgpt.rundir import (
+    SAMPLES,
+    Metrics,
+    RunLock,
+    check_free,
+    claim,
+    claim_free,
+    metrics_until,
+    released_on_error,
+    remove_samples,
+    tidy,
+    write_config,
+    write_metrics,
+)
+from microgpt.signals import between_steps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", FILE_NAME, "samples.txt")
-
 # what --resume may change: nothing that the model or the order of the data depends on
-RESUMABLE = ("steps", "learning_rate", "cores", "max_seconds", "num_samples", "temperature")
+RESUMABLE = (
+    "steps",
+    "learning_rate",
+    "cores",
+    "max_seconds",
+    "checkpoint_every",
+    "num_samples",
+    "temperature",
+)
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 
@@ -50,39 +67,51 @@ class Run:
     documents: list[str]  # shuffled; the last held_out of them are kept from training
     backend: Backend
     rng: Random  # as the initialisation left it: the samples are drawn from here on
-    out: Path
+    lock: RunLock  # on the run's directory
     step: int = 0  # how many steps are done
+    saved: int = -1  # how many of them the checkpoint has had
+    signal: int = 0  # the signal that ended training early
 
     def train(self, progress: Progress) -> bool:
         """Run the steps that are left, or as many as max_seconds allows. False if a signal came.
 
-        Raises MicrogptError, before anything is written, if the loss is not finite.
+        A checkpoint has its steps in metrics.jsonl before it takes the place of the one before.
+
+        Raises MicrogptError if a number is not finite or a file cannot be written; the checkpoint
+        before stays as it is.
         """
-        with (
-            open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log,
-            _signals() as stopping,
-            np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
-        ):
-            time_left = self.config.max_seconds or math.inf
-            while self.step < self.config.steps and time_left > 0 and not stopping:
-                start = perf_counter()
-                lr_t = learning_rate(self.step, self.config)
-                loss = self._step(lr_t)
-                self.step += 1
-                seconds = perf_counter() - start
-                time_left -= seconds
-                log.write(
-                    f'{{"step": {self.step}, "loss": {loss!r}, "lr": {lr_t!r},'
-                    f' "seconds": {seconds:.9f}}}\n'
-                )
-                try:
-                    progress(self.step, loss, seconds)
-                except BrokenPipeError:  # nobody reads the progress any more
-                    log.flush()
-                    self.save()
+        try:
+            with (
+                Metrics(self.out) as metrics,
+                between_steps() as received,
+                np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
+            ):
+                self._steps(progress, metrics, received)
+        except MicrogptError as error:
+            raise MicrogptError(f"{error}{self._what_is_left()}") from None
+        self.signal = received[0] if received else 0
+        return not received
+
+    def _steps(self, progress: Progress, metrics: Metrics, received: list[int]) -> None:
+        every = self.config.checkpoint_every
+        time_left = self.config.max_seconds or math.inf
+        while self.step < self.config.steps and time_left > 0 and not received:
+            start = perf_counter()
+            lr_t = learning_rate(self.step, self.config)
+            loss = self._step(lr_t)
+            self.step += 1
+            seconds = perf_counter() - start
+            time_left -= seconds
+            metrics.write(self.step, loss, lr_t, seconds)
+            if every and self.step % every == 0:
+                self._save(metrics)
+            try:
+                progress(self.step, loss, seconds)
+            except OSError:  # nobody reads the progress any more
+                if not received:
+                    self._save(metrics)
                     raise
-        self.save()
-        return not stopping or self.step == self.config.steps
+        self._save(metrics)
 
     def _step(self, lr_t: float) -> float:
         docs = batch(self.step, self.training, self.tokenizer, self.config)
@@ -91,26 +120,64 @@ class Run:
             self.backend.backward()
             self.backend.update(lr_t)
         except ArithmeticError as error:
-            raise MicrogptError(self._diverged(str(error))) from None
+            what = f"{error.args[-1]}; {self._first_not_finite(docs)}"
+            raise self._diverged(self.step + 1, what) from None
         return loss
 
-    def _diverged(self, what: str) -> str:
+    def _save(self, metrics: Metrics) -> None:
+        if self.saved != self.step:
+            metrics.sync()
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        try:
+            save_checkpoint(self.out / FILE_NAME, self.checkpoint())
+        except FloatingPointError as error:
+            raise self._diverged(self.step, str(error)) from None
+        self.saved = self.step
+
+    def _diverged(self, step: int, what: str) -> MicrogptError:
         if self.step == 0:
             advice = f"try a smaller --init-std than {self.config.init_std}"
         else:
             advice = f"try a smaller --learning-rate than {self.config.learning_rate}"
-        return f"step {self.step + 1}: {what}; stopped without writing a checkpoint; {advice}"
+        return MicrogptError(f"step {step}: {what}; {advice}")
 
-    def save(self) -> None:
-        """Write the checkpoint."""
-        save_checkpoint(self.out / FILE_NAME, self.checkpoint())
+    def _first_not_finite(self, docs: Docs) -> str:
+        """Where a forward pass goes wrong, read from one whose every intermediate is kept."""
+        state = self.backend.state()
+        watched = load_backend("vectorized", self.config, state, watch=True)
+        with suppress(FloatingPointError):
+            watched.forward(docs)
+        return (
+            f"first not finite: tap {not_finite(watched.taps()) or 'none'},"
+            f" parameter {not_finite(state.params) or 'none'}"
+        )
+
+    def _what_is_left(self) -> str:
+        if self.step == 0 or not (self.out / FILE_NAME).is_file():
+            return ""
+        return f"; the checkpoint of step {self.saved} is kept: {self.how_to_resume}"
+
+    @property
+    def how_to_resume(self) -> str:
+        """What to type to go on from the last checkpoint."""
+        return f"go on with: microgpt train --resume --out {self.out}"
+
+    @property
+    def out(self) -> Path:
+        """The run's directory."""
+        return self.lock.out
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
 
     def __post_init__(self) -> None:
-        if self.config.held_out >= len(self.documents):
-            raise MicrogptError(
-                f"--held-out {self.config.held_out}: the data set has {len(self.documents):,}"
-                " documents, and none would be left to train on"
-            )
+        self.digest = digest(self.documents)
         self.training = self.documents[: len(self.documents) - self.config.held_out]
 
     @property
@@ -126,9 +193,7 @@ class Run:
 
     def checkpoint(self) -> Checkpoint:
         """The run as it stands."""
-        return Checkpoint(
-            self.config, self.tokenizer, self.backend.state(), self.rng, digest(self.documents)
-        )
+        return Checkpoint(self.config, self.tokenizer, self.backend.state(), self.rng, self.digest)
 
 
 def new_run(
@@ -137,17 +202,15 @@ def new_run(
     """A run from its beginning: documents shuffled, weights drawn, directory made.
 
     Without `out`, the run goes to runs/<name>, or to runs/<name>-2 and so on if there is one.
-    Everything that can be wrong with the input is found before the directory is touched.
+    Everything that can be wrong with the input is found before the directory is touched, and a run
+    that is replaced is there until the first checkpoint of this one, of step 0, is complete.
+
+    Raises MicrogptError if the directory belongs to another run.
     """
-    if out is None:
-        if overwrite:
-            raise MicrogptError("--overwrite: which run? Name its directory with --out DIR")
-        out = _free_directory(Path("runs") / name)
-    if holds_run(out) and not overwrite:
-        raise MicrogptError(
-            f"--out {out}: holds a run already; choose another directory, continue that run with"
-            " --resume, or replace it with --overwrite"
-        )
+    if out is None and overwrite:
+        raise MicrogptError("--overwrite: which run? Name its directory with --out DIR")
+    if out is not None:
+        check_free(out, overwrite)
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
     config = replace(config, dataset=located(config.dataset))
@@ -155,55 +218,74 @@ def new_run(
     tokenizer = build_tokenizer("".join(documents), config)
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend(backend_name, config, fresh_state(params))
-    run = Run(config, tokenizer, documents, backend, rng, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for run_file in RUN_FILES:
-            (out / run_file).unlink(missing_ok=True)
-    except OSError as error:
-        raise MicrogptError(f"--out {out}: {error.strerror}") from None
-    _write_config(out, config)
+    _check_held_out(config, documents)
+    lock = claim_free(Path("runs") / name) if out is None else claim(out, overwrite)
+    with released_on_error(lock):
+        run = Run(config, tokenizer, documents, backend, rng, lock)
+        _begin(run, b"")
     return run
 
 
-def holds_run(out: Path) -> bool:
-    """Whether a directory has any file of a run in it."""
-    return any(os.path.exists(out / run_file) for run_file in RUN_FILES)
-
-
-def _free_directory(first: Path) -> Path:
-    names = (first if i == 1 else first.with_name(f"{first.name}-{i}") for i in count(1))
-    return next(path for path in names if not holds_run(path))
-
-
 def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> Run:
-    """A run that goes on from the checkpoint in its directory."""
-    held = load_checkpoint(out)
+    """A run that goes on from the checkpoint in its directory.
+
+    Raises MicrogptError, with the directory as it was, if that checkpoint cannot be gone on from.
+    """
+    if not (out / FILE_NAME).is_file():
+        raise MicrogptError(
+            f"{out / FILE_NAME}: there is no such file, and nothing to go on from; start a run"
+            " without --resume"
+        )
+    lock = RunLock(out)
+    with released_on_error(lock):
+        held = load_checkpoint(out)
+        config = _changed(held.config, overrides)
+        updates = held.state.updates
+        if updates > config.steps or (updates == config.steps and (out / SAMPLES).exists()):
+            raise MicrogptError(
+                f"{out}: has had all of its {updates} steps; to train on, ask for more with --steps"
+            )
+        documents = load_documents(config.dataset)
+        Random(config.seed).shuffle(documents)
+        if digest(documents) != held.documents:
+            raise MicrogptError(
+                f"{config.dataset}: has changed since the run in {out} began; bring the data set"
+                " back, or start a new run"
+            )
+        backend = load_backend(backend_name, config, held.state)
+        lines = metrics_until(out, updates)
+        run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates)
+        _begin(run, lines)
+    return run
+
+
+def _changed(config: Config, overrides: dict[str, object]) -> Config:
     for name, value in overrides.items():
         value = located(str(value)) if name == "dataset" else value
-        if name not in RESUMABLE and value != getattr(held.config, name):
+        if name not in RESUMABLE and value != getattr(config, name):
             raise MicrogptError(
                 f"--resume: {name} is part of what was trained and cannot change on the way;"
                 f" what can is {', '.join(RESUMABLE)}"
             )
     changes = {name: value for name, value in overrides.items() if name in RESUMABLE}
-    config = checked({**dataclasses.asdict(held.config), **changes})
-    updates = held.state.updates
-    if updates >= config.steps:
+    return checked({**dataclasses.asdict(config), **changes})
+
+
+def _check_held_out(config: Config, documents: list[str]) -> None:
+    if config.held_out >= len(documents):
         raise MicrogptError(
-            f"{out}: has had all of its {updates} steps; to train on, ask for more with --steps"
+            f"--held-out {config.held_out}: the data set has {len(documents):,}"
+            " documents, and none would be left to train on"
         )
-    documents = load_documents(config.dataset)
-    Random(config.seed).shuffle(documents)
-    if digest(documents) != held.documents:
-        raise MicrogptError(
-            f"{config.dataset}: has changed since the run in {out} began; bring the data set back,"
-            " or start a new run"
-        )
-    backend = load_backend(backend_name, config, held.state)
-    _keep_metrics(out / "metrics.jsonl", updates)
-    _write_config(out, config)
-    return Run(config, held.tokenizer, documents, backend, held.rng, out, updates)
+
+
+def _begin(run: Run, metrics: bytes) -> None:
+    """Make the directory that of this run. After a kill in between, --resume does the rest."""
+    run.save()
+    write_metrics(run.out, metrics)
+    write_config(run.out, run.config)
+    remove_samples(run.out)
+    tidy(run.out)
 
 
 def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config) -> list[list[int]]:
@@ -235,38 +317,3 @@ def learning_rate(step: int, config: Config) -> float:
 def digest(documents: list[str]) -> str:
     """The SHA-256 of documents in their order."""
     return hashlib.sha256("\n".join(documents).encode()).hexdigest()
-
-
-def write_samples(out: Path, samples: list[str]) -> None:
-    """samples.txt: one sample per line."""
-    write_whole(out / "samples.txt", "".join(f"{sample}\n" for sample in samples).encode())
-
-
-def _write_config(out: Path, config: Config) -> None:
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    write_whole(out / "config.yaml", text.encode())
-
-
-def _keep_metrics(path: Path, updates: int) -> None:
-    """Drop the lines of steps that the checkpoint has not seen."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    write_whole(path, "".join(f"{line}\n" for line in lines[:updates]).encode())
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that is empty until the first Ctrl-C or SIGTERM; a second one ends at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, receive) for number in handled]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(handled, before):
-            signal.signal(number, handler)

@@ -30,7 +30,7 @@ from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
 from microgpt.config import FIELDS, flag, load_config
-from microgpt.train import RUN_FILES
+from microgpt.rundir import RUN_FILES
 
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Rewrite = Callable[[Path, Path, Edit], None]
@@ -268,15 +268,18 @@ def test_overwrite_with_bad_input_leaves_the_run_as_it_was(
 
 
 @pytest.mark.parametrize("backend", NAMES)
-def test_a_run_that_diverges_says_so_in_one_line_and_writes_no_checkpoint(
+def test_a_run_that_diverges_says_so_in_one_line_and_keeps_the_checkpoint_before(
     backend: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = ["train", *flags, "--backend", backend, "--out", "run"]
     assert microgpt(*train, "--learning-rate", "1e300") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"microgpt train: error: step \d: .*--learning-rate than 1e\+300", line)
-    assert not (here / "run" / FILE_NAME).exists()
+    assert load_checkpoint(here / "run").state.updates == 0
     assert not (here / "run" / "samples.txt").exists()
+    resume = ["train", "--resume", "--out", "run", "--backend", backend]
+    assert microgpt(*resume, "--learning-rate", "0.05") == 0
+    assert len(losses(here / "run")) == 12
 
 
 def test_accents_are_learned_and_written_also_where_they_cannot_be_printed(
@@ -316,7 +319,7 @@ def train_until(step: int, *arguments: object) -> None:
         assert microgpt("train", *arguments) == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_with_its_checkpoint_written(
     number: int,
     flags: list[str],
@@ -331,7 +334,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint_written(
     before = signal.signal(number, left_to_others)
     try:
         signals_after(monkeypatch, 5, number)
-        assert microgpt("train", *flags, "--out", "run") == 130
+        assert microgpt("train", *flags, "--out", "run") == 128 + number
         assert signal.getsignal(number) is left_to_others
     finally:
         signal.signal(number, before)
@@ -887,3 +890,22 @@ def test_documents_kept_from_training_are_not_trained_on_and_are_measured(
     assert microgpt("train", *flags, "--held-out", "5", "--out", "none") == 2
     assert "none would be left" in capsys.readouterr().err
     assert not (here / "none").exists()
+
+
+# --max-seconds
+
+
+def test_time_is_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = ["train", "--steps", "1000000", "--max-seconds", "0.05", "--out", "run"]
+    assert microgpt(*begin, "--num-samples", "2") == 0
+    out = capsys.readouterr().out
+    assert "time is up after step" in out
+    assert "go on with: microgpt train --resume --out run" in out
+    before = metrics(here / "run")
+    seconds = [line["seconds"] for line in before]
+    assert sum(seconds[:-1]) < 0.05 < sum(seconds) + 1e-6
+    assert len(samples(here / "run")) == 2
+    assert microgpt("train", "--resume", "--out", "run", "--max-seconds", "0.01") == 0
+    after = metrics(here / "run")
+    assert after[: len(before)] == before
+    assert len(after) > len(before)

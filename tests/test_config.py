@@ -38,6 +38,7 @@ LATER_ADDITIONS: dict[str, Any] = {  # off in both
     "held_out": 0,
     "cores": 1,
     "max_seconds": 0.0,
+    "checkpoint_every": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "microgpt": {
