@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,3 @@ def build_tokenizer(chars: Iterable[str], config: Config) -> Tokenizer:
     else:
         first, bos, eos = 2, 0, 1
     return Tokenizer(ordered, {char: first + i for i, char in enumerate(ordered)}, bos, eos)
-
-
-def shortened(text: str, longest: int = 60) -> str:
-    """A text fit to be quoted in one line."""
-    return repr(text) if len(text) <= longest else f"{text[:longest]!r}.."
