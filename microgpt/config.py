@@ -160,8 +160,8 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
         if name not in FIELDS:
             close = difflib.get_close_matches(str(name)[:80], FIELDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
-            where = at(where, raw, name)
-            raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}")
+            line = on_line(raw, name)
+            raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}{line}")
     return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
 
 
@@ -190,7 +190,7 @@ def _read_source(source: str) -> dict[Any, Any]:
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; `at` knows the lines of its keys.
+    """The mapping that a YAML file holds; `on_line` knows where each key stands.
 
     Raises MicrogptError if it is none, larger than a megabyte, nested without end, or if it has
     aliases, tags or a key twice.
@@ -218,10 +218,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return raw
 
 
-def at(where: str, raw: Mapping[Any, Any], key: Any) -> str:
-    """Where a key of a mapping stands: its line, if the mapping was read from YAML."""
+def on_line(raw: Mapping[Any, Any], key: Any) -> str:
+    """Where a key stands, if the mapping was read from YAML."""
     line = getattr(raw, "lines", {}).get(key)
-    return f"{where}, line {line}" if line else where
+    return f" (line {line})" if line else ""
 
 
 def _typed(name: str, value: Any, where: str) -> Any:
