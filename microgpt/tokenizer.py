@@ -41,9 +41,13 @@ class Tokenizer:
                 f" vocabulary, which is {shortened(''.join(self.chars))}"
             ) from None
 
-    def document(self, text: str) -> list[int]:
-        """BOS, the characters, and the closing token."""
-        return [self.bos, *self.encode(text), self.eos]
+    def document(self, text: str, longest: int | None = None) -> list[int]:
+        """BOS, the characters, and the closing token; of these the first `longest`.
+
+        What is not kept is not looked at, so that a book costs no more than its beginning.
+        """
+        kept = text if longest is None else text[: longest - 1]
+        return [self.bos, *self.encode(kept), self.eos][:longest]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. BOS, where it does not close a document, is written <BOS>."""

@@ -208,7 +208,7 @@ def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config)
     """The tokens of this step's documents: the next batch_size ones, round and round."""
     first = step * config.batch_size
     return [
-        tokenizer.document(documents[(first + i) % len(documents)])[: config.max_tokens]
+        tokenizer.document(documents[(first + i) % len(documents)], config.max_tokens)
         for i in range(config.batch_size)
     ]
 
