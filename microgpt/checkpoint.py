@@ -47,6 +47,10 @@ FILE_NAME = "checkpoint.safetensors"
 MOMENTS = ("", "adam.m.", "adam.v.")  # what stands before the names of parameters
 LARGEST_HEADER = 10_000_000  # bytes, and four times as many as there are of numbers
 
+# what comes of metadata that are not what they should be, and of reading no safetensors file
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError)
+
 Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
 
 
@@ -134,10 +138,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
 
-# what comes of metadata that are not what they should be
-DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
-
 def _random_stream(version: int, numbers: Iterable[int], gauss_next: float | None) -> Random:
     """A random stream that goes on from this state."""
     if gauss_next is not None and not math.isfinite(gauss_next):
@@ -153,10 +153,11 @@ def save_params(path: Path, params: Mapping[str, Any]) -> None:
 
 
 def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The parameters of a file that holds nothing else, float64."""
+    """The parameters of a file that holds nothing else, float64, in the order of `shapes`."""
     file = TensorFile(path)
     file.expect(shapes, "float64")
-    return file.finite_tensors()
+    tensors = file.finite_tensors()
+    return {name: tensors[name] for name in shapes}
 
 
 class TensorFile:
@@ -232,9 +233,6 @@ class TensorFile:
         reason = error.strerror if isinstance(error, OSError) else None
         reason = reason or " ".join(str(error).split())
         return MicrogptError(f"{self.path}: not a readable safetensors file: {reason[:300]}")
-
-
-UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
