@@ -293,7 +293,7 @@ def changed(name: str, change: Callable[[Any], Any]) -> Edit:
         (text("version", "2"), "not a trace of version 1"),
         (text("config", "[" * 100_000), "RecursionError"),
         (config_with(n_layer=10**9), "n_layer: expected 10,000 at most"),
-        (config_with(n_embd=10**12), "is float64 (4, 16), and should be floating numbers"),
+        (config_with(n_embd=10**12), "is float64 (27, 16), and should be floating numbers"),
         (config_with(block_size=10**12), "and should be floating numbers (1000000000000, 16)"),
         (renamed("step1/forward/loss", "step1/forward/wombat"), "'step1/forward/wombat' is no"),
         (renamed("step1/forward/loss", "step3/forward/loss"), "'step3/forward/loss' is no name"),
