@@ -38,7 +38,7 @@ from microgpt.config import Config, stored_config
 from microgpt.data import write_whole
 from microgpt.errors import MicrogptError, shortened
 from microgpt.layout import param_shapes
-from microgpt.memory import check_size
+from microgpt.memory import check_file
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 FORMAT = "microgpt checkpoint"
@@ -199,7 +199,7 @@ class TensorFile:
 
     def tensors(self) -> dict[str, Any]:
         """All tensors, by name."""
-        check_size(self.path)
+        check_file(self.path)
         try:
             return {name: self._file.get_tensor(name) for name in self.layouts}
         except UNREADABLE as error:

@@ -14,6 +14,7 @@ from urllib.request import urlopen
 
 from microgpt.config import FIXTURES
 from microgpt.errors import MicrogptError
+from microgpt.memory import check_file
 
 NAMES = FIXTURES / "data" / "names.txt"
 
@@ -50,24 +51,30 @@ def located(dataset: str) -> str:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without the blank ones."""
+    """The lines of a UTF-8 text file, stripped, without the blank ones.
+
+    Lines end as on any system, and nowhere else that Unicode takes for a line's end.
+    """
     try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = len(_lines(error.object[: error.start].decode("latin-1")))
-        raise MicrogptError(f"{path}: line {line} is not UTF-8 text; save it as UTF-8") from None
+        check_file(path, lines=True)
+        with open(path, encoding="utf-8-sig") as file:
+            documents = [document for line in file if (document := line.strip())]
+    except UnicodeDecodeError:
+        number = _first_line_that_is_not_utf_8(path)
+        raise MicrogptError(f"{path}: line {number} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
-    documents = [line.strip() for line in _lines(text) if line.strip()]
     if not documents:
         raise MicrogptError(f"{path}: no documents; expected one on each line")
     return documents
 
 
-def _lines(text: str) -> list[str]:
-    """Lines as every system ends them, and nothing else that Unicode takes for a line's end."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+def _first_line_that_is_not_utf_8(path: Path) -> int:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if any("\udc80" <= char <= "\udcff" for char in line):
+                return number
+    return 0  # it has been replaced meanwhile
 
 
 def makemore() -> Path:

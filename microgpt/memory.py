@@ -1,31 +1,107 @@
-"""How much memory a file or a run would take, held against what the machine has."""
+"""How much memory a run or a file would take, held against what the machine has.
+
+The figures are estimates, made to tell what fits from what never will: measured, they are right to
+within a factor of two. Where nobody knows how much memory there is, nothing is refused.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from microgpt.config import Config
 from microgpt.errors import MicrogptError
+
+# Bytes, measured. The graph of a step of scalar stays until that of the next one stands.
+VALUE, TERM = 440, 48  # of such a graph: a Value, and each product that a dot() adds up
+SCALAR_PARAM = 200  # a parameter, its gradient and moments, and the list that it was drawn into
+DRAWN, BUFFERS = 40, 8  # of vectorized: such a list, and how many buffers hold every parameter
+SPARE = 1.4  # times the arrays of a step: what NumPy needs in between
+WALKERS = 1024  # as in vectorized.sample: how many documents it draws side by side
+DOCUMENT = 200  # a list of tokens
+LINE = 80  # a line of a text file, beside its characters
+COPIES = 3  # of a text file's characters, at most
+
+
+def check_memory(
+    config: Config, vocab_size: int, documents: Sequence[str], backend_name: str
+) -> None:
+    """Refuse a model, and a batch of these documents, that do not fit into this machine's memory.
+
+    The MicrogptError says how much they would take, and which option most of it goes to.
+    """
+    parts = _parts(config, vocab_size, documents, backend_name == "scalar")
+    total, memory = sum(parts.values()), machine_memory()
+    if total > memory:
+        option = max(parts, key=lambda option: parts[option])
+        value = getattr(config, option.removeprefix("--").replace("-", "_"))
+        raise MicrogptError(
+            f"{option} {value:,}: with the {backend_name} backend this would take about"
+            f" {_words(total)} of memory, and this machine has {_words(memory)}; lower {option}"
+        )
+
+
+def check_file(path: Path, lines: bool = False) -> None:
+    """Refuse a file that does not fit into this machine's memory; of text, in lines."""
+    size = path.stat().st_size
+    needed = float(size)
+    if lines:
+        with open(path, "rb") as file:
+            first = file.read(1 << 20)
+        needed = size * (COPIES + LINE * first.count(b"\n") / max(1, len(first)))
+    if needed > machine_memory():
+        raise MicrogptError(
+            f"{path}: to read it would take about {_words(needed)} of memory, and this machine has"
+            f" {_words(machine_memory())}"
+        )
 
 
 def machine_memory() -> float:
     """The bytes of memory that this machine has; infinite where nobody knows."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not every name
         return float("inf")
 
 
-def check_size(path: Path, times: int = 1) -> None:
-    """Refuse a file that would not fit into memory so many times."""
-    size, memory = path.stat().st_size * times, machine_memory()
-    if size > memory:
-        raise MicrogptError(
-            f"{path}: to read it would take {gigabytes(size)} of memory, and this machine has"
-            f" {gigabytes(memory)}"
-        )
+def _parts(
+    config: Config, vocab_size: int, documents: Sequence[str], scalar: bool
+) -> dict[str, float]:
+    """The bytes that each option is answerable for."""
+    L, C, V, B = config.n_layer, config.n_embd, vocab_size, config.batch_size
+    T, num = config.block_size, config.num_samples
+    itemsize = 4 if config.dtype == "float32" else 8
+    param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
+    sizes = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [0]
+    mean, squares = sum(sizes) / len(sizes), sum(n * n for n in sizes) / len(sizes)
+    one = _step(config, V, max(sizes), max(sizes) ** 2, scalar, itemsize)
+    batch = _step(config, V, B * mean, B * squares, scalar, itemsize)
+    walks = 0.0 if scalar else 8.0 * T * min(WALKERS, num * (T // 2 + 1))
+    parts = {
+        "--n-layer": 0.0,
+        "--n-embd": param * (2.0 - config.tie_lm_head) * V * C,
+        "--block-size": param * float(T * C) + one + walks,
+        "--batch-size": max(0.0, batch - one) + DOCUMENT * B,
+        "--num-samples": float(DOCUMENT * num),
+    }
+    parts["--n-layer" if L > C else "--n-embd"] += param * 12.0 * L * C * C
+    return parts
 
 
-def gigabytes(size: float) -> str:
+def _step(
+    config: Config, V: int, positions: float, squares: float, scalar: bool, itemsize: int
+) -> float:
+    """The bytes of a step over so many positions; squares: of each document's positions."""
+    L, C, H = config.n_layer, config.n_embd, config.n_head
+    if scalar:
+        values = positions * (25 * L * C + 5 * V) + squares * L * 3 * H
+        terms = positions * (12 * L * C * C + V * C) + squares * L * C
+        return VALUE * values + TERM * terms
+    numbers = positions * (16 * L * C + 12 * C + 4 * V) + squares * H * (2 * L + 2)
+    return SPARE * itemsize * numbers
+
+
+def _words(size: float) -> str:
     """A number of bytes in words."""
-    return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.0e} GB"

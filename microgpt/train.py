@@ -31,6 +31,7 @@ from microgpt.data import load_documents, located, write_whole
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
+from microgpt.memory import check_memory
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", FILE_NAME, "samples.txt")
@@ -151,6 +152,7 @@ def new_run(
     config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
+    check_memory(config, tokenizer.vocab_size, documents, backend_name)
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend(backend_name, config, fresh_state(params))
     run = Run(config, tokenizer, documents, backend, rng, out)
@@ -198,6 +200,7 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
             f"{config.dataset}: has changed since the run in {out} began; bring the data set back,"
             " or start a new run"
         )
+    check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
     backend = load_backend(backend_name, config, held.state)
     _keep_metrics(out / "metrics.jsonl", updates)
     _write_config(out, config)
