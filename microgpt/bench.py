@@ -192,7 +192,8 @@ def _start(config: Config, backend_name: str) -> tuple[State, list[Docs]]:
     documents = load_documents(config.dataset)
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
-    check_memory(config, tokenizer.vocab_size, documents, backend_name)
+    trained = replace(config, num_samples=0)  # nothing is drawn here
+    check_memory(trained, tokenizer.vocab_size, documents, backend_name)
     state = fresh_state(init_params(config, tokenizer.vocab_size, rng))
     batches = max(4, 64 // config.batch_size)
     return state, [batch(step, documents, tokenizer, config) for step in range(batches)]

@@ -45,7 +45,9 @@ class Config:
     n_embd: int = _field("channels of the residual stream", least=1)
     n_head: int = _field("attention heads; divides n_embd", least=1)
     block_size: int = _field("longest context, in positions", least=1)
-    vocabulary: str = _field("order of the token ids", choices=("chars-bos", "bos-eos-chars"))
+    vocabulary: str = _field(
+        "order of the token ids, one for every code point", choices=("chars-bos", "bos-eos-chars")
+    )
     crop: str = _field("what block_size counts", choices=("positions", "tokens"))
     norm_embedding: bool = _field("rmsnorm after wte + wpe")
     squared_relu: bool = _field("square the ReLU of the MLP")

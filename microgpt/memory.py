@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from microgpt.config import Config
+from microgpt.config import Config, config_from, flag
 from microgpt.errors import MicrogptError
+
+SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # what one can lower
 
 # Bytes, measured. The graph of a step of scalar stays until that of the next one stands.
 VALUE, TERM = 440, 48  # of such a graph: a Value, and each product that a dot() adds up
@@ -29,16 +32,23 @@ def check_memory(
 ) -> None:
     """Refuse a model, and a batch of these documents, that do not fit into this machine's memory.
 
-    The MicrogptError says how much they would take, and which option most of it goes to.
+    The MicrogptError says how much they would take, and which option it is that asks for so much.
     """
-    parts = _parts(config, vocab_size, documents, backend_name == "scalar")
-    total, memory = sum(parts.values()), machine_memory()
-    if total > memory:
-        option = max(parts, key=lambda option: parts[option])
-        value = getattr(config, option.removeprefix("--").replace("-", "_"))
+
+    def bytes_of(config: Config) -> float:
+        return estimate(config, vocab_size, documents, backend_name)
+
+    needed, memory = bytes_of(config), machine_memory()
+    if needed > memory:
+        usual = config_from({}, "the default preset")
+        one_as_usual = {
+            name: bytes_of(replace(config, **{name: getattr(usual, name)})) for name in SIZES
+        }
+        name = min(SIZES, key=lambda name: one_as_usual[name])
         raise MicrogptError(
-            f"{option} {value:,}: with the {backend_name} backend this would take about"
-            f" {_words(total)} of memory, and this machine has {_words(memory)}; lower {option}"
+            f"{flag(name)} {getattr(config, name):,}: with the {backend_name} backend this would"
+            f" take about {_words(needed)} of memory, and this machine has {_words(memory)};"
+            f" lower {flag(name)}"
         )
 
 
@@ -65,28 +75,25 @@ def machine_memory() -> float:
         return float("inf")
 
 
-def _parts(
-    config: Config, vocab_size: int, documents: Sequence[str], scalar: bool
-) -> dict[str, float]:
-    """The bytes that each option is answerable for."""
-    L, C, V, B = config.n_layer, config.n_embd, vocab_size, config.batch_size
-    T, num = config.block_size, config.num_samples
+def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_name: str) -> float:
+    """The bytes of parameters, gradients, moments and activations, and of what is drawn in the end.
+
+    A batch is taken to be as long as the documents are on average, but no shorter than the longest.
+    """
+    L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
+    scalar, num = backend_name == "scalar", config.num_samples
     itemsize = 4 if config.dtype == "float32" else 8
     param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
-    sizes = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [0]
-    mean, squares = sum(sizes) / len(sizes), sum(n * n for n in sizes) / len(sizes)
-    one = _step(config, V, max(sizes), max(sizes) ** 2, scalar, itemsize)
-    batch = _step(config, V, B * mean, B * squares, scalar, itemsize)
-    walks = 0.0 if scalar else 8.0 * T * min(WALKERS, num * (T // 2 + 1))
-    parts = {
-        "--n-layer": 0.0,
-        "--n-embd": param * (2.0 - config.tie_lm_head) * V * C,
-        "--block-size": param * float(T * C) + one + walks,
-        "--batch-size": max(0.0, batch - one) + DOCUMENT * B,
-        "--num-samples": float(DOCUMENT * num),
-    }
-    parts["--n-layer" if L > C else "--n-embd"] += param * 12.0 * L * C * C
-    return parts
+    params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
+    sizes = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [1]
+    each = B / len(sizes)
+    batch = max(
+        _step(config, vocab_size, max(sizes), max(sizes) ** 2, scalar, itemsize),
+        _step(config, vocab_size, each * sum(sizes), each * sum(n * n for n in sizes), scalar,
+              itemsize),
+    )  # fmt: skip
+    walks = 0 if scalar else 8 * T * min(WALKERS, num * (T // 2 + 1))
+    return param * float(params) + batch + walks + DOCUMENT * (B + num)
 
 
 def _step(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -20,11 +24,14 @@ from crosscheck.__main__ import main as crosscheck
 from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
 from crosscheck.traces import load_trace, save_trace
-from microgpt.backend import State
+from microgpt import memory
+from microgpt.backend import NAMES, State, fresh_state, load_backend
 from microgpt.checkpoint import Checkpoint, load_checkpoint, load_params, save_checkpoint
+from microgpt.cli import main as microgpt
 from microgpt.config import Config, load_config
 from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
+from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.tokenizer import build_tokenizer
 
@@ -422,3 +429,181 @@ def test_the_name_of_a_case_does_not_leave_its_folder(
     assert f"there is no case {name!r}" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in CASES.iterdir()} == before
     assert f"there is no case and no file {name!r}" in refusal(lambda: load_case(name))
+
+
+# Memory, and data sets
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 8 GB."""
+    monkeypatch.setattr(memory, "machine_memory", lambda: 8e9)
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize(
+    ("command", "fields", "message"),
+    [
+        ("train", "n_embd: 100000", "--n-embd 100,000: with the"),
+        ("bench", "n_embd: 100000", "--n-embd 100,000: with the scalar backend"),
+        ("train", "n_layer: 10000\nn_embd: 1000\nn_head: 1", "--n-layer 10,000: with the"),
+        ("train", "block_size: 10000000", "--block-size 10,000,000: with the"),
+        ("train", "num_samples: 100000000000", "--num-samples 100,000,000,000: with the"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_drawn(
+    command: str,
+    fields: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mine.yaml").write_text(fields, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    start = perf_counter()
+    assert microgpt([command, "--config", "mine.yaml"]) == 2
+    assert perf_counter() - start < SECONDS
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"microgpt {command}: error: {message}")
+    assert re.search(r"take about [0-9,.]+ GB of memory, and this machine has 8.0 GB", printed.err)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize("backend", NAMES)
+def test_what_a_batch_takes_depends_on_the_documents(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long").write_text("ab" * 5_000_000, encoding="utf-8")
+    (tmp_path / "short").write_text("ab\nba", encoding="utf-8")
+    out = ["--backend", backend, "--steps", "1", "--num-samples", "0", "--out", str(tmp_path / "r")]
+    long, short = (["--dataset", str(tmp_path / name), *out] for name in ("long", "short"))
+    assert microgpt(["train", "--batch-size", "100000000", *short]) == 2
+    assert "error: --batch-size 100,000,000: with the" in capsys.readouterr().err
+    assert microgpt(["train", "--block-size", "10000", *long]) == 2
+    assert "error: --block-size 10,000: with the" in capsys.readouterr().err
+    assert microgpt(["train", "--block-size", "10000", *short]) == 0
+    assert microgpt(["train", *long, "--overwrite"]) == 0
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_checkpoint_that_asks_for_too_many_samples_is_refused(
+    whole: Path, rewrite: Rewrite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(whole, tmp_path / "edited", config_with(num_samples=10**17))
+    assert microgpt(["sample", str(tmp_path / "edited")]) == 2
+    assert "error: --num-samples 100,000,000,000,000,000: with" in capsys.readouterr().err
+
+
+def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert memory.machine_memory() == float("inf")
+    memory.check_memory(load_config(overrides={"n_embd": "100000"}), 27, ["emma"], "scalar")
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_embd": "32"},
+        {"n_layer": "2", "batch_size": "2"},
+        {"block_size": "40"},
+    ],
+)
+def test_the_estimate_is_of_the_size_of_what_is_taken(backend: str, sizes: dict[str, str]) -> None:
+    config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
+    documents = ["ab" * config.block_size] * config.batch_size
+    tokenizer = build_tokenizer("ab", config)
+    estimate = memory.estimate(config, tokenizer.vocab_size, documents, backend)
+    docs = [tokenizer.document(document, config.max_tokens) for document in documents]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        state = fresh_state(init_params(config, tokenizer.vocab_size, Random(1)))
+        model = load_backend(backend, config, state)
+        for _ in range(2):
+            model.forward(docs)
+            model.backward()
+            model.update(0.01)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.5 < estimate / taken < 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="NTFS would really set aside a terabyte")
+def test_a_data_set_larger_than_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vast").write_bytes(b"ab\n" * 100_000)
+    os.truncate(tmp_path / "vast", 10**12)
+    message = refusal(lambda: load_documents(str(tmp_path / "vast")))
+    assert "vast: to read it would take about " in message
+
+
+def test_a_device_or_a_pipe_is_no_data_set(tmp_path: Path) -> None:
+    if os.name != "posix":
+        pytest.skip("Windows has no FIFO")
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        assert "is a device or a pipe" in refusal(lambda path=path: load_documents(str(path)))
+
+
+@pytest.mark.parametrize("content", [b"ab\xed\xa0\x80\n", b"ab\n\xed\xb2\x80", b"\xff" * 9])
+def test_half_a_character_is_not_text(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "half").write_bytes(content)
+    assert "is not UTF-8 text" in refusal(lambda: load_documents(str(tmp_path / "half")))
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        ["a\0b", "\0", "\0\0"],
+        [chr(first + i) * 2 for first in (0x21, 0x5D0, 0x900, 0x4E00, 0x1F600) for i in range(60)],
+        ["".join(map(chr, range(0x4E00 + 10 * i, 0x4E0A + 10 * i))) for i in range(500)],
+        ["e\u0301\u200d\ufe0f", "\U0001f468\u200d\U0001f469"],
+    ],
+)
+def test_every_code_point_is_a_token(documents: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("\n".join(documents), encoding="utf-8")
+    out = tmp_path / "run"
+    line = ["train", "--dataset", str(tmp_path / "text"), "--steps", "2", "--num-samples", "3"]
+    assert microgpt([*line, "--out", str(out)]) == 0
+    held = load_checkpoint(out)
+    assert held.tokenizer.chars == tuple(sorted(set("".join(documents))))
+    assert microgpt(["eval", str(out)]) == 0
+
+
+class Unread(str):
+    """A text of which nobody looks at more than its beginning."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("all of it was looked at")
+
+
+def test_of_a_book_only_what_is_kept_is_encoded() -> None:
+    config = load_config()
+    tokenizer = build_tokenizer("ab", config)
+    tokens = tokenizer.document(Unread("ab" * 5_000_000), config.max_tokens)
+    assert tokens == tokenizer.document("ab" * 8)[:17]
+    for length in (0, 1, 15, 16, 17):
+        for longest in (2, 3, 17):
+            text = "ab" * 10
+            whole = tokenizer.document(text[:length])
+            assert tokenizer.document(text[:length], longest) == whole[:longest]
+
+
+def test_a_long_document_is_evaluated_in_a_batch_of_its_own(
+    tiny_config: Config, whole: Path
+) -> None:
+    held = load_checkpoint(whole)
+    config = replace(held.config, block_size=3000)
+    params = init_params(config, held.tokenizer.vocab_size, Random(1))
+    model = load_backend("vectorized", config, fresh_state(params))
+    shown: list[list[int]] = []
+    position_losses = model.position_losses
+    model.position_losses = lambda docs: (  # type: ignore[method-assign]
+        shown.append([len(doc) - 1 for doc in docs]) or position_losses(docs)
+    )
+    documents = ["ab"] * 300 + ["ab" * 1000, "a" * 2999]
+    evaluation(model, documents, held.tokenizer, config)
+    assert shown == [[3] * 256, [3] * 44, [2001], [3000]]
