@@ -219,6 +219,15 @@ def test_an_absurd_header_is_refused(
         assert str(file) in refusal(lambda read=read: read(file))
 
 
+def test_a_header_is_no_longer_than_there_is_to_describe(tmp_path: Path) -> None:
+    many = {f"t{i}": entry([1], 8 * i, 8 * i + 8) for i in range(200_000)}
+    file = tensor_file(tmp_path / "many", many, bytes(1_600_000))
+    assert "'wte' is missing" in refusal(lambda: load_params(file, {"wte": (1, 1)}))
+    empty = {f"t{i}": entry([0], 0, 0) for i in range(200_000)}
+    file = tensor_file(tmp_path / "empty", empty)
+    assert "a header of 13," in refusal(lambda: load_params(file, {"wte": (1, 1)}))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="NTFS would really set aside a terabyte")
 def test_a_tensor_is_not_read_before_its_size_is_known_to_be_right(tmp_path: Path) -> None:
     size = 10**12  # bytes, of which the disk holds none
@@ -330,6 +339,16 @@ def test_a_trace_that_contradicts_itself_cannot_be_compared(
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_either_trace_is_held_against_its_model(
+    recorded: Path, rewrite: Rewrite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = tmp_path / "edited"
+    rewrite(recorded, edited, changed("step2/forward/logits", lambda x: x.ravel()))
+    for pair in ((recorded, edited), (edited, recorded)):
+        assert crosscheck(["diff", *map(str, pair)]) == 2
+        assert f"{edited}: step 2: forward/logits is float64" in capsys.readouterr().err
 
 
 def test_a_trace_that_is_not_finite_differs(
@@ -502,13 +521,15 @@ def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.Mo
     memory.check_memory(load_config(overrides={"n_embd": "100000"}), 27, ["emma"], "scalar")
 
 
-@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize(
-    "sizes",
+    ("backend", "sizes"),
     [
-        {"n_embd": "32"},
-        {"n_layer": "2", "batch_size": "2"},
-        {"block_size": "40"},
+        ("scalar", {"n_embd": "32"}),
+        ("scalar", {"n_layer": "2", "batch_size": "2"}),
+        ("scalar", {"block_size": "40"}),
+        ("vectorized", {"n_embd": "256"}),
+        ("vectorized", {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
+        ("vectorized", {"block_size": "600"}),
     ],
 )
 def test_the_estimate_is_of_the_size_of_what_is_taken(backend: str, sizes: dict[str, str]) -> None:
