@@ -56,12 +56,12 @@ def refusal(read: Callable[[], object]) -> str:
 
 def test_mutated_files_are_refused_or_loaded() -> None:
     """The short form of `python -m tests.faults mutations`, in a process whose memory is bound."""
-    command = "from tests.mutations import main; raise SystemExit(main(900, seed=11))"
+    command = "from tests.mutations import main; raise SystemExit(main(600, seed=11))"
     done = subprocess.run(
         [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("900 mutated files: ")
+    assert done.stdout.startswith("600 mutated files: ")
     assert done.stdout.endswith(" loaded, 0 tracebacks\n")
     assert " 0 loaded" not in done.stdout
     assert " 0 refused" not in done.stdout
