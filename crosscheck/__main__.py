@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from crosscheck.cases import CASES, case_names, draw_params, load_case, read_case, with_params
+from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
 from crosscheck.compare import FLOAT32_MEASURED
 from crosscheck.report import as_json, render, summary
 from crosscheck.trace import PHASES, real, split_key, taught, trace
@@ -121,7 +121,8 @@ def diff(options: argparse.Namespace) -> int:
 def params(options: argparse.Namespace) -> int:
     """Draw the parameters of cases and store them beside the cases."""
     for name in options.case or case_names():
-        save_params(CASES / f"{name}.safetensors", draw_params(read_case(CASES / f"{name}.yaml")))
+        path = case_path(name)
+        save_params(path.with_suffix(".safetensors"), draw_params(read_case(path)))
     return 0
 
 

@@ -19,6 +19,8 @@ The parameters are drawn as training draws them, with the configuration's seed.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,27 +31,28 @@ import yaml
 
 from microgpt.backend import Tensors
 from microgpt.checkpoint import load_params, save_params
-from microgpt.config import FIXTURES, Config, config_from, read_yaml
+from microgpt.config import FIXTURES, Config, config_from, on_line, read_yaml
 from microgpt.data import write_whole
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 CASES = FIXTURES / "cases"
-KEYS = {
-    "why": str,
-    "config": dict,
-    "chars": str,
-    "batches": list,
-    "shift": dict,
-    "rows": dict,
-    "zero": dict,
-    "zero_rows": dict,
-    "kink": str,
-    "random": str,
-    "float32": dict,
+KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in words
+    "why": (str, "a string"),
+    "config": (dict, "a mapping"),
+    "chars": (str, "a string"),
+    "batches": ([[str]], "a list of lists of strings"),
+    "shift": ({str: float}, "numbers by name"),
+    "rows": ({str: {int: float}}, "numbers by name and row"),
+    "zero": ({str: str}, "strings by name"),
+    "zero_rows": ({str: {str: str}}, "chars and why, by name"),
+    "kink": (str, "a string"),
+    "random": (str, "a string"),
+    "float32": (dict, "a mapping"),
 }
+FLOAT32 = {"slack": float, "why": str}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Case:
         """The tokens of a step's batch, steps counted from 0."""
         tokenizer = self.tokenizer
         documents = self.batches[step % len(self.batches)]
-        return [tokenizer.document(doc)[: self.config.max_tokens] for doc in documents]
+        return [tokenizer.document(doc, self.config.max_tokens) for doc in documents]
 
 
 def case_names() -> list[str]:
@@ -93,13 +96,23 @@ def _size(path: Path) -> int:
     return stored.stat().st_size if stored.is_file() else 0
 
 
+def case_path(name: str) -> Path:
+    """The file of a case that there is.
+
+    Raises MicrogptError for any other name, and so for one that leads out of the folder.
+    """
+    if name not in case_names():
+        raise MicrogptError(f"there is no case {name!r}; the cases are {', '.join(case_names())}")
+    return CASES / f"{name}.yaml"
+
+
 def load_case(name: str) -> Case:
     """A case by its name, or by the path of its YAML file.
 
     Raises MicrogptError if there is none of that name, or if its file does not say what it should.
     """
-    path = CASES / f"{name}.yaml" if name in case_names() else Path(name)
-    if not path.is_file():
+    path = case_path(name) if name in case_names() else Path(name)
+    if not os.path.isfile(path):
         raise MicrogptError(
             f"there is no case and no file {name!r}; the cases are {', '.join(case_names())}"
         )
@@ -111,17 +124,60 @@ def load_case(name: str) -> Case:
 def read_case(path: Path) -> Case:
     """A case without its parameters."""
     raw = read_yaml(path)
-    for key, kind in KEYS.items():
-        if key in raw and not isinstance(raw[key], kind):
-            raise MicrogptError(f"{path}: {key}: expected a {kind.__name__}, got {raw[key]!r}")
-    unknown = [str(key) for key in raw if key not in KEYS]
+    for key, (kind, words) in KEYS.items():
+        if key in raw and not _made_of(raw[key], kind):
+            raise MicrogptError(f"{path}: {key}: expected {words}, got {shortened(raw[key])}")
+    unknown = [key for key in raw if key not in KEYS]
     missing = [key for key in ("why", "chars", "batches") if not raw.get(key)]
-    if unknown or missing:
-        raise MicrogptError(
-            f"{path}: " + (f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]} is missing")
+    if unknown:
+        line = on_line(raw, unknown[0])
+        raise MicrogptError(f"{path}: unknown key {shortened(str(unknown[0]))}{line}")
+    if missing:
+        raise MicrogptError(f"{path}: {missing[0]} is missing")
+    config = config_from(raw.get("config", {}), f"{path}: config")
+    fields = {key: _plain(value) for key, value in raw.items() if key != "config"}
+    case = Case(name=path.stem, config=config, **fields)
+    _check_names(case, path)
+    return case
+
+
+def _made_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: a type, a list of a kind, a mapping of a kind to another."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and bool(value) and all(_made_of(x, kind[0]) for x in value)
+    if isinstance(kind, dict):
+        ((of, to),) = kind.items()
+        return isinstance(value, dict) and all(
+            _made_of(key, of) and _made_of(x, to) for key, x in value.items()
         )
-    config = config_from(raw.pop("config", {}), f"{path}: config")
-    return Case(name=path.stem, config=config, **raw)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings without the lines on which their keys stood."""
+    return {k: _plain(x) for k, x in value.items()} if isinstance(value, dict) else value
+
+
+def _check_names(case: Case, path: Path) -> None:
+    """Refuse characters, parameters and rows that the model does not have."""
+    for document in {doc for batch in case.batches for doc in batch}:
+        case.tokenizer.encode(document)
+    shapes = param_shapes(case.config, case.tokenizer.vocab_size)
+    for name in (*case.shift, *case.rows):
+        if name not in shapes:
+            raise MicrogptError(f"{path}: {shortened(name)} is no parameter of this model")
+    for name, rows in case.rows.items():
+        if not all(0 <= row < shapes[name][0] for row in rows):
+            raise MicrogptError(f"{path}: rows: {name} has rows 0 to {shapes[name][0] - 1}")
+    for name, declared in case.zero_rows.items():
+        if set(declared) != {"chars", "why"}:
+            raise MicrogptError(f"{path}: zero_rows: {shortened(name)}: expected chars and why")
+        case.tokenizer.encode(declared["chars"])
+    for key, value in case.float32.items():
+        if not _made_of(value, FLOAT32.get(key, type(None))):
+            raise MicrogptError(f"{path}: float32: expected slack, a number, and why, a string")
 
 
 def with_params(case: Case, params: Tensors) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,15 +15,16 @@ from safetensors.numpy import save
 
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import FLOAT64, Outcome, compare_step, explained, float32
-from crosscheck.trace import Step, keys, split_key
-from microgpt.checkpoint import read_tensors
+from crosscheck.trace import Array, Step, keys, split_key
+from microgpt.checkpoint import DAMAGED, TensorFile
 from microgpt.config import stored_config
 from microgpt.data import write_whole
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
+from microgpt.layout import param_shapes
 
 FORMAT = "microgpt trace"
 VERSION = "1"
-TOKENS = "batch/tokens"
+TOKENS, DOCUMENTS = "batch/tokens", "sample/documents"
 
 
 def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable[Step]) -> int:
@@ -48,36 +49,103 @@ def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable
 
 
 def load_trace(path: Path) -> tuple[Case, str, list[Step]]:
-    """The case of a trace (without its parameters), its precision, and its steps."""
-    tensors, metadata = read_tensors(path)
+    """The case of a trace (without its parameters), its precision, and its steps.
+
+    Raises MicrogptError if it is no trace, or not one of the model that it names.
+    """
+    file = TensorFile(path)
+    metadata = file.metadata
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise MicrogptError(
             f"{path}: not a trace of version {VERSION}; see crosscheck/TRACES.md for the format"
         )
     try:
         config = stored_config(json.loads(metadata["config"]), str(path))
-        chars, dtype = metadata["chars"], metadata["dtype"]
-        steps: list[Step] = [{} for _ in range(int(metadata["steps"]))]
-        for key, tensor in tensors.items():
-            number, _, rest = key.partition("/")
-            if number not in {f"step{n}" for n in range(1, len(steps) + 1)}:
-                raise ValueError(f"{key!r} in a trace of {len(steps)} steps")
-            steps[int(number.removeprefix("step")) - 1][rest] = tensor
-        if dtype not in ("float64", "float32") or not steps:
-            raise ValueError(f"dtype {dtype!r}, {len(steps)} steps")
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise MicrogptError(f"{path}: damaged: {error!r}") from None
-    name = metadata.get("case", path.stem)
+        chars, dtype, name = metadata["chars"], metadata["dtype"], metadata.get("case", path.stem)
+        count = int(metadata["steps"])
+        if dtype not in ("float64", "float32") or not 1 <= count <= len(file.layouts):
+            raise ValueError(f"dtype {dtype!r}, {count} steps of {len(file.layouts)} tensors")
+        if not name.isprintable():
+            raise ValueError(f"the case {name!r}")
+    except DAMAGED as error:
+        raise MicrogptError(f"{path}: damaged: {shortened(error, 200)}") from None
     case = Case(name, "a trace", config, chars, [], kink="read from a trace")
     if name in case_names():  # it knows what may be zero, and what single precision loses
         known = load_case(name)
         case = replace(case, zero=known.zero, float32=known.float32, random=known.random)
     order = keys(config, case.tokenizer.vocab_size)
-    for step in steps:
-        unknown = [key for key in step if key not in order]
-        if unknown:
-            raise MicrogptError(f"{path}: {unknown[0]!r} is no name of a tensor of this model")
+    known_keys, numbers = set(order), {f"step{n}": n for n in range(1, count + 1)}
+    for tensor_name in file.layouts:
+        number, _, key = tensor_name.partition("/")
+        if number not in numbers or key not in known_keys:
+            raise MicrogptError(
+                f"{path}: {shortened(tensor_name)} is no name of a tensor of this model, in"
+                f" {count:,} steps"
+            )
+    tensors = file.tensors()
+    steps: list[Step] = [{} for _ in range(count)]
+    for tensor_name, tensor in tensors.items():
+        number, _, key = tensor_name.partition("/")
+        steps[numbers[number] - 1][key] = tensor
     return case, dtype, [{key: step[key] for key in order if key in step} for step in steps]
+
+
+def _check_tokens(path: Path, number: int, tokens: Array, case: Case) -> None:
+    """Refuse tokens that cannot be those of a batch."""
+    V = case.tokenizer.vocab_size
+    sound = tokens.ndim == 2 and tokens.size and tokens.shape[1] >= 2 and tokens.dtype.kind == "i"
+    if sound:
+        there = tokens >= 0
+        closed = there[:, :2].all() and (there[:, 1:] <= there[:, :-1]).all()
+        sound = closed and tokens.min() >= -1 and tokens.max() < V
+    if not sound:
+        raise MicrogptError(
+            f"{path}: step {number}: {TOKENS}: expected whole numbers (B, T + 1) below {V}, two or"
+            " more to a document, and -1 only behind them"
+        )
+
+
+def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) -> None:
+    """Refuse tensors that are not of the kind and shape that a model and a batch give them."""
+    params = param_shapes(case.config, case.tokenizer.vocab_size)
+    for key, tensor in step.items():
+        wanted = _shape(key, case, tokens, params)
+        kind, word = ("i", "whole") if key in (TOKENS, DOCUMENTS) else ("f", "floating")
+        if tensor.dtype.kind != kind or wanted not in (None, tensor.shape) or not tensor.size:
+            shape = "" if wanted is None else f" {wanted}"
+            raise MicrogptError(
+                f"{path}: step {number}: {key} is {tensor.dtype} {tensor.shape}, and should be"
+                f" {word} numbers{shape}"
+            )
+
+
+def _shape(
+    key: str, case: Case, tokens: Array, params: Mapping[str, tuple[int, int]]
+) -> tuple[int, ...] | None:
+    """The shape of a tensor; None where it depends on what was drawn."""
+    config, (B, columns) = case.config, tokens.shape
+    phase, name = split_key(key)
+    if phase == "sample":
+        return None
+    if phase == "batch":
+        return B, columns
+    if phase == "read":
+        return int((tokens[0] >= 0).sum()) - 1, case.tokenizer.vocab_size
+    if phase in ("backward", "gradient", "unwatched"):
+        name = name.removeprefix("d")
+    if name in params:
+        return params[name]
+    T, C = columns - 1, config.n_embd
+    attention, mlp = (B, config.n_head, T, T), (B, T, 4 * C)
+    return {
+        "attn_logits": attention,
+        "attn_weights": attention,
+        "mlp_pre": mlp,
+        "mlp_act": mlp,
+        "logits": (B, T, case.tokenizer.vocab_size),
+        "loss_t": (B, T),
+        "loss": (),
+    }.get(name.rpartition(".")[2], (B, T, C))
 
 
 def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outcome:
@@ -106,12 +174,16 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
             problem = f"lacks {lacking[0]!r}" if lacking else f"has nothing like {', '.join(only)}"
             where = reference if lacking else candidate
             raise MicrogptError(f"{where}: step {number} {problem}, so there is nothing to compare")
+        _check_tokens(reference, number, a[TOKENS], case)
+        _check_step(reference, number, a, case, a[TOKENS])
+        _check_step(candidate, number, b, case, a[TOKENS])
         shared = {key: a[key] for key in [TOKENS, *wanted]}
         theirs_wanted = {TOKENS: a[TOKENS], **{key: b[key] for key in wanted}}
-        compare_step(case, number, shared, theirs_wanted, standard, outcome)
-        if outcome.found:
-            outcome.found[0] = explained(case, outcome.found, a, b, before, standard)
-            return outcome
+        with np.errstate(all="ignore"):  # what is not finite differs, and that says it all
+            compare_step(case, number, shared, theirs_wanted, standard, outcome)
+            if outcome.found:
+                outcome.found[0] = explained(case, outcome.found, a, b, before, standard)
+                return outcome
         outcome.tally.steps += 1
         before = a, b
     return outcome

@@ -27,6 +27,7 @@ from microgpt.config import Config
 from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
+from microgpt.memory import check_memory
 from microgpt.tokenizer import build_tokenizer
 from microgpt.train import batch
 
@@ -219,7 +220,7 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
 
 
 def _enter(name: str, config: Config) -> Contestant:
-    state, docs = _start(config)
+    state, docs = _start(config, name)
     return Contestant(name, config, load_backend(name, config, state), docs)
 
 
@@ -228,19 +229,21 @@ def _opponents(name: str, config: Config) -> list[Contestant]:
         raise MicrogptError(f"--against {name}: unknown; expected torch")
     from microgpt.opponents import torch_backends
 
-    state, docs = _start(config)
+    state, docs = _start(config, name)
     found: dict[str, Callable[[Config, State], Backend]] = torch_backends()
     return [
         Contestant(name, config, backend(config, state), docs) for name, backend in found.items()
     ]
 
 
-def _start(config: Config) -> tuple[State, list[Docs]]:
+def _start(config: Config, backend_name: str) -> tuple[State, list[Docs]]:
     """The parameters and the first batches of a run."""
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
+    trained = replace(config, num_samples=0)  # nothing is drawn here
+    check_memory(trained, tokenizer.vocab_size, documents, backend_name)
     state = fresh_state(init_params(config, tokenizer.vocab_size, rng))
     batches = max(4, 64 // config.batch_size)
     return state, [batch(step, documents, tokenizer, config) for step in range(batches)]

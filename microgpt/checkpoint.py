@@ -4,27 +4,33 @@ A parameter file holds the tensors of `param_shapes` under their names. A checkp
 Adam's moments as `adam.m.<name>` and `adam.v.<name>`, and these texts as metadata:
 
 format      "microgpt checkpoint"
-version     "1"
+version     "2"
 config      the configuration, as JSON
 chars       the characters of the vocabulary, as one text
 updates     how many updates the model has had
 random      the state of the random stream from which the samples are drawn, as JSON
 documents   the SHA-256 of the data set's documents
+sha256      that of everything else in the file: see `checksum`
 
 The position in the data follows: the documents are shuffled by the seed of the configuration and
 taken round and round, batch_size of them for every update.
+
+A file is not believed. What it says that it holds is held against what it should hold before any
+of it is taken into memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -33,13 +39,22 @@ from safetensors.numpy import save
 from microgpt.backend import State
 from microgpt.config import Config, stored_config
 from microgpt.data import write_whole
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.layout import param_shapes
+from microgpt.memory import check_file
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 FORMAT = "microgpt checkpoint"
-VERSION = "1"
+VERSION = "2"
 FILE_NAME = "checkpoint.safetensors"
+MOMENTS = ("", "adam.m.", "adam.v.")  # what stands before the names of parameters
+LARGEST_HEADER = 10_000_000  # bytes, and four times as many as there are of numbers
+
+# what comes of metadata that are not what they should be, and of reading no safetensors file
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError)
+
+Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     tensors = {
         prefix + name: np.ascontiguousarray(tensor, checkpoint.config.dtype)
-        for prefix, named in (("", state.params), ("adam.m.", state.m), ("adam.v.", state.v))
+        for prefix, named in zip(MOMENTS, (state.params, state.m, state.v))
         for name, tensor in named.items()
     }
     spoiled = not_finite(tensors)
@@ -76,6 +91,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "random": json.dumps(checkpoint.rng.getstate()),
         "documents": checkpoint.documents,
     }
+    metadata["sha256"] = checksum(tensors, metadata)
     write_whole(path, save(tensors, metadata))
 
 
@@ -84,43 +100,65 @@ def not_finite(tensors: Mapping[str, Any]) -> str | None:
     return next((name for name, x in tensors.items() if not np.isfinite(x).all()), None)
 
 
+def checksum(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of a checkpoint's texts, and of its tensors' names, dtypes, shapes and bytes."""
+    texts = {name: text for name, text in metadata.items() if name != "sha256"}
+    layouts = {name: (str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
+    found = hashlib.sha256(json.dumps([texts, layouts], sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(np.ascontiguousarray(tensors[name]).data)
+    return found.hexdigest()
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; for a run directory, the one that it holds.
 
     Raises MicrogptError if it is missing, damaged, no checkpoint, of another version, or if its
-    tensors do not have the shapes that its configuration asks for.
+    tensors are not those that its configuration asks for.
     """
     if os.path.isdir(path):
         path = path / FILE_NAME
-    tensors, metadata = read_tensors(path)
+    file = TensorFile(path)
+    metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise MicrogptError(
             f"{path}: not a checkpoint of microgpt; expected a {FILE_NAME} or a run directory"
         )
     if metadata.get("version") != VERSION:
         raise MicrogptError(
-            f"{path}: a checkpoint of version {metadata.get('version')!r}, and this program reads"
-            f" version {VERSION!r}; use the release that wrote it"
+            f"{path}: a checkpoint of version {shortened(metadata.get('version'))}, and this"
+            f" program reads version {VERSION!r}; use the release that wrote it"
         )
     try:
-        fields = json.loads(metadata["config"])
-        config = stored_config(fields, str(path))
+        config = stored_config(json.loads(metadata["config"]), str(path))
         tokenizer = build_tokenizer(metadata["chars"], config)
         updates = int(metadata["updates"])
-        if updates < 0:
-            raise ValueError(f"{updates} updates")
-        version, numbers, gauss_next = json.loads(metadata["random"])
-        rng = Random()
-        rng.setstate((version, tuple(numbers), gauss_next))
-        documents = metadata["documents"]
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise MicrogptError(f"{path}: damaged: its metadata cannot be read ({error!r})") from None
+        if not 0 <= updates <= config.steps:
+            raise ValueError(f"{updates} updates of {config.steps}")
+        rng = _random_stream(*json.loads(metadata["random"]))
+        documents, sha256 = metadata["documents"], metadata["sha256"]
+    except DAMAGED as error:
+        raise MicrogptError(
+            f"{path}: damaged: its metadata cannot be read ({shortened(error, 200)})"
+        ) from None
     shapes = param_shapes(config, tokenizer.vocab_size)
-    params, m, v = (
-        _select(tensors, prefix, shapes, config.dtype, path)
-        for prefix in ("", "adam.m.", "adam.v.")
+    file.expect(
+        {prefix + name: shapes[name] for prefix in MOMENTS for name in shapes}, config.dtype
     )
+    tensors = file.finite_tensors()
+    if checksum(tensors, metadata) != sha256:
+        raise MicrogptError(f"{path}: damaged: what it holds is not what was written (SHA-256)")
+    params, m, v = ({name: tensors[prefix + name] for name in shapes} for prefix in MOMENTS)
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
+
+
+def _random_stream(version: int, numbers: Iterable[int], gauss_next: float | None) -> Random:
+    """A random stream that goes on from this state."""
+    if gauss_next is not None and not math.isfinite(gauss_next):
+        raise ValueError(f"{gauss_next} as the next number")
+    rng = Random()
+    rng.setstate((version, tuple(numbers), gauss_next))
+    return rng
 
 
 def save_params(path: Path, params: Mapping[str, Any]) -> None:
@@ -129,40 +167,89 @@ def save_params(path: Path, params: Mapping[str, Any]) -> None:
 
 
 def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The parameters of a file that holds nothing else, float64."""
-    return _select(read_tensors(path)[0], "", shapes, "float64", path)
+    """The parameters of a file that holds nothing else, float64, in the order of `shapes`."""
+    file = TensorFile(path)
+    file.expect(shapes, "float64")
+    tensors = file.finite_tensors()
+    return {name: tensors[name] for name in shapes}
+
+
+class TensorFile:
+    """A safetensors file of which nothing but the header has been read.
+
+    Raises MicrogptError if it is missing, no regular file, or if its header does not describe it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not os.path.isfile(path):
+            there = "not a regular file" if os.path.exists(path) else "there is no such file"
+            raise MicrogptError(f"{path}: {there}")
+        try:
+            self._check_header()
+            self._file = cast("Any", safe_open(path, framework="numpy"))
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            self.layouts = {name: self._layout(name) for name in self._file.keys()}  # noqa: SIM118
+        except UNREADABLE as error:
+            raise self._unreadable(error) from None
+
+    def expect(self, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+        """Refuse the file unless it holds tensors of these names and shapes, and no others."""
+        for name, shape in shapes.items():
+            if name not in self.layouts:
+                raise MicrogptError(f"{self.path}: the tensor {name!r} is missing")
+            found, has = self.layouts[name]
+            if (found, has) != (dtype, shape):
+                raise MicrogptError(
+                    f"{self.path}: the tensor {name!r} is {found} {has},"
+                    f" and its configuration asks for {dtype} {shape}"
+                )
+        surplus = self.layouts.keys() - shapes.keys()
+        if surplus:
+            raise MicrogptError(
+                f"{self.path}: the tensor {shortened(min(surplus))} is none that its"
+                " configuration asks for"
+            )
+
+    def tensors(self) -> dict[str, Any]:
+        """All tensors, by name."""
+        check_file(self.path)
+        try:
+            return {name: self._file.get_tensor(name) for name in self.layouts}
+        except UNREADABLE as error:
+            raise self._unreadable(error) from None
+
+    def finite_tensors(self) -> dict[str, Any]:
+        """All tensors, by name; refused if one is not finite everywhere."""
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise MicrogptError(f"{self.path}: the tensor {name!r} is not finite everywhere")
+        return tensors
+
+    def _check_header(self) -> None:
+        """Headers are read whole by safetensors, and take ten times their size in memory."""
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            data = os.fstat(file.fileno()).st_size - 8 - length
+        if length > LARGEST_HEADER + 4 * max(0, data):
+            raise ValueError(f"a header of {length:,} bytes")
+
+    def _layout(self, name: str) -> Layout:
+        described = self._file.get_slice(name)
+        dtype = described.get_dtype()  # such as F64, which numpy calls float64
+        words = {"F": "float", "I": "int", "U": "uint"}
+        if dtype[0] in words and dtype[1:].isdigit():
+            dtype = words[dtype[0]] + dtype[1:]
+        return dtype, tuple(described.get_shape())
+
+    def _unreadable(self, error: Exception) -> MicrogptError:
+        reason = error.strerror if isinstance(error, OSError) else None
+        reason = reason or " ".join(str(error).split())
+        return MicrogptError(f"{self.path}: not a readable safetensors file: {reason[:300]}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Everything in a safetensors file: arrays by name, and metadata."""
-    if not os.path.isfile(path):
-        raise MicrogptError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise MicrogptError(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def _select(
-    tensors: Mapping[str, Any],
-    prefix: str,
-    shapes: Mapping[str, tuple[int, int]],
-    dtype: str,
-    path: Path,
-) -> dict[str, Any]:
-    selected = {}
-    for name, shape in shapes.items():
-        tensor = tensors.get(prefix + name)
-        if tensor is None:
-            raise MicrogptError(f"{path}: the tensor {prefix + name!r} is missing")
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise MicrogptError(
-                f"{path}: the tensor {prefix + name!r} is {tensor.dtype} {tensor.shape},"
-                f" and its configuration asks for {dtype} {shape}"
-            )
-        if not np.isfinite(tensor).all():
-            raise MicrogptError(f"{path}: the tensor {prefix + name!r} is not finite everywhere")
-        selected[name] = tensor
-    return selected
+    file = TensorFile(path)
+    return file.tensors(), file.metadata

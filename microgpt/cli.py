@@ -135,8 +135,11 @@ def _loss_of_held_out(run: Run) -> str:
 
 def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line."""
+    from dataclasses import replace
+
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
+    from microgpt.memory import check_memory
 
     held = load_checkpoint(options.checkpoint)
     config, tokenizer = held.config, held.tokenizer
@@ -153,6 +156,7 @@ def sample(options: argparse.Namespace) -> int:
     num = config.num_samples
     if options.num is not None:
         num = typed_flag("num_samples", options.num, "--num")
+    check_memory(replace(config, num_samples=num), tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
     for ids in backend.sample(tokenizer, rng, num, temperature, prompt):
@@ -166,11 +170,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.data import load_documents
-    from microgpt.evaluate import evaluation
+    from microgpt.evaluate import check_evaluation, evaluation
 
     held = load_checkpoint(options.checkpoint)
     dataset = options.dataset or held.config.dataset
     documents = load_documents(dataset)
+    check_evaluation(options.backend, documents, held.tokenizer, held.config)
     backend = load_backend(options.backend, held.config, held.state)
     try:
         result = evaluation(backend, documents, held.tokenizer, held.config)

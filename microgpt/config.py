@@ -12,23 +12,28 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES / "configs"
 DEFAULT_PRESET = "microgpt"
 TINIEST = 1e-300  # the inverse of anything smaller may be infinite
+LARGEST = 10**18  # whole number that is believed
+LARGEST_YAML = 1_000_000  # bytes
 
 
 def _field(help: str, *, least: float | None = None, above: float | None = None,
-           below: float | None = None, choices: tuple[str, ...] = ()) -> Any:  # fmt: skip
+           below: float | None = None, most: int = LARGEST,
+           choices: tuple[str, ...] = ()) -> Any:  # fmt: skip
     return dataclasses.field(
-        metadata={"help": help, "least": least, "above": above, "below": below, "choices": choices}
-    )
+        metadata={"help": help, "least": least, "above": above, "below": below, "most": most,
+                  "choices": choices}
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class Config:
     """A run, complete. Built by `load_config`, which checks every field."""
 
     # the model
-    n_layer: int = _field("transformer blocks", least=1)
+    n_layer: int = _field("transformer blocks", least=1, most=10_000)
     n_embd: int = _field("channels of the residual stream", least=1)
     n_head: int = _field("attention heads; divides n_embd", least=1)
     block_size: int = _field("longest context, in positions", least=1)
-    vocabulary: str = _field("order of the token ids", choices=("chars-bos", "bos-eos-chars"))
+    vocabulary: str = _field(
+        "order of the token ids, one for every code point", choices=("chars-bos", "bos-eos-chars")
+    )
     crop: str = _field("what block_size counts", choices=("positions", "tokens"))
     norm_embedding: bool = _field("rmsnorm after wte + wpe")
     squared_relu: bool = _field("square the ReLU of the MLP")
@@ -106,13 +113,13 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, str] | Non
     return checked({**config, **typed})
 
 
-def config_from(raw: Mapping[Any, Any], where: str) -> Config:
+def config_from(raw: dict[Any, Any], where: str) -> Config:
     """The configuration of a mapping: a preset under `preset`, and what differs from it."""
-    fields = dict(raw)
+    fields = copy(raw)
     base = fields.pop("preset", DEFAULT_PRESET)
     if base not in presets():
         raise MicrogptError(
-            f"{where}: unknown preset {base!r}; the presets are {', '.join(presets())}"
+            f"{where}: unknown preset {shortened(base)}; the presets are {', '.join(presets())}"
         )
     preset = CONFIGS / f"{base}.yaml"
     return checked({**typed_fields(read_yaml(preset), str(preset)), **typed_fields(fields, where)})
@@ -162,9 +169,10 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """The fields of a mapping that came from outside, each with its right type and range."""
     for name in raw:
         if name not in FIELDS:
-            close = difflib.get_close_matches(str(name), FIELDS, n=1)
+            close = difflib.get_close_matches(str(name)[:80], FIELDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
-            raise MicrogptError(f"{where}: unknown key {str(name)!r}; {hint}")
+            line = on_line(raw, name)
+            raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}{line}")
     return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
 
 
@@ -193,12 +201,24 @@ def _read_source(source: str) -> dict[Any, Any]:
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds."""
+    """The mapping that a YAML file holds; `on_line` knows where each key stands.
+
+    Raises MicrogptError if it is none, larger than a megabyte, nested without end, or if it has
+    aliases, tags or a key twice.
+    """
     import yaml
 
+    from microgpt.strict_yaml import Loader
+
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = yaml.safe_load(file)
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_YAML + 1)
+        if len(content) > LARGEST_YAML:
+            raise MicrogptError(f"{path}: more than {LARGEST_YAML:,} bytes, too many for YAML here")
+        raw = yaml.load(content.decode(), Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise MicrogptError(f"{path}: not readable as YAML: {line}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date
         reason = " ".join(str(error).split())
         raise MicrogptError(f"{path}: not readable as YAML: {reason}") from None
@@ -209,19 +229,30 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return raw
 
 
+def on_line(raw: Mapping[Any, Any], key: Any) -> str:
+    """Where a key stands, if the mapping was read from YAML."""
+    line = getattr(raw, "lines", {}).get(key)
+    return f" (line {line})" if line else ""
+
+
 def _typed(name: str, value: Any, where: str) -> Any:
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
+    if type(value) is int and abs(value) > LARGEST:
+        raise MicrogptError(f"{where}: expected {LARGEST:,} at most, got a number of more digits")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         hint = ""
         if isinstance(value, str) and kind is float and _is_number(value):
             hint = f" (YAML reads {value} as text: write {_with_point(value)})"
-        raise MicrogptError(f"{where}: expected {WORDS[str(field.type)]}, got {value!r}{hint}")
+        raise MicrogptError(
+            f"{where}: expected {WORDS[str(field.type)]}, got {shortened(value)}{hint}"
+        )
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
-        raise MicrogptError(f"{where}: expected {' or '.join(limits['choices'])}, got {value!r}")
+        expected = " or ".join(limits["choices"])
+        raise MicrogptError(f"{where}: expected {expected}, got {shortened(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise MicrogptError(f"{where}: expected a finite number, got {value}")
     if limits["least"] is not None and value < limits["least"]:
@@ -230,6 +261,8 @@ def _typed(name: str, value: Any, where: str) -> Any:
         raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")
     if isinstance(value, float) and name == "temperature" and value < TINIEST:
         raise MicrogptError(f"{where}: {value} is too close to 0; try 0.001")
+    if kind is int and value > limits["most"]:
+        raise MicrogptError(f"{where}: expected {limits['most']:,} at most, got {value}")
     if limits["below"] is not None and value >= limits["below"]:
         raise MicrogptError(f"{where}: expected less than {limits['below']}, got {value}")
     return value
@@ -240,7 +273,7 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return len(text) < 40
 
 
 def _with_point(text: str) -> str:

@@ -8,14 +8,25 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    UnknownHandler,
+)
 
 from microgpt.config import FIXTURES
 from microgpt.errors import MicrogptError
+from microgpt.memory import check_file
 
 NAMES = FIXTURES / "data" / "names.txt"
 
@@ -24,6 +35,7 @@ MAKEMORE_URL = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/name
 MAKEMORE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 MAKEMORE_BYTES = 228_145
 TIMEOUT = 30  # seconds without an answer
+LONGEST = 120  # seconds for all of it
 
 
 def load_documents(dataset: str) -> list[str]:
@@ -39,6 +51,8 @@ def load_documents(dataset: str) -> list[str]:
         return read_documents(makemore())
     if not os.path.isfile(dataset):
         kind = "is a folder, not a" if os.path.isdir(dataset) else "names no data set and no"
+        if os.path.exists(dataset) and not os.path.isdir(dataset):
+            kind = "is a device or a pipe, not a"
         raise MicrogptError(
             f"--dataset: {dataset!r} {kind} file;"
             " expected names, makemore, or the path of a text file with one document per line"
@@ -52,24 +66,30 @@ def located(dataset: str) -> str:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without the blank ones."""
+    """The lines of a UTF-8 text file, stripped, without the blank ones.
+
+    Lines end as on any system, and nowhere else that Unicode takes for a line's end.
+    """
     try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = len(_lines(error.object[: error.start].decode("latin-1")))
-        raise MicrogptError(f"{path}: line {line} is not UTF-8 text; save it as UTF-8") from None
+        check_file(path, lines=True)
+        with open(path, encoding="utf-8-sig") as file:
+            documents = [document for line in file if (document := line.strip())]
+    except UnicodeDecodeError:
+        number = _first_line_that_is_not_utf_8(path)
+        raise MicrogptError(f"{path}: line {number} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
-    documents = [line.strip() for line in _lines(text) if line.strip()]
     if not documents:
         raise MicrogptError(f"{path}: no documents; expected one on each line")
     return documents
 
 
-def _lines(text: str) -> list[str]:
-    """Lines as every system ends them, and nothing else that Unicode takes for a line's end."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+def _first_line_that_is_not_utf_8(path: Path) -> int:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if any("\udc80" <= char <= "\udcff" for char in line):
+                return number
+    return 0  # it has been replaced meanwhile
 
 
 def makemore() -> Path:
@@ -77,22 +97,20 @@ def makemore() -> Path:
     path = cache_folder() / "makemore-names.txt"
     if not path.is_file():
         download(MAKEMORE_URL, MAKEMORE_SHA256, MAKEMORE_BYTES, path)
-    elif _sha256(path.read_bytes()) != MAKEMORE_SHA256:
+    elif path.stat().st_size != MAKEMORE_BYTES or _sha256(path.read_bytes()) != MAKEMORE_SHA256:
         raise MicrogptError(f"{path}: changed since it was downloaded; delete it to download again")
     return path
 
 
 def download(url: str, sha256: str, size: int, path: Path) -> None:
-    """Put a file of known digest in place, whole or not at all."""
+    """Put a file of known digest in place, whole or not at all, also when two do so at once.
+
+    Raises MicrogptError if it cannot be had over HTTPS, in time, or is another file.
+    """
     by_hand = f"download it elsewhere and put it at {path}, or use --dataset names"
-    try:
-        with urlopen(url, timeout=TIMEOUT) as answer:
-            content = answer.read(size + 1)
-    except (URLError, OSError, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()
-        reason = getattr(error, "reason", None) or error
-        raise MicrogptError(f"{url}: cannot be downloaded ({reason}); {by_hand}") from None
+    content = _within(LONGEST, lambda: _fetched(url, size + 1))
+    if not isinstance(content, bytes):
+        raise MicrogptError(f"{url}: cannot be downloaded ({content}); {by_hand}")
     if _sha256(content) != sha256:
         raise MicrogptError(
             f"{url}: is not the file it should be (SHA-256 {_sha256(content)[:12]}..,"
@@ -101,9 +119,46 @@ def download(url: str, sha256: str, size: int, path: Path) -> None:
     write_whole(path, content)
 
 
+def _fetched(url: str, most: int) -> bytes | str:
+    """The beginning of what is at an address, or in words why it cannot be had."""
+    try:
+        with urlopen(url, timeout=TIMEOUT) as answer:
+            content: bytes = answer.read(most)
+            return content
+    except (URLError, OSError, HTTPException, ValueError) as error:
+        if isinstance(error, HTTPError):
+            error.close()
+        reason = getattr(error, "reason", None) or error
+        return "timed out" if isinstance(reason, TimeoutError) else str(reason)
+
+
+def urlopen(url: str, timeout: float) -> Any:
+    """As urllib has it, over HTTPS alone, wherever the server may send us on to."""
+    opener = OpenerDirector()
+    for handler in (
+        ProxyHandler,
+        HTTPSHandler,
+        HTTPRedirectHandler,
+        HTTPErrorProcessor,
+        HTTPDefaultErrorHandler,
+        UnknownHandler,  # takes http:, file: and all others, and says so
+    ):
+        opener.add_handler(handler())
+    return opener.open(url, timeout=timeout)
+
+
+def _within(seconds: float, job: Callable[[], bytes | str]) -> bytes | str:
+    """What a job returns, if it does in time; a server may drip byte by byte for ever."""
+    done: list[bytes | str] = []
+    worker = Thread(target=lambda: done.append(job()), daemon=True)
+    worker.start()
+    worker.join(seconds)
+    return done[0] if done else f"not done after {seconds:g} seconds"
+
+
 def cache_folder() -> Path:
     """Where downloads are kept: MICROGPT_CACHE, or the system's folder for such things."""
-    if "MICROGPT_CACHE" in os.environ:
+    if os.environ.get("MICROGPT_CACHE"):
         return Path(os.environ["MICROGPT_CACHE"])
     home = Path.home()
     if sys.platform == "win32":

@@ -3,3 +3,11 @@
 
 class MicrogptError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
+
+
+def shortened(value: object, longest: int = 60) -> str:
+    """A value as it is quoted in one line."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= longest else f"{value[:longest]!r}.."
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}.."

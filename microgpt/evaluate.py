@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from microgpt.backend import Backend
+from microgpt.backend import Backend, Docs
 from microgpt.config import Config
+from microgpt.memory import check_memory
 from microgpt.tokenizer import Tokenizer
 
-BATCH = 256  # documents at a time
+BATCH = 256  # documents at a time, or fewer:
+COLUMNS = 4096  # positions of all of them, padded to the longest, unless it is one document
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,12 @@ def evaluation(
 
     Raises MicrogptError naming the first character that the model never saw.
     """
-    encoded = [tokenizer.document(document)[: config.max_tokens] for document in documents]
+    encoded = [tokenizer.document(document, config.max_tokens) for document in documents]
     encoded.sort(key=len)  # alike in length, they need no padding
     doc_losses: list[float] = []
     by_position: list[list[float]] = []
-    for start in range(0, len(encoded), BATCH):
-        for losses in backend.position_losses(encoded[start : start + BATCH]):
+    for batch in _batches(encoded):
+        for losses in backend.position_losses(batch):
             doc_losses.append(math.fsum(losses) / len(losses))
             by_position += [[] for _ in range(len(losses) - len(by_position))]
             for position, loss in enumerate(losses):
@@ -42,3 +44,22 @@ def evaluation(
         loss=math.fsum(doc_losses) / len(doc_losses),
         by_position=[(len(losses), math.fsum(losses) / len(losses)) for losses in by_position],
     )
+
+
+def check_evaluation(
+    backend_name: str, documents: Sequence[str], tokenizer: Tokenizer, config: Config
+) -> None:
+    """Refuse an evaluation that this machine has no memory for."""
+    size = min(BATCH, len(documents))
+    config = replace(config, batch_size=size, num_samples=0)
+    check_memory(config, tokenizer.vocab_size, documents, backend_name)
+
+
+def _batches(docs: Docs) -> Iterator[Docs]:
+    """Documents in the order of their length, as many at a time as there is room for."""
+    start = 0
+    for end in range(1, len(docs) + 1):
+        more = end + 1 - start
+        if end == len(docs) or more > BATCH or more * (len(docs[end]) - 1) > COLUMNS:
+            yield docs[start:end]
+            start = end

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,13 @@ class Tokenizer:
                 f" vocabulary, which is {shortened(''.join(self.chars))}"
             ) from None
 
-    def document(self, text: str) -> list[int]:
-        """BOS, the characters, and the closing token."""
-        return [self.bos, *self.encode(text), self.eos]
+    def document(self, text: str, longest: int | None = None) -> list[int]:
+        """BOS, the characters, and the closing token; of these the first `longest`.
+
+        What is not kept is not looked at, so that a book costs no more than its beginning.
+        """
+        kept = text if longest is None else text[: longest - 1]
+        return [self.bos, *self.encode(kept), self.eos][:longest]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. BOS, where it does not close a document, is written <BOS>."""
@@ -59,8 +63,3 @@ def build_tokenizer(chars: Iterable[str], config: Config) -> Tokenizer:
     else:
         first, bos, eos = 2, 0, 1
     return Tokenizer(ordered, {char: first + i for i, char in enumerate(ordered)}, bos, eos)
-
-
-def shortened(text: str, longest: int = 60) -> str:
-    """A text fit to be quoted in one line."""
-    return repr(text) if len(text) <= longest else f"{text[:longest]!r}.."

@@ -27,6 +27,7 @@ from microgpt.data import load_documents, located
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
+from microgpt.memory import check_memory
 from microgpt.rundir import (
     SAMPLES,
     Metrics,
@@ -216,6 +217,7 @@ def new_run(
     config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
+    check_memory(config, tokenizer.vocab_size, documents, backend_name)
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend(backend_name, config, fresh_state(params))
     _check_held_out(config, documents)
@@ -252,6 +254,7 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
             )
+        check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
         backend = load_backend(backend_name, config, held.state)
         lines = metrics_until(out, updates)
         run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates)
@@ -292,7 +295,7 @@ def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config)
     """The tokens of this step's documents: the next batch_size ones, round and round."""
     first = step * config.batch_size
     return [
-        tokenizer.document(documents[(first + i) % len(documents)])[: config.max_tokens]
+        tokenizer.document(documents[(first + i) % len(documents)], config.max_tokens)
         for i in range(config.batch_size)
     ]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import save_file
 
-from microgpt.checkpoint import Checkpoint, read_tensors
+from microgpt.checkpoint import Checkpoint, checksum, read_tensors
 from microgpt.config import FIXTURES, Config, load_config
 from microgpt.train import new_run
 
@@ -80,11 +80,13 @@ def trained(
 
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[[Path, Path, Edit], None]:
-    """Copy a checkpoint, with its tensors and its metadata edited in between."""
+    """Copy a checkpoint, with its tensors and its metadata edited and its checksum made to fit."""
 
     def copy(source: Path, target: Path, edit: Edit) -> None:
         tensors, metadata = read_tensors(source)
         edit(tensors, metadata)
+        if "sha256" in metadata:
+            metadata["sha256"] = checksum(tensors, metadata)
         save_file(tensors, target, metadata)
 
     return copy

@@ -684,7 +684,7 @@ def desk(small: Path, rewrite: Rewrite, here: Path) -> Path:
         "cut": checkpoint.read_bytes()[:-100],
     }.items():
         (here / name).write_bytes(content)
-    rewrite(checkpoint, here / "version", lambda tensors, metadata: metadata.update(version="2"))
+    rewrite(checkpoint, here / "version", lambda tensors, metadata: metadata.update(version="1"))
     rewrite(checkpoint, here / "shape", lambda tensors, _: tensors.update(wpe=tensors["wte"]))
     rewrite(checkpoint, here / "tensors", lambda tensors, metadata: metadata.clear())
     return here
@@ -740,7 +740,7 @@ BAD_INPUT = [
     ("sample words.txt", "words.txt: not a readable safetensors file"),
     ("sample cut", "cut: not a readable safetensors file"),
     ("sample tensors", "tensors: not a checkpoint of microgpt"),
-    ("sample version", "version: a checkpoint of version '2', and this program reads version '1'"),
+    ("sample version", "version: a checkpoint of version '1', and this program reads version '2'"),
     ("sample shape", "shape: the tensor 'wpe' is float64 (13, 4)"),
     (f"sample {LONG}", ""),
     ("sample run --prompt emmq", "the character 'q' (U+0071) in 'emmq' is not in the vocabulary"),
@@ -756,7 +756,7 @@ BAD_INPUT = [
     ("sample run --backend torch", "unknown backend 'torch'; expected scalar or vectorized"),
     ("eval missing", "missing: there is no such file"),
     ("eval cut", "cut: not a readable safetensors file"),
-    ("eval version", "version: a checkpoint of version '2'"),
+    ("eval version", "version: a checkpoint of version '1'"),
     ("eval shape", "shape: the tensor 'wpe' is float64 (13, 4)"),
     ("eval run --dataset missing.txt", "'missing.txt' names no data set and no file"),
     ("eval run --dataset empty.txt", "empty.txt: no documents"),

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Barrier, Event, Thread
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 
 from microgpt import data
 from microgpt.data import download, load_documents, makemore, write_whole
 from microgpt.errors import MicrogptError
+
+LOCALHOST = Path(__file__).with_name("localhost.pem")  # for 127.0.0.1, signed by itself
+TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+TLS.load_cert_chain(LOCALHOST)
 
 LIST = b"kamon\nann\nkarai\n"
 DIGEST = hashlib.sha256(LIST).hexdigest()
@@ -191,18 +195,20 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[str]]]:
         "Handler", (BaseHTTPRequestHandler,), {"do_GET": get, "log_message": lambda *_: None}
     )
     with HTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = TLS.wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/names.txt", asked
+            yield f"https://127.0.0.1:{server.server_port}/names.txt", asked
         finally:
             server.shutdown()
             thread.join()
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def _this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("SSL_CERT_FILE", str(LOCALHOST))  # who is trusted
 
 
 def test_a_download_with_the_right_digest_is_put_in_place(tmp_path: Path) -> None:
@@ -241,6 +247,8 @@ def test_any_other_answer_leaves_nothing_behind(
 def test_an_answer_that_says_no_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[HTTPError] = []
 
+    urlopen = data.urlopen
+
     def urlopen_noted(*arguments: Any, **more: Any) -> Any:
         try:
             return urlopen(*arguments, **more)
@@ -260,7 +268,7 @@ def test_an_answer_that_says_no_is_closed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_server_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
     with socket.socket() as bound:  # bound, but not listening: connections are refused
         bound.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}/names.txt"
+        url = f"https://127.0.0.1:{bound.getsockname()[1]}/names.txt"
         with pytest.raises(MicrogptError) as refusal:
             download(url, DIGEST, len(LIST), tmp_path / "names.txt")
     message = str(refusal.value)
@@ -280,6 +288,106 @@ def test_a_server_that_says_nothing_is_given_up(
             download(url, DIGEST, len(LIST), tmp_path / "names.txt")
         over.set()
     assert list(tmp_path.iterdir()) == []
+
+
+def sent_on(to: str) -> Answer:
+    """A redirect."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", to)
+        handler.end_headers()
+
+    return answer
+
+
+def test_a_server_may_send_us_on(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    with serving(file_sent) as (last, asked), serving(sent_on(last)) as (first, _):
+        download(first, DIGEST, len(LIST), path)
+    assert path.read_bytes() == LIST
+    assert asked == ["/names.txt"]
+
+
+@pytest.mark.parametrize("to", ["http://127.0.0.1:{port}/", "file:{path}", "ftp://127.0.0.1/"])
+def test_nothing_is_taken_but_over_https(to: str, tmp_path: Path) -> None:
+    path, there = tmp_path / "names.txt", tmp_path / "there"
+    there.write_bytes(LIST)
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        to = to.format(port=plain.getsockname()[1], path=there)
+        with serving(sent_on(to)) as (url, asked), pytest.raises(MicrogptError) as redirected:
+            download(url, DIGEST, len(LIST), path)
+        with pytest.raises(MicrogptError, match="unknown url type") as directly:
+            download(to, DIGEST, len(LIST), path)
+        plain.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            plain.accept()
+    assert asked == ["/names.txt"]
+    for refusal in (redirected, directly):
+        assert "cannot be downloaded (" in str(refusal.value)
+    assert not path.exists()
+
+
+def test_a_server_that_nobody_vouches_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with serving(file_sent) as (url, asked):
+        with pytest.raises(MicrogptError, match="CERTIFICATE_VERIFY_FAILED"):
+            download(url, DIGEST, len(LIST), tmp_path / "names.txt")
+        assert asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["header", "body"])
+def test_a_server_that_drips_is_given_up(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "LONGEST", 0.3)
+    over = Event()
+
+    def dripping(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if where == "body" else b""))
+        while not over.wait(0.05):  # each byte well within the time that one may take
+            handler.wfile.write(b"a")
+
+    with serving(dripping) as (url, _):
+        with pytest.raises(MicrogptError, match=r"cannot be downloaded \(not done after 0.3 sec"):
+            download(url, DIGEST, len(LIST), tmp_path / "names.txt")
+        over.set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_downloads_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path, both = tmp_path / "cache" / "names.txt", Barrier(2)
+    failures: list[BaseException] = []
+
+    def start(url: str) -> None:
+        try:
+            download(url, DIGEST, len(LIST), path)
+        except BaseException as error:
+            failures.append(error)
+
+    def together(handler: BaseHTTPRequestHandler) -> None:
+        both.wait(5)
+        file_sent(handler)
+
+    with serving(together) as (one, _), serving(together) as (other, _):
+        threads = [Thread(target=start, args=(url,)) for url in (one, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert path.read_bytes() == LIST
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_name_of_the_cache_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROGPT_CACHE", "")
+    usual = data.cache_folder()
+    monkeypatch.delenv("MICROGPT_CACHE")
+    assert usual == data.cache_folder() != Path()
 
 
 @pytest.fixture

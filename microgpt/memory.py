@@ -1,0 +1,114 @@
+"""How much memory a run or a file would take, held against what the machine has.
+
+The figures are estimates, made to tell what fits from what never will: measured, they are right to
+within a factor of two. Where nobody knows how much memory there is, nothing is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from microgpt.config import Config, config_from, flag
+from microgpt.errors import MicrogptError
+
+SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # what one can lower
+
+# Bytes, measured. The graph of a step of scalar stays until that of the next one stands.
+VALUE, TERM = 440, 48  # of such a graph: a Value, and each product that a dot() adds up
+SCALAR_PARAM = 200  # a parameter, its gradient and moments, and the list that it was drawn into
+DRAWN, BUFFERS = 8, 8  # of vectorized: what was drawn, and how many buffers hold every parameter
+SPARE = 1.4  # times the arrays of a step: what NumPy needs in between
+WALKERS = 1024  # as in vectorized.sample: how many documents it draws side by side
+DOCUMENT = 200  # a list of tokens
+LINE = 80  # a line of a text file, beside its characters
+COPIES = 3  # of a text file's characters, at most
+
+
+def check_memory(
+    config: Config, vocab_size: int, documents: Sequence[str], backend_name: str
+) -> None:
+    """Refuse a model, and a batch of these documents, that do not fit into this machine's memory.
+
+    The MicrogptError says how much they would take, and which option it is that asks for so much.
+    """
+
+    def bytes_of(config: Config) -> float:
+        return estimate(config, vocab_size, documents, backend_name)
+
+    needed, memory = bytes_of(config), machine_memory()
+    if needed > memory:
+        usual = config_from({}, "the default preset")
+        one_as_usual = {
+            name: bytes_of(replace(config, **{name: getattr(usual, name)})) for name in SIZES
+        }
+        name = min(SIZES, key=lambda name: one_as_usual[name])
+        raise MicrogptError(
+            f"{flag(name)} {getattr(config, name):,}: with the {backend_name} backend this would"
+            f" take about {_words(needed)} of memory, and this machine has {_words(memory)};"
+            f" lower {flag(name)}"
+        )
+
+
+def check_file(path: Path, lines: bool = False) -> None:
+    """Refuse a file that does not fit into this machine's memory; of text, in lines."""
+    size = path.stat().st_size
+    needed = float(size)
+    if lines:
+        with open(path, "rb") as file:
+            first = file.read(1 << 20)
+        needed = size * (COPIES + LINE * first.count(b"\n") / max(1, len(first)))
+    if needed > machine_memory():
+        raise MicrogptError(
+            f"{path}: to read it would take about {_words(needed)} of memory, and this machine has"
+            f" {_words(machine_memory())}"
+        )
+
+
+def machine_memory() -> float:
+    """The bytes of memory that this machine has; infinite where nobody knows."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not every name
+        return float("inf")
+
+
+def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_name: str) -> float:
+    """The bytes of parameters, gradients, moments and activations, and of what is drawn in the end.
+
+    A batch is taken to be as long as the documents are on average, but no shorter than the longest.
+    """
+    L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
+    scalar, num = backend_name == "scalar", config.num_samples
+    itemsize = 4 if config.dtype == "float32" else 8
+    param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
+    params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
+    sizes = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [1]
+    each = B / len(sizes)
+    batch = max(
+        _step(config, vocab_size, max(sizes), max(sizes) ** 2, scalar, itemsize),
+        _step(config, vocab_size, each * sum(sizes), each * sum(n * n for n in sizes), scalar,
+              itemsize),
+    )  # fmt: skip
+    walks = 0 if scalar else 8 * T * min(WALKERS, num * (T // 2 + 1))
+    return param * float(params) + batch + walks + DOCUMENT * (B + num)
+
+
+def _step(
+    config: Config, V: int, positions: float, squares: float, scalar: bool, itemsize: int
+) -> float:
+    """The bytes of a step over so many positions; squares: of each document's positions."""
+    L, C, H = config.n_layer, config.n_embd, config.n_head
+    if scalar:
+        values = positions * (25 * L * C + 5 * V) + squares * L * 3 * H
+        terms = positions * (12 * L * C * C + V * C) + squares * L * C
+        return VALUE * values + TERM * terms
+    numbers = positions * (15 * L * C + 12 * C + 2 * V) + squares * H * (L + 1)
+    return SPARE * itemsize * numbers
+
+
+def _words(size: float) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.0e} GB"
