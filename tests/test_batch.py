@@ -146,8 +146,23 @@ def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
     model = load("vectorized", CONFIGS[preset], TOKENIZERS[preset])
     rng = Random(1)
     docs = encoded(["".join(rng.choices("abc", k=rng.randint(1, 8))) for _ in range(300)], preset)
-    assert len(pieces(docs)) > 1
+    assert len(pieces(docs, CONFIGS[preset].n_embd)) > 1
     assert_same(measured(model, docs), mean_alone(model, docs))
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), n_embd=st.integers(1, 40))
+def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
+    docs = [[i] * (n + 1) for i, n in enumerate(lengths)]
+    with patch.multiple(vectorized.arrays, COLUMNS=60, PADDING=200):
+        cut = pieces(docs, n_embd)
+    assert sorted(doc for piece in cut for doc in piece) == docs
+    for piece in cut:
+        columns = len(piece) * max(len(doc) - 1 for doc in piece)
+        tokens = sum(len(doc) - 1 for doc in piece)
+        assert len(piece) == 1 or (columns <= 60 and columns - tokens <= 200 // n_embd)
+    if len(cut) > 1:  # no cut without need
+        columns, tokens = len(docs) * max(lengths), sum(lengths)
+        assert columns > 60 or columns - tokens > 200 // n_embd
 
 
 def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:

@@ -27,6 +27,7 @@ New = Callable[..., Array]  # shape -> array
 Taps = tuple[SimpleNamespace, SimpleNamespace]  # and their derivatives
 
 COLUMNS = 512  # of a piece of a batch
+PADDING = 2560  # numbers of padding that cost as much as a piece more
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
 ALIGNED = 16  # numbers: arrays begin where a line of the cache does
 
@@ -40,21 +41,27 @@ class Batch(NamedTuple):
     ragged: bool  # whether there is padding at all
 
 
-def pieces(docs: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+def pieces(docs: Sequence[Sequence[int]], n_embd: int) -> list[Sequence[Sequence[int]]]:
     """A batch in pieces of at most COLUMNS columns, in which the documents are alike in length.
 
-    What is computed for a piece stays in the cache while it is worked on, and hardly any of it is
-    padding. The loss of a batch is the sum over its pieces, and so is the gradient.
+    A piece more costs what so much padding does: where there would be more of it, there is a cut.
+    The loss of a batch is the sum over its pieces, and so is the gradient.
     """
-    if len(docs) == 1 or len(docs) * (max(map(len, docs)) - 1) <= COLUMNS:
+    padding = PADDING // n_embd  # columns
+    tokens, columns = sum(map(len, docs)) - len(docs), len(docs) * (max(map(len, docs)) - 1)
+    if (columns <= COLUMNS and columns - tokens <= padding) or len(docs) == 1:
         return [docs]
     ordered = sorted(docs, key=len)
     cut: list[Sequence[Sequence[int]]] = []
-    start = 0
-    for end in range(1, len(ordered) + 1):
-        if end == len(ordered) or (end + 1 - start) * (len(ordered[end]) - 1) > COLUMNS:
+    start = tokens = 0
+    for end, doc in enumerate(ordered):
+        T = len(doc) - 1
+        columns = (end + 1 - start) * T
+        tokens += T
+        if end > start and (columns > COLUMNS or columns - tokens > padding):
             cut.append(ordered[start:end])
-            start = end
+            start, tokens = end, T
+    cut.append(ordered[start:])
     return cut
 
 

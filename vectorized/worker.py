@@ -49,7 +49,7 @@ class Worker:
 
     def forward(self, docs: Docs, of: int) -> float:
         """The loss of these documents, times their share in a batch of so many."""
-        cut = [docs] if self.watch else pieces(docs)
+        cut = [docs] if self.watch else pieces(docs, self.config.n_embd)
         batches = [pad(piece, self.flat_grads.dtype, of) for piece in cut]
         self.work.clear()
         arrays = self.workspace.arrays([batch.tokens.shape for batch in batches])
@@ -132,7 +132,7 @@ def deal(docs: Docs, shares: int) -> list[Docs]:
     """As many shares of a batch, alike in what there is to do: dealt in order of length."""
     if shares == 1:
         return [docs]
-    ordered = sorted(docs, key=len)
+    ordered = sorted(docs, key=len, reverse=True)  # the first share begins first
     return [ordered[first::shares] for first in range(shares)]
 
 
