@@ -70,6 +70,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     except MicrogptError as error:
         print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print(
+            f"microgpt {options.command}: error: there is not enough memory; try a smaller model,"
+            " batch or block_size",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as interrupt:
         _say(f"microgpt {options.command}: interrupted", sys.stderr)
         return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,12 @@ WALKERS = 1024  # as in vectorized.sample: how many documents it draws side by s
 DOCUMENT = 200  # a list of tokens
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
+
+# where Linux says what a container may use, in the second and the first version of its groups
+CONTAINER = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def check_memory(
@@ -68,11 +75,14 @@ def check_file(path: Path, lines: bool = False) -> None:
 
 
 def machine_memory() -> float:
-    """The bytes of memory that this machine has; infinite where nobody knows."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not every name
-        return float("inf")
+    """The bytes of memory that this machine or container has; infinite where nobody knows."""
+    memory = float("inf")
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in CONTAINER:
+        with suppress(ValueError, OSError):  # "max", or no such file
+            memory = min(memory, float(limit.read_text()))
+    return memory
 
 
 def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_name: str) -> float:

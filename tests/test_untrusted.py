@@ -515,7 +515,33 @@ def test_a_checkpoint_that_asks_for_too_many_samples_is_refused(
     assert "error: --num-samples 100,000,000,000,000,000: with" in capsys.readouterr().err
 
 
+def test_a_container_may_use_less_than_the_machine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = memory.machine_memory()
+    limits = [tmp_path / "none", tmp_path / "unlimited", tmp_path / "limited"]
+    limits[1].write_text("max\n")
+    monkeypatch.setattr(memory, "CONTAINER", limits)
+    limits[2].write_text(f"{10**6}\n")
+    assert memory.machine_memory() == 1e6 < machine
+    limits[2].write_text("9223372036854771712\n")
+    assert memory.machine_memory() == machine
+
+
+def test_memory_that_runs_out_after_all_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("microgpt.train.init_params", drawn)
+    assert microgpt(["train", "--out", str(tmp_path / "run")]) == 2
+    assert "error: there is not enough memory; try a smaller" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTAINER", ())
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert memory.machine_memory() == float("inf")
     memory.check_memory(load_config(overrides={"n_embd": "100000"}), 27, ["emma"], "scalar")

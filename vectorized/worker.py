@@ -121,7 +121,7 @@ def serve(pipe: Connection, config: Config, shapes: Shapes, memory: Any, grads: 
     """What the other process does until nobody asks any more."""
     flat, flat_grads = (np.frombuffer(numbers, config.dtype) for numbers in (memory, grads))
     worker = Worker(config, shapes, flat, flat_grads)
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError, MemoryError):  # whoever asks will miss the answer
         while True:
             pipe.send(worker.forward(*pipe.recv()))
             worker.backward()
