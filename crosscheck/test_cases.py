@@ -46,6 +46,7 @@ def test_in_pieces(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "COLUMNS", columns)
+        patch.setattr(arrays, "KEEPABLE", 0)
         patch.setattr(arrays.Workspace, "SMALL", 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             few = min(3, choice.steps)

@@ -1,14 +1,15 @@
 """Speed, with the equality beside it: a wrong answer has no speed.
 
 All contestants train the same model on the same documents. Their steps are timed in turn, so that
-what disturbs the machine disturbs all alike. When the time is up, each computes one more gradient,
-which is held against that of scalar/ on the same parameters and documents. Where that would take
-scalar/ minutes, it gets as many tokens as it can do in seconds, and the gradient of the whole batch
-is held against that of vectorized/ in double precision, all of it at once.
+what disturbs the machine disturbs all alike. When the time is up, each takes one more step, which
+is held against that of scalar/ from the same state on the same documents. Where that would take
+scalar/ minutes, it gets as many tokens as it can do in seconds, and the step on the whole batch is
+held against that of vectorized/ in double precision, all of it at once.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import sys
@@ -18,7 +19,6 @@ from itertools import cycle, islice
 from random import Random
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from microgpt.init import init_params
 from microgpt.memory import check_memory
 from microgpt.tokenizer import build_tokenizer
 from microgpt.train import batch
+
+Step = tuple[float, Tensors, Tensors]  # the loss, the gradient, the change of the parameters
 
 ROUNDS = 15  # of which the median is taken
 ROUND_SECONDS = 0.05  # how long each contestant has in a round
@@ -94,7 +96,7 @@ def bench(
         if 1 < cores <= size:
             contestants.append(_enter("vectorized", replace(entry, cores=cores)))
         for opponent in against:
-            contestants += _opponents(opponent, replace(config, batch_size=size, dtype="float32"))
+            contestants += _opponents(opponent, entry)
     turns = [cycle(one.docs) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):
@@ -105,52 +107,89 @@ def bench(
         for docs in islice(turn, 2):
             one.step(docs)
         counts.append(max(1, int(ROUND_SECONDS * 2 / (perf_counter() - start))))
-    for _ in range(rounds):
-        for one, turn, count in zip(contestants, turns, counts):
-            start = perf_counter()
-            for docs in islice(turn, count):
-                one.step(docs)
-            one.seconds.append((perf_counter() - start) / count)
+    gc.collect()
+    gc.disable()  # as timeit does: whose garbage it finds is chance
+    try:
+        for _ in range(rounds):
+            for one, turn, count in zip(contestants, turns, counts):
+                start = perf_counter()
+                for docs in islice(turn, count):
+                    one.step(docs)
+                one.seconds.append((perf_counter() - start) / count)
+    finally:
+        gc.enable()
     for one, turn in zip(contestants, turns):
         one.difference = difference(one, next(turn))
     return contestants
 
 
 def difference(one: Contestant, docs: Docs) -> float:
-    """How far a contestant's next gradient is from the right one, as a share of its largest."""
+    """How far a contestant's next step is from the right one.
+
+    The largest of: the loss, as a share of itself; the gradient, of the largest number in it; and
+    the change of the parameters, of the largest, held against what Adam makes of that gradient.
+    """
     few = _few(docs, one)
-    apart = _apart(one, few, _scalar_gradient)
-    return apart if few == docs else max(apart, _apart(one, docs, _whole_gradient))
+    apart = _apart(one, few, _scalar_step)
+    return apart if few == docs else max(apart, _apart(one, docs, _whole_step))
 
 
-def _apart(one: Contestant, docs: Docs, gradient: Callable[..., dict[str, Any]]) -> float:
-    params = {name: np.array(x, "float64") for name, x in one.backend.state().params.items()}
-    one.backend.forward(docs)
+def _apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> float:
+    before = one.backend.state()
+    params, m, v = (
+        {name: np.array(x, "float64") for name, x in named.items()}
+        for named in (before.params, before.m, before.v)
+    )
+    state = State(params, m, v, before.updates)
+    loss = one.backend.forward(docs)
     one.backend.backward()
-    theirs = {name: np.array(tensor) for name, tensor in one.backend.grads().items()}
-    ours = gradient(params, docs, replace(one.config, dtype="float64", cores=1))
+    grads = {name: np.array(tensor, "float64") for name, tensor in one.backend.grads().items()}
+    one.backend.update(LEARNING_RATE)
+    after = one.backend.state().params
+    change = {name: np.asarray(after[name]) - params[name] for name in after}
+    right_loss, right_grads, right_change = right(
+        replace(one.config, dtype="float64", cores=1), state, docs, grads
+    )
+    return max(
+        abs(loss - right_loss) / right_loss,
+        _farthest(grads, right_grads),
+        _farthest(change, right_change),
+    )
+
+
+def _farthest(theirs: Tensors, ours: Tensors) -> float:
     largest = max(float(np.abs(tensor).max()) for tensor in ours.values())
     apart = max(float(np.abs(theirs[name] - ours[name]).max()) for name in ours)
     return apart / largest if np.isfinite(apart) else float("inf")
 
 
-def _scalar_gradient(params: Tensors, docs: Docs, config: Config) -> dict[str, Any]:
-    scalar = load_backend("scalar", config, fresh_state(params))
-    grads = {name: np.zeros_like(tensor) for name, tensor in params.items()}
+def _scalar_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
+    """The loss and the gradient, and how the parameters change by an update with `grads`."""
+    scalar = load_backend("scalar", config, state)
+    loss, sums = 0.0, {name: np.zeros_like(tensor) for name, tensor in state.params.items()}
     for start in range(0, len(docs), CHUNK):
         part = docs[start : start + CHUNK]
-        scalar.forward(part)
+        loss += scalar.forward(part) * (len(part) / len(docs))
         scalar.backward()
         for name, tensor in scalar.grads().items():
-            grads[name] += np.asarray(tensor) * (len(part) / len(docs))
-    return grads
+            sums[name] += np.asarray(tensor) * (len(part) / len(docs))
+    return loss, sums, _change(scalar, state, grads)
 
 
-def _whole_gradient(params: Tensors, docs: Docs, config: Config) -> dict[str, Any]:
-    vectorized = load_backend("vectorized", config, fresh_state(params), watch=True)
-    vectorized.forward(docs)
+def _whole_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
+    """The same by vectorized/, all of the batch at once."""
+    vectorized = load_backend("vectorized", config, state, watch=True)
+    loss = vectorized.forward(docs)
     vectorized.backward()
-    return {name: np.array(tensor) for name, tensor in vectorized.grads().items()}
+    found = {name: np.array(tensor) for name, tensor in vectorized.grads().items()}
+    return loss, found, _change(vectorized, state, grads)
+
+
+def _change(backend: Backend, state: State, grads: Tensors) -> Tensors:
+    backend.set_grads(grads)
+    backend.update(LEARNING_RATE)
+    after = backend.state().params
+    return {name: np.asarray(after[name]) - state.params[name] for name in after}
 
 
 def _few(docs: Docs, one: Contestant) -> Docs:
@@ -186,6 +225,7 @@ def table(contestants: Sequence[Contestant]) -> str:
 
 def machine() -> dict[str, str]:
     """Where it was measured."""
+    torch = sys.modules.get("torch")  # if it took part
     return {
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
@@ -193,6 +233,11 @@ def machine() -> dict[str, str]:
         "blas": _blas(),
         "numpy": np.__version__,
         "python": platform.python_version(),
+        **(
+            {"torch": f"{torch.__version__} with {torch.get_num_threads()} threads"}
+            if torch
+            else {}
+        ),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -10,12 +10,21 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from microgpt import __version__
-from microgpt.config import DEFAULT_PRESET, FIELDS, flag, load_config, presets, typed_flag
+from microgpt.config import (
+    DEFAULT_PRESET,
+    FIELDS,
+    Config,
+    flag,
+    load_config,
+    presets,
+    typed_flag,
+)
 from microgpt.errors import MicrogptError
 
 if TYPE_CHECKING:
@@ -165,7 +174,7 @@ def sample(options: argparse.Namespace) -> int:
         num = typed_flag("num_samples", options.num, "--num")
     check_memory(replace(config, num_samples=num), tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
-    backend = load_backend(options.backend, config, held.state)
+    backend = load_backend(options.backend, _reading(config, options.backend), held.state)
     for ids in backend.sample(tokenizer, rng, num, temperature, prompt):
         print(tokenizer.decode(ids))
     return 0
@@ -180,12 +189,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from microgpt.evaluate import check_evaluation, evaluation
 
     held = load_checkpoint(options.checkpoint)
-    dataset = options.dataset or held.config.dataset
+    config = held.config
+    dataset = options.dataset or config.dataset
     documents = load_documents(dataset)
-    check_evaluation(options.backend, documents, held.tokenizer, held.config)
-    backend = load_backend(options.backend, held.config, held.state)
+    check_evaluation(options.backend, documents, held.tokenizer, config)
+    backend = load_backend(options.backend, _reading(config, options.backend), held.state)
     try:
-        result = evaluation(backend, documents, held.tokenizer, held.config)
+        result = evaluation(backend, documents, held.tokenizer, config)
     except ArithmeticError as error:
         raise MicrogptError(
             f"{dataset}: {error}; the model gives one of its characters no chance at all"
@@ -210,6 +220,8 @@ def bench(options: argparse.Namespace) -> int:
     config = load_config(options.config or DEFAULT_PRESET)
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or BATCH_SIZES]
     cores = typed_flag("cores", options.cores) if options.cores else min(2, os.cpu_count() or 1)
+    if options.cores and cores > max(sizes):
+        raise MicrogptError(f"--cores {cores}: no batch has a document for each of them")
     contestants = timing.bench(config, sizes, options.against, cores)
     if options.json:
         print(json.dumps(timing.as_json(contestants), indent=1))
@@ -217,8 +229,8 @@ def bench(options: argparse.Namespace) -> int:
         print(timing.table(contestants))
         print(", ".join(f"{name}: {value}" for name, value in timing.machine().items()))
         print(
-            "medians of steps taken in turn; apart: the largest difference from scalar's gradient"
-            "\non the same parameters and documents, as a share of the largest gradient"
+            "medians of steps taken in turn; apart: the largest difference of loss, gradient and"
+            "\nupdate from those of scalar on the same documents, as a share of the largest number"
         )
         if contestants[0].name != "scalar":
             print(
@@ -246,6 +258,12 @@ def _resumed(options: argparse.Namespace) -> Run:
         raise MicrogptError("--resume: which run? Name its directory with --out DIR")
     fields = {name: typed_flag(name, text) for name, text in _overrides(options).items()}
     return resumed_run(options.out, options.backend, fields)
+
+
+def _reading(config: Config, backend_name: str) -> Config:
+    """A trained model asks for no more cores, and scalar reads single precision in double."""
+    dtype = "float64" if backend_name == "scalar" else config.dtype
+    return replace(config, cores=1, dtype=dtype)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:

@@ -60,7 +60,7 @@ class Config:
     steps: int = _field("optimizer steps", least=1)
     batch_size: int = _field("documents per step", least=1)
     learning_rate: float = _field("the highest of the schedule", above=0)
-    schedule: str = _field("how it falls to 0", choices=("linear", "cosine", "constant"))
+    schedule: str = _field("how it falls", choices=("linear", "cosine", "constant"))
     warmup_steps: int = _field("steps in which it rises first", least=0)
     weight_decay: float = _field("share of a weight lost per step, times the rate", least=0)
     grad_clip: float = _field("longest gradient, as one vector; 0 is any", least=0)
@@ -74,7 +74,7 @@ class Config:
     # how it runs
     cores: int = _field("processes that share a batch", least=1)
     max_seconds: float = _field("stop training after so many; 0: never", least=0)
-    checkpoint_every: int = _field("steps between checkpoints; 0: only at the end", least=0)
+    checkpoint_every: int = _field("steps between checkpoints; 0: at the end", least=0)
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
     temperature: float = _field("divides the logits before sampling", above=0)

@@ -5,6 +5,10 @@ class MicrogptError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
 
+class LostHelpError(MicrogptError):
+    """A process that helped has gone; the model is as the last update left it."""
+
+
 def shortened(value: object, longest: int = 60) -> str:
     """A value as it is quoted in one line."""
     if isinstance(value, str):

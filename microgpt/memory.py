@@ -24,6 +24,7 @@ DRAWN, BUFFERS = 8, 8  # of vectorized: what was drawn, and how many buffers hol
 SPARE = 1.4  # times the arrays of a step: what NumPy needs in between
 WALKERS = 1024  # as in vectorized.sample: how many documents it draws side by side
 DOCUMENT = 200  # a list of tokens
+PROCESS = 35e6  # one more of those that share a batch
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
 
@@ -103,7 +104,8 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
               itemsize),
     )  # fmt: skip
     walks = 0 if scalar else 8 * T * min(WALKERS, num * (T // 2 + 1))
-    return param * float(params) + batch + walks + DOCUMENT * (B + num)
+    others = (config.cores - 1) * (PROCESS + 2.0 * itemsize * params)
+    return param * float(params) + batch + walks + DOCUMENT * (B + num) + others
 
 
 def _step(

@@ -45,12 +45,14 @@ class TorchBackend:
             eps=config.adam_eps,
             fused=True,
         )
+        self.updates = state.updates
         self.compiled = compiled
         self.loss_of = torch.compile(self._loss, dynamic=False) if compiled else self._loss
 
     def forward(self, docs: Docs) -> float:
-        # one length for all batches, so that one compilation serves them
-        T = self.config.block_size if self.compiled else max(map(len, docs)) - 1
+        T = max(map(len, docs)) - 1
+        if self.compiled:  # for every shape anew, so let there be few
+            T = -(-T // 4) * 4
         ids = self.torch.tensor([[*doc, *[0] * (T + 1 - len(doc))] for doc in docs])
         weights = [
             [1 / (len(docs) * (len(doc) - 1))] * (len(doc) - 1) + [0.0] * (T + 1 - len(doc))
@@ -68,13 +70,19 @@ class TorchBackend:
         for group in self.adam.param_groups:
             group["lr"] = lr_t
         self.adam.step()
+        self.updates += 1
 
     def grads(self) -> dict[str, Any]:
         return {name: p.grad.numpy() for name, p in self.params.items()}
 
     def state(self) -> State:
         params = {name: p.detach().numpy() for name, p in self.params.items()}
-        return State(params, {}, {}, 0)
+        moments = {name: self.adam.state.get(p, {}) for name, p in self.params.items()}
+        m, v = (
+            {name: moment.get(key, np.zeros_like(params[name])) for name, moment in moments.items()}
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        return State(params, m, v, self.updates)
 
     def _loss(self, p: Mapping[str, Any], tokens: Any, targets: Any, weights: Any) -> Any:
         config, functional = self.config, self.torch.nn.functional

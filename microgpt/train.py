@@ -24,7 +24,7 @@ from microgpt.checkpoint import (
 )
 from microgpt.config import Config, checked
 from microgpt.data import load_documents, located
-from microgpt.errors import MicrogptError
+from microgpt.errors import LostHelpError, MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.memory import check_memory
@@ -95,14 +95,19 @@ class Run:
 
     def _steps(self, progress: Progress, metrics: Metrics, received: list[int]) -> None:
         every = self.config.checkpoint_every
-        time_left = self.config.max_seconds or math.inf
-        while self.step < self.config.steps and time_left > 0 and not received:
+        deadline = perf_counter() + (self.config.max_seconds or math.inf)
+        while self.step < self.config.steps and not received:
             start = perf_counter()
+            if start >= deadline:
+                break
             lr_t = learning_rate(self.step, self.config)
-            loss = self._step(lr_t)
+            try:
+                loss = self._step(lr_t)
+            except LostHelpError:
+                self._save(metrics)
+                raise
             self.step += 1
             seconds = perf_counter() - start
-            time_left -= seconds
             metrics.write(self.step, loss, lr_t, seconds)
             if every and self.step % every == 0:
                 self._save(metrics)

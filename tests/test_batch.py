@@ -133,7 +133,7 @@ def test_batches_that_are_computed_in_pieces_are_the_batches(
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
-        patch.object(vectorized.arrays, "COLUMNS", columns),
+        patch.multiple(vectorized.arrays, COLUMNS=columns, KEEPABLE=99 - small),
         patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]

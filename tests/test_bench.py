@@ -61,6 +61,20 @@ def test_whoever_skips_work_is_wrong(config: Config, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("skipped", ["loss", "update"])
+def test_whoever_skips_the_loss_or_the_update_is_wrong(
+    config: Config, monkeypatch: pytest.MonkeyPatch, skipped: str
+) -> None:
+    forward = Backend.forward
+    if skipped == "update":
+        monkeypatch.setattr(Backend, "update", lambda self, lr_t: None)
+    else:
+        monkeypatch.setattr(Backend, "forward", lambda self, docs: 0.99 * forward(self, docs))
+    contestants = bench.bench(config, [3], rounds=1)
+    assert [one.right for one in contestants] == [True, False, False]
+
+
+@pytest.mark.usefixtures("quick")
 def test_whoever_does_not_wait_for_the_others_is_wrong(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,11 +93,16 @@ def test_what_scalar_would_take_minutes_for_is_held_to_it_on_a_few_tokens(
     assert all(one.right for one in contestants)
 
     few, whole = [], []
-    monkeypatch.setattr(bench, "_scalar_gradient", lambda p, docs, c: few.append(docs) or p)
-    monkeypatch.setattr(bench, "_whole_gradient", lambda p, docs, c: whole.append(docs) or p)
-    assert not any(one.right for one in bench.bench(config, [3], rounds=1))
+    scalar_step, whole_step = bench._scalar_step, bench._whole_step
+    monkeypatch.setattr(
+        bench, "_scalar_step", lambda c, s, docs, g: few.append(docs) or scalar_step(c, s, docs, g)
+    )
+    monkeypatch.setattr(
+        bench, "_whole_step", lambda c, s, docs, g: whole.append(docs) or whole_step(c, s, docs, g)
+    )
+    bench.bench(config, [3], rounds=1)
     assert all(sum(len(doc) - 1 for doc in docs) <= 8 for docs in few)
-    assert all(len(docs) == 3 for docs in whole)
+    assert [len(docs) for docs in whole] == [3, 3]
 
 
 @pytest.mark.usefixtures("quick")
@@ -102,5 +121,6 @@ def test_the_command_reports_for_other_programs(
     assert {one["cores"] for one in report["results"]} == {1, 2}
     assert main(["bench", "--batch-size", "0"]) == 2
     assert main(["bench", "--cores", "0"]) == 2
+    assert main(["bench", "--cores", "3", "--batch-size", "2"]) == 2
     assert main(["bench", "--against", "abacus", "--batch-size", "1"]) == 2
     assert "abacus" in capsys.readouterr().err

@@ -427,3 +427,23 @@ def test_nothing_that_is_looked_at_between_forward_and_backward_changes_the_grad
     backend.backward()
     for name, grad in backend.grads().items():
         np.testing.assert_array_equal(grad, undisturbed[name])
+
+
+def test_the_pieces_of_a_batch_share_the_place_of_their_derivatives() -> None:
+    workspace = Workspace(small_config(), 4, np.dtype("float64"), watch=False)
+    workspace.arrays([(300, 4)])
+    one = workspace.wanted
+    pairs = workspace.arrays([(300, 4)] * 3)
+    taps = 2 * workspace._lay_out([(300, 4)] * 2)[0][0].emb.size  # at least, for two more pieces
+    assert one + taps < workspace.wanted < 3 * one
+    assert len({dtap.logits.ctypes.data for _, dtap in pairs}) == 1
+    assert len({tap.logits.ctypes.data for tap, _ in pairs}) == 3
+
+
+def test_a_batch_lies_where_the_one_before_it_lay() -> None:
+    workspace = Workspace(small_config(), 4, np.dtype("float64"), watch=False)
+    ((before, _),) = workspace.arrays([(300, 4)])
+    block = workspace.block
+    ((after, _),) = workspace.arrays([(290, 4)])
+    assert workspace.block is block
+    assert np.shares_memory(before.emb, after.emb)

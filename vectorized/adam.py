@@ -1,6 +1,6 @@
 """Adam in arrays: all parameters at once, in the one buffer that holds them.
 
-Same as scalar:         the rule, and the names in it.
+Same as scalar:         the rule.
 Different from scalar:  one parameter after another -> one buffer; the bias corrections are applied
                         to the learning rate and to eps.
 """
@@ -34,7 +34,7 @@ def adam(
     m, v       running means of the gradient and of its square, (P,) as params and grads
     step       how many updates came before this one
     lr_t       this step's learning rate
-    scratch    (P,), for what is computed in between: no step asks for new memory
+    scratch    (P,), for what is computed in between
 
     The corrections m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t), t = step + 1, are
     applied to the two numbers lr_t and eps, which spares two passes over the parameters:

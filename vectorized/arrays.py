@@ -24,7 +24,7 @@ from microgpt.layout import grow, tree
 
 Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
-Taps = tuple[SimpleNamespace, SimpleNamespace]  # and their derivatives
+TapsAndDerivatives = tuple[SimpleNamespace, SimpleNamespace]
 
 COLUMNS = 512  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
@@ -97,16 +97,14 @@ def activations(
 
     Unless somebody watches, a softmax overwrites its logits, which nothing else reads.
 
-    scale, probs        what the backward pass needs besides
-    causal_mask         0 where position t may look at position u, else -inf: (T, B H T)
-    one_hot_positions   1 where a column has that position, else 0: (T, N)
-
+    scale, probs   what the backward pass needs besides
+    causal_mask    0 where position t may look at position u, else -inf: (U, B H T), or one row
+                   for all where a single position looks at those before it
     U    positions looked at: the T of the batch, and while sampling those before them
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = tree(config.n_layer)
     tap.emb = new(C, N)
-    tap.one_hot_positions = side_by_side(np.eye, T, B, tap.emb.dtype)
     if config.norm_embedding:
         tap.emb_norm, tap.emb_scale = new(C, N), new(N)
     mask = side_by_side(causal_mask, T, B * H, tap.emb.dtype)
@@ -132,6 +130,8 @@ def activations(
 def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -> SimpleNamespace:
     """Everything that the backward pass fills, in that order: the derivatives of the taps.
 
+    one_hot_positions    1 where a column has that position, else 0: (T, N)
+
     Unless somebody watches, what has been used is overwritten: the layers share their arrays,
     and the residual stream has a single derivative that each block adds to.
     """
@@ -155,26 +155,28 @@ def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -
         layer.qkv = new(3 * C, N)
         layer.attn_norm = new(C, N)
         _add_views(layer, B, H)
-    dtap.emb = dtap.emb_norm = new(C, N) if watch else stream
+    dtap.emb_norm = new(C, N) if watch else stream
+    dtap.one_hot_positions = side_by_side(np.eye, T, B, stream.dtype)
     return dtap
 
 
 def _add_views(layer: SimpleNamespace, B: int, H: int) -> None:
     """What attention works on: the arrays of a layer, document by document and head by head.
 
-    q, k, v          (B, H, D, T)   rows of qkv: the channels of a head lie together
-    scores, weights  (B, H, U, T)   of attn_logits, attn_weights
-    out              (B, H, D, T)   of attn_out
+    q, k, v       (B, H, D, T)   rows of qkv: the channels of a head lie together
+    scores        (B, H, U, T)   of attn_logits
+    head_weights  (B, H, U, T)   of attn_weights
+    head_out      (B, H, D, T)   of attn_out
     """
     N = layer.qkv.shape[-1]
     layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 3, 1, 2, 4)
     layer.scores = layer.attn_logits.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
-    layer.weights = layer.attn_weights.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
-    layer.out = layer.attn_out.reshape(H, -1, B, N // B).transpose(2, 0, 1, 3)
+    layer.head_weights = layer.attn_weights.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
+    layer.head_out = layer.attn_out.reshape(H, -1, B, N // B).transpose(2, 0, 1, 3)
 
 
 class Workspace:
-    """Where activations and their derivatives lie, so that no step has to ask for new memory.
+    """Where activations and their derivatives lie, and lie again in the next step.
 
     Small batches have arrays of their own, one set for each shape that comes again. Large ones, and
     those in pieces, lie in one block of memory, which is laid out anew for every batch: first the
@@ -186,11 +188,11 @@ class Workspace:
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
-        self.kept: dict[tuple[int, int], Taps] = {}
+        self.kept: dict[tuple[int, int], TapsAndDerivatives] = {}
         self.block = np.empty(0, dtype)
         self.used = self.wanted = 0
 
-    def arrays(self, sizes: Sequence[tuple[int, int]]) -> list[Taps]:
+    def arrays(self, sizes: Sequence[tuple[int, int]]) -> list[TapsAndDerivatives]:
         """The taps and their derivatives for each piece (B, T) of a batch."""
         if len(sizes) == 1 and math.prod(sizes[0]) <= self.SMALL:
             return [self._own(*sizes[0])]
@@ -206,14 +208,14 @@ class Workspace:
         """An array that belongs to whoever asks."""
         return np.empty(shape, self.block.dtype)
 
-    def _own(self, B: int, T: int) -> Taps:
+    def _own(self, B: int, T: int) -> TapsAndDerivatives:
         if (B, T) not in self.kept:
             if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
                 self.kept.clear()
             self.kept[B, T] = self._activations(B, T, self.new), self._derivatives(B, T, self.new)
         return self.kept[B, T]
 
-    def _lay_out(self, sizes: Sequence[tuple[int, int]]) -> list[Taps]:
+    def _lay_out(self, sizes: Sequence[tuple[int, int]]) -> list[TapsAndDerivatives]:
         self.used = self.wanted = 0
         taps = [self._activations(B, T, self._from_block) for B, T in sizes]
         after = self.used

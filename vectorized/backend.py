@@ -36,7 +36,8 @@ class Backend:
             flatten(tensors, dtype) for tensors in (state.params, state.m, state.v)
         )  # (P,)
         self.updates = state.updates
-        self.others: list[Remote] = []
+        self.others: list[Remote] = []  # who work beside this process
+        self.busy: list[Remote] = []  # those of them who have a share of the batch
         if config.cores > 1 and not watch:
             memory = shared(self.flat.nbytes)
             numbers = np.frombuffer(memory, dtype)
@@ -49,9 +50,11 @@ class Backend:
 
     def forward(self, docs: Docs) -> float:
         own, *shares = deal(docs, 1 + len(self.others))
-        self.busy = [other for other, share in zip(self.others, shares) if share]
-        for other, share in zip(self.busy, shares):
-            other.begin(share, of=len(docs))
+        self.busy = []
+        for other, share in zip(self.others, shares):
+            if share:
+                other.begin(share, of=len(docs))
+                self.busy.append(other)
         loss = self.worker.forward(own, of=len(docs))
         loss += sum(other.forward() for other in self.busy)
         if not math.isfinite(loss):
@@ -65,7 +68,7 @@ class Backend:
             self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
-        scratch = self.worker.flat_piece
+        scratch = self.worker.flat_piece  # free between two batches
         adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config, scratch)
         self.updates += 1
 

@@ -10,7 +10,7 @@ derivative of the loss with respect to y. At the end of a line: (its shape).
 B = documents, T = positions, N = B T columns, C = n_embd, H = n_head, D = C / H channels a head,
 F = 4 C, V = vocabulary, U = positions looked at: T, and while sampling those before them too.
 
-`out` is where a result goes, as everywhere in NumPy. The arrays of `tap` are allocated once
+`out` is where a result goes, as everywhere in NumPy. The arrays of `tap` are there beforehand
 (vectorized.arrays shows them all); what forward writes there, backward reads, and anyone may see.
 Two-dimensional products are a.dot(b): for small matrices half the cost of a @ b.
 """
@@ -115,7 +115,7 @@ def attention_forward(
     logits += tap.causal_mask
     softmax_forward(logits, tap.attn_weights)  # (U, B H T)
     # what it sees there, heads side by side
-    np.matmul(v, tap.weights, out=tap.out)  # (B, H, D, T), a view of attn_out
+    np.matmul(v, tap.head_weights, out=tap.head_out)  # (B, H, D, T), a view of attn_out
     # residual
     attn_res = linear_forward(tap.attn_out, w.attn_wo, tap.attn_res)  # (C, N)
     attn_res += x
@@ -143,8 +143,8 @@ def attention_backward(
     linear_backward(dattn_res, tap.attn_out, w.attn_wo, dw.attn_wo, dtap.attn_out)  # (C, N)
     # what it sees there, heads side by side
     # forward: out = v . weights
-    np.matmul(tap.v.swapaxes(2, 3), dtap.out, out=dtap.weights)  # (B, H, T, T)
-    np.matmul(dtap.out, tap.weights.swapaxes(2, 3), out=dtap.v)  # (B, H, D, T)
+    np.matmul(tap.v.swapaxes(2, 3), dtap.head_out, out=dtap.head_weights)  # (B, H, T, T)
+    np.matmul(dtap.head_out, tap.head_weights.swapaxes(2, 3), out=dtap.v)  # (B, H, D, T)
     # how much each head looks at each position up to this one
     # forward: weights = softmax(logits)
     softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, B H T)
@@ -242,7 +242,7 @@ def gpt_backward(
         before = dtap.layers[i - 1].mlp_res if i > 0 else dtap.emb_norm  # (C, N)
         dres = mlp_backward(dres, w, dw, config, tap_i, dtap_i, dtap_i.attn_res)  # (C, N)
         dres = attention_backward(dres, w, dw, config, tap_i, dtap_i, before)  # (C, N)
-    demb = dres
+    demb = dtap.emb = dres
     if config.norm_embedding:
         demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (C, N)
     # forward: emb = wte[token] + wpe[position]. As a product, wte[token] is wte^T . one_hot, so
@@ -254,7 +254,7 @@ def gpt_backward(
     else:
         one_hot.dot(demb.T, dparams.wte)  # (V, C)
     dparams.wpe[T:] = 0.0
-    tap.one_hot_positions.dot(demb.T, dparams.wpe[:T])  # (T, C), likewise
+    dtap.one_hot_positions.dot(demb.T, dparams.wpe[:T])  # (T, C), of wpe[position] too
 
 
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:

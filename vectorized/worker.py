@@ -24,7 +24,7 @@ import numpy as np
 
 from microgpt.backend import Docs
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import LostHelpError
 from vectorized.arrays import Array, Batch, Workspace, model_tree, pad, pieces
 from vectorized.model import loss_backward, loss_forward
 
@@ -79,6 +79,7 @@ class Remote:
         self.flat_grads = np.frombuffer(grads, config.dtype)  # (P,)
         self.pipe, theirs = context.Pipe()
         self.answers = 0  # that are still to come
+        self.started = False
         process = context.Process(
             target=serve, args=(theirs, config, shapes, memory, grads), daemon=True
         )
@@ -109,11 +110,15 @@ class Remote:
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise MicrogptError(
+            raise LostHelpError(
                 "--cores: a process that worked on a share of the batch has ended, for want of"
                 " memory or because somebody ended it; go on with fewer cores"
+                if self.started
+                else "cores: a process that was to share the batch has not started; a script that"
+                " asks for one needs `if __name__ == '__main__':`"
             ) from None
         self.answers -= 1
+        self.started = True
         return answer
 
 
@@ -129,10 +134,13 @@ def serve(pipe: Connection, config: Config, shapes: Shapes, memory: Any, grads: 
 
 
 def deal(docs: Docs, shares: int) -> list[Docs]:
-    """As many shares of a batch, alike in what there is to do: dealt in order of length."""
+    """As many shares of a batch, alike in what there is to do, the first no smaller than others.
+
+    Where there are fewer documents than shares, the last ones are empty.
+    """
     if shares == 1:
         return [docs]
-    ordered = sorted(docs, key=len, reverse=True)  # the first share begins first
+    ordered = sorted(docs, key=len, reverse=True)
     return [ordered[first::shares] for first in range(shares)]
 
 
