@@ -20,11 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microgpt.backend import Docs, State, fresh_state, load_backend
+from microgpt.checkpoint import load_checkpoint
+from microgpt.cli import main
 from microgpt.config import load_config
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.tokenizer import build_tokenizer
-from vectorized.worker import deal
+from vectorized.worker import Remote, deal
 
 CONFIG = replace(load_config(), n_embd=4, n_head=2, init_std=0.5, init_std_residual=0.5)
 TOKENIZER = build_tokenizer("abc", CONFIG)
@@ -161,3 +163,75 @@ def test_a_signal_to_all_ends_all(tmp_path: Path, number: signal.Signals) -> Non
     if number != signal.SIGKILL:
         assert "go on with" in out
         assert process.returncode in (130, 143)
+
+
+def test_what_was_learned_is_kept_when_a_process_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = Remote.begin
+    begun = []
+
+    def until_the_fourth(self: Remote, docs: Docs, of: int) -> None:
+        begun.append(docs)
+        if len(begun) == 4:
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        begin(self, docs, of)
+
+    monkeypatch.setattr(Remote, "begin", until_the_fourth)
+    out = tmp_path / "run"
+    command = ["train", "--out", str(out), "--cores", "2", "--batch-size", "4", "--steps", "9"]
+    assert main(command) == 2
+    assert "a process that worked on a share of the batch has ended" in capsys.readouterr().err
+    assert load_checkpoint(out).state.updates == 3
+    assert main(["train", "--resume", "--out", str(out), "--cores", "1"]) == 0
+
+
+def run_script(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that has all that this file has."""
+    root = Path(__file__).resolve().parent.parent
+    script = folder / "script.py"
+    script.write_text("\n".join(["from tests.test_cores import *", *lines, ""]))
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_program_ends_while_its_helpers_are_at_work(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        "if __name__ == '__main__':",
+        "    backend = load_backend('vectorized', replace(CONFIG, cores=3), fresh())",
+        "    backend.forward(DOCS * 1000)",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_script_that_would_start_itself_again_is_told(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        "backend = load_backend('vectorized', replace(CONFIG, cores=2), fresh())",
+        "backend.forward(DOCS)",
+    )
+    assert done.returncode == 1
+    assert "has not started; a script that asks for one needs `if __name__" in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["scalar", "vectorized"])
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_a_model_is_read_on_one_core_by_either_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, command: str
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("emma\nnoah\nal\n")
+    out = str(tmp_path / "run")
+    train = ["train", "--out", out, "--cores", "2", "--batch-size", "2", "--dtype", "float32"]
+    assert main([*train, "--steps", "2", "--num-samples", "1", "--dataset", str(words)]) == 0
+    monkeypatch.setattr(Remote, "__init__", None)  # nobody starts one
+    assert main([command, out, "--backend", backend]) == 0
