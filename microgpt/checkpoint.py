@@ -149,6 +149,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if checksum(tensors, metadata) != sha256:
         raise MicrogptError(f"{path}: damaged: what it holds is not what was written (SHA-256)")
     params, m, v = ({name: tensors[prefix + name] for name in shapes} for prefix in MOMENTS)
+    if any((mean_square < 0).any() for mean_square in v.values()):
+        raise MicrogptError(f"{path}: damaged: Adam's mean of squares is negative")
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
 

@@ -25,11 +25,14 @@ from microgpt.config import (
     presets,
     typed_flag,
 )
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, printable
 
 if TYPE_CHECKING:
+    from microgpt.backend import Backend
+    from microgpt.tokenizer import Tokenizer
     from microgpt.train import Run
 
+PORTION = 1000  # samples drawn before the first of them is printed
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 SIGNALLED = 128  # and the signal's number, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -98,7 +101,8 @@ def train(options: argparse.Namespace) -> int:
 
     with at_once(), _resumed(options) if options.resume else _new(options) as run:
         if run.lock.left_by:
-            print(f"the run before ({run.lock.left_by}) was cut short; its lock is void")
+            left_by = _one_line(run.lock.left_by)
+            print(f"the run before ({left_by}) was cut short; its lock is void")
         try:
             return _train(run)
         except KeyboardInterrupt:
@@ -129,11 +133,11 @@ def _train(run: Run) -> int:
         print(report.ending(progress, tokenizer.vocab_size))
     if run.held_out:
         print(_loss_of_held_out(run))
-    documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
+    documents = _drawn(run.backend, tokenizer, run.rng, config.num_samples, config.temperature, [])
     samples = [tokenizer.decode(ids) for ids in documents]
     write_samples(run.out, samples)
     for i, sample in enumerate(samples, 1):
-        print(f"sample {i:2}: {sample}")
+        print(f"sample {i:2}: {printable(sample)}")
     print(f"everything is in {run.out}")
     return 0
 
@@ -151,8 +155,6 @@ def _loss_of_held_out(run: Run) -> str:
 
 def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line."""
-    from dataclasses import replace
-
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.memory import check_memory
@@ -172,12 +174,31 @@ def sample(options: argparse.Namespace) -> int:
     num = config.num_samples
     if options.num is not None:
         num = typed_flag("num_samples", options.num, "--num")
-    check_memory(replace(config, num_samples=num), tokenizer.vocab_size, [], options.backend)
+    config = replace(_reading(config, options.backend), num_samples=min(num, PORTION))
+    check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
-    backend = load_backend(options.backend, _reading(config, options.backend), held.state)
-    for ids in backend.sample(tokenizer, rng, num, temperature, prompt):
-        print(tokenizer.decode(ids))
+    backend = load_backend(options.backend, config, held.state)
+    for left in range(num, 0, -PORTION):  # what is drawn can be read at once
+        for ids in _drawn(backend, tokenizer, rng, min(left, PORTION), temperature, prompt):
+            print(printable(tokenizer.decode(ids)))
     return 0
+
+
+def _drawn(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    rng: Random,
+    num: int,
+    temperature: float,
+    prompt: Sequence[int],
+) -> list[list[int]]:
+    import numpy as np
+
+    with np.errstate(all="ignore"):  # what overflows is not finite in the end
+        logits = np.asarray(backend.read([tokenizer.bos]))
+        if not np.isfinite(logits).all():
+            raise MicrogptError("the model's numbers are too large to draw from")
+        return backend.sample(tokenizer, rng, num, temperature, prompt)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -261,9 +282,9 @@ def _resumed(options: argparse.Namespace) -> Run:
 
 
 def _reading(config: Config, backend_name: str) -> Config:
-    """A trained model asks for no more cores, and scalar reads single precision in double."""
+    """What sampling and evaluating take: one core, no batch, and float64 where it is scalar's."""
     dtype = "float64" if backend_name == "scalar" else config.dtype
-    return replace(config, cores=1, dtype=dtype)
+    return replace(config, cores=1, dtype=dtype, batch_size=1)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -271,8 +292,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _one_line(message: object) -> str:
-    """Whatever a path or a server's answer may contain."""
-    return " ".join(str(message).splitlines())
+    """Whatever a path, a file or a server's answer may contain."""
+    return printable(" ".join(str(message).splitlines()))
 
 
 class _Parser(argparse.ArgumentParser):

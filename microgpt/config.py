@@ -72,7 +72,7 @@ class Config:
     held_out: int = _field("documents kept from training, to measure with", least=0)
     dataset: str = _field("names, makemore, or a text file with one document per line")
     # how it runs
-    cores: int = _field("processes that share a batch", least=1)
+    cores: int = _field("processes that share a batch", least=1, most=256)
     max_seconds: float = _field("stop training after so many; 0: never", least=0)
     checkpoint_every: int = _field("steps between checkpoints; 0: at the end", least=0)
     # sampling

@@ -160,12 +160,19 @@ def cache_folder() -> Path:
     """Where downloads are kept: MICROGPT_CACHE, or the system's folder for such things."""
     if os.environ.get("MICROGPT_CACHE"):
         return Path(os.environ["MICROGPT_CACHE"])
-    home = Path.home()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "microgpt"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user of whom the system knows nothing
+        raise MicrogptError(
+            "there is no home directory to keep downloads in; name a folder with MICROGPT_CACHE"
+        ) from None
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "microgpt"
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / "microgpt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "microgpt"
+    return home / ".cache" / "microgpt"
 
 
 def write_whole(path: Path, content: bytes) -> None:

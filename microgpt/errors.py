@@ -1,5 +1,7 @@
 """The errors that are written for the person who meets them."""
 
+import re
+
 
 class MicrogptError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
@@ -7,6 +9,11 @@ class MicrogptError(Exception):
 
 class LostHelpError(MicrogptError):
     """A process that helped has gone; the model is as the last update left it."""
+
+
+def printable(text: str) -> str:
+    """A text that came from outside, without what a terminal would take for a command."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], text)
 
 
 def shortened(value: object, longest: int = 60) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from microgpt.backend import Backend, Docs
+from microgpt.backend import Backend
 from microgpt.config import Config
 from microgpt.memory import check_memory
 from microgpt.tokenizer import Tokenizer
@@ -30,14 +31,18 @@ def evaluation(
 
     Raises MicrogptError naming the first character that the model never saw.
     """
-    encoded = [tokenizer.document(document, config.max_tokens) for document in documents]
-    encoded.sort(key=len)  # alike in length, they need no padding
-    doc_losses: list[float] = []
-    by_position: list[list[float]] = []
-    for batch in _batches(encoded):
-        for losses in backend.position_losses(batch):
+    kept = config.max_tokens - 1  # characters of a document
+    known = set(tokenizer.ids)
+    for document in documents:  # before hours are spent on the others
+        if not known.issuperset(document[:kept]):
+            tokenizer.encode(document[:kept])
+    doc_losses = array("d")
+    by_position: list[array[float]] = []
+    for batch in _batches(sorted(documents, key=len), kept):
+        encoded = [tokenizer.document(document, config.max_tokens) for document in batch]
+        for losses in backend.position_losses(encoded):
             doc_losses.append(math.fsum(losses) / len(losses))
-            by_position += [[] for _ in range(len(losses) - len(by_position))]
+            by_position += [array("d") for _ in range(len(losses) - len(by_position))]
             for position, loss in enumerate(losses):
                 by_position[position].append(loss)
     return Evaluation(
@@ -55,11 +60,15 @@ def check_evaluation(
     check_memory(config, tokenizer.vocab_size, documents, backend_name)
 
 
-def _batches(docs: Docs) -> Iterator[Docs]:
+def _batches(ordered: Sequence[str], kept: int) -> Iterator[Sequence[str]]:
     """Documents in the order of their length, as many at a time as there is room for."""
     start = 0
-    for end in range(1, len(docs) + 1):
+    for end in range(1, len(ordered) + 1):
         more = end + 1 - start
-        if end == len(docs) or more > BATCH or more * (len(docs[end]) - 1) > COLUMNS:
-            yield docs[start:end]
+        if (
+            end == len(ordered)
+            or more > BATCH
+            or more * (min(len(ordered[end]), kept) + 1) > COLUMNS
+        ):
+            yield ordered[start:end]
             start = end

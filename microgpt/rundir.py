@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import stat
 import sys
 import weakref
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from microgpt.errors import MicrogptError
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
 RUN_FILES = (CONFIG, METRICS, FILE_NAME, SAMPLES)
 LOCK = "run.lock"
+LONGEST, MARGIN = 200, 100_000_000  # bytes of a line, and of those that a killed run had got ahead
 
 if sys.platform == "win32":
     import msvcrt
@@ -67,6 +69,7 @@ class RunLock:
         path = out / LOCK
         with writing(path):
             fd = _open_locked(path)
+        self.fd, self.path = fd, path
         self.release = weakref.finalize(self, _unlock, fd, path)
         with writing(path), released_on_error(self):
             self.left_by = os.read(fd, 1000).decode(errors="replace").strip()
@@ -74,10 +77,37 @@ class RunLock:
             os.ftruncate(fd, 0)
             os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode())
 
+    @property
+    def stands(self) -> bool:
+        """Whether the directory is still where it was, and still this run's."""
+        return _is_at(self.fd, self.path)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    return False
+
+
+def _open_own(path: Path) -> int:
+    """Open a file that is nothing but that: whoever sends us a directory may have put a link in."""
+    no_detours = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | no_detours, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
+            raise
+    else:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+            return fd
+        os.close(fd)
+    raise MicrogptError(f"{path}: not a file of its own, as runs make them; remove it")
+
 
 def _open_locked(path: Path) -> int:
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = _open_own(path)
         try:
             _lock(fd)
         except OSError as error:
@@ -88,15 +118,15 @@ def _open_locked(path: Path) -> int:
                     f"{path.parent}: another run is at work there ({holder}); wait for its end,"
                     " or choose another directory with --out DIR"
                 ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
+        if _is_at(fd, path):
+            return fd
         os.close(fd)  # the run before removed it in the meantime
 
 
 def _unlock(fd: int, path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+    if _is_at(fd, path):  # in a directory that was moved, it is another run's
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     os.close(fd)
     if sys.platform == "win32":  # where no open file can be removed
         with contextlib.suppress(OSError):
@@ -204,7 +234,12 @@ def metrics_until(out: Path, updates: int) -> bytes:
     """
     path = out / METRICS
     try:
-        lines = path.read_bytes().split(b"\n") if updates and os.path.lexists(path) else []
+        if not updates or not os.path.lexists(path):
+            lines = []
+        elif not os.path.isfile(path) or path.stat().st_size > LONGEST * updates + MARGIN:
+            raise MicrogptError(f"{path}: not the metrics of {updates:,} steps; delete it to go on")
+        else:
+            lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
     first = (_step(lines[0]) or 1) if lines else updates + 1
@@ -220,9 +255,10 @@ def metrics_until(out: Path, updates: int) -> bytes:
 
 def _step(line: bytes) -> int | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return step if type(step) is int else None
 
 
 def write_metrics(out: Path, lines: bytes) -> None:

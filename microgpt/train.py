@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -45,8 +46,10 @@ from microgpt.rundir import (
 from microgpt.signals import between_steps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
-# what --resume may change: nothing that the model or the order of the data depends on
+# what --resume may change: nothing that the model or the order of the data depends on (where the
+# data set lies may change, what is in it may not)
 RESUMABLE = (
+    "dataset",
     "steps",
     "learning_rate",
     "cores",
@@ -162,14 +165,14 @@ class Run:
         )
 
     def _what_is_left(self) -> str:
-        if self.step == 0 or not (self.out / FILE_NAME).is_file():
+        if self.step == 0 or not self.lock.stands or not (self.out / FILE_NAME).is_file():
             return ""
         return f"; the checkpoint of step {self.saved} is kept: {self.how_to_resume}"
 
     @property
     def how_to_resume(self) -> str:
         """What to type to go on from the last checkpoint."""
-        return f"go on with: microgpt train --resume --out {self.out}"
+        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}"
 
     @property
     def out(self) -> Path:
@@ -252,13 +255,14 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
             raise MicrogptError(
                 f"{out}: has had all of its {updates} steps; to train on, ask for more with --steps"
             )
-        documents = load_documents(config.dataset)
+        documents = _documents(config, out)
         Random(config.seed).shuffle(documents)
         if digest(documents) != held.documents:
             raise MicrogptError(
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
             )
+        _check_held_out(config, documents)
         check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
         backend = load_backend(backend_name, config, held.state)
         lines = metrics_until(out, updates)
@@ -267,15 +271,26 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
     return run
 
 
+def _documents(config: Config, out: Path) -> list[str]:
+    try:
+        return load_documents(config.dataset)
+    except MicrogptError as error:
+        raise MicrogptError(
+            f"the run in {out} began with another place for its data; say where it is now with"
+            f" --dataset ({error})"
+        ) from None
+
+
 def _changed(config: Config, overrides: dict[str, object]) -> Config:
     for name, value in overrides.items():
-        value = located(str(value)) if name == "dataset" else value
         if name not in RESUMABLE and value != getattr(config, name):
             raise MicrogptError(
                 f"--resume: {name} is part of what was trained and cannot change on the way;"
                 f" what can is {', '.join(RESUMABLE)}"
             )
     changes = {name: value for name, value in overrides.items() if name in RESUMABLE}
+    if "dataset" in changes:
+        changes["dataset"] = located(str(changes["dataset"]))
     return checked({**dataclasses.asdict(config), **changes})
 
 

@@ -167,6 +167,7 @@ def subjects(folder: Path) -> list[Subject]:
     config = load_config(overrides={"n_embd": "4", "n_head": "2", "block_size": "5"})
     tokenizer, rng = build_tokenizer("abc", config), Random(5)
     params, m, v = (init_params(config, tokenizer.vocab_size, rng) for _ in range(3))
+    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
     saved = Checkpoint(config, tokenizer, State(params, m, v, 3), rng, "0" * 64)
     checkpoint, whole = folder / "checkpoint", folder / "whole"
     save_checkpoint(checkpoint, saved)

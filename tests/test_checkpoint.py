@@ -81,6 +81,7 @@ def fresh(tiny_config: Config) -> Checkpoint:
     tokenizer = build_tokenizer("ab\u00e9\U0001f600", tiny_config)
     rng = Random(5)
     params, m, v = (init_params(tiny_config, tokenizer.vocab_size, rng) for _ in range(3))
+    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
     return Checkpoint(tiny_config, tokenizer, State(params, m, v, 3), rng, "0" * 64)
 
 
@@ -155,6 +156,7 @@ def whole(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     tokenizer = build_tokenizer("ab", tiny_config)
     rng = Random(5)
     params, m, v = (init_params(tiny_config, tokenizer.vocab_size, rng) for _ in range(3))
+    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
     save_checkpoint(file, Checkpoint(tiny_config, tokenizer, State(params, m, v, 3), rng, "0" * 64))
     return file
 

@@ -86,9 +86,10 @@ class Remote:
         with _deaf():
             process.start()
         theirs.close()
-        # The process ends when the pipe does: with this object, or with this process, before
-        # multiprocessing waits for it (0: among the first of what it does at the end).
-        multiprocessing.util.Finalize(self, self.pipe.close, exitpriority=0)
+        # It has nothing of its own to lose, and ends with this object, or with this process before
+        # multiprocessing waits for it (0: among the first of what it does at the end); if this
+        # process is killed, when the pipe ends.
+        multiprocessing.util.Finalize(self, process.kill, exitpriority=0)
 
     def begin(self, docs: Docs, of: int) -> None:
         """Find the loss and the gradient of these documents."""
