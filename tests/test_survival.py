@@ -35,6 +35,7 @@ from faults import differences, quiet, training
 from microgpt import checkpoint, report, rundir
 from microgpt.backend import NAMES
 from microgpt.checkpoint import FILE_NAME, load_checkpoint
+from microgpt.cli import main as microgpt
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes, pick
@@ -235,6 +236,10 @@ def test_a_directory_without_a_checkpoint_is_not_resumed_and_can_be_begun_again(
         (lambda lines: [], "line 1 is not that of step 1"),
         (lambda lines: [b"[]", *lines], "line 1 is not that of step 1"),
         (lambda lines: [b"\xff", *lines[1:]], "line 1 is not that of step 1"),
+        (lambda lines: [b"[" * 100_000, *lines[1:]], "line 1 is not that of step 1"),
+        (lambda lines: [b'{"step": 1e999}', *lines[1:]], "line 1 is not that of step 1"),
+        (lambda lines: [b'{"step": 1.5}', *lines[1:]], "line 1 is not that of step 1"),
+        (lambda lines: [b'{"step": "1"}', *lines[1:]], "line 1 is not that of step 1"),
     ],
 )
 def test_metrics_with_a_gap_are_not_gone_on_from(
@@ -751,3 +756,86 @@ def test_a_loss_of_documents_kept_from_training_that_is_not_finite_is_said(
         assert faults.microgpt([*start, "--held-out", "2", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "no loss on 2 documents kept from training: the loss of a position is not" in said
+
+
+# A directory that somebody else made
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])
+def test_a_lock_that_leads_elsewhere_is_refused(run: Path, tmp_path: Path, kind: str) -> None:
+    precious, lock = tmp_path / "precious", run / LOCK
+    lock.unlink(missing_ok=True)
+    if kind != "dangling":
+        precious.write_text("precious", encoding="utf-8")
+    if kind == "hard link":
+        os.link(precious, lock)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(precious)
+    assert LOCK in one_line(resume(run))
+    assert precious.exists() == (kind != "dangling")
+    assert kind == "dangling" or precious.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "huge"])
+def test_metrics_that_are_none_are_refused(
+    run: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / METRICS).unlink()
+    if kind == "pipe":
+        os.mkfifo(run / METRICS)
+    elif kind == "endless":
+        (run / METRICS).symlink_to("/dev/zero")
+    else:
+        monkeypatch.setattr(rundir, "MARGIN", 0)
+        (run / METRICS).write_bytes(b"x" * (1 + 5 * rundir.LONGEST))
+    assert "not the metrics of 5 steps; delete it to go on" in one_line(resume(run))
+
+
+def test_a_run_whose_directory_was_moved_leaves_its_successor_alone(
+    start: list[str], tmp_path: Path
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+
+    def replaced() -> None:
+        if moved.exists():
+            return  # in the run that follows
+        out.rename(moved)
+        assert quiet([*start, "--out", str(out)]) == (0, "")
+        (out / LOCK).write_text("process of another\n", encoding="utf-8")
+
+    with after_step(2, replaced):
+        said = one_line(quiet([*start, "--out", str(out)]))
+    assert "was replaced by another file during the run" in said
+    assert "--resume" not in said  # what is there now is not ours
+    assert (out / LOCK).read_text(encoding="utf-8") == "process of another\n"
+
+
+def test_a_run_goes_on_where_its_data_are_now(
+    start: list[str], run: Path, whole: Path, tmp_path: Path
+) -> None:
+    data = Path(start[start.index("--dataset") + 1])
+    elsewhere, gone = tmp_path / "elsewhere.txt", data.with_name("gone.txt")
+    elsewhere.write_bytes(data.read_bytes())
+    data.rename(gone)
+    try:
+        assert "say where it is now with --dataset" in one_line(resume(run))
+        assert resume(run, "--dataset", str(elsewhere)) == (0, "")
+    finally:
+        gone.rename(data)
+    assert load_checkpoint(run).config.dataset == str(elsewhere)
+    assert (run / "samples.txt").read_bytes() == (whole / "samples.txt").read_bytes()
+    elsewhere.write_text("other words\n", encoding="utf-8")
+    assert "has changed since" in one_line(resume(run, "--steps", "20"))
+
+
+def test_what_a_lock_says_is_printed_as_text(run: Path) -> None:
+    (run / LOCK).write_bytes(b"\x1b[31mEVIL\x9b\nline 2")
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert microgpt(["train", "--resume", "--out", str(run)]) == 0
+    assert r"(\x1b[31mEVIL" in said.getvalue()
+    assert "\x1b" not in said.getvalue()

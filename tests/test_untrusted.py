@@ -24,7 +24,7 @@ from crosscheck.__main__ import main as crosscheck
 from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
 from crosscheck.traces import load_trace, save_trace
-from microgpt import memory
+from microgpt import data, memory
 from microgpt.backend import NAMES, State, fresh_state, load_backend
 from microgpt.checkpoint import Checkpoint, load_checkpoint, load_params, save_checkpoint
 from microgpt.cli import main as microgpt
@@ -646,3 +646,78 @@ def test_a_long_document_is_evaluated_in_a_batch_of_its_own(
     documents = ["ab"] * 300 + ["ab" * 1000, "a" * 2999]
     evaluation(model, documents, held.tokenizer, config)
     assert shown == [[3] * 256, [3] * 44, [2001], [3000]]
+
+
+# What is forged well
+
+
+def made(folder: Path) -> Path:
+    """A run of three words."""
+    words = folder / "words.txt"
+    words.write_text("emma\nnoah\nal\n", encoding="utf-8")
+    out = folder / "run"
+    small = ["--n-embd", "4", "--n-head", "2", "--num-samples", "1", "--dataset", str(words)]
+    assert microgpt(["train", "--out", str(out), "--steps", "2", *small]) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("command", "edit", "message"),
+    [
+        ("train --resume --steps 9 --out", config_with(held_out=10**9), "--held-out 1000000000: "),
+        ("train --resume --steps 9 --out", config_with(cores=10**6), "cores: expected 256 at most"),
+        ("sample", lambda x, _: x["adam.v.wpe"].fill(-1), "Adam's mean of squares is negative"),
+        ("sample", lambda x, _: x["lm_head"].fill(1e308), "too large to draw from"),
+    ],
+)
+def test_a_forged_run_is_refused(
+    tmp_path: Path,
+    rewrite: Rewrite,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    edit: Edit,
+    message: str,
+) -> None:
+    out = made(tmp_path)
+    rewrite(out / "checkpoint.safetensors", tmp_path / "forged", edit)
+    (tmp_path / "forged").replace(out / "checkpoint.safetensors")
+    capsys.readouterr()
+    assert microgpt([*command.split(), str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_samples_are_text_and_no_commands(
+    tmp_path: Path, rewrite: Rewrite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = made(tmp_path)
+    rewrite(out / "checkpoint.safetensors", tmp_path / "forged", text("chars", "\x1b\x07\x9bahlm"))
+    capsys.readouterr()
+    assert microgpt(["sample", str(tmp_path / "forged"), "--num", "50", "--temperature", "9"]) == 0
+    out_text = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b") & set(out_text)
+    assert r"\x1b" in out_text
+
+
+def test_samples_are_printed_as_they_are_drawn_and_are_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made(tmp_path)
+    capsys.readouterr()
+    assert microgpt(["sample", str(out), "--num", "25"]) == 0
+    at_once = capsys.readouterr().out
+    monkeypatch.setattr("microgpt.cli.PORTION", 10)
+    assert microgpt(["sample", str(out), "--num", "25"]) == 0
+    assert capsys.readouterr().out == at_once
+
+
+def test_without_a_home_a_cache_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("MICROGPT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert data.cache_folder() == Path("/somewhere/microgpt")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert "name a folder with MICROGPT_CACHE" in refusal(data.cache_folder)
