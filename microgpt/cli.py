@@ -353,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "bench",
         help="time both implementations, side by side",
-        description="Time both implementations, side by side, and hold their gradients together.",
+        description="Time both implementations, side by side, and hold what they compute together.",
         allow_abbrev=False,
     )
     command.set_defaults(run=bench, parser=command)
