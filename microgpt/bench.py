@@ -97,6 +97,13 @@ def bench(
             contestants.append(_enter("vectorized", replace(entry, cores=cores)))
         for opponent in against:
             contestants += _opponents(opponent, entry)
+    _take_turns(contestants, rounds)
+    for one in contestants:
+        one.difference = difference(one, one.docs[0])
+    return contestants
+
+
+def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
     turns = [cycle(one.docs) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):
@@ -118,9 +125,6 @@ def bench(
                 one.seconds.append((perf_counter() - start) / count)
     finally:
         gc.enable()
-    for one, turn in zip(contestants, turns):
-        one.difference = difference(one, next(turn))
-    return contestants
 
 
 def difference(one: Contestant, docs: Docs) -> float:

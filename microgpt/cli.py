@@ -133,7 +133,8 @@ def _train(run: Run) -> int:
         print(report.ending(progress, tokenizer.vocab_size))
     if run.held_out:
         print(_loss_of_held_out(run))
-    documents = _drawn(run.backend, tokenizer, run.rng, config.num_samples, config.temperature, [])
+    _check_numbers(run.backend, tokenizer)
+    documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
     samples = [tokenizer.decode(ids) for ids in documents]
     write_samples(run.out, samples)
     for i, sample in enumerate(samples, 1):
@@ -178,27 +179,17 @@ def sample(options: argparse.Namespace) -> int:
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
+    _check_numbers(backend, tokenizer)
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
-        for ids in _drawn(backend, tokenizer, rng, min(left, PORTION), temperature, prompt):
+        for ids in backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt):
             print(printable(tokenizer.decode(ids)))
     return 0
 
 
-def _drawn(
-    backend: Backend,
-    tokenizer: Tokenizer,
-    rng: Random,
-    num: int,
-    temperature: float,
-    prompt: Sequence[int],
-) -> list[list[int]]:
-    import numpy as np
-
-    with np.errstate(all="ignore"):  # what overflows is not finite in the end
-        logits = np.asarray(backend.read([tokenizer.bos]))
-        if not np.isfinite(logits).all():
-            raise MicrogptError("the model's numbers are too large to draw from")
-        return backend.sample(tokenizer, rng, num, temperature, prompt)
+def _check_numbers(backend: Backend, tokenizer: Tokenizer) -> None:
+    """Refuse a model whose first logits are not finite: nothing can be drawn from it."""
+    if not all(math.isfinite(x) for row in backend.read([tokenizer.bos]) for x in row):
+        raise MicrogptError("the model's numbers are too large to draw from")
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -90,13 +90,17 @@ class Backend:
 
     def read(self, tokens: Sequence[int]) -> Array:
         past = empty_past(self.params, self.config)
-        columns = [read(np.array([[token]]), self.params, past, self.config) for token in tokens]
+        with np.errstate(all="ignore"):  # logits that are not finite say it all
+            columns = [
+                read(np.array([[token]]), self.params, past, self.config) for token in tokens
+            ]
         return np.concatenate(columns, axis=1).T
 
     def sample(
         self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
     ) -> list[list[int]]:
-        return sample(self.params, self.config, tokenizer, rng, num, temperature, prompt)
+        with np.errstate(all="ignore"):
+            return sample(self.params, self.config, tokenizer, rng, num, temperature, prompt)
 
     def state(self) -> State:
         params, m, v = (named_views(flat, self.shapes) for flat in (self.flat, self.m, self.v))
