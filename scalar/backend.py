@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import grow, pick, tap_names, tree
+from microgpt.layout import Tree, grow, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
 from scalar.model import Matrix, gpt, loss
@@ -34,7 +33,7 @@ class Backend:
         self.m = [float(x) for matrix in state.m.values() for row in matrix for x in row]
         self.v = [float(x) for matrix in state.v.values() for row in matrix for x in row]
         self.updates = state.updates
-        self.doc_taps: list[list[SimpleNamespace]] = []
+        self.doc_taps: list[list[Tree]] = []
 
     def forward(self, docs: Docs) -> float:
         self.doc_taps = []
@@ -65,7 +64,7 @@ class Backend:
         keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]
         values: list[Matrix] = [[] for _ in range(self.config.n_layer)]
         rows = [
-            gpt(token, t, self.params, keys, values, self.config, tree(self.config.n_layer))
+            gpt(token, t, self.params, keys, values, self.config, Tree(self.config.n_layer))
             for t, token in enumerate(tokens)
         ]
         return [[logit.data for logit in row] for row in rows]

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from types import SimpleNamespace
 
 from microgpt.config import Config
-from microgpt.layout import tree
+from microgpt.layout import Tree
 from scalar.value import Value, dot, mean, total
 
 Vector = list[Value]
@@ -46,11 +45,11 @@ def activation(x: Vector, squared: bool) -> Vector:
 
 def attention(
     x: Vector,
-    w: SimpleNamespace,
+    w: Tree,
     keys: Matrix,
     values: Matrix,
     config: Config,
-    tap: SimpleNamespace,
+    tap: Tree,
 ) -> Vector:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)"""
     heads = [slice(h, h + config.head_dim) for h in range(0, config.n_embd, config.head_dim)]
@@ -78,7 +77,7 @@ def attention(
     return attn_res
 
 
-def mlp(x: Vector, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> Vector:
+def mlp(x: Vector, w: Tree, config: Config, tap: Tree) -> Vector:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
     mlp_norm = tap.mlp_norm = rmsnorm(x, config.norm_eps)  # [C]
     mlp_pre = tap.mlp_pre = linear(mlp_norm, w.mlp_fc1)  # [F]
@@ -92,11 +91,11 @@ def mlp(x: Vector, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> 
 def gpt(
     token: int,
     position: int,
-    params: SimpleNamespace,
+    params: Tree,
     keys: list[Matrix],
     values: list[Matrix],
     config: Config,
-    tap: SimpleNamespace,
+    tap: Tree,
 ) -> Vector:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
     emb = tap.emb = [t_i + p_i for t_i, p_i in zip(params.wte[token], params.wpe[position])]  # [C]
@@ -117,14 +116,14 @@ def cross_entropy(logits: Vector, target: int) -> Value:
 
 
 def loss(
-    docs: Sequence[Sequence[int]], params: SimpleNamespace, config: Config
-) -> tuple[Value, list[list[SimpleNamespace]]]:
+    docs: Sequence[Sequence[int]], params: Tree, config: Config
+) -> tuple[Value, list[list[Tree]]]:
     """loss = mean over documents of the mean over positions of loss_t
 
     Each position predicts the token after it, so a document of n + 1 tokens has n of them.
     Returns the loss, and the taps by document and position.
     """
-    taps = [[tree(config.n_layer) for _ in pairwise(tokens)] for tokens in docs]
+    taps = [[Tree(config.n_layer) for _ in pairwise(tokens)] for tokens in docs]
     doc_losses = []
     for tokens, doc_taps in zip(docs, taps):
         keys: list[Matrix] = [[] for _ in range(config.n_layer)]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from types import SimpleNamespace
 
 from microgpt.config import Config
-from microgpt.layout import tree
+from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
 from scalar.model import Matrix, gpt, softmax
 
 
 def sample(
-    params: SimpleNamespace,
+    params: Tree,
     config: Config,
     tokenizer: Tokenizer,
     rng: Random,
@@ -28,7 +27,7 @@ def sample(
     values: list[Matrix] = [[] for _ in range(config.n_layer)]
     tokens = [tokenizer.bos, *prompt]
     for position in range(config.block_size):
-        logits = gpt(tokens[position], position, params, keys, values, config, tree(config.n_layer))
+        logits = gpt(tokens[position], position, params, keys, values, config, Tree(config.n_layer))
         if position < len(prompt):
             continue  # still reading
         probs = softmax([logit / temperature for logit in logits])

@@ -13,18 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from microgpt.config import Config
-from microgpt.layout import grow, tree
+from microgpt.layout import Tree, grow
 
 Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
-TapsAndDerivatives = tuple[SimpleNamespace, SimpleNamespace]
+TapsAndDerivatives = tuple[Tree, Tree]
 
 COLUMNS = 512  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
@@ -90,9 +89,7 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
     )
 
 
-def activations(
-    config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New
-) -> SimpleNamespace:
+def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New) -> Tree:
     """Everything that the forward pass fills, in that order: the taps, by their names.
 
     Unless somebody watches, a softmax overwrites its logits, which nothing else reads.
@@ -103,7 +100,7 @@ def activations(
     U    positions looked at: the T of the batch, and while sampling those before them
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
-    tap = tree(config.n_layer)
+    tap = Tree(config.n_layer)
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm, tap.emb_scale = new(C, N), new(N)
@@ -127,7 +124,7 @@ def activations(
     return tap
 
 
-def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -> SimpleNamespace:
+def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -> Tree:
     """Everything that the backward pass fills, in that order: the derivatives of the taps.
 
     one_hot_positions    1 where a column has that position, else 0: (T, N)
@@ -136,7 +133,7 @@ def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -
     and the residual stream has a single derivative that each block adds to.
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
-    dtap = tree(config.n_layer)
+    dtap = Tree(config.n_layer)
     dtap.logits = new(V, N)
     stream = new(C, N)
     for i in reversed(range(config.n_layer)):
@@ -160,7 +157,7 @@ def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -
     return dtap
 
 
-def _add_views(layer: SimpleNamespace, B: int, H: int) -> None:
+def _add_views(layer: Tree, B: int, H: int) -> None:
     """What attention works on: the arrays of a layer, document by document and head by head.
 
     q, k, v       (B, H, D, T)   rows of qkv: the channels of a head lie together
@@ -233,10 +230,10 @@ class Workspace:
             return self.new(*shape)
         return self.block[start : start + size].reshape(shape)
 
-    def _activations(self, B: int, T: int, new: New) -> SimpleNamespace:
+    def _activations(self, B: int, T: int, new: New) -> Tree:
         return activations(self.config, self.V, B, T, T, self.watch, new)
 
-    def _derivatives(self, B: int, T: int, new: New) -> SimpleNamespace:
+    def _derivatives(self, B: int, T: int, new: New) -> Tree:
         return derivatives(self.config, self.V, B, T, self.watch, new)
 
 
@@ -254,7 +251,7 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     return views
 
 
-def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int) -> SimpleNamespace:
+def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int) -> Tree:
     """The tensors of a buffer as the model reads them: params.wte, params.layers[0].attn_wo.
 
     attn_wq, attn_wk and attn_wv lie side by side, so attn_wqkv (3 C, C) is a view of all three.

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import pick, tap_names
+from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
 from vectorized.arrays import Array, Batch, activations, flatten, named_views, pad
@@ -117,7 +116,7 @@ class Backend:
         ((batch, _, dtap),) = self.worker.work
         return self._batched(batch, dtap)
 
-    def _batched(self, batch: Batch, taps: SimpleNamespace) -> dict[str, Array]:
+    def _batched(self, batch: Batch, taps: Tree) -> dict[str, Array]:
         """The taps by name, their columns turned into documents and positions."""
         B, T = batch.tokens.shape
         real = batch.weights.reshape(B, T) > 0

@@ -18,11 +18,11 @@ Two-dimensional products are a.dot(b): for small matrices half the cost of a @ b
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 
 from microgpt.config import Config
+from microgpt.layout import Tree
 from vectorized.arrays import Array, Batch, column_mean, column_sum
 
 
@@ -92,10 +92,10 @@ def activation_backward(dy: Array, x: Array, squared: bool, out: Array) -> Array
 
 def attention_forward(
     x: Array,
-    w: SimpleNamespace,
-    past: SimpleNamespace | None,
+    w: Tree,
+    past: Tree | None,
     config: Config,
-    tap: SimpleNamespace,
+    tap: Tree,
 ) -> Array:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)
 
@@ -124,11 +124,11 @@ def attention_forward(
 
 def attention_backward(
     dattn_res: Array,
-    w: SimpleNamespace,
-    dw: SimpleNamespace,
+    w: Tree,
+    dw: Tree,
     config: Config,
-    tap: SimpleNamespace,
-    dtap: SimpleNamespace,
+    tap: Tree,
+    dtap: Tree,
     out: Array,
 ) -> Array:
     """dx = rmsnorm_backward(w^T . (dq, dk, dv)) + dattn_res
@@ -161,7 +161,7 @@ def attention_backward(
     return np.add(dx, dattn_res, out=out)  # (C, N)
 
 
-def mlp_forward(x: Array, w: SimpleNamespace, config: Config, tap: SimpleNamespace) -> Array:
+def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
     mlp_norm = rmsnorm_forward(x, config.norm_eps, tap.mlp_norm, tap.mlp_scale)  # (C, N)
     mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
@@ -174,11 +174,11 @@ def mlp_forward(x: Array, w: SimpleNamespace, config: Config, tap: SimpleNamespa
 
 def mlp_backward(
     dmlp_res: Array,
-    w: SimpleNamespace,
-    dw: SimpleNamespace,
+    w: Tree,
+    dw: Tree,
     config: Config,
-    tap: SimpleNamespace,
-    dtap: SimpleNamespace,
+    tap: Tree,
+    dtap: Tree,
     out: Array,
 ) -> Array:
     """dx = rmsnorm_backward(mlp_fc1^T . activation_backward(mlp_fc2^T . dmlp_res)) + dmlp_res"""
@@ -196,10 +196,10 @@ def mlp_backward(
 
 def gpt_forward(
     tokens: Array,
-    params: SimpleNamespace,
-    past: SimpleNamespace | None,
+    params: Tree,
+    past: Tree | None,
     config: Config,
-    tap: SimpleNamespace,
+    tap: Tree,
 ) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
     B, T = tokens.shape
@@ -222,11 +222,11 @@ def gpt_forward(
 def gpt_backward(
     dlogits: Array,
     tokens: Array,
-    params: SimpleNamespace,
-    dparams: SimpleNamespace,
+    params: Tree,
+    dparams: Tree,
     config: Config,
-    tap: SimpleNamespace,
-    dtap: SimpleNamespace,
+    tap: Tree,
+    dtap: Tree,
 ) -> None:
     """dparams: the gradient of every parameter, written over what was there"""
     T = tokens.shape[1]
@@ -274,9 +274,7 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Ar
     return dlogits
 
 
-def loss_forward(
-    batch: Batch, params: SimpleNamespace, config: Config, tap: SimpleNamespace
-) -> Array:
+def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
     logits = gpt_forward(batch.tokens, params, None, config, tap)  # (V, N)
     loss_t = cross_entropy_forward(logits, batch.targets, tap.loss_t, tap.probs)  # (N,)
@@ -288,11 +286,11 @@ def loss_forward(
 
 def loss_backward(
     batch: Batch,
-    params: SimpleNamespace,
-    dparams: SimpleNamespace,
+    params: Tree,
+    dparams: Tree,
     config: Config,
-    tap: SimpleNamespace,
-    dtap: SimpleNamespace,
+    tap: Tree,
+    dtap: Tree,
 ) -> None:
     """dloss_t = weights, dloss = 1
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 
 from microgpt.config import Config
-from microgpt.layout import tree
+from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
 from vectorized.arrays import Array, activations
 from vectorized.model import gpt_forward, softmax_forward
@@ -26,7 +25,7 @@ WALKERS = 1024  # side by side at most: a bound on memory
 
 
 def sample(
-    params: SimpleNamespace,
+    params: Tree,
     config: Config,
     tokenizer: Tokenizer,
     rng: Random,
@@ -57,7 +56,7 @@ def sample(
 
 
 def walk(
-    params: SimpleNamespace,
+    params: Tree,
     config: Config,
     tokenizer: Tokenizer,
     draws: Array,
@@ -92,16 +91,16 @@ def walk(
     return drawn
 
 
-def empty_past(params: SimpleNamespace, config: Config) -> SimpleNamespace:
+def empty_past(params: Tree, config: Config) -> Tree:
     """The keys and values of no position, for one document."""
-    past = tree(config.n_layer)
+    past = Tree(config.n_layer)
     for layer in past.layers:
         nothing = np.empty((1, config.n_head, config.head_dim, 0), params.wte.dtype)
         layer.k = layer.v = nothing  # (B, H, D, U), U = 0
     return past
 
 
-def read(tokens: Array, params: SimpleNamespace, past: SimpleNamespace, config: Config) -> Array:
+def read(tokens: Array, params: Tree, past: Tree, config: Config) -> Array:
     """The logits that follow these tokens (B, T), which join the past: (V, B T)."""
     B, T = tokens.shape
     U = past.layers[0].k.shape[-1] + T

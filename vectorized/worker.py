@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.errors import LostHelpError
+from microgpt.layout import Tree
 from vectorized.arrays import Array, Batch, Workspace, model_tree, pad, pieces
 from vectorized.model import loss_backward, loss_forward
 
@@ -44,7 +44,7 @@ class Worker:
         self.flat_piece = np.zeros_like(flat)
         self.dpiece = model_tree(self.flat_piece, shapes, config.n_layer)
         self.watch = watch
-        self.work: list[tuple[Batch, SimpleNamespace, SimpleNamespace]] = []
+        self.work: list[tuple[Batch, Tree, Tree]] = []
         self.workspace = Workspace(config, len(self.params.wte), flat.dtype, watch)
 
     def forward(self, docs: Docs, of: int) -> float:
