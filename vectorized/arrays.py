@@ -28,6 +28,7 @@ TapsAndDerivatives = tuple[Tree, Tree]
 COLUMNS = 512  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
+REPEATED = 4096  # products in the sum of columns that cost less than broadcasting does
 ALIGNED = 16  # numbers: arrays begin where a line of the cache does
 
 
@@ -103,17 +104,17 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     tap = Tree(config.n_layer)
     tap.emb = new(C, N)
     if config.norm_embedding:
-        tap.emb_norm, tap.emb_scale = new(C, N), new(N)
+        tap.emb_norm = new(C, N)
     mask = side_by_side(causal_mask, T, B * H, tap.emb.dtype)
     for layer in tap.layers:
-        layer.attn_norm, layer.attn_scale = new(C, N), new(N)
+        layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
         layer.causal_mask = mask
         layer.attn_logits = new(U, B * H * T)
         layer.attn_weights = new(U, B * H * T) if watch else layer.attn_logits
         layer.attn_out = new(C, N)
         layer.attn_res = new(C, N)
-        layer.mlp_norm, layer.mlp_scale = new(C, N), new(N)
+        layer.mlp_norm = new(C, N)
         layer.mlp_pre = new(F, N)
         layer.mlp_act = new(F, N)
         layer.mlp_res = new(C, N)
@@ -267,13 +268,22 @@ def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int)
 
 
 def column_sum(x: Array) -> Array:
-    """s = x_0 + .. + x_n-1, in every column: (n, N) -> (N,). As a product, faster than sum()."""
-    return _filled(len(x), 1.0, x.dtype).dot(x)
+    """s = x_0 + .. + x_n-1, in every column: (n, N) -> (N,), or that row n times, (n, N).
+
+    As a product with ones it is faster than sum(). Of a small array a square of ones is as fast
+    as a row of them, and what is computed with s need not be broadcast.
+    """
+    return _ones(x, 1.0).dot(x)
 
 
 def column_mean(x: Array) -> Array:
-    """s = 1/n * (x_0 + .. + x_n-1), in every column: (n, N) -> (N,)."""
-    return _filled(len(x), 1 / len(x), x.dtype).dot(x)
+    """s = 1/n * (x_0 + .. + x_n-1), in every column: as column_sum."""
+    return _ones(x, 1 / len(x)).dot(x)
+
+
+def _ones(x: Array, one: float) -> Array:
+    n = len(x)
+    return _filled((n, n) if n * x.size <= REPEATED else (n,), one, x.dtype)
 
 
 def causal_mask(T: int, dtype: np.dtype) -> Array:
@@ -298,5 +308,5 @@ _kept = lru_cache(maxsize=64)(_repeated)
 
 
 @cache
-def _filled(n: int, value: float, dtype: np.dtype) -> Array:
-    return np.full(n, value, dtype)
+def _filled(shape: tuple[int, ...], value: float, dtype: np.dtype) -> Array:
+    return np.full(shape, value, dtype)

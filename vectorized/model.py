@@ -58,21 +58,20 @@ def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
     return np.multiply(y, dy - column_sum(dy * y), out=out)  # (n, N)
 
 
-def rmsnorm_forward(x: Array, eps: float, out: Array, scale: Array) -> Array:
-    """y = x * (mean(x * x) + eps) ** -0.5"""
-    ms = column_mean(x * x)  # (N,)
-    np.power(ms + eps, -0.5, out=scale)  # (N,)
-    return np.multiply(x, scale, out=out)  # (n, N)
+def rmsnorm_forward(x: Array, eps: float, out: Array) -> tuple[Array, Array]:
+    """y = x / rms, rms = sqrt(mean(x * x) + eps)"""
+    rms = np.sqrt(column_mean(x * x) + eps)  # (N,)
+    return np.divide(x, rms, out=out), rms  # (n, N), (N,)
 
 
-def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
-    """dx = scale * (dy - y * mean(dy * y))
+def rmsnorm_backward(dy: Array, y: Array, rms: Array) -> Array:
+    """dx = (dy - y * mean(dy * y)) / rms
 
-    forward: y_i = x_i scale, scale = (ms + eps)^-1/2, ms = 1/n sum_j x_j^2. Through the first
-    factor x_i receives dy_i scale. Through the second, dscale = sum_j dy_j x_j, and
-    dscale / dx_i = -1/2 scale^3 2/n x_i. With x = y / scale that is -scale y_i 1/n sum_j dy_j y_j.
+    forward: y_i = x_i / rms, rms = sqrt(1/n sum_j x_j^2 + eps). As the numerator, x_i receives
+    dy_i / rms. Through the denominator, drms = -sum_j dy_j x_j / rms^2, and
+    drms / dx_i = x_i / (n rms). With x = y rms that is -y_i 1/n sum_j dy_j y_j / rms.
     """
-    return scale * (dy - y * column_mean(dy * y))  # (n, N)
+    return (dy - y * column_mean(dy * y)) / rms  # (n, N)
 
 
 def activation_forward(x: Array, squared: bool, out: Array) -> Array:
@@ -102,7 +101,7 @@ def attention_forward(
     past holds the keys and values of the positions before these; there are none in training.
     """
     # queries, keys and values
-    attn_norm = rmsnorm_forward(x, config.norm_eps, tap.attn_norm, tap.attn_scale)  # (C, N)
+    attn_norm, tap.attn_rms = rmsnorm_forward(x, config.norm_eps, tap.attn_norm)  # (C, N)
     linear_forward(attn_norm, w.attn_wqkv, tap.qkv)  # (3 C, N): one product for the three
     q, k, v = tap.q, tap.k, tap.v  # (B, H, D, T), views of qkv
     if past is not None:
@@ -157,13 +156,13 @@ def attention_backward(
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_scale)  # (C, N)
+    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_rms)  # (C, N)
     return np.add(dx, dattn_res, out=out)  # (C, N)
 
 
 def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
-    mlp_norm = rmsnorm_forward(x, config.norm_eps, tap.mlp_norm, tap.mlp_scale)  # (C, N)
+    mlp_norm, tap.mlp_rms = rmsnorm_forward(x, config.norm_eps, tap.mlp_norm)  # (C, N)
     mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
     mlp_act = activation_forward(mlp_pre, config.squared_relu, tap.mlp_act)  # (F, N)
     # residual
@@ -190,7 +189,7 @@ def mlp_backward(
     # forward: mlp_pre = mlp_fc1 . mlp_norm
     dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale)  # (C, N)
+    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_rms)  # (C, N)
     return np.add(dx, dmlp_res, out=out)  # (C, N)
 
 
@@ -210,7 +209,7 @@ def gpt_forward(
     np.add(params.wte.take(tokens, axis=0), positions, out=by_token)
     res = emb
     if config.norm_embedding:
-        res = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm, tap.emb_scale)  # (C, N)
+        res, tap.emb_rms = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm)  # (C, N)
     for i in range(config.n_layer):
         past_i = None if past is None else past.layers[i]
         res = attention_forward(res, params.layers[i], past_i, config, tap.layers[i])  # (C, N)
@@ -244,7 +243,7 @@ def gpt_backward(
         dres = attention_backward(dres, w, dw, config, tap_i, dtap_i, before)  # (C, N)
     demb = dtap.emb = dres
     if config.norm_embedding:
-        demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (C, N)
+        demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_rms)  # (C, N)
     # forward: emb = wte[token] + wpe[position]. As a product, wte[token] is wte^T . one_hot, so
     # a token that occurs twice receives twice; and where wte is lm_head as well, this comes on
     # top of what it has received as that.
