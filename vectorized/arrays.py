@@ -102,6 +102,9 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
+    tap.one_hot = new(V + U, N)
+    tap.one_hot[V : V + U - T] = 0.0
+    tap.one_hot[V + U - T :] = side_by_side(np.eye, T, B, tap.one_hot.dtype)
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm = new(C, N)
@@ -154,7 +157,6 @@ def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -
         layer.attn_norm = new(C, N)
         _add_views(layer, B, H)
     dtap.emb_norm = new(C, N) if watch else stream
-    dtap.one_hot_positions = side_by_side(np.eye, T, B, stream.dtype)
     return dtap
 
 
@@ -258,6 +260,8 @@ def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int)
     attn_wq, attn_wk and attn_wv lie side by side, so attn_wqkv (3 C, C) is a view of all three.
     """
     params = grow(named_views(flat, shapes), n_layer)
+    (V, C), (block_size, _) = shapes["wte"], shapes["wpe"]
+    params.wte_wpe = flat[: (V + block_size) * C].reshape(-1, C)
     start = 0
     for name, (n_out, n_in) in shapes.items():
         if name.endswith(".attn_wq"):

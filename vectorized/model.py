@@ -201,13 +201,11 @@ def gpt_forward(
     tap: Tree,
 ) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
-    B, T = tokens.shape
-    start = 0 if past is None else past.layers[0].k.shape[-1]
-    emb = tap.emb  # (C, N)
-    positions = params.wpe[start : start + T]  # (T, C)
-    by_token = emb.T.reshape(B, T, -1)  # (B, T, C), a view: what is written to it is in emb
-    np.add(params.wte.take(tokens, axis=0), positions, out=by_token)
-    res = emb
+    # wte[token] + wpe[position], as a product: a column of one_hot has two ones, at its token and at
+    # its position, which is there already
+    np.equal(rows(len(params.wte)), tokens.reshape(-1), out=tap.one_hot[: len(params.wte)])
+    wte_wpe = params.wte_wpe[: len(tap.one_hot)]  # (V + U, C)
+    emb = res = wte_wpe.T.dot(tap.one_hot, tap.emb)  # (C, N)
     if config.norm_embedding:
         res, tap.emb_rms = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm)  # (C, N)
     for i in range(config.n_layer):
@@ -228,7 +226,6 @@ def gpt_backward(
     dtap: Tree,
 ) -> None:
     """dparams: the gradient of every parameter, written over what was there"""
-    T = tokens.shape[1]
     # forward: logits = lm_head . res
     res = tap.layers[-1].mlp_res  # (C, N)
     dres = dtap.layers[-1].mlp_res  # (C, N)
@@ -244,16 +241,16 @@ def gpt_backward(
     demb = dtap.emb = dres
     if config.norm_embedding:
         demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_rms)  # (C, N)
-    # forward: emb = wte[token] + wpe[position]. As a product, wte[token] is wte^T . one_hot, so
-    # a token that occurs twice receives twice; and where wte is lm_head as well, this comes on
-    # top of what it has received as that.
-    one_hot = (rows(len(params.wte)) == tokens.reshape(-1)).astype(demb.dtype)  # (V, N)
+    # forward: emb = (wte, wpe)^T . one_hot. A token that occurs twice receives twice; and where wte
+    # is lm_head as well, this comes on top of what it has received as that.
+    V, seen = len(params.wte), len(tap.one_hot)
     if config.tie_lm_head:
-        dparams.wte += one_hot.dot(demb.T)  # (V, C)
+        dwte_wpe = tap.one_hot.dot(demb.T)  # (V + T, C)
+        dparams.wte += dwte_wpe[:V]
+        dparams.wpe[: seen - V] = dwte_wpe[V:]
     else:
-        one_hot.dot(demb.T, dparams.wte)  # (V, C)
-    dparams.wpe[T:] = 0.0
-    dtap.one_hot_positions.dot(demb.T, dparams.wpe[:T])  # (T, C), of wpe[position] too
+        tap.one_hot.dot(demb.T, dparams.wte_wpe[:seen])  # (V + T, C)
+    dparams.wte_wpe[seen:] = 0.0
 
 
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
