@@ -36,7 +36,7 @@ def complex_step(case: Case, directions: Array) -> Array:
     config, V = case.config, case.tokenizer.vocab_size
     shapes = param_shapes(config, V)
     batch = pad(case.docs(0), np.dtype("float64"))
-    B, T = batch.tokens.shape
+    B, T = batch.shape
     tap = activations(config, V, B, T, T, True, lambda *shape: np.empty(shape, "complex128"))
     flat = flatten(case.params, np.dtype("complex128"))  # (P,)
     params = model_tree(flat, shapes, config.n_layer)

@@ -35,8 +35,9 @@ ALIGNED = 16  # numbers: arrays begin where a line of the cache does
 class Batch(NamedTuple):
     """B documents, padded at the end to the T positions of the longest."""
 
-    tokens: Array  # (B, T), the inputs
-    targets: Array  # (N,), where each column's target token sits in a flattened (V, N)
+    shape: tuple[int, int]  # (B, T)
+    tokens: Array  # (N,), where each column's token sits in a flattened (V, N)
+    targets: Array  # (N,), the same for the token after it
     weights: Array  # (N,), each position's share of the loss: 1 / (B n), and 0 for padding
     ragged: bool  # whether there is padding at all
 
@@ -83,11 +84,17 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
         weights += padding
     by_doc = np.array(tokens).reshape(B, T + 1)
     return Batch(
-        tokens=by_doc[:, :-1],
-        targets=by_doc[:, 1:].reshape(-1) * (B * T) + np.arange(B * T),
+        shape=(B, T),
+        tokens=places(by_doc[:, :-1]),
+        targets=places(by_doc[:, 1:]),
         weights=np.array(weights, dtype),
         ragged=0 in weights,
     )
+
+
+def places(tokens: Array) -> Array:
+    """Where the token of each column sits in a flattened (V, N): (B, T) -> (N,)."""
+    return tokens.reshape(-1) * tokens.size + _columns(tokens.size)
 
 
 def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New) -> Tree:
@@ -119,7 +126,8 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
         layer.attn_res = new(C, N)
         layer.mlp_norm = new(C, N)
         layer.mlp_pre = new(F, N)
-        layer.mlp_act = new(F, N)
+        layer.mlp_slope = new(F, N)
+        layer.mlp_act = new(F, N) if watch else layer.mlp_pre
         layer.mlp_res = new(C, N)
         _add_views(layer, B, H)
     tap.logits = new(V, N)
@@ -309,6 +317,11 @@ def _repeated(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype
 
 
 _kept = lru_cache(maxsize=64)(_repeated)
+
+
+@lru_cache(maxsize=256)
+def _columns(N: int) -> Array:
+    return np.arange(N)
 
 
 @cache

@@ -76,7 +76,7 @@ class Backend:
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
         batch = pad(docs, self.flat.dtype)
-        B, T = batch.tokens.shape
+        B, T = batch.shape
         tap = activations(
             self.config, len(self.params.wte), B, T, T, False, self.worker.workspace.new
         )
@@ -118,7 +118,7 @@ class Backend:
 
     def _batched(self, batch: Batch, taps: Tree) -> dict[str, Array]:
         """The taps by name, their columns turned into documents and positions."""
-        B, T = batch.tokens.shape
+        B, T = batch.shape
         real = batch.weights.reshape(B, T) > 0
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, T)
         batched: dict[str, Array] = {}

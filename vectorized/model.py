@@ -17,8 +17,6 @@ Two-dimensional products are a.dot(b): for small matrices half the cost of a @ b
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 from microgpt.config import Config
@@ -74,18 +72,24 @@ def rmsnorm_backward(dy: Array, y: Array, rms: Array) -> Array:
     return (dy - y * column_mean(dy * y)) / rms  # (n, N)
 
 
-def activation_forward(x: Array, squared: bool, out: Array) -> Array:
-    """y = relu(x), or relu(x) ** 2"""
-    relu = np.maximum(x, 0.0, out=out)  # (n, N)
-    return np.multiply(relu, relu, out=out) if squared else relu  # (n, N)
+def activation_forward(x: Array, squared: bool, out: Array, slope: Array) -> Array:
+    """y = relu(x) = x * [x > 0], or relu(x) ** 2
+
+    slope    dy / dx, which has all that there is to compute: [x > 0], or 2 relu(x)
+    """
+    slope[:] = x > 0.0  # (n, N)
+    relu = np.multiply(x, slope, out=out)  # (n, N)
+    if not squared:
+        return relu
+    np.multiply(relu, 2.0, out=slope)  # (n, N)
+    return np.multiply(relu, relu, out=out)  # (n, N)
 
 
-def activation_backward(dy: Array, x: Array, squared: bool, out: Array) -> Array:
-    """dx = dy * (x > 0), or dy * 2 relu(x)
+def activation_backward(dy: Array, slope: Array, out: Array) -> Array:
+    """dx = dy * slope
 
     forward: y = x where x > 0, else 0: the slope is 1, else 0. The slope of its square is 2 x.
     """
-    slope = 2.0 * np.maximum(x, 0.0) if squared else x > 0.0  # (n, N)
     return np.multiply(dy, slope, out=out)  # (n, N)
 
 
@@ -164,7 +168,8 @@ def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
     mlp_norm, tap.mlp_rms = rmsnorm_forward(x, config.norm_eps, tap.mlp_norm)  # (C, N)
     mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
-    mlp_act = activation_forward(mlp_pre, config.squared_relu, tap.mlp_act)  # (F, N)
+    squared = config.squared_relu
+    mlp_act = activation_forward(mlp_pre, squared, tap.mlp_act, tap.mlp_slope)  # (F, N)
     # residual
     mlp_res = linear_forward(mlp_act, w.mlp_fc2, tap.mlp_res)  # (C, N)
     mlp_res += x
@@ -185,7 +190,7 @@ def mlp_backward(
     # forward: mlp_res = mlp_fc2 . mlp_act + x
     dmlp_act = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2, dw.mlp_fc2, dtap.mlp_act)  # (F, N)
     # forward: mlp_act = activation(mlp_pre)
-    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu, dtap.mlp_pre)
+    dmlp_pre = activation_backward(dmlp_act, tap.mlp_slope, dtap.mlp_pre)  # (F, N)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
     dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
@@ -201,11 +206,12 @@ def gpt_forward(
     tap: Tree,
 ) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
-    # wte[token] + wpe[position], as a product: a column of one_hot has two ones, at its token and at
-    # its position, which is there already
-    np.equal(rows(len(params.wte)), tokens.reshape(-1), out=tap.one_hot[: len(params.wte)])
-    wte_wpe = params.wte_wpe[: len(tap.one_hot)]  # (V + U, C)
-    emb = res = wte_wpe.T.dot(tap.one_hot, tap.emb)  # (C, N)
+    # wte[token] + wpe[position] as a product: a column has a one at its token, and one below at its
+    # position, which is there beforehand
+    one_hot = tap.one_hot  # (V + U, N)
+    one_hot[: len(params.wte)] = 0.0
+    one_hot.reshape(-1)[tokens] = 1.0
+    emb = res = params.wte_wpe[: len(one_hot)].T.dot(one_hot, tap.emb)  # (C, N)
     if config.norm_embedding:
         res, tap.emb_rms = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm)  # (C, N)
     for i in range(config.n_layer):
@@ -218,7 +224,6 @@ def gpt_forward(
 
 def gpt_backward(
     dlogits: Array,
-    tokens: Array,
     params: Tree,
     dparams: Tree,
     config: Config,
@@ -250,7 +255,7 @@ def gpt_backward(
         dparams.wpe[: seen - V] = dwte_wpe[V:]
     else:
         tap.one_hot.dot(demb.T, dparams.wte_wpe[:seen])  # (V + T, C)
-    dparams.wte_wpe[seen:] = 0.0
+    dparams.wte_wpe[seen:] = 0.0  # positions that no document reaches
 
 
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
@@ -294,10 +299,4 @@ def loss_backward(
     """
     dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (N,)
     dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets, dtap.logits)  # (V, N)
-    gpt_backward(dlogits, batch.tokens, params, dparams, config, tap, dtap)
-
-
-@cache
-def rows(n: int) -> Array:
-    """0, 1, .., n - 1, one to a row: (n, 1)."""
-    return np.arange(n)[:, None]
+    gpt_backward(dlogits, params, dparams, config, tap, dtap)

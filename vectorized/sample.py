@@ -18,7 +18,7 @@ import numpy as np
 from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array, activations
+from vectorized.arrays import Array, activations, places
 from vectorized.model import gpt_forward, softmax_forward
 
 WALKERS = 1024  # side by side at most: a bound on memory
@@ -108,7 +108,7 @@ def read(tokens: Array, params: Tree, past: Tree, config: Config) -> Array:
     tap = activations(
         config, len(params.wte), B, T, U, False, lambda *shape: np.empty(shape, dtype)
     )
-    return gpt_forward(tokens, params, past, config, tap)
+    return gpt_forward(places(tokens), params, past, config, tap)
 
 
 def choose(probs: Array, draws: Array) -> Array:

@@ -52,7 +52,7 @@ class Worker:
         cut = [docs] if self.watch else pieces(docs, self.config.n_embd)
         batches = [pad(piece, self.flat_grads.dtype, of) for piece in cut]
         self.work.clear()  # what the batch before had is free for this one
-        arrays = self.workspace.arrays([batch.tokens.shape for batch in batches])
+        arrays = self.workspace.arrays([batch.shape for batch in batches])
         self.work += [(batch, tap, dtap) for batch, (tap, dtap) in zip(batches, arrays)]
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
             losses = [
