@@ -77,19 +77,14 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
     weights: list[float] = []
     for doc in docs:
         n = len(doc) - 1
-        padding = [0] * (T - n)
         tokens += doc
-        tokens += padding
         weights += [1 / (whole * n)] * n
-        weights += padding
+        if n < T:
+            tokens += [0] * (T - n)
+            weights += [0.0] * (T - n)
     by_doc = np.array(tokens).reshape(B, T + 1)
-    return Batch(
-        shape=(B, T),
-        tokens=places(by_doc[:, :-1]),
-        targets=places(by_doc[:, 1:]),
-        weights=np.array(weights, dtype),
-        ragged=0 in weights,
-    )
+    inputs, targets = places(by_doc[:, :-1]), places(by_doc[:, 1:])
+    return Batch((B, T), inputs, targets, np.array(weights, dtype), 0.0 in weights)
 
 
 def places(tokens: Array) -> Array:
@@ -282,20 +277,17 @@ def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int)
 def column_sum(x: Array) -> Array:
     """s = x_0 + .. + x_n-1, in every column: (n, N) -> (N,), or that row n times, (n, N).
 
-    As a product with ones it is faster than sum(). Of a small array a square of ones is as fast
-    as a row of them, and what is computed with s need not be broadcast.
+    As a product with ones it is faster than sum(). Of a small array, a product with a square of
+    ones takes no longer, and what is computed with s then need not be broadcast.
     """
-    return _ones(x, 1.0).dot(x)
+    n, N = x.shape
+    return _filled((n, n) if n * n * N <= REPEATED else (n,), 1.0, x.dtype).dot(x)
 
 
 def column_mean(x: Array) -> Array:
     """s = 1/n * (x_0 + .. + x_n-1), in every column: as column_sum."""
-    return _ones(x, 1 / len(x)).dot(x)
-
-
-def _ones(x: Array, one: float) -> Array:
-    n = len(x)
-    return _filled((n, n) if n * x.size <= REPEATED else (n,), one, x.dtype)
+    n, N = x.shape
+    return _filled((n, n) if n * n * N <= REPEATED else (n,), 1 / n, x.dtype).dot(x)
 
 
 def causal_mask(T: int, dtype: np.dtype) -> Array:
