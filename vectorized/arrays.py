@@ -84,7 +84,7 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
             weights += [0.0] * (T - n)
     by_doc = np.array(tokens).reshape(B, T + 1)
     inputs, targets = places(by_doc[:, :-1]), places(by_doc[:, 1:])
-    return Batch((B, T), inputs, targets, np.array(weights, dtype), 0.0 in weights)
+    return Batch((B, T), inputs, targets, np.array(weights, dtype), ragged=0.0 in weights)
 
 
 def places(tokens: Array) -> Array:
