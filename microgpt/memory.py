@@ -117,7 +117,7 @@ def _step(
         values = positions * (25 * L * C + 5 * V) + squares * L * 3 * H
         terms = positions * (12 * L * C * C + V * C) + squares * L * C
         return VALUE * values + TERM * terms
-    numbers = positions * (15 * L * C + 12 * C + 2 * V) + squares * H * (L + 1)
+    numbers = positions * (15 * L * C + 12 * C + 3 * V) + squares * (H * (L + 1) + 1)
     return SPARE * itemsize * numbers
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
-from vectorized.arrays import Array, Workspace, model_tree, named_views, pad
+from microgpt.layout import Tree, param_shapes
+from vectorized.arrays import Array, Workspace, model_tree, named_views, pad, places
 from vectorized.model import (
     activation_backward,
     activation_forward,
@@ -75,25 +75,27 @@ def softmax(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 
 def rmsnorm(rng: np.random.Generator, size: SimpleNamespace) -> Op:
-    x, eps, scale = rng.normal(size=(size.C, size.N)), 0.1, blank(size.N)
+    x, eps = rng.normal(size=(size.C, size.N)), 0.1
 
     def forward() -> Array:
-        return rmsnorm_forward(x, eps, blank(size.C, size.N), scale)
+        return rmsnorm_forward(x, eps, blank(size.C, size.N))[0]
 
     def backward(dy: Array) -> Grads:
-        return {"x": rmsnorm_backward(dy, forward(), scale)}
+        return {"x": rmsnorm_backward(dy, *rmsnorm_forward(x, eps, blank(size.C, size.N)))}
 
     return {"x": x}, forward, backward
 
 
 def activation(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     x = rng.choice([-1, 1], (size.C, size.N)) * rng.uniform(0.1, 2, (size.C, size.N))
+    slope = blank(size.C, size.N)
 
     def forward() -> Array:
-        return activation_forward(x, size.squared, blank(size.C, size.N))
+        return activation_forward(x, size.squared, blank(size.C, size.N), slope)
 
     def backward(dy: Array) -> Grads:
-        return {"x": activation_backward(dy, x, size.squared, blank(size.C, size.N))}
+        forward()
+        return {"x": activation_backward(dy, slope, blank(size.C, size.N))}
 
     return {"x": x}, forward, backward
 
@@ -126,23 +128,23 @@ def mlp(rng: np.random.Generator, size: SimpleNamespace) -> Op:
         return {"x": dx, **starting_with("layer0.mlp", gpt.grads)}
 
     forward()
-    assume(np.abs(tap.mlp_pre).min() > KINK)
+    assume(np.abs(w.mlp_fc1 @ tap.mlp_norm).min() > KINK)
     return {"x": x, **starting_with("layer0.mlp", gpt.named)}, forward, backward
 
 
 def gpt(rng: np.random.Generator, size: SimpleNamespace) -> Op:
-    gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
+    gpt, tokens = model(rng, size), places(rng.integers(size.V, size=(size.B, size.T)))
 
     def forward() -> Array:
         return gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap)
 
     def backward(dy: Array) -> Grads:
         forward()
-        gpt_backward(dy, tokens, gpt.params, gpt.dparams, gpt.config, gpt.tap, gpt.dtap)
+        gpt_backward(dy, gpt.params, gpt.dparams, gpt.config, gpt.tap, gpt.dtap)
         return gpt.grads
 
     forward()
-    assume(all(np.abs(tap.mlp_pre).min() > KINK for tap in gpt.tap.layers))
+    assume(all(np.abs(w.mlp_fc1 @ tap.mlp_norm).min() > KINK for w, tap in layers(gpt)))
     return gpt.named, forward, backward
 
 
@@ -174,7 +176,7 @@ def loss(rng: np.random.Generator, size: SimpleNamespace) -> Op:
         return {name: dy * grad for name, grad in gpt.grads.items()}
 
     forward()
-    assume(all(np.abs(tap.mlp_pre).min() > KINK for tap in gpt.tap.layers))
+    assume(all(np.abs(w.mlp_fc1 @ tap.mlp_norm).min() > KINK for w, tap in layers(gpt)))
     return gpt.named, forward, backward
 
 
@@ -204,9 +206,11 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
     flat_grads = np.full_like(flat, np.nan)
     workspace = Workspace(config, size.V, flat.dtype, size.watch)
     ((tap, dtap),) = workspace.arrays([(size.B, size.T)])
+    positions = tap.one_hot[size.V :].copy()
     for array in floats([tap, dtap]):
         if array.flags.writeable:  # others are constants
             array[...] = np.nan
+    tap.one_hot[size.V :] = positions
     return SimpleNamespace(
         config=config,
         params=model_tree(flat, shapes, size.L),
@@ -216,6 +220,11 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
         tap=tap,
         dtap=dtap,
     )
+
+
+def layers(gpt: SimpleNamespace) -> Iterator[tuple[Tree, Tree]]:
+    """Each layer's parameters, and what was computed with them."""
+    return zip(gpt.params.layers, gpt.tap.layers)
 
 
 def starting_with(prefix: str, named: Mapping[str, Array]) -> Grads:
@@ -327,9 +336,9 @@ def test_a_token_changes_no_logits_before_it_and_none_of_other_documents(
     rng = np.random.default_rng(seed)
     gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
     b, t = data.draw(st.integers(0, size.B - 1)), data.draw(st.integers(0, size.T - 1))
-    before = gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap).copy()
+    before = gpt_forward(places(tokens), gpt.params, None, gpt.config, gpt.tap).copy()
     tokens[b, t] = (tokens[b, t] + 1) % size.V
-    after = gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap)
+    after = gpt_forward(places(tokens), gpt.params, None, gpt.config, gpt.tap)
     unmoved = np.ones((size.B, size.T), bool)
     unmoved[b, t:] = False
     columns = unmoved.reshape(-1)

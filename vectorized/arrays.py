@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,36 +72,37 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
 
     of    how many documents the whole batch has, if these are a piece of it
     """
-    B, T = len(docs), max(map(len, docs)) - 1
+    lengths = [len(doc) - 1 for doc in docs]
+    B, T = len(docs), max(lengths)
     whole = of or B
-    tokens: list[int] = []
-    weights: list[float] = []
-    for doc in docs:
-        n = len(doc) - 1
-        tokens += doc
-        weights += [1 / (whole * n)] * n
-        if n < T:
-            tokens += [0] * (T - n)
-            weights += [0.0] * (T - n)
-    by_doc = np.array(tokens).reshape(B, T + 1)
-    inputs, targets = places(by_doc[:, :-1]), places(by_doc[:, 1:])
-    return Batch((B, T), inputs, targets, np.array(weights, dtype), ragged=0.0 in weights)
+    ragged = min(lengths) < T
+    if ragged:
+        n = np.array(lengths)[:, None]  # (B, 1)
+        by_doc = np.zeros((B, T + 1), int)
+        by_doc[_counted(T + 1) <= n] = np.fromiter(chain.from_iterable(docs), int)
+        weights = ((_counted(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
+    else:
+        by_doc = np.array(docs)  # (B, T + 1)
+        weights = np.full(B * T, 1 / (whole * T), dtype)  # (N,)
+    return Batch((B, T), places(by_doc[:, :-1]), places(by_doc[:, 1:]), weights, ragged)
 
 
 def places(tokens: Array) -> Array:
     """Where the token of each column sits in a flattened (V, N): (B, T) -> (N,)."""
-    return tokens.reshape(-1) * tokens.size + _columns(tokens.size)
+    return tokens.reshape(-1) * tokens.size + _counted(tokens.size)
 
 
 def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New) -> Tree:
     """Everything that the forward pass fills, in that order: the taps, by their names.
 
-    Unless somebody watches, a softmax overwrites its logits, which nothing else reads.
+    Unless somebody watches, a softmax overwrites its logits and the activation its input, which
+    nothing else reads.
 
-    scale, probs   what the backward pass needs besides
-    causal_mask    0 where position t may look at position u, else -inf: (U, B H T), or one row
-                   for all where a single position looks at those before it
-    U    positions looked at: the T of the batch, and while sampling those before them
+    one_hot              a row for each token, and below them one for each position: see gpt_forward
+    mlp_slope, probs     what the backward pass needs besides
+    causal_mask          0 where position t may look at position u, else -inf: (U, B H T), or one
+                         row for all where a single position looks at those before it
+    U                    positions looked at: those of the batch, and in sampling those before them
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
@@ -133,8 +135,6 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
 
 def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -> Tree:
     """Everything that the backward pass fills, in that order: the derivatives of the taps.
-
-    one_hot_positions    1 where a column has that position, else 0: (T, N)
 
     Unless somebody watches, what has been used is overwritten: the layers share their arrays,
     and the residual stream has a single derivative that each block adds to.
@@ -311,9 +311,9 @@ def _repeated(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype
 _kept = lru_cache(maxsize=64)(_repeated)
 
 
-@lru_cache(maxsize=256)
-def _columns(N: int) -> Array:
-    return np.arange(N)
+@lru_cache(maxsize=64)
+def _counted(n: int) -> Array:
+    return np.arange(n)
 
 
 @cache

@@ -57,7 +57,10 @@ def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
 
 
 def rmsnorm_forward(x: Array, eps: float, out: Array) -> tuple[Array, Array]:
-    """y = x / rms, rms = sqrt(mean(x * x) + eps)"""
+    """y = x * (mean(x * x) + eps) ** -0.5
+
+    Divided by the root, which is faster than a power. Returns y and the root.
+    """
     rms = np.sqrt(column_mean(x * x) + eps)  # (N,)
     return np.divide(x, rms, out=out), rms  # (n, N), (N,)
 
@@ -73,9 +76,9 @@ def rmsnorm_backward(dy: Array, y: Array, rms: Array) -> Array:
 
 
 def activation_forward(x: Array, squared: bool, out: Array, slope: Array) -> Array:
-    """y = relu(x) = x * [x > 0], or relu(x) ** 2
+    """y = relu(x), or relu(x) ** 2
 
-    slope    dy / dx, which has all that there is to compute: [x > 0], or 2 relu(x)
+    slope    where dy / dx goes: [x > 0], with which relu(x) = x * slope, or 2 relu(x)
     """
     slope[:] = x > 0.0  # (n, N)
     relu = np.multiply(x, slope, out=out)  # (n, N)
@@ -206,8 +209,8 @@ def gpt_forward(
     tap: Tree,
 ) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
-    # wte[token] + wpe[position] as a product: a column has a one at its token, and one below at its
-    # position, which is there beforehand
+    # wte[token] + wpe[position] as one product: a column has a one at its token and, further down, a
+    # one at its position, which is there beforehand
     one_hot = tap.one_hot  # (V + U, N)
     one_hot[: len(params.wte)] = 0.0
     one_hot.reshape(-1)[tokens] = 1.0
@@ -235,9 +238,9 @@ def gpt_backward(
     res = tap.layers[-1].mlp_res  # (C, N)
     dres = dtap.layers[-1].mlp_res  # (C, N)
     if config.tie_lm_head:
-        linear_backward(dlogits, res, params.wte, dparams.wte, dres)
+        linear_backward(dlogits, res, params.wte, dparams.wte, dres)  # (C, N)
     else:
-        linear_backward(dlogits, res, params.lm_head, dparams.lm_head, dres)
+        linear_backward(dlogits, res, params.lm_head, dparams.lm_head, dres)  # (C, N)
     for i in reversed(range(config.n_layer)):
         w, dw, tap_i, dtap_i = params.layers[i], dparams.layers[i], tap.layers[i], dtap.layers[i]
         before = dtap.layers[i - 1].mlp_res if i > 0 else dtap.emb_norm  # (C, N)
@@ -246,16 +249,15 @@ def gpt_backward(
     demb = dtap.emb = dres
     if config.norm_embedding:
         demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_rms)  # (C, N)
-    # forward: emb = (wte, wpe)^T . one_hot. A token that occurs twice receives twice; and where wte
-    # is lm_head as well, this comes on top of what it has received as that.
-    V, seen = len(params.wte), len(tap.one_hot)
+    # forward: emb = (wte, wpe)^T . one_hot. A token that occurs twice receives twice, a position
+    # that no document reaches nothing; and where wte is lm_head as well, this comes on top of what
+    # it has received as that.
+    seen = len(tap.one_hot)
+    dparams.wpe[:] = 0.0
     if config.tie_lm_head:
-        dwte_wpe = tap.one_hot.dot(demb.T)  # (V + T, C)
-        dparams.wte += dwte_wpe[:V]
-        dparams.wpe[: seen - V] = dwte_wpe[V:]
+        dparams.wte_wpe[:seen] += tap.one_hot.dot(demb.T)  # (V + T, C)
     else:
         tap.one_hot.dot(demb.T, dparams.wte_wpe[:seen])  # (V + T, C)
-    dparams.wte_wpe[seen:] = 0.0  # positions that no document reaches
 
 
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
