@@ -208,9 +208,13 @@ def gpt_forward(
     config: Config,
     tap: Tree,
 ) -> Array:
-    """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
-    # wte[token] + wpe[position] as one product: a column has a one at its token and, further down, a
-    # one at its position, which is there beforehand
+    """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))
+
+    tokens    (N,), where each column's token sits in a flattened (V, N)
+
+    wte[token] + wpe[position] is one product, (wte, wpe)^T . one_hot: a column has a one at its
+    token and, further down, a one at its position, which is there beforehand.
+    """
     one_hot = tap.one_hot  # (V + U, N)
     one_hot[: len(params.wte)] = 0.0
     one_hot.reshape(-1)[tokens] = 1.0
