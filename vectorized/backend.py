@@ -55,7 +55,8 @@ class Backend:
                 other.begin(share, of=len(docs))
                 self.busy.append(other)
         loss = self.worker.forward(own, of=len(docs))
-        loss += sum(other.forward() for other in self.busy)
+        for other in self.busy:
+            loss += other.forward()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss

@@ -57,12 +57,12 @@ class Worker:
         batches = [pad(piece, self.flat_grads.dtype, of) for piece in cut]
         self.work.clear()  # what the batch before had is free for this one
         arrays = self.workspace.arrays([batch.shape for batch in batches])
-        self.work += [(batch, tap, dtap) for batch, (tap, dtap) in zip(batches, arrays)]
+        loss = 0.0
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
-            losses = [
-                loss_forward(batch, self.params, self.config, tap) for batch, tap, _ in self.work
-            ]
-        return float(sum(losses))
+            for batch, (tap, dtap) in zip(batches, arrays):
+                loss += float(loss_forward(batch, self.params, self.config, tap))
+                self.work.append((batch, tap, dtap))
+        return loss
 
     def backward(self) -> None:
         """The gradient of what forward returned, in flat_grads."""
