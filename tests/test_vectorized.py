@@ -105,11 +105,11 @@ def attention(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     w, dw, tap, dtap = (tree.layers[0] for tree in (gpt.params, gpt.dparams, gpt.tap, gpt.dtap))
 
     def forward() -> Array:
-        return attention_forward(x, w, None, gpt.config, tap)
+        return attention_forward(x, w, None, tap)
 
     def backward(dy: Array) -> Grads:
         forward()
-        dx = attention_backward(dy, w, dw, gpt.config, tap, dtap, blank(size.C, size.N))
+        dx = attention_backward(dy, w, dw, tap, dtap, blank(size.C, size.N))
         return {"x": dx, **starting_with("layer0.attn", gpt.grads)}
 
     return {"x": x, **starting_with("layer0.attn", gpt.named)}, forward, backward
@@ -124,7 +124,7 @@ def mlp(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
     def backward(dy: Array) -> Grads:
         forward()
-        dx = mlp_backward(dy, w, dw, gpt.config, tap, dtap, blank(size.C, size.N))
+        dx = mlp_backward(dy, w, dw, tap, dtap, blank(size.C, size.N))
         return {"x": dx, **starting_with("layer0.mlp", gpt.grads)}
 
     forward()

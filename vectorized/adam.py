@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from microgpt.config import Config
-from vectorized.arrays import Array
+from vectorized.arrays import Array, numbers
 
 
 def clip(grads: Array, longest: float) -> float:
@@ -50,11 +50,12 @@ def adam(
     c = (1 - beta2 ** (step + 1)) ** 0.5
     if config.grad_clip:
         grads = clip(grads, config.grad_clip) * grads
-    m *= beta1
-    m += np.multiply(1 - beta1, grads, out=scratch)
+    kept1, new1, kept2, new2 = numbers(m.dtype, beta1, 1 - beta1, beta2, 1 - beta2)
+    m *= kept1
+    m += np.multiply(new1, grads, out=scratch)
     squares = np.multiply(grads, grads, out=scratch)
-    squares *= 1 - beta2
-    v *= beta2
+    squares *= new2
+    v *= kept2
     v += squares
     denominator = np.sqrt(v, out=scratch)
     denominator += c * config.adam_eps

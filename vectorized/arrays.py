@@ -30,7 +30,6 @@ COLUMNS = 512  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
 REPEATED = 4096  # products in the sum of columns that cost less than broadcasting does
-ALIGNED = 16  # numbers: arrays begin where a line of the cache does
 
 
 class Batch(NamedTuple):
@@ -79,8 +78,8 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
     if ragged:
         n = np.array(lengths)[:, None]  # (B, 1)
         by_doc = np.zeros((B, T + 1), int)
-        by_doc[_counted(T + 1) <= n] = np.fromiter(chain.from_iterable(docs), int)
-        weights = ((_counted(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
+        by_doc[np.arange(T + 1) <= n] = np.fromiter(chain.from_iterable(docs), int)
+        weights = ((np.arange(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
     else:
         by_doc = np.array(docs)  # (B, T + 1)
         weights = np.full(B * T, 1 / (whole * T), dtype)  # (N,)
@@ -89,7 +88,7 @@ def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -
 
 def places(tokens: Array) -> Array:
     """Where the token of each column sits in a flattened (V, N): (B, T) -> (N,)."""
-    return tokens.reshape(-1) * tokens.size + _counted(tokens.size)
+    return tokens.reshape(-1) * tokens.size + np.arange(tokens.size)
 
 
 def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New) -> Tree:
@@ -98,11 +97,12 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     Unless somebody watches, a softmax overwrites its logits and the activation its input, which
     nothing else reads.
 
-    one_hot              a row for each token, and below them one for each position: see gpt_forward
-    mlp_slope, probs     what the backward pass needs besides
-    causal_mask          0 where position t may look at position u, else -inf: (U, B H T), or one
-                         row for all where a single position looks at those before it
-    U                    positions looked at: those of the batch, and in sampling those before them
+    one_hot             a row for each token, and below them one for each position: see gpt_forward
+    mlp_slope, probs    what the backward pass needs besides
+    logit_scale         1 / sqrt(D)
+    causal_mask         0 where position t may look at position u, else -inf: (U, B H T), or one
+                        row for all where a single position looks at those before it
+    U                   positions looked at: those of the batch, and in sampling those before them
     """
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
@@ -112,8 +112,11 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm = new(C, N)
+    norm_eps, logit_scale = numbers(tap.emb.dtype, config.norm_eps, config.head_dim**-0.5)
+    tap.norm_eps = norm_eps
     mask = side_by_side(causal_mask, T, B * H, tap.emb.dtype)
     for layer in tap.layers:
+        layer.norm_eps, layer.logit_scale = norm_eps, logit_scale
         layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
         layer.causal_mask = mask
@@ -167,12 +170,14 @@ def _add_views(layer: Tree, B: int, H: int) -> None:
     """What attention works on: the arrays of a layer, document by document and head by head.
 
     q, k, v       (B, H, D, T)   rows of qkv: the channels of a head lie together
+    qk            (2 C, N)       the rows of both
     scores        (B, H, U, T)   of attn_logits
     head_weights  (B, H, U, T)   of attn_weights
     head_out      (B, H, D, T)   of attn_out
     """
     N = layer.qkv.shape[-1]
     layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 3, 1, 2, 4)
+    layer.qk = layer.qkv[: len(layer.qkv) // 3 * 2]
     layer.scores = layer.attn_logits.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
     layer.head_weights = layer.attn_weights.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
     layer.head_out = layer.attn_out.reshape(H, -1, B, N // B).transpose(2, 0, 1, 3)
@@ -230,7 +235,7 @@ class Workspace:
 
     def _from_block(self, *shape: int) -> Array:
         start, size = self.used, math.prod(shape)
-        self.used += -(-size // ALIGNED) * ALIGNED
+        self.used += size
         self.wanted = max(self.wanted, self.used)
         if self.used > len(self.block):
             return self.new(*shape)
@@ -295,6 +300,12 @@ def causal_mask(T: int, dtype: np.dtype) -> Array:
     return np.tril(np.full((T, T), -np.inf, dtype), -1)
 
 
+@cache
+def numbers(dtype: np.dtype, *values: float) -> list[Array]:
+    """Each as an array without axes: one of Python's numbers would be converted at each use."""
+    return [_read_only(np.array(value, dtype)) for value in values]
+
+
 def side_by_side(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:
     """The matrix square(T, dtype=dtype) over and over, to be read only: (T, copies T)."""
     width = 1 << (copies - 1).bit_length()  # a few widths serve all, so that they can be kept
@@ -303,19 +314,17 @@ def side_by_side(square: Callable[..., Array], T: int, copies: int, dtype: np.dt
 
 
 def _repeated(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:
-    row = np.tile(square(T, dtype=dtype), copies)
-    row.setflags(write=False)  # there is one for all who ask
-    return row
+    return _read_only(np.tile(square(T, dtype=dtype), copies))
 
 
 _kept = lru_cache(maxsize=64)(_repeated)
 
 
-@lru_cache(maxsize=64)
-def _counted(n: int) -> Array:
-    return np.arange(n)
-
-
 @cache
 def _filled(shape: tuple[int, ...], value: float, dtype: np.dtype) -> Array:
-    return np.full(shape, value, dtype)
+    return _read_only(np.full(shape, value, dtype))
+
+
+def _read_only(array: Array) -> Array:
+    array.setflags(write=False)  # there is one for all who ask
+    return array

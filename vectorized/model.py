@@ -56,7 +56,7 @@ def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
     return np.multiply(y, dy - column_sum(dy * y), out=out)  # (n, N)
 
 
-def rmsnorm_forward(x: Array, eps: float, out: Array) -> tuple[Array, Array]:
+def rmsnorm_forward(x: Array, eps: Array, out: Array) -> tuple[Array, Array]:
     """y = x * (mean(x * x) + eps) ** -0.5
 
     Divided by the root, which is faster than a power. Returns y and the root.
@@ -100,7 +100,6 @@ def attention_forward(
     x: Array,
     w: Tree,
     past: Tree | None,
-    config: Config,
     tap: Tree,
 ) -> Array:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)
@@ -108,7 +107,7 @@ def attention_forward(
     past holds the keys and values of the positions before these; there are none in training.
     """
     # queries, keys and values
-    attn_norm, tap.attn_rms = rmsnorm_forward(x, config.norm_eps, tap.attn_norm)  # (C, N)
+    attn_norm, tap.attn_rms = rmsnorm_forward(x, tap.norm_eps, tap.attn_norm)  # (C, N)
     linear_forward(attn_norm, w.attn_wqkv, tap.qkv)  # (3 C, N): one product for the three
     q, k, v = tap.q, tap.k, tap.v  # (B, H, D, T), views of qkv
     if past is not None:
@@ -117,7 +116,7 @@ def attention_forward(
     # how much each head looks at each position up to this one
     np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (B, H, U, T), a view of attn_logits
     logits = tap.attn_logits  # (U, B H T)
-    logits *= config.head_dim**-0.5
+    logits *= tap.logit_scale
     logits += tap.causal_mask
     softmax_forward(logits, tap.attn_weights)  # (U, B H T)
     # what it sees there, heads side by side
@@ -132,7 +131,6 @@ def attention_backward(
     dattn_res: Array,
     w: Tree,
     dw: Tree,
-    config: Config,
     tap: Tree,
     dtap: Tree,
     out: Array,
@@ -157,8 +155,8 @@ def attention_backward(
     # forward: logits = k^T . q / sqrt(D)
     np.matmul(tap.k, dtap.scores, out=dtap.q)  # (B, H, D, T)
     np.matmul(tap.q, dtap.scores.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
-    dqk = dtap.qkv[: 2 * config.n_embd]  # (2 C, N)
-    dqk *= config.head_dim**-0.5
+    dqk = dtap.qk  # (2 C, N)
+    dqk *= tap.logit_scale
     # queries, keys and values
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
@@ -169,7 +167,7 @@ def attention_backward(
 
 def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
-    mlp_norm, tap.mlp_rms = rmsnorm_forward(x, config.norm_eps, tap.mlp_norm)  # (C, N)
+    mlp_norm, tap.mlp_rms = rmsnorm_forward(x, tap.norm_eps, tap.mlp_norm)  # (C, N)
     mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
     squared = config.squared_relu
     mlp_act = activation_forward(mlp_pre, squared, tap.mlp_act, tap.mlp_slope)  # (F, N)
@@ -183,7 +181,6 @@ def mlp_backward(
     dmlp_res: Array,
     w: Tree,
     dw: Tree,
-    config: Config,
     tap: Tree,
     dtap: Tree,
     out: Array,
@@ -220,10 +217,10 @@ def gpt_forward(
     one_hot.reshape(-1)[tokens] = 1.0
     emb = res = params.wte_wpe[: len(one_hot)].T.dot(one_hot, tap.emb)  # (C, N)
     if config.norm_embedding:
-        res, tap.emb_rms = rmsnorm_forward(emb, config.norm_eps, tap.emb_norm)  # (C, N)
+        res, tap.emb_rms = rmsnorm_forward(emb, tap.norm_eps, tap.emb_norm)  # (C, N)
     for i in range(config.n_layer):
         past_i = None if past is None else past.layers[i]
-        res = attention_forward(res, params.layers[i], past_i, config, tap.layers[i])  # (C, N)
+        res = attention_forward(res, params.layers[i], past_i, tap.layers[i])  # (C, N)
         res = mlp_forward(res, params.layers[i], config, tap.layers[i])  # (C, N)
     lm_head = params.wte if config.tie_lm_head else params.lm_head
     return linear_forward(res, lm_head, tap.logits)  # (V, N)
@@ -248,8 +245,8 @@ def gpt_backward(
     for i in reversed(range(config.n_layer)):
         w, dw, tap_i, dtap_i = params.layers[i], dparams.layers[i], tap.layers[i], dtap.layers[i]
         before = dtap.layers[i - 1].mlp_res if i > 0 else dtap.emb_norm  # (C, N)
-        dres = mlp_backward(dres, w, dw, config, tap_i, dtap_i, dtap_i.attn_res)  # (C, N)
-        dres = attention_backward(dres, w, dw, config, tap_i, dtap_i, before)  # (C, N)
+        dres = mlp_backward(dres, w, dw, tap_i, dtap_i, dtap_i.attn_res)  # (C, N)
+        dres = attention_backward(dres, w, dw, tap_i, dtap_i, before)  # (C, N)
     demb = dtap.emb = dres
     if config.norm_embedding:
         demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_rms)  # (C, N)
