@@ -41,9 +41,9 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, out: Array) -> Arr
 
 def softmax_forward(x: Array, out: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
-    below = np.subtract(x, np.maximum.reduce(x), out=out)  # (n, N)
-    exps = np.exp(below, out=out)  # (n, N)
-    return np.divide(exps, column_sum(exps), out=out)  # (n, N)
+    below = np.subtract(x, np.maximum.reduce(x), out)  # (n, N)
+    exps = np.exp(below, out)  # (n, N)
+    return np.divide(exps, column_sum(exps), out)  # (n, N)
 
 
 def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
@@ -53,7 +53,7 @@ def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
     when one input rises every output gives way, hence the sum over the column. The max divides
     numerator and denominator alike and has no part in it.
     """
-    return np.multiply(y, dy - column_sum(dy * y), out=out)  # (n, N)
+    return np.multiply(y, dy - column_sum(dy * y), out)  # (n, N)
 
 
 def rmsnorm_forward(x: Array, eps: Array, out: Array) -> tuple[Array, Array]:
@@ -62,7 +62,7 @@ def rmsnorm_forward(x: Array, eps: Array, out: Array) -> tuple[Array, Array]:
     Divided by the root, which is faster than a power. Returns y and the root.
     """
     rms = np.sqrt(column_mean(x * x) + eps)  # (N,)
-    return np.divide(x, rms, out=out), rms  # (n, N), (N,)
+    return np.divide(x, rms, out), rms  # (n, N), (N,)
 
 
 def rmsnorm_backward(dy: Array, y: Array, rms: Array) -> Array:
@@ -81,11 +81,11 @@ def activation_forward(x: Array, squared: bool, out: Array, slope: Array) -> Arr
     slope    where dy / dx goes: [x > 0], with which relu(x) = x * slope, or 2 relu(x)
     """
     slope[:] = x > 0.0  # (n, N)
-    relu = np.multiply(x, slope, out=out)  # (n, N)
+    relu = np.multiply(x, slope, out)  # (n, N)
     if not squared:
         return relu
     np.multiply(relu, 2.0, out=slope)  # (n, N)
-    return np.multiply(relu, relu, out=out)  # (n, N)
+    return np.multiply(relu, relu, out)  # (n, N)
 
 
 def activation_backward(dy: Array, slope: Array, out: Array) -> Array:
@@ -93,7 +93,7 @@ def activation_backward(dy: Array, slope: Array, out: Array) -> Array:
 
     forward: y = x where x > 0, else 0: the slope is 1, else 0. The slope of its square is 2 x.
     """
-    return np.multiply(dy, slope, out=out)  # (n, N)
+    return np.multiply(dy, slope, out)  # (n, N)
 
 
 def attention_forward(
@@ -162,7 +162,7 @@ def attention_backward(
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
     dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_rms)  # (C, N)
-    return np.add(dx, dattn_res, out=out)  # (C, N)
+    return np.add(dx, dattn_res, out)  # (C, N)
 
 
 def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
@@ -195,7 +195,7 @@ def mlp_backward(
     dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
     dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_rms)  # (C, N)
-    return np.add(dx, dmlp_res, out=out)  # (C, N)
+    return np.add(dx, dmlp_res, out)  # (C, N)
 
 
 def gpt_forward(
@@ -264,7 +264,7 @@ def gpt_backward(
 def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
     """loss_t = -log(softmax(logits)[target])"""
     softmax_forward(logits, probs)  # (V, N)
-    return np.negative(np.log(probs.take(targets)), out=out)  # (N,)
+    return np.negative(np.log(probs.take(targets)), out)  # (N,)
 
 
 def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Array) -> Array:
@@ -273,7 +273,7 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Ar
     forward: loss_t = log(sum_j exp(x_j)) - x_target, the same thing in other words. The slope of
     the first term is softmax(x), that of the second is 1 at the target and 0 elsewhere.
     """
-    dlogits = np.multiply(dloss_t, probs, out=out)  # (V, N)
+    dlogits = np.multiply(dloss_t, probs, out)  # (V, N)
     dlogits.reshape(-1)[targets] -= dloss_t
     return dlogits
 
