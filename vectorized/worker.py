@@ -13,8 +13,10 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.util
 import os
+import pickle
+import select
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -32,7 +34,7 @@ from vectorized.model import loss_backward, loss_forward
 
 Shapes = Mapping[str, tuple[int, int]]
 
-AWAKE = 0.0002 if hasattr(os, "sched_yield") else 0.0  # seconds; to wake up takes a tenth of that
+AWAKE = 0.0002 if hasattr(os, "sched_yield") else 0.0  # seconds; waking takes a tenth of that
 
 
 class Worker:
@@ -74,6 +76,27 @@ class Worker:
             self.flat_grads += self.flat_piece
 
 
+class Line:
+    """One end of a pipe between two processes, where a message is met awake if it comes soon."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.arrived: Callable[[int], Any] = pipe.poll
+        if hasattr(select, "poll"):  # which is eight times as fast
+            poll = select.poll()
+            poll.register(pipe, select.POLLIN)
+            self.arrived = poll.poll
+
+    def send(self, message: Any) -> None:
+        self.pipe.send_bytes(pickle.dumps(message))
+
+    def receive(self) -> Any:
+        until = perf_counter() + AWAKE
+        while not self.arrived(0) and perf_counter() < until:
+            os.sched_yield()  # this core to whoever else would have it
+        return pickle.loads(self.pipe.recv_bytes())
+
+
 class Remote:
     """A Worker in a process of its own. It begins when told to, and waits for nobody after that."""
 
@@ -81,7 +104,8 @@ class Remote:
         context = multiprocessing.get_context("spawn")
         grads = shared(len(memory))
         self.flat_grads = np.frombuffer(grads, config.dtype)  # (P,)
-        self.pipe, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
+        self.line = Line(ours)
         self.answers = 0  # that are still to come
         self.started = False
         process = context.Process(
@@ -100,7 +124,7 @@ class Remote:
         while self.answers:  # to a batch whose gradient nobody wanted
             self._receive()
         with suppress(BrokenPipeError):  # there will be no answer, and that is dealt with
-            self.pipe.send((docs, of))
+            self.line.send((docs, of))
         self.answers = 2
 
     def forward(self) -> float:
@@ -113,7 +137,7 @@ class Remote:
 
     def _receive(self) -> Any:
         try:
-            answer = receive(self.pipe)
+            answer = self.line.receive()
         except (EOFError, ConnectionResetError):
             raise LostHelpError(
                 "--cores: a process that worked on a share of the batch has ended, for want of"
@@ -130,20 +154,12 @@ class Remote:
 def serve(pipe: Connection, config: Config, shapes: Shapes, memory: Any, grads: Any) -> None:
     """What the other process does until nobody asks any more."""
     flat, flat_grads = (np.frombuffer(numbers, config.dtype) for numbers in (memory, grads))
-    worker = Worker(config, shapes, flat, flat_grads)
+    worker, line = Worker(config, shapes, flat, flat_grads), Line(pipe)
     with suppress(EOFError, OSError, MemoryError):  # whoever asks will miss the answer
         while True:
-            pipe.send(worker.forward(*receive(pipe)))
+            line.send(worker.forward(*line.receive()))
             worker.backward()
-            pipe.send(None)
-
-
-def receive(pipe: Connection) -> Any:
-    """The next message. It is looked out for before going to sleep, from which one wakes late."""
-    until = perf_counter() + AWAKE
-    while not pipe.poll() and perf_counter() < until:
-        os.sched_yield()  # to whoever else would have this core
-    return pipe.recv()
+            line.send(None)
 
 
 def deal(docs: Docs, shares: int) -> list[Docs]:
