@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import FLOAT64, Outcome, compare_step, explained, float32
 from crosscheck.trace import Array, Step, keys, split_key
-from microgpt.checkpoint import DAMAGED, TensorFile
+from microgpt.checkpoint import DAMAGED, TensorFile, write_tensors
 from microgpt.config import stored_config
-from microgpt.data import write_whole
 from microgpt.errors import MicrogptError, shortened
 from microgpt.layout import param_shapes
 
@@ -44,7 +42,7 @@ def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable
         "config": json.dumps(dataclasses.asdict(case.config)),
         "chars": case.chars,
     }
-    write_whole(path, save(tensors, metadata))
+    write_tensors(path, tensors, metadata)
     return number
 
 

@@ -22,10 +22,12 @@ of it is taken into memory.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +36,11 @@ from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from microgpt.backend import State
 from microgpt.config import Config, stored_config
-from microgpt.data import write_whole
+from microgpt.data import whole
 from microgpt.errors import MicrogptError, shortened
 from microgpt.layout import param_shapes
 from microgpt.memory import check_file
@@ -92,7 +94,20 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "documents": checkpoint.documents,
     }
     metadata["sha256"] = checksum(tensors, metadata)
-    write_whole(path, save(tensors, metadata))
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all, from where the tensors lie in memory."""
+    with whole(path) as file:
+        try:
+            save_file(tensors, file, metadata)
+        except SafetensorError as error:  # which is how it says that the system has refused
+            number = re.search(r"os error (\d+)", str(error))
+            reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
+            raise OSError(errno.EIO, reason) from None
 
 
 def not_finite(tensors: Mapping[str, Any]) -> str | None:
@@ -165,7 +180,7 @@ def _random_stream(version: int, numbers: Iterable[int], gauss_next: float | Non
 
 def save_params(path: Path, params: Mapping[str, Any]) -> None:
     """Write parameters alone, float64."""
-    write_whole(path, save({name: np.array(tensor, "float64") for name, tensor in params.items()}))
+    write_tensors(path, {name: np.array(tensor, "float64") for name, tensor in params.items()})
 
 
 def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

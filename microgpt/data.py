@@ -177,19 +177,38 @@ def cache_folder() -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is seen whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with whole(path) as begun, open(begun, "xb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be seen whole or not at all, also after a power cut.
+
+    It is in a folder of its own, since a library may put files beside the one it writes.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    begun = folder / path.name
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
+            folder.mkdir()
+            yield begun
+            os.chmod(begun, folder.stat().st_mode & 0o666)  # as any file that is made here
+            with open(begun, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(begun, path)
             sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        remove_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of files, or what can be removed of it."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,10 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from microgpt import checkpoint
 from microgpt.checkpoint import FILE_NAME, read_tensors
 from microgpt.cli import main as microgpt
 from microgpt.config import load_config
@@ -42,6 +46,7 @@ FLAGS = (
     *("--n-embd", "4", "--n-head", "2", "--block-size", "5", "--init-std", "0.5"),
     *("--batch-size", "2", "--learning-rate", "0.05", "--num-samples", "6", "--temperature", "1"),
 )
+OPERATIONS = ("open", "fsync", "replace", "unlink", "write", "ftruncate", "mkdir", "chmod", "rmdir")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 STEADY = 4e6  # bytes by which the resident set may grow
 
@@ -73,7 +78,9 @@ def quiet(arguments: Sequence[str]) -> tuple[int, str]:
 
 def differences(out: Path, whole: Path) -> list[str]:
     """In what a finished run differs from an undisturbed one; the time it took may."""
-    names = {path.name for path in out.iterdir()} - {LOCK}  # its removal may have been refused
+    # the removal of the lock, or of a folder that a file was moved out of, may have been refused
+    names = {path.name for path in out.iterdir() if not path.is_dir() or any(path.iterdir())}
+    names -= {LOCK}
     if names != set(RUN_FILES):
         return [f"the files are {sorted(names)}"]
     found = []
@@ -127,9 +134,10 @@ class Operations:
     def watched(self) -> Iterator[Operations]:
         """See every operation that microgpt makes here."""
         with ExitStack() as patches:
-            for name in ("open", "fsync", "replace", "unlink", "write", "ftruncate", "mkdir"):
+            for name in OPERATIONS:
                 patches.enter_context(patch.object(os, name, self._counted(getattr(os, name))))
             patches.enter_context(patch.object(builtins, "open", self._opened(builtins.open)))
+            patches.enter_context(patch.object(checkpoint, "save_file", self._saved))
             yield self
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,11 +148,21 @@ class Operations:
 
     def _opened(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def opened(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
-            if mode.startswith("r"):
+            if mode in ("r", "rb"):
                 return function(path, mode, *rest, **more)
             return File(self.do(lambda: function(path, mode, *rest, **more)), self)
 
         return opened
+
+    def _saved(self, tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None) -> None:
+        def half() -> None:
+            save_file(tensors, path, metadata)
+            os.truncate(path, path.stat().st_size // 2)
+
+        try:
+            self.do(lambda: save_file(tensors, path, metadata), half)
+        except OSError as error:  # in the words of safetensors, which opens its files itself
+            raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from None
 
 
 class File:

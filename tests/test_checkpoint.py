@@ -138,6 +138,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_checkpoint_may_be_read_by_whoever_may_read_what_is_made_beside_it(
+    fresh: Checkpoint, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / FILE_NAME, fresh)
+    (tmp_path / "other").write_text("other", encoding="utf-8")
+    checkpoint, other = ((tmp_path / name).stat().st_mode for name in (FILE_NAME, "other"))
+    assert checkpoint == other
+
+
 # What is refused. Always with a MicrogptError, which names the file.
 
 

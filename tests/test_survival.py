@@ -180,7 +180,10 @@ def test_the_disk_has_the_metrics_before_the_checkpoint_and_the_names_after_it(
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(run: Path, whole: Path) -> None:
     for name in RUN_FILES:
-        (run / f".{name}.123.0123abcd").write_text("half", encoding="utf-8")
+        folder = run / f".{name}.123.0123abcd"
+        folder.mkdir()
+        for begun in (name, ".tmp123"):  # libraries have files of their own
+            (folder / begun).write_text("half", encoding="utf-8")
     others = (".checkpoint.safetensors.swp", ".notes.txt.123.0123abcd", "checkpoint.old")
     for name in others:
         (run / name).write_text("precious", encoding="utf-8")
@@ -216,7 +219,9 @@ def test_a_directory_without_a_checkpoint_is_not_resumed_and_can_be_begun_again(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / f".{FILE_NAME}.123.0123abcd").write_text("half", encoding="utf-8")
+    begun = out / f".{FILE_NAME}.123.0123abcd"
+    begun.mkdir()
+    (begun / FILE_NAME).write_text("half", encoding="utf-8")
     (out / LOCK).write_text("process 123 on nowhere\n", encoding="utf-8")
     assert "nothing to go on from; start a run without --resume" in one_line(resume(out))
     assert quiet([*start, "--out", str(out)]) == (0, "")
@@ -479,6 +484,16 @@ def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(
     assert resume(tmp_path / "run") == (0, "")
     steps, *_ = zip(*faults.figures(tmp_path / "run"))
     assert steps == tuple(range(1, 1001))
+
+
+def test_a_checkpoint_that_the_system_refuses_is_told_in_one_line(
+    process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    limited = "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"  # less than a checkpoint
+    ran = process(first=limited)
+    line = one_line((ran.returncode, ran.stderr))
+    assert "checkpoint.safetensors: cannot be written: File too large" in line
+    assert not any(path.is_dir() for path in (tmp_path / "run").iterdir())
 
 
 def vanish(out: Path) -> None:
