@@ -265,18 +265,22 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
 def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int) -> Tree:
     """The tensors of a buffer as the model reads them: params.wte, params.layers[0].attn_wo.
 
-    attn_wq, attn_wk and attn_wv lie side by side, so attn_wqkv (3 C, C) is a view of all three.
+    Some lie one after the other and are used as one: wte_wpe (V + block_size, C) is a view of wte
+    and wpe, attn_wqkv (3 C, C) one of attn_wq, attn_wk and attn_wv.
     """
     params = grow(named_views(flat, shapes), n_layer)
-    (V, C), (block_size, _) = shapes["wte"], shapes["wpe"]
-    params.wte_wpe = flat[: (V + block_size) * C].reshape(-1, C)
-    start = 0
-    for name, (n_out, n_in) in shapes.items():
-        if name.endswith(".attn_wq"):
-            layer = params.layers[int(name.removeprefix("layer").removesuffix(".attn_wq"))]
-            layer.attn_wqkv = flat[start : start + 3 * n_out * n_in].reshape(3 * n_out, n_in)
-        start += n_out * n_in
+    params.wte_wpe = _rows(flat, shapes, "wte", len(params.wte) + len(params.wpe))
+    for i, layer in enumerate(params.layers):
+        layer.attn_wqkv = _rows(flat, shapes, f"layer{i}.attn_wq", 3 * len(layer.attn_wq))
     return params
+
+
+def _rows(flat: Array, shapes: Mapping[str, tuple[int, int]], first: str, n: int) -> Array:
+    """The n rows of a buffer that begin with those of the tensor `first`."""
+    names = list(shapes)
+    start = sum(math.prod(shapes[name]) for name in names[: names.index(first)])
+    _, n_in = shapes[first]
+    return flat[start : start + n * n_in].reshape(n, n_in)
 
 
 def column_sum(x: Array) -> Array:
