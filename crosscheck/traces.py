@@ -31,7 +31,7 @@ def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable
     number = 0
     for number, step in enumerate(steps, 1):
         for key, tensor in step.items():
-            tensors[f"step{number}/{key}"] = np.array(tensor, order="C")
+            tensors[f"step{number}/{key}"] = np.array(tensor)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

@@ -21,6 +21,7 @@ of it is taken into memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -77,7 +78,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     state = checkpoint.state
     tensors = {
-        prefix + name: np.ascontiguousarray(tensor, checkpoint.config.dtype)
+        prefix + name: np.asarray(tensor, checkpoint.config.dtype)
         for prefix, named in zip(MOMENTS, (state.params, state.m, state.v))
         for name, tensor in named.items()
     }
@@ -100,14 +101,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all, from where the tensors lie in memory."""
+    """Write a safetensors file, whole or not at all."""
+    in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with whole(path) as file:
         try:
-            save_file(tensors, file, metadata)
-        except SafetensorError as error:  # which is how it says that the system has refused
-            number = re.search(r"os error (\d+)", str(error))
-            reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
-            raise OSError(errno.EIO, reason) from None
+            save_file(in_order, file, metadata)
+        except SafetensorError as error:
+            # "I/O error: No space left on device (os error 28)", or as older releases have it,
+            # 'IoError(Os { code: 28, kind: .., message: "No space left on device" })'
+            found = re.search(r"message: \"([^\"]+)|([^:]+) \(os error", str(error))
+            reason = found[1] or found[2] if found else str(error)
+            raise OSError(errno.EIO, reason.strip()) from None  # of which the reason is told
+        with contextlib.suppress(OSError):  # it lets nobody but its owner read the file
+            os.chmod(file, file.parent.stat().st_mode & 0o666)
 
 
 def not_finite(tensors: Mapping[str, Any]) -> str | None:

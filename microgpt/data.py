@@ -194,18 +194,20 @@ def whole(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
             yield begun
-            os.chmod(begun, folder.stat().st_mode & 0o666)  # as any file that is made here
             with open(begun, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(begun, path)
             sync_folder(path.parent)
     finally:
-        remove_folder(folder)
+        remove_begun(folder)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of files, or what can be removed of it."""
+def remove_begun(folder: Path) -> None:
+    """Remove a folder and the files in it, or what can be removed; of a link, the link alone."""
     with contextlib.suppress(OSError):
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink()
+            return
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()

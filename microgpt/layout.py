@@ -52,12 +52,12 @@ def tap_names(config: Config) -> list[str]:
 
 
 class Tree:
-    """Tensors by name, none at first. Python reads its attributes faster than Tree's."""
+    """Tensors by name, none at first. Python reads its attributes faster than SimpleNamespace's."""
 
     def __init__(self, n_layer: int = 0) -> None:
         self.layers = [Tree() for _ in range(n_layer)]
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # any name is one of its attributes
 
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...

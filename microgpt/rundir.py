@@ -27,7 +27,7 @@ import yaml
 
 from microgpt.checkpoint import FILE_NAME
 from microgpt.config import Config
-from microgpt.data import remove_folder, sync_folder, write_whole, writing
+from microgpt.data import remove_begun, sync_folder, write_whole, writing
 from microgpt.errors import MicrogptError
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
@@ -187,7 +187,7 @@ def tidy(out: Path) -> None:
     with contextlib.suppress(OSError):  # it is in nobody's way
         for path in out.iterdir():
             if begun.fullmatch(path.name):
-                remove_folder(path)
+                remove_begun(path)
 
 
 class Metrics:

@@ -304,11 +304,11 @@ def _check_held_out(config: Config, documents: list[str]) -> None:
 
 def _begin(run: Run, metrics: bytes) -> None:
     """Make the directory that of this run. After a kill in between, --resume does the rest."""
+    tidy(run.out)  # first: what a killed run left may be what fills the disk
     run.save()
     write_metrics(run.out, metrics)
     write_config(run.out, run.config)
     remove_samples(run.out)
-    tidy(run.out)
 
 
 def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config) -> list[list[int]]:

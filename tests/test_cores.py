@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,8 +28,9 @@ from microgpt.cli import main
 from microgpt.config import load_config
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
+from microgpt.layout import param_shapes
 from microgpt.tokenizer import build_tokenizer
-from vectorized.worker import Remote, deal
+from vectorized.worker import Line, Remote, Worker, deal, serve
 
 CONFIG = replace(load_config(), n_embd=4, n_head=2, init_std=0.5, init_std_residual=0.5)
 TOKENIZER = build_tokenizer("abc", CONFIG)
@@ -186,6 +190,37 @@ def test_what_was_learned_is_kept_when_a_process_is_lost(
     assert "a process that worked on a share of the batch has ended" in capsys.readouterr().err
     assert load_checkpoint(out).state.updates == 3
     assert main(["train", "--resume", "--out", str(out), "--cores", "1"]) == 0
+
+
+def test_a_process_that_cannot_be_started_is_told_in_one_line() -> None:
+    refused = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    spawned = multiprocessing.get_context("spawn").Process
+    with patch.object(spawned, "start", side_effect=refused), pytest.raises(MicrogptError) as error:
+        load_backend("vectorized", replace(CONFIG, cores=3), fresh())
+    assert str(error.value).startswith("--cores 3: the system starts no more processes (Resource")
+
+
+def test_the_gradient_is_there_when_the_other_process_says_so() -> None:
+    config = replace(CONFIG, cores=2)
+    shapes = param_shapes(config, TOKENIZER.vocab_size)
+    numbers = sum(n_out * n_in for n_out, n_in in shapes.values())
+    ours, theirs = map(Line, multiprocessing.Pipe())
+    go_on = threading.Event()
+
+    def slowly(worker: Worker) -> None:
+        go_on.wait()
+
+    arguments = (theirs.pipe, config, shapes, bytearray(8 * numbers), bytearray(8 * numbers))
+    with patch.object(Worker, "backward", slowly):
+        thread = threading.Thread(target=serve, args=arguments, daemon=True)
+        thread.start()
+        ours.send((DOCS, len(DOCS)))
+        assert ours.receive() > 0.0  # the loss
+        assert not ours.pipe.poll(0.1)
+        go_on.set()
+        assert ours.receive() is None
+        ours.pipe.close()
+        thread.join()
 
 
 def run_script(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:

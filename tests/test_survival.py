@@ -184,12 +184,17 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(run: Path, whole: 
         folder.mkdir()
         for begun in (name, ".tmp123"):  # libraries have files of their own
             (folder / begun).write_text("half", encoding="utf-8")
+    (run / ".samples.txt.124.0123abcd").write_text("half", encoding="utf-8")
     others = (".checkpoint.safetensors.swp", ".notes.txt.123.0123abcd", "checkpoint.old")
-    for name in others:
-        (run / name).write_text("precious", encoding="utf-8")
+    elsewhere = run.parent / "elsewhere"
+    elsewhere.mkdir()
+    precious = [elsewhere / "thesis.txt", *(run / name for name in others)]
+    for path in precious:
+        path.write_text("precious", encoding="utf-8")
+    (run / ".samples.txt.125.0123abcd").symlink_to(elsewhere)
     assert resume(run) == (0, "")
-    for name in others:
-        (run / name).unlink()
+    for path in precious:
+        path.unlink()
     assert differences(run, whole) == []
 
 

@@ -29,7 +29,7 @@ TapsAndDerivatives = tuple[Tree, Tree]
 COLUMNS = 512  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
-REPEATED = 4096  # products in the sum of columns that cost less than broadcasting does
+REPEATED = 4096  # multiplications: to sum columns with so many is faster than to broadcast the sum
 
 
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ def pieces(docs: Sequence[Sequence[int]], n_embd: int) -> list[Sequence[Sequence
 
 
 def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -> Batch:
-    """Documents of n + 1 tokens, any n, as one batch of inputs and targets.
+    """Documents of n + 1 tokens, any n > 0, as one batch of inputs and targets.
 
     of    how many documents the whole batch has, if these are a piece of it
     """
@@ -92,14 +92,17 @@ def places(tokens: Array) -> Array:
 
 
 def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New) -> Tree:
-    """Everything that the forward pass fills, in that order: the taps, by their names.
+    """Everything that the forward pass fills, in that order, and the constants that it reads.
+
+    The taps are there by their names. What forward adds are the roots of the norms, .._rms.
 
     Unless somebody watches, a softmax overwrites its logits and the activation its input, which
     nothing else reads.
 
     one_hot             a row for each token, and below them one for each position: see gpt_forward
     mlp_slope, probs    what the backward pass needs besides
-    logit_scale         1 / sqrt(D)
+    norm_eps            as config has it, an array without axes: see `numbers`
+    logit_scale         1 / sqrt(D), likewise
     causal_mask         0 where position t may look at position u, else -inf: (U, B H T), or one
                         row for all where a single position looks at those before it
     U                   positions looked at: those of the batch, and in sampling those before them
@@ -305,9 +308,9 @@ def causal_mask(T: int, dtype: np.dtype) -> Array:
 
 
 @cache
-def numbers(dtype: np.dtype, *values: float) -> list[Array]:
+def numbers(dtype: np.dtype, *values: float) -> tuple[Array, ...]:
     """Each as an array without axes: one of Python's numbers would be converted at each use."""
-    return [_read_only(np.array(value, dtype)) for value in values]
+    return tuple(_read_only(np.array(value, dtype)) for value in values)
 
 
 def side_by_side(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
+from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
@@ -38,11 +39,17 @@ class Backend:
         self.others: list[Remote] = []  # who work beside this process
         self.busy: list[Remote] = []  # those of them who have a share of the batch
         if config.cores > 1 and not watch:
-            memory = shared(self.flat.nbytes)
+            try:
+                memory = shared(self.flat.nbytes)
+                self.others = [Remote(config, self.shapes, memory) for _ in range(1, config.cores)]
+            except OSError as error:
+                raise MicrogptError(
+                    f"--cores {config.cores}: the system starts no more processes"
+                    f" ({error.strerror}); take fewer cores"
+                ) from None
             numbers = np.frombuffer(memory, dtype)
             numbers[:] = self.flat
             self.flat = numbers
-            self.others = [Remote(config, self.shapes, memory) for _ in range(1, config.cores)]
         self.flat_grads = np.zeros_like(self.flat)
         self.worker = Worker(config, self.shapes, self.flat, self.flat_grads, watch)
         self.params = self.worker.params

@@ -88,7 +88,7 @@ class Line:
             self.arrived = poll.poll
 
     def send(self, message: Any) -> None:
-        self.pipe.send_bytes(pickle.dumps(message))
+        self.pipe.send_bytes(pickle.dumps(message))  # twice as fast as its own send()
 
     def receive(self) -> Any:
         until = perf_counter() + AWAKE
@@ -138,7 +138,7 @@ class Remote:
     def _receive(self) -> Any:
         try:
             answer = self.line.receive()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError, BrokenPipeError):
             raise LostHelpError(
                 "--cores: a process that worked on a share of the batch has ended, for want of"
                 " memory or because somebody ended it; go on with fewer cores"
