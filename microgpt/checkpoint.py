@@ -102,7 +102,7 @@ def write_tensors(
     path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file, whole or not at all."""
-    in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    in_order = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with whole(path) as file:
         try:
             save_file(in_order, file, metadata)
