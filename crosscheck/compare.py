@@ -51,8 +51,9 @@ class Standard:
 FLOAT64 = Standard("float64", dict.fromkeys(PHASES, Tolerance(rtol=1e-9, atol=1e-12)))
 
 # Single precision loses digits where numbers of unlike size are added, so its error is measured
-# as a share of the largest number of the tensor. These are the largest errors of any case and nine
-# sets of parameters against float64 (`python -m crosscheck float32`), times a margin of four.
+# as a share of the largest number of the tensor. These were the largest errors of any case and nine
+# sets of parameters against float64, and a margin of four is on top of them. Sums in another order
+# have others, within that margin: `python -m crosscheck float32` tells by how much.
 # Every step starts from the reference's state.
 FLOAT32_MEASURED = {
     "batch": 0.0,
