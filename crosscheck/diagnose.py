@@ -520,6 +520,13 @@ def other_tensor(pair: Pair) -> str:
     return ""
 
 
+def overwritten(pair: Pair) -> str:
+    """What agrees while somebody watches, and not while nobody does."""
+    if pair.phase in ("eval", "unwatched"):
+        return "agrees while all that lies in between is kept: an array is overwritten too early"
+    return ""
+
+
 PATTERNS: list[Callable[[Pair], str]] = [
     not_finite,
     weighting,
@@ -540,6 +547,7 @@ PATTERNS: list[Callable[[Pair], str]] = [
     other_tensor,
     somewhere,
     single_precision,
+    overwritten,
 ]
 
 

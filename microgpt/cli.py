@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has gone
         status = status or BROKEN_PIPE
         _silence()
+    except KeyboardInterrupt:  # once more, while the last lines were on their way
+        status = status or SIGNALLED + signal.SIGINT
+        _silence()
     except OSError as error:
         _say(f"microgpt: error: {error.filename or 'output'}: {error.strerror}", sys.stderr)
         status = status or 2

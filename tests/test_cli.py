@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import yaml
 
-from microgpt import data, evaluate, report, train
+from microgpt import cli, data, evaluate, report, train
 from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
@@ -853,6 +853,18 @@ def test_a_reader_that_leaves_ends_it_quietly(command: str, unbuffered: str, sma
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
     assert process_unread(unbuffered, "train", "--help").stderr == ""
+
+
+def test_ctrl_c_at_the_very_end_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdout, "flush", pressed)
+    monkeypatch.setattr(cli, "_silence", lambda: None)  # this process has more to say
+    assert microgpt("--version") == 130
+    assert capsys.readouterr().err == ""
 
 
 def process_unread(unbuffered: str, *arguments: object) -> subprocess.CompletedProcess[str]:
