@@ -19,6 +19,7 @@ from http.client import BadStatusLine
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import numpy as np
@@ -858,12 +859,15 @@ def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
 def test_ctrl_c_at_the_very_end_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def pressed() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.stdout, "flush", pressed)
     monkeypatch.setattr(cli, "_silence", lambda: None)  # this process has more to say
-    assert microgpt("--version") == 130
+    with monkeypatch.context() as patch:
+
+        def done(arguments: Any) -> int:
+            patch.setattr(sys.stdout, "flush", Mock(side_effect=KeyboardInterrupt))
+            return 0
+
+        patch.setattr(cli, "_run", done)
+        assert microgpt("train") == 130
     assert capsys.readouterr().err == ""
 
 
