@@ -110,8 +110,8 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
     tap.one_hot = new(V + U, N)
-    tap.one_hot[V : V + U - T] = 0.0
-    tap.one_hot[V + U - T :] = side_by_side(np.eye, T, B, tap.one_hot.dtype)
+    tap.one_hot[V:] = 0.0
+    tap.one_hot[-T:] = side_by_side(np.eye, T, B, tap.one_hot.dtype)
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm = new(C, N)
