@@ -44,12 +44,7 @@ def activation(x: Vector, squared: bool) -> Vector:
 
 
 def attention(
-    x: Vector,
-    w: Tree,
-    keys: Matrix,
-    values: Matrix,
-    config: Config,
-    tap: Tree,
+    x: Vector, w: Tree, keys: Matrix, values: Matrix, config: Config, tap: Tree
 ) -> Vector:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)"""
     heads = [slice(h, h + config.head_dim) for h in range(0, config.n_embd, config.head_dim)]

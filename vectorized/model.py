@@ -98,12 +98,7 @@ def activation_backward(dy: Array, slope: Array, out: Array) -> Array:
     return np.multiply(dy, slope, out)  # (n, N)
 
 
-def attention_forward(
-    x: Array,
-    w: Tree,
-    past: Tree | None,
-    tap: Tree,
-) -> Array:
+def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)
 
     past holds the keys and values of the positions before these; there are none in training.
@@ -130,12 +125,7 @@ def attention_forward(
 
 
 def attention_backward(
-    dattn_res: Array,
-    w: Tree,
-    dw: Tree,
-    tap: Tree,
-    dtap: Tree,
-    out: Array,
+    dattn_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out: Array
 ) -> Array:
     """dx = rmsnorm_backward(w^T . (dq, dk, dv)) + dattn_res
 
@@ -178,14 +168,7 @@ def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     return mlp_res
 
 
-def mlp_backward(
-    dmlp_res: Array,
-    w: Tree,
-    dw: Tree,
-    tap: Tree,
-    dtap: Tree,
-    out: Array,
-) -> Array:
+def mlp_backward(dmlp_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out: Array) -> Array:
     """dx = rmsnorm_backward(mlp_fc1^T . activation_backward(mlp_fc2^T . dmlp_res)) + dmlp_res"""
     # residual
     # forward: mlp_res = mlp_fc2 . mlp_act + x
@@ -199,13 +182,7 @@ def mlp_backward(
     return np.add(dx, dmlp_res, out)  # (C, N)
 
 
-def gpt_forward(
-    tokens: Array,
-    params: Tree,
-    past: Tree | None,
-    config: Config,
-    tap: Tree,
-) -> Array:
+def gpt_forward(tokens: Array, params: Tree, past: Tree | None, config: Config, tap: Tree) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))
 
     tokens    (N,), where each column's token sits in a flattened (V, N)
@@ -230,12 +207,7 @@ def gpt_forward(
 
 
 def gpt_backward(
-    dlogits: Array,
-    params: Tree,
-    dparams: Tree,
-    config: Config,
-    tap: Tree,
-    dtap: Tree,
+    dlogits: Array, params: Tree, dparams: Tree, config: Config, tap: Tree, dtap: Tree
 ) -> None:
     """dparams: the gradient of every parameter, written over what was there"""
     # forward: logits = lm_head . res
@@ -292,12 +264,7 @@ def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array
 
 
 def loss_backward(
-    batch: Batch,
-    params: Tree,
-    dparams: Tree,
-    config: Config,
-    tap: Tree,
-    dtap: Tree,
+    batch: Batch, params: Tree, dparams: Tree, config: Config, tap: Tree, dtap: Tree
 ) -> None:
     """dloss_t = weights, dloss = 1
 
