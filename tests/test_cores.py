@@ -30,6 +30,7 @@ from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.tokenizer import build_tokenizer
+from vectorized import worker
 from vectorized.worker import Line, Remote, Worker, deal, serve
 
 CONFIG = replace(load_config(), n_embd=4, n_head=2, init_std=0.5, init_std_residual=0.5)
@@ -221,6 +222,25 @@ def test_the_gradient_is_there_when_the_other_process_says_so() -> None:
         assert ours.receive() is None
         ours.pipe.close()
         thread.join()
+
+
+def test_after_a_late_message_the_next_is_slept_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "AWAKE", 0.1)
+    ours, theirs = map(Line, multiprocessing.Pipe())
+    looked: list[int] = []
+    monkeypatch.setattr(ours, "arrived", lambda wait: looked.append(wait) or ours.pipe.poll(wait))
+
+    def received(message: str, after: float) -> bool:
+        """Whether the message was looked out for."""
+        looked.clear()
+        threading.Timer(after, theirs.send, [message]).start()
+        assert ours.receive() == message
+        return bool(looked)
+
+    assert received("soon", 0.01)
+    assert received("late", 0.5)
+    assert not received("soon", 0.01)
+    assert received("soon", 0.01)
 
 
 def run_script(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:

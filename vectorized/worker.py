@@ -77,10 +77,15 @@ class Worker:
 
 
 class Line:
-    """One end of a pipe between two processes, where a message is met awake if it comes soon."""
+    """One end of a pipe between two processes, where a message is met awake if it comes soon.
+
+    To wake takes a good part of what a small batch does. But if the last message was late, another
+    program may have the core that the next should come from, and is not to be kept from it.
+    """
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
+        self.soon = True  # whether the last message came within AWAKE
         self.arrived: Callable[[int], Any] = pipe.poll
         if hasattr(select, "poll"):  # which is eight times as fast
             poll = select.poll()
@@ -91,10 +96,12 @@ class Line:
         self.pipe.send_bytes(pickle.dumps(message))  # twice as fast as its own send()
 
     def receive(self) -> Any:
-        until = perf_counter() + AWAKE
-        while not self.arrived(0) and perf_counter() < until:
+        began = perf_counter()
+        while self.soon and not self.arrived(0) and perf_counter() < began + AWAKE:
             os.sched_yield()  # this core to whoever else would have it
-        return pickle.loads(self.pipe.recv_bytes())
+        message = self.pipe.recv_bytes()
+        self.soon = perf_counter() < began + AWAKE
+        return pickle.loads(message)
 
 
 class Remote:
