@@ -188,29 +188,29 @@ def whole(path: Path) -> Iterator[Path]:
     It is in a folder of its own, since a library may put files beside the one it writes.
     """
     folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    begun = folder / path.name
+    file = folder / path.name
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-            yield begun
-            with open(begun, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(begun, path)
+            yield file
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(file, path)
             sync_folder(path.parent)
     finally:
         remove_begun(folder)
 
 
-def remove_begun(folder: Path) -> None:
+def remove_begun(begun: Path) -> None:
     """Remove a folder and the files in it, or what can be removed; of a link, the link alone."""
     with contextlib.suppress(OSError):
-        if folder.is_symlink() or not folder.is_dir():
-            folder.unlink()
+        if begun.is_symlink() or not begun.is_dir():
+            begun.unlink()
             return
-        for path in folder.iterdir():
+        for path in begun.iterdir():
             path.unlink()
-        folder.rmdir()
+        begun.rmdir()
 
 
 @contextlib.contextmanager

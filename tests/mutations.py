@@ -27,10 +27,10 @@ from crosscheck.trace import trace
 from crosscheck.traces import diff, save_trace
 from microgpt.backend import State
 from microgpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from microgpt.config import CONFIGS, load_config
+from microgpt.config import CONFIGS, Config, load_config
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
-from microgpt.tokenizer import build_tokenizer
+from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 SLOWEST = 5.0  # seconds that a file may take
 ENDLESS = 60.0  # seconds after which it is given up, with a traceback of where it hangs
@@ -42,6 +42,13 @@ NUMBERS = ["-1", "0", "1.5", "1e999", "1e-400", "NaN", "Infinity", "true", "null
            "0x" + "f" * 5000, "." + "9" * 400, "[" * 3000, '{"a":' * 3000]  # fmt: skip
 
 Mutation = Callable[[bytes, Random], bytes]
+
+
+def made_up(config: Config, tokenizer: Tokenizer, rng: Random) -> State:
+    """Parameters and moments as they might be after three updates."""
+    params, m, v = (init_params(config, tokenizer.vocab_size, rng) for _ in range(3))
+    squares = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
+    return State(params, m, squares, 3)
 
 
 def flip(content: bytes, rng: Random) -> bytes:
@@ -166,9 +173,8 @@ def subjects(folder: Path) -> list[Subject]:
     """One of each kind."""
     config = load_config(overrides={"n_embd": "4", "n_head": "2", "block_size": "5"})
     tokenizer, rng = build_tokenizer("abc", config), Random(5)
-    params, m, v = (init_params(config, tokenizer.vocab_size, rng) for _ in range(3))
-    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
-    saved = Checkpoint(config, tokenizer, State(params, m, v, 3), rng, "0" * 64)
+    state = made_up(config, tokenizer, rng)
+    saved = Checkpoint(config, tokenizer, state, rng, "0" * 64)
     checkpoint, whole = folder / "checkpoint", folder / "whole"
     save_checkpoint(checkpoint, saved)
 
@@ -187,11 +193,12 @@ def subjects(folder: Path) -> list[Subject]:
         assert (loaded.config, loaded.tokenizer) == (saved.config, saved.tokenizer)
         assert (loaded.documents, loaded.state.updates) == (saved.documents, saved.state.updates)
         assert loaded.rng.getstate() == saved.rng.getstate()
-        for name in params:
-            np.testing.assert_array_equal(loaded.state.params[name], params[name])
-            np.testing.assert_array_equal(loaded.state.m[name], m[name])
-            np.testing.assert_array_equal(loaded.state.v[name], v[name])
+        for name in state.params:
+            np.testing.assert_array_equal(loaded.state.params[name], state.params[name])
+            np.testing.assert_array_equal(loaded.state.m[name], state.m[name])
+            np.testing.assert_array_equal(loaded.state.v[name], state.v[name])
 
+    same_checkpoint(checkpoint)  # hardly a damaged one is loaded: that this works is seen here
     readings: list[tuple[str, Callable[[Path], object]]] = [
         ("checkpoint", same_checkpoint),
         ("reference", lambda path: diff(path, whole)),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import made_up
 from safetensors.numpy import save_file
 
 from microgpt.backend import NAMES, State, load_backend
@@ -28,7 +29,6 @@ from microgpt.checkpoint import (
 )
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.tokenizer import build_tokenizer
 
@@ -80,9 +80,7 @@ def fresh(tiny_config: Config) -> Checkpoint:
     """A checkpoint that no step has led to: its moments tell themselves apart."""
     tokenizer = build_tokenizer("ab\u00e9\U0001f600", tiny_config)
     rng = Random(5)
-    params, m, v = (init_params(tiny_config, tokenizer.vocab_size, rng) for _ in range(3))
-    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
-    return Checkpoint(tiny_config, tokenizer, State(params, m, v, 3), rng, "0" * 64)
+    return Checkpoint(tiny_config, tokenizer, made_up(tiny_config, tokenizer, rng), rng, "0" * 64)
 
 
 def test_the_random_stream_goes_on_where_it_was(fresh: Checkpoint, tmp_path: Path) -> None:
@@ -164,9 +162,8 @@ def whole(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     file = tmp_path_factory.mktemp("whole") / FILE_NAME
     tokenizer = build_tokenizer("ab", tiny_config)
     rng = Random(5)
-    params, m, v = (init_params(tiny_config, tokenizer.vocab_size, rng) for _ in range(3))
-    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
-    save_checkpoint(file, Checkpoint(tiny_config, tokenizer, State(params, m, v, 3), rng, "0" * 64))
+    state = made_up(tiny_config, tokenizer, rng)
+    save_checkpoint(file, Checkpoint(tiny_config, tokenizer, state, rng, "0" * 64))
     return file
 
 

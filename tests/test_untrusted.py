@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutations import made_up
 from safetensors.numpy import save_file
 
 from crosscheck.__main__ import main as crosscheck
@@ -25,7 +26,7 @@ from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
 from crosscheck.traces import load_trace, save_trace
 from microgpt import data, memory
-from microgpt.backend import NAMES, State, fresh_state, load_backend
+from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.checkpoint import Checkpoint, load_checkpoint, load_params, save_checkpoint
 from microgpt.cli import main as microgpt
 from microgpt.config import Config, load_config
@@ -75,9 +76,7 @@ def whole(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A checkpoint to damage."""
     file = tmp_path_factory.mktemp("whole") / "checkpoint.safetensors"
     tokenizer, rng = build_tokenizer("ab", tiny_config), Random(5)
-    params, m, v = (init_params(tiny_config, tokenizer.vocab_size, rng) for _ in range(3))
-    v = {name: [[x * x for x in row] for row in matrix] for name, matrix in v.items()}
-    state = State(params, m, v, 3)
+    state = made_up(tiny_config, tokenizer, rng)
     save_checkpoint(file, Checkpoint(tiny_config, tokenizer, state, rng, "0" * 64))
     return file
 

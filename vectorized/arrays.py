@@ -258,11 +258,7 @@ def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:
 
 def named_views(flat: Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
     """The tensors of such a buffer: views, so that writing to one writes to the other."""
-    views, start = {}, 0
-    for name, (n_out, n_in) in shapes.items():
-        views[name] = flat[start : start + n_out * n_in].reshape(n_out, n_in)
-        start += n_out * n_in
-    return views
+    return {name: _rows(flat, shapes, name, n_out) for name, (n_out, _) in shapes.items()}
 
 
 def model_tree(flat: Array, shapes: Mapping[str, tuple[int, int]], n_layer: int) -> Tree:
@@ -286,20 +282,19 @@ def _rows(flat: Array, shapes: Mapping[str, tuple[int, int]], first: str, n: int
     return flat[start : start + n * n_in].reshape(n, n_in)
 
 
-def column_sum(x: Array) -> Array:
-    """s = x_0 + .. + x_n-1, in every column: (n, N) -> (N,), or that row n times, (n, N).
+def column_sum(x: Array, weight: float = 1.0) -> Array:
+    """s = weight * (x_0 + .. + x_n-1), in every column: (n, N) -> (N,), or n such rows, (n, N).
 
-    As a product with ones it is faster than sum(). Of a small array, a product with a square of
-    ones takes no longer, and what is computed with s then need not be broadcast.
+    As a product with weights it is faster than sum(). Of a small array, a product with a square of
+    them takes no longer, and what is computed with s then need not be broadcast.
     """
     n, N = x.shape
-    return _filled((n, n) if n * n * N <= REPEATED else (n,), 1.0, x.dtype).dot(x)
+    return _filled((n, n) if n * n * N <= REPEATED else (n,), weight, x.dtype).dot(x)
 
 
 def column_mean(x: Array) -> Array:
     """s = 1/n * (x_0 + .. + x_n-1), in every column: as column_sum."""
-    n, N = x.shape
-    return _filled((n, n) if n * n * N <= REPEATED else (n,), 1 / n, x.dtype).dot(x)
+    return column_sum(x, 1 / len(x))
 
 
 def causal_mask(T: int, dtype: np.dtype) -> Array:
