@@ -520,10 +520,15 @@ def other_tensor(pair: Pair) -> str:
     return ""
 
 
-def overwritten(pair: Pair) -> str:
+def unwatched(pair: Pair) -> str:
     """What agrees while somebody watches, and not while nobody does."""
-    if pair.phase in ("eval", "unwatched"):
+    if pair.phase == "eval" or (pair.phase == "unwatched" and len(pair.step["batch/tokens"]) == 1):
         return "agrees while all that lies in between is kept: an array is overwritten too early"
+    if pair.phase == "unwatched":
+        return (
+            "agrees while each document has a row of its own and all is kept: documents packed"
+            " into a row are not told apart, or an array is overwritten too early"
+        )
     return ""
 
 
@@ -547,7 +552,7 @@ PATTERNS: list[Callable[[Pair], str]] = [
     other_tensor,
     somewhere,
     single_precision,
-    overwritten,
+    unwatched,
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -15,13 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vectorized.arrays
-import vectorized.backend
 import vectorized.sample
+import vectorized.worker
 from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import Array, Batch, pieces
+from vectorized.arrays import SHARED, Array, Batch, Row, Shape, in_rows, pieces, places
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -40,9 +41,9 @@ texts = st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=4)
 few = settings(max_examples=40, deadline=None)
 
 
-def load(backend: str, config: Config, tokenizer: Tokenizer) -> Backend:
+def load(backend: str, config: Config, tokenizer: Tokenizer, watch: bool = False) -> Backend:
     params = init_params(config, tokenizer.vocab_size, Random(config.seed))
-    return load_backend(backend, config, fresh_state(params))
+    return load_backend(backend, config, fresh_state(params), watch)
 
 
 def encoded(texts: Sequence[str], preset: str) -> list[list[int]]:
@@ -146,23 +147,50 @@ def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
     model = load("vectorized", CONFIGS[preset], TOKENIZERS[preset])
     rng = Random(1)
     docs = encoded(["".join(rng.choices("abc", k=rng.randint(1, 8))) for _ in range(300)], preset)
-    assert len(pieces(docs, CONFIGS[preset].n_embd)) > 1
-    assert_same(measured(model, docs), mean_alone(model, docs))
+    with patch.object(vectorized.arrays, "COLUMNS", 500):
+        assert len(pieces(docs, CONFIGS[preset])) > 1
+        found = measured(model, docs)
+    assert_same(found, mean_alone(model, docs))
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), n_embd=st.integers(1, 40))
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+
+
+@given(lengths=lengths, block_size=st.integers(1, 30))
+@example(lengths=[7] * 5 + [2] * 5, block_size=16)
+def test_documents_are_packed_into_rows_as_far_as_there_is_room(
+    lengths: list[int], block_size: int
+) -> None:
+    docs = [[i] * (n + 1) for i, n in enumerate(lengths)]
+    found = list(in_rows(docs, block_size))
+    assert sorted(doc for _, row in found for doc in row) == docs
+    for i, (taken, row) in enumerate(found):
+        assert taken == sum(len(doc) - 1 for doc in row)
+        assert len(row) == 1 or taken <= min(SHARED, block_size)
+        later = [len(doc) - 1 for _, row in found[i + 1 :] for doc in row]
+        assert not later or taken + min(later) > min(SHARED, block_size)
+
+
+@given(lengths=lengths, n_embd=st.integers(1, 40))
 def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
+    config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
     docs = [[i] * (n + 1) for i, n in enumerate(lengths)]
     with patch.multiple(vectorized.arrays, COLUMNS=60, PADDING=200):
-        cut = pieces(docs, n_embd)
-    assert sorted(doc for piece in cut for doc in piece) == docs
+        cut = pieces(docs, config)
+    assert sorted(doc for piece in cut for _, row in piece for doc in row) == docs
+
+    def too_much(piece: list[Row]) -> bool:
+        columns = len(piece) * max(taken for taken, _ in piece)
+        padding = columns - sum(taken for taken, _ in piece)
+        return columns > 60 or padding > 200 // n_embd
+
     for piece in cut:
-        columns = len(piece) * max(len(doc) - 1 for doc in piece)
-        tokens = sum(len(doc) - 1 for doc in piece)
-        assert len(piece) == 1 or (columns <= 60 and columns - tokens <= 200 // n_embd)
-    if len(cut) > 1:  # no cut without need
-        columns, tokens = len(docs) * max(lengths), sum(lengths)
-        assert columns > 60 or columns - tokens > 200 // n_embd
+        assert len(piece) == 1 or not too_much(piece)
+        # masks of a packed batch are kept for short rows only
+        packed = any(len(row) > 1 for _, row in piece)
+        assert not packed or max(taken for taken, _ in piece) <= SHARED
+    for one, other in pairwise(cut):  # no cut without need
+        assert too_much([*one, other[0]]) or one[0][0] <= SHARED < other[0][0]
 
 
 def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
@@ -174,8 +202,7 @@ def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
     for b, doc in enumerate(docs):
         n = len(doc) - 1
         tokens[b, :n], targets[b, :n], weights[b, :n] = doc[:-1], doc[1:], 1 / (B * n)
-    places = targets.reshape(-1) * (B * T) + np.arange(B * T)
-    return Batch(tokens, places, weights.reshape(-1), ragged=True)
+    return Batch(Shape(B, T), places(tokens), places(targets), weights.reshape(-1), ragged=True)
 
 
 @models
@@ -183,14 +210,15 @@ def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
 @settings(deadline=None)
 def test_more_padding_changes_nothing(preset: str, texts: list[str], seed: int) -> None:
     config, tokenizer = CONFIGS[preset], TOKENIZERS[preset]
-    model = load("vectorized", config, tokenizer)
+    model = load("vectorized", config, tokenizer, watch=True)  # which packs nothing
     docs = encoded(texts, preset)
     expected = measured(model, docs)
 
-    def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
-        return padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
+    def pad(piece: list[Row], dtype: np.dtype, of: int) -> Batch:
+        alone = [doc for _, row in piece for doc in row]
+        return padded_further(alone, config.block_size, Random(seed), tokenizer.vocab_size)
 
-    with patch.object(vectorized.backend, "pad", pad):
+    with patch.object(vectorized.worker, "pad", pad):
         assert_same(measured(model, docs), expected)
 
 

@@ -18,7 +18,7 @@ from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, param_shapes
-from vectorized.arrays import Array, Workspace, model_tree, named_views, pad, places
+from vectorized.arrays import Array, Shape, Workspace, alone, model_tree, named_views, pad, places
 from vectorized.model import (
     activation_backward,
     activation_forward,
@@ -165,7 +165,8 @@ def cross_entropy(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 def loss(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     gpt = model(rng, size)
     lengths = [size.T, *rng.integers(1, size.T + 1, size=size.B - 1)]  # ragged more often than not
-    batch = pad([rng.integers(size.V, size=n + 1).tolist() for n in lengths], np.dtype("float64"))
+    docs = [rng.integers(size.V, size=n + 1).tolist() for n in lengths]
+    batch = pad(alone(docs), np.dtype("float64"))
 
     def forward() -> Array:
         return loss_forward(batch, gpt.params, gpt.config, gpt.tap)
@@ -205,7 +206,7 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
     flat = rng.normal(size=sum(n_out * n_in for n_out, n_in in shapes.values())) * 0.7
     flat_grads = np.full_like(flat, np.nan)
     workspace = Workspace(config, size.V, flat.dtype, size.watch)
-    ((tap, dtap),) = workspace.arrays([(size.B, size.T)])
+    ((tap, dtap),) = workspace.arrays([Shape(size.B, size.T)])
     positions = tap.one_hot[size.V :].copy()
     for array in floats([tap, dtap]):
         if array.flags.writeable:  # others are constants
@@ -440,10 +441,11 @@ def test_nothing_that_is_looked_at_between_forward_and_backward_changes_the_grad
 
 def test_the_pieces_of_a_batch_share_the_place_of_their_derivatives() -> None:
     workspace = Workspace(small_config(), 4, np.dtype("float64"), watch=False)
-    workspace.arrays([(300, 4)])
+    workspace.arrays([Shape(300, 4)])
     one = workspace.wanted
-    pairs = workspace.arrays([(300, 4)] * 3)
-    taps = 2 * workspace._lay_out([(300, 4)] * 2)[0][0].emb.size  # at least, for two more pieces
+    pairs = workspace.arrays([Shape(300, 4)] * 3)
+    two = workspace._lay_out([Shape(300, 4)] * 2)
+    taps = 2 * two[0][0].emb.size  # at least, for two more pieces
     assert one + taps < workspace.wanted < 3 * one
     assert len({dtap.logits.ctypes.data for _, dtap in pairs}) == 1
     assert len({tap.logits.ctypes.data for tap, _ in pairs}) == 3
@@ -451,8 +453,8 @@ def test_the_pieces_of_a_batch_share_the_place_of_their_derivatives() -> None:
 
 def test_a_batch_lies_where_the_one_before_it_lay() -> None:
     workspace = Workspace(small_config(), 4, np.dtype("float64"), watch=False)
-    ((before, _),) = workspace.arrays([(300, 4)])
+    ((before, _),) = workspace.arrays([Shape(300, 4)])
     block = workspace.block
-    ((after, _),) = workspace.arrays([(290, 4)])
+    ((after, _),) = workspace.arrays([Shape(290, 4)])
     assert workspace.block is block
     assert np.shares_memory(before.emb, after.emb)

@@ -11,79 +11,136 @@ Different from scalar:  what comes into being as it is computed -> arrays that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.layout import Tree, grow
 
 Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
 TapsAndDerivatives = tuple[Tree, Tree]
+Row = tuple[int, Docs]  # how many positions are taken, by which documents
 
-COLUMNS = 512  # of a piece of a batch
+SHARED = 16  # positions of a row that documents may share; a longer one has a row of its own
+COLUMNS = 1024  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
 REPEATED = 4096  # multiplications: to sum columns with so many is faster than to broadcast the sum
 
 
-class Batch(NamedTuple):
-    """B documents, padded at the end to the T positions of the longest."""
+class Shape(NamedTuple):
+    """B rows of T positions: a document in each, or packed, with several in some."""
 
-    shape: tuple[int, int]  # (B, T)
+    B: int
+    T: int
+    packed: bool = False
+
+
+class Batch(NamedTuple):
+    """Documents as columns, N = B T of them."""
+
+    shape: Shape
     tokens: Array  # (N,), where each column's token sits in a flattened (V, N)
     targets: Array  # (N,), the same for the token after it
-    weights: Array  # (N,), each position's share of the loss: 1 / (B n), and 0 for padding
+    weights: Array  # (N,), each position's share of the loss: 1 / (documents n), 0 for padding
     ragged: bool  # whether there is padding at all
+    positions: Array | None = None  # (N,), each column's in its document; None: as in its row
 
 
-def pieces(docs: Sequence[Sequence[int]], n_embd: int) -> list[Sequence[Sequence[int]]]:
-    """A batch in pieces of at most COLUMNS columns, in which the documents are alike in length.
+def in_rows(docs: Docs, block_size: int) -> Iterator[Row]:
+    """Documents packed into rows: beside the longest the shortest, as many as there is room for."""
+    left = deque(sorted(docs, key=len, reverse=True))
+    while left:
+        row = [left.popleft()]
+        taken = len(row[0]) - 1
+        while left and taken + len(left[-1]) - 1 <= min(SHARED, block_size):
+            row.append(left.pop())
+            taken += len(row[-1]) - 1
+        yield taken, row
+
+
+def alone(docs: Docs) -> list[Row]:
+    """Documents in rows of their own."""
+    return [(len(doc) - 1, [doc]) for doc in docs]
+
+
+def pieces(docs: Docs, config: Config) -> list[list[Row]]:
+    """A batch in pieces of at most COLUMNS columns, whose rows are alike in length.
 
     A piece more costs what so much padding does: where there would be more of it, there is a cut.
     The loss of a batch is the sum over its pieces, and so is the gradient.
     """
-    padding = PADDING // n_embd  # columns
-    tokens, columns = sum(map(len, docs)) - len(docs), len(docs) * (max(map(len, docs)) - 1)
-    if (columns <= COLUMNS and columns - tokens <= padding) or len(docs) == 1:
-        return [docs]
-    ordered = sorted(docs, key=len)
-    cut: list[Sequence[Sequence[int]]] = []
-    start = tokens = 0
-    for end, doc in enumerate(ordered):
-        T = len(doc) - 1
-        columns = (end + 1 - start) * T
+    if len(docs) == 1:
+        return [alone(docs)]
+    cut: list[list[Row]] = [[]]
+    tokens = 0
+    for T, row in sorted(in_rows(docs, config.block_size), key=itemgetter(0)):
+        piece = cut[-1]
+        columns = (len(piece) + 1) * T
         tokens += T
-        if end > start and (columns > COLUMNS or columns - tokens > padding):
-            cut.append(ordered[start:end])
-            start, tokens = end, T
-    cut.append(ordered[start:])
+        padding = (columns - tokens) * config.n_embd
+        if piece and (columns > COLUMNS or padding > PADDING or T > SHARED >= piece[0][0]):
+            cut.append([])
+            tokens = T
+        cut[-1].append((T, row))
     return cut
 
 
-def pad(docs: Sequence[Sequence[int]], dtype: np.dtype, of: int | None = None) -> Batch:
+def pad(piece: Sequence[Row], dtype: np.dtype, of: int | None = None) -> Batch:
     """Documents of n + 1 tokens, any n > 0, as one batch of inputs and targets.
 
     of    how many documents the whole batch has, if these are a piece of it
+
+    What a row lacks to the longest goes on with its last document, and with any tokens.
     """
-    lengths = [len(doc) - 1 for doc in docs]
-    B, T = len(docs), max(lengths)
-    whole = of or B
-    ragged = min(lengths) < T
-    if ragged:
-        n = np.array(lengths)[:, None]  # (B, 1)
-        by_doc = np.zeros((B, T + 1), int)
-        by_doc[np.arange(T + 1) <= n] = np.fromiter(chain.from_iterable(docs), int)
-        weights = ((np.arange(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
-    else:
-        by_doc = np.array(docs)  # (B, T + 1)
-        weights = np.full(B * T, 1 / (whole * T), dtype)  # (N,)
-    return Batch((B, T), places(by_doc[:, :-1]), places(by_doc[:, 1:]), weights, ragged)
+    taken = [used for used, _ in piece]
+    docs = [doc for _, row in piece for doc in row]
+    B, T, whole = len(piece), max(taken), of or len(docs)
+    column = np.arange(B * T)  # (N,)
+    if len(docs) == B and min(taken) == T:  # a single one, most often: quickly done
+        by_doc = np.array(docs) * len(column)  # (B, T + 1)
+        inputs, targets = by_doc[:, :-1].reshape(-1), by_doc[:, 1:].reshape(-1)  # (N,)
+        weights = _filled((B * T,), 1 / (whole * T), dtype)  # (N,)
+        return Batch(Shape(B, T), inputs + column, targets + column, weights, False)
+    width: list[int] = []
+    for used, row in piece:
+        width += map(len, row)
+        width[-1] += T - used
+    widths = np.array(width) - 1  # (documents,), positions with padding
+    sizes = np.array(list(map(len, docs)))  # (documents,), tokens
+    doc = np.repeat(np.arange(len(docs)), widths)  # (N,)
+    position = column - (widths.cumsum() - widths)[doc]
+    n = sizes[doc] - 1
+    weights = ((position < n) / (whole * n)).astype(dtype)
+    tokens = np.fromiter(chain.from_iterable(docs), int) * len(column)
+    at = (sizes.cumsum() - sizes)[doc] + position
+    inputs, targets = tokens.take(at, mode="clip"), tokens.take(at + 1, mode="clip")
+    packed = len(docs) > B
+    positions = position if packed else None
+    return Batch(Shape(B, T, packed), inputs + column, targets + column, weights, True, positions)
+
+
+def arrange(batch: Batch, tap: Tree) -> None:
+    """The positions and the mask of a packed batch, which are others in each."""
+    if batch.positions is None:
+        return
+    T, N = batch.shape.T, len(batch.tokens)
+    column = np.arange(N)
+    position_rows = tap.one_hot[-T:]  # (T, N)
+    position_rows[:] = 0.0
+    position_rows.reshape(-1)[batch.positions * N + column] = 1.0
+    t = column % T
+    mask = packed_masks(T, tap.emb.dtype).take((t - batch.positions) * T + t, axis=1)  # (T, N)
+    tap.mask.reshape(T, -1, N)[:] = mask[:, None]  # the same for every head
 
 
 def places(tokens: Array) -> Array:
@@ -91,7 +148,7 @@ def places(tokens: Array) -> Array:
     return tokens.reshape(-1) * tokens.size + np.arange(tokens.size)
 
 
-def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new: New) -> Tree:
+def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: New) -> Tree:
     """Everything that the forward pass fills, in that order, and the constants that it reads.
 
     The taps are there by their names. What forward adds are the roots of the norms, .._rms.
@@ -103,28 +160,31 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     mlp_slope, probs    what the backward pass needs besides
     norm_eps            as config has it, an array without axes: see `numbers`
     logit_scale         1 / sqrt(D), likewise
-    causal_mask         0 where position t may look at position u, else -inf: (U, B H T), or one
+    mask                0 where position t may look at position u, else -inf: (U, H B T), or one
                         row for all where a single position looks at those before it
     U                   positions looked at: those of the batch, and in sampling those before them
+
+    Of a packed batch, positions and mask are for `arrange` to fill in.
     """
+    B, T, packed = shape
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
     tap.one_hot = new(V + U, N)
     tap.one_hot[V:] = 0.0
-    tap.one_hot[-T:] = side_by_side(np.eye, T, B, tap.one_hot.dtype)
+    if not packed:
+        tap.one_hot[-T:] = side_by_side(np.eye, T, B, tap.one_hot.dtype)
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm = new(C, N)
     norm_eps, logit_scale = numbers(tap.emb.dtype, config.norm_eps, config.head_dim**-0.5)
     tap.norm_eps = norm_eps
-    mask = side_by_side(causal_mask, T, B * H, tap.emb.dtype)
+    tap.mask = new(U, H * N) if packed else side_by_side(causal_mask, T, H * B, tap.emb.dtype)
     for layer in tap.layers:
-        layer.norm_eps, layer.logit_scale = norm_eps, logit_scale
+        layer.norm_eps, layer.logit_scale, layer.mask = norm_eps, logit_scale, tap.mask
         layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
-        layer.causal_mask = mask
-        layer.attn_logits = new(U, B * H * T)
-        layer.attn_weights = new(U, B * H * T) if watch else layer.attn_logits
+        layer.attn_logits = new(U, H * N)
+        layer.attn_weights = new(U, H * N) if watch else layer.attn_logits
         layer.attn_out = new(C, N)
         layer.attn_res = new(C, N)
         layer.mlp_norm = new(C, N)
@@ -139,12 +199,13 @@ def activations(config: Config, V: int, B: int, T: int, U: int, watch: bool, new
     return tap
 
 
-def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -> Tree:
+def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> Tree:
     """Everything that the backward pass fills, in that order: the derivatives of the taps.
 
     Unless somebody watches, what has been used is overwritten: the layers share their arrays,
     and the residual stream has a single derivative that each block adds to.
     """
+    B, T, _ = shape
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     dtap = Tree(config.n_layer)
     dtap.logits = new(V, N)
@@ -160,8 +221,8 @@ def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -
         layer.mlp_norm = new(C, N)
         layer.attn_res = new(C, N) if watch else stream
         layer.attn_out = new(C, N)
-        layer.attn_weights = new(T, B * H * T)
-        layer.attn_logits = new(T, B * H * T) if watch else layer.attn_weights
+        layer.attn_weights = new(T, H * N)
+        layer.attn_logits = new(T, H * N) if watch else layer.attn_weights
         layer.qkv = new(3 * C, N)
         layer.attn_norm = new(C, N)
         _add_views(layer, B, H)
@@ -172,18 +233,18 @@ def derivatives(config: Config, V: int, B: int, T: int, watch: bool, new: New) -
 def _add_views(layer: Tree, B: int, H: int) -> None:
     """What attention works on: the arrays of a layer, document by document and head by head.
 
-    q, k, v       (B, H, D, T)   rows of qkv: the channels of a head lie together
+    q, k, v       (H, B, D, T)   rows of qkv: the channels of a head lie together
     qk            (2 C, N)       the rows of both
-    scores        (B, H, U, T)   of attn_logits
-    head_weights  (B, H, U, T)   of attn_weights
-    head_out      (B, H, D, T)   of attn_out
+    scores        (H, B, U, T)   of attn_logits
+    head_weights  (H, B, U, T)   of attn_weights
+    head_out      (H, B, D, T)   of attn_out
     """
     N = layer.qkv.shape[-1]
-    layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 3, 1, 2, 4)
+    layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 1, 3, 2, 4)
     layer.qk = layer.qkv[: len(layer.qkv) // 3 * 2]
-    layer.scores = layer.attn_logits.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
-    layer.head_weights = layer.attn_weights.reshape(-1, B, H, N // B).transpose(1, 2, 0, 3)
-    layer.head_out = layer.attn_out.reshape(H, -1, B, N // B).transpose(2, 0, 1, 3)
+    layer.scores = layer.attn_logits.reshape(-1, H, B, N // B).transpose(1, 2, 0, 3)
+    layer.head_weights = layer.attn_weights.reshape(-1, H, B, N // B).transpose(1, 2, 0, 3)
+    layer.head_out = layer.attn_out.reshape(H, -1, B, N // B).transpose(0, 2, 1, 3)
 
 
 class Workspace:
@@ -199,41 +260,42 @@ class Workspace:
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
-        self.kept: dict[tuple[int, int], TapsAndDerivatives] = {}
+        self.kept: dict[Shape, TapsAndDerivatives] = {}
         self.block = np.empty(0, dtype)
         self.used = self.wanted = 0
 
-    def arrays(self, sizes: Sequence[tuple[int, int]]) -> list[TapsAndDerivatives]:
-        """The taps and their derivatives for each piece (B, T) of a batch."""
-        if len(sizes) == 1 and math.prod(sizes[0]) <= self.SMALL:
-            return [self._own(*sizes[0])]
-        laid = self._lay_out(sizes)
+    def arrays(self, shapes: Sequence[Shape]) -> list[TapsAndDerivatives]:
+        """The taps and their derivatives for each piece of a batch."""
+        if len(shapes) == 1 and shapes[0].B * shapes[0].T <= self.SMALL:
+            return [self._own(shapes[0])]
+        laid = self._lay_out(shapes)
         if self.wanted > len(self.block):  # which is known only now
             del laid
             self.block = self.new(0)
             self.block = self.new(self.wanted * 5 // 4)  # what is not used costs nothing
-            laid = self._lay_out(sizes)
+            laid = self._lay_out(shapes)
         return laid
 
     def new(self, *shape: int) -> Array:
         """An array that belongs to whoever asks."""
         return np.empty(shape, self.block.dtype)
 
-    def _own(self, B: int, T: int) -> TapsAndDerivatives:
-        if (B, T) not in self.kept:
-            if B * T + sum(b * t for b, t in self.kept) > self.KEPT:
+    def _own(self, shape: Shape) -> TapsAndDerivatives:
+        if shape not in self.kept:
+            if sum(B * T for B, T, _ in (shape, *self.kept)) > self.KEPT:
                 self.kept.clear()
-            self.kept[B, T] = self._activations(B, T, self.new), self._derivatives(B, T, self.new)
-        return self.kept[B, T]
+            tap, dtap = self._activations(shape, self.new), self._derivatives(shape, self.new)
+            self.kept[shape] = tap, dtap
+        return self.kept[shape]
 
-    def _lay_out(self, sizes: Sequence[tuple[int, int]]) -> list[TapsAndDerivatives]:
+    def _lay_out(self, shapes: Sequence[Shape]) -> list[TapsAndDerivatives]:
         self.used = self.wanted = 0
-        taps = [self._activations(B, T, self._from_block) for B, T in sizes]
+        taps = [self._activations(shape, self._from_block) for shape in shapes]
         after = self.used
         dtaps = []
-        for B, T in sizes:
+        for shape in shapes:
             self.used = after
-            dtaps.append(self._derivatives(B, T, self._from_block))
+            dtaps.append(self._derivatives(shape, self._from_block))
         return list(zip(taps, dtaps))
 
     def _from_block(self, *shape: int) -> Array:
@@ -244,11 +306,11 @@ class Workspace:
             return self.new(*shape)
         return self.block[start : start + size].reshape(shape)
 
-    def _activations(self, B: int, T: int, new: New) -> Tree:
-        return activations(self.config, self.V, B, T, T, self.watch, new)
+    def _activations(self, shape: Shape, new: New) -> Tree:
+        return activations(self.config, self.V, shape, shape.T, self.watch, new)
 
-    def _derivatives(self, B: int, T: int, new: New) -> Tree:
-        return derivatives(self.config, self.V, B, T, self.watch, new)
+    def _derivatives(self, shape: Shape, new: New) -> Tree:
+        return derivatives(self.config, self.V, shape, self.watch, new)
 
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:
@@ -282,24 +344,40 @@ def _rows(flat: Array, shapes: Mapping[str, tuple[int, int]], first: str, n: int
     return flat[start : start + n * n_in].reshape(n, n_in)
 
 
-def column_sum(x: Array, weight: float = 1.0) -> Array:
-    """s = weight * (x_0 + .. + x_n-1), in every column: (n, N) -> (N,), or n such rows, (n, N).
+def column_sum(x: Array) -> Array:
+    """s = x_0 + .. + x_n-1, in every column: (n, N) -> (N,), or n such rows, (n, N).
 
-    As a product with weights it is faster than sum(). Of a small array, a product with a square of
+    As a product with ones it is faster than sum(). Of a small array, a product with a square of
     them takes no longer, and what is computed with s then need not be broadcast.
     """
-    n, N = x.shape
-    return _filled((n, n) if n * n * N <= REPEATED else (n,), weight, x.dtype).dot(x)
+    return _weights(x.shape, 1.0, x.dtype).dot(x)
 
 
 def column_mean(x: Array) -> Array:
     """s = 1/n * (x_0 + .. + x_n-1), in every column: as column_sum."""
-    return column_sum(x, 1 / len(x))
+    return _weights(x.shape, 1 / len(x), x.dtype).dot(x)
+
+
+@lru_cache(maxsize=256)
+def _weights(shape: tuple[int, int], weight: float, dtype: np.dtype) -> Array:
+    n, N = shape
+    return _filled((n, n) if n * n * N <= REPEATED else (n,), weight, dtype)
 
 
 def causal_mask(T: int, dtype: np.dtype) -> Array:
     """0 where position t may look at position u, u <= t, else -inf: (U, T), U = T."""
     return np.tril(np.full((T, T), -np.inf, dtype), -1)
+
+
+@cache
+def packed_masks(T: int, dtype: np.dtype) -> Array:
+    """0 where t may look at u in a document that starts at s, s <= u <= t, else -inf: (T, T T).
+
+    A column for every s and t, s T + t.
+    """
+    u, s, t = np.ogrid[:T, :T, :T]
+    masks = np.where((s <= u) & (u <= t), 0.0, -np.inf)  # (T, T, T)
+    return _read_only(masks.astype(dtype).reshape(T, -1))
 
 
 @cache
@@ -322,7 +400,7 @@ def _repeated(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype
 _kept = lru_cache(maxsize=64)(_repeated)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _filled(shape: tuple[int, ...], value: float, dtype: np.dtype) -> Array:
     return _read_only(np.full(shape, value, dtype))
 

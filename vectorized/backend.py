@@ -19,7 +19,7 @@ from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
-from vectorized.arrays import Array, Batch, activations, flatten, named_views, pad
+from vectorized.arrays import Array, Batch, activations, alone, flatten, named_views, pad
 from vectorized.model import loss_forward
 from vectorized.sample import empty_past, read, sample
 from vectorized.worker import Remote, Worker, deal, shared
@@ -83,11 +83,9 @@ class Backend:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        batch = pad(docs, self.flat.dtype)
-        B, T = batch.shape
-        tap = activations(
-            self.config, len(self.params.wte), B, T, T, False, self.worker.workspace.new
-        )
+        batch = pad(alone(docs), self.flat.dtype)
+        V, new = len(self.params.wte), self.worker.workspace.new
+        tap = activations(self.config, V, batch.shape, batch.shape.T, False, new)
         with np.errstate(all="ignore"):  # padding need not be finite
             loss_forward(batch, self.params, self.config, tap)
         by_doc = tap.loss_t.reshape(len(docs), -1)
@@ -126,7 +124,7 @@ class Backend:
 
     def _batched(self, batch: Batch, taps: Tree) -> dict[str, Array]:
         """The taps by name, their columns turned into documents and positions."""
-        B, T = batch.shape
+        B, T, _ = batch.shape
         real = batch.weights.reshape(B, T) > 0
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, T)
         batched: dict[str, Array] = {}
@@ -137,11 +135,11 @@ class Backend:
             elif name == "loss_t":
                 batched[name] = np.where(real, tap.reshape(B, T), 0.0)
             elif name.endswith((".attn_logits", ".attn_weights")):
-                by_query = tap.reshape(T, B, -1, T).transpose(1, 2, 3, 0)  # (B, H, T, T)
+                by_query = tap.reshape(T, -1, B, T).transpose(2, 1, 3, 0)  # (B, H, T, T)
                 batched[name] = np.where(looked_at, by_query, 0.0)
             else:
-                if tap.ndim == 4:  # q, k, v: (B, H, D, T)
-                    tap = tap.transpose(1, 2, 0, 3)
+                if tap.ndim == 4:  # q, k, v: (H, B, D, T)
+                    tap = tap.transpose(0, 2, 1, 3)
                 columns = tap.reshape(-1, B, T)
                 batched[name] = np.where(real[..., None], columns.transpose(1, 2, 0), 0.0)
         return batched

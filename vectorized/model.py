@@ -106,18 +106,18 @@ def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
     # queries, keys and values
     attn_norm, tap.attn_rms = rmsnorm_forward(x, tap.norm_eps, tap.attn_norm)  # (C, N)
     linear_forward(attn_norm, w.attn_wqkv, tap.qkv)  # (3 C, N): one product for the three
-    q, k, v = tap.q, tap.k, tap.v  # (B, H, D, T), views of qkv
+    q, k, v = tap.q, tap.k, tap.v  # (H, B, D, T), views of qkv
     if past is not None:
-        k = past.k = np.concatenate((past.k, k), axis=-1)  # (B, H, D, U)
-        v = past.v = np.concatenate((past.v, v), axis=-1)  # (B, H, D, U)
+        k = past.k = np.concatenate((past.k, k), axis=-1)  # (H, B, D, U)
+        v = past.v = np.concatenate((past.v, v), axis=-1)  # (H, B, D, U)
     # how much each head looks at each position up to this one
-    np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (B, H, U, T), a view of attn_logits
-    logits = tap.attn_logits  # (U, B H T)
+    np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (H, B, U, T), a view of attn_logits
+    logits = tap.attn_logits  # (U, H B T)
     logits *= tap.logit_scale
-    logits += tap.causal_mask
-    softmax_forward(logits, tap.attn_weights)  # (U, B H T)
+    logits += tap.mask
+    softmax_forward(logits, tap.attn_weights)  # (U, H B T)
     # what it sees there, heads side by side
-    np.matmul(v, tap.head_weights, out=tap.head_out)  # (B, H, D, T), a view of attn_out
+    np.matmul(v, tap.head_weights, out=tap.head_out)  # (H, B, D, T), a view of attn_out
     # residual
     attn_res = linear_forward(tap.attn_out, w.attn_wo, tap.attn_res)  # (C, N)
     attn_res += x
@@ -139,14 +139,14 @@ def attention_backward(
     linear_backward(dattn_res, tap.attn_out, w.attn_wo, dw.attn_wo, dtap.attn_out)  # (C, N)
     # what it sees there, heads side by side
     # forward: out = v . weights
-    np.matmul(tap.v.swapaxes(2, 3), dtap.head_out, out=dtap.head_weights)  # (B, H, T, T)
-    np.matmul(dtap.head_out, tap.head_weights.swapaxes(2, 3), out=dtap.v)  # (B, H, D, T)
+    np.matmul(tap.v.swapaxes(2, 3), dtap.head_out, out=dtap.head_weights)  # (H, B, T, T)
+    np.matmul(dtap.head_out, tap.head_weights.swapaxes(2, 3), out=dtap.v)  # (H, B, D, T)
     # how much each head looks at each position up to this one
     # forward: weights = softmax(logits)
-    softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, B H T)
+    softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, H B T)
     # forward: logits = k^T . q / sqrt(D)
-    np.matmul(tap.k, dtap.scores, out=dtap.q)  # (B, H, D, T)
-    np.matmul(tap.q, dtap.scores.swapaxes(2, 3), out=dtap.k)  # (B, H, D, T)
+    np.matmul(tap.k, dtap.scores, out=dtap.q)  # (H, B, D, T)
+    np.matmul(tap.q, dtap.scores.swapaxes(2, 3), out=dtap.k)  # (H, B, D, T)
     dqk = dtap.qk  # (2 C, N)
     dqk *= tap.logit_scale
     # queries, keys and values

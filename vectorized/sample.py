@@ -18,7 +18,7 @@ import numpy as np
 from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array, activations, places
+from vectorized.arrays import Array, Shape, activations, places
 from vectorized.model import gpt_forward, softmax_forward
 
 WALKERS = 1024  # side by side at most: a bound on memory
@@ -74,7 +74,7 @@ def walk(
     logits = read(np.array([[tokenizer.bos, *prompt]]), params, past, config)
     logits = np.repeat(logits[:, -1:], walkers, axis=1)  # (V, walkers)
     for layer in past.layers:
-        layer.k, layer.v = np.repeat(layer.k, walkers, axis=0), np.repeat(layer.v, walkers, axis=0)
+        layer.k, layer.v = np.repeat(layer.k, walkers, axis=1), np.repeat(layer.v, walkers, axis=1)
     drawn = np.full((walkers, longest), tokenizer.eos)
     awake = np.arange(walkers)
     for i in range(longest):
@@ -86,7 +86,7 @@ def walk(
         if i + 1 == longest or not len(awake):
             break
         for layer in past.layers:
-            layer.k, layer.v = layer.k[going], layer.v[going]
+            layer.k, layer.v = layer.k[:, going], layer.v[:, going]
         logits = read(tokens[:, None], params, past, config)  # (V, awake)
     return drawn
 
@@ -95,8 +95,8 @@ def empty_past(params: Tree, config: Config) -> Tree:
     """The keys and values of no position, for one document."""
     past = Tree(config.n_layer)
     for layer in past.layers:
-        nothing = np.empty((1, config.n_head, config.head_dim, 0), params.wte.dtype)
-        layer.k = layer.v = nothing  # (B, H, D, U), U = 0
+        nothing = np.empty((config.n_head, 1, config.head_dim, 0), params.wte.dtype)
+        layer.k = layer.v = nothing  # (H, B, D, U), U = 0
     return past
 
 
@@ -106,7 +106,7 @@ def read(tokens: Array, params: Tree, past: Tree, config: Config) -> Array:
     U = past.layers[0].k.shape[-1] + T
     dtype = params.wte.dtype
     tap = activations(
-        config, len(params.wte), B, T, U, False, lambda *shape: np.empty(shape, dtype)
+        config, len(params.wte), Shape(B, T), U, False, lambda *shape: np.empty(shape, dtype)
     )
     return gpt_forward(places(tokens), params, past, config, tap)
 

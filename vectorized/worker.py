@@ -29,7 +29,7 @@ from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.errors import LostHelpError
 from microgpt.layout import Tree
-from vectorized.arrays import Array, Batch, Workspace, model_tree, pad, pieces
+from vectorized.arrays import Array, Batch, Workspace, alone, arrange, model_tree, pad, pieces
 from vectorized.model import loss_backward, loss_forward
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -55,13 +55,14 @@ class Worker:
 
     def forward(self, docs: Docs, of: int) -> float:
         """The loss of these documents, times their share in a batch of so many."""
-        cut = [docs] if self.watch else pieces(docs, self.config.n_embd)
+        cut = [alone(docs)] if self.watch else pieces(docs, self.config)
         batches = [pad(piece, self.flat_grads.dtype, of) for piece in cut]
         self.work.clear()  # what the batch before had is free for this one
         arrays = self.workspace.arrays([batch.shape for batch in batches])
         loss = 0.0
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
             for batch, (tap, dtap) in zip(batches, arrays):
+                arrange(batch, tap)
                 loss += float(loss_forward(batch, self.params, self.config, tap))
                 self.work.append((batch, tap, dtap))
         return loss
