@@ -539,19 +539,22 @@ def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("backend", "sizes"),
+    ("backend", "text", "sizes"),
     [
-        ("scalar", {"n_embd": "32"}),
-        ("scalar", {"n_layer": "2", "batch_size": "2"}),
-        ("scalar", {"block_size": "40"}),
-        ("vectorized", {"n_embd": "256"}),
-        ("vectorized", {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
-        ("vectorized", {"block_size": "600"}),
+        ("scalar", "ab" * 600, {"n_embd": "32"}),
+        ("scalar", "ab" * 600, {"n_layer": "2", "batch_size": "2"}),
+        ("scalar", "ab" * 600, {"block_size": "40"}),
+        ("vectorized", "ab" * 600, {"n_embd": "256"}),
+        ("vectorized", "ab" * 600, {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
+        ("vectorized", "ab" * 600, {"block_size": "600"}),
+        ("vectorized", "abba", {"batch_size": "2000"}),  # three in a row
     ],
 )
-def test_the_estimate_is_of_the_size_of_what_is_taken(backend: str, sizes: dict[str, str]) -> None:
+def test_the_estimate_is_of_the_size_of_what_is_taken(
+    backend: str, text: str, sizes: dict[str, str]
+) -> None:
     config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
-    documents = ["ab" * config.block_size] * config.batch_size
+    documents = [text] * config.batch_size
     tokenizer = build_tokenizer("ab", config)
     estimate = memory.estimate(config, tokenizer.vocab_size, documents, backend)
     docs = [tokenizer.document(document, config.max_tokens) for document in documents]

@@ -1,7 +1,9 @@
 """How the arrays lie: a batch as columns, activations in one block, parameters in one buffer.
 
-A vector of scalar/ is a column here. N = B T columns stand side by side, document after document,
-so that y = w . x is one matrix product and every sum over channels runs along axis 0.
+A vector of scalar/ is a column here. N = B T columns stand side by side, row after row of T
+positions, so that y = w . x is one matrix product and every sum over channels runs along axis 0.
+A row holds one document, or in training as many short ones as there is room for, one after the
+other: that is fewer products, and little padding. They do not see one another.
 
 Same as scalar:         the names of what is computed in between.
 Different from scalar:  what comes into being as it is computed -> arrays that are there beforehand;
@@ -38,7 +40,7 @@ REPEATED = 4096  # multiplications: to sum columns with so many is faster than t
 
 
 class Shape(NamedTuple):
-    """B rows of T positions: a document in each, or packed, with several in some."""
+    """B rows of T positions; packed if there are several documents in some of them."""
 
     B: int
     T: int
@@ -46,7 +48,7 @@ class Shape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Documents as columns, N = B T of them."""
+    """Documents as N = B T columns."""
 
     shape: Shape
     tokens: Array  # (N,), where each column's token sits in a flattened (V, N)
@@ -77,6 +79,7 @@ def pieces(docs: Docs, config: Config) -> list[list[Row]]:
     """A batch in pieces of at most COLUMNS columns, whose rows are alike in length.
 
     A piece more costs what so much padding does: where there would be more of it, there is a cut.
+    There is one, too, between rows that may be shared and longer ones: see `packed_masks`.
     The loss of a batch is the sum over its pieces, and so is the gradient.
     """
     if len(docs) == 1:
@@ -373,7 +376,7 @@ def causal_mask(T: int, dtype: np.dtype) -> Array:
 def packed_masks(T: int, dtype: np.dtype) -> Array:
     """0 where t may look at u in a document that starts at s, s <= u <= t, else -inf: (T, T T).
 
-    A column for every s and t, s T + t.
+    A column for every s and t, s T + t: all that there can be, as long as T is at most SHARED.
     """
     u, s, t = np.ogrid[:T, :T, :T]
     masks = np.where((s <= u) & (u <= t), 0.0, -np.inf)  # (T, T, T)

@@ -7,8 +7,9 @@ Different from scalar:  vector -> column, so that a batch is a matrix (channels,
 
 Each f_forward has its f_backward directly beneath: the forward read upside down. dy stands for the
 derivative of the loss with respect to y. At the end of a line: (its shape).
-B = documents, T = positions, N = B T columns, C = n_embd, H = n_head, D = C / H channels a head,
-F = 4 C, V = vocabulary, U = positions looked at: T, and while sampling those before them too.
+B = rows (a document in each, or several short ones), T = positions in a row, N = B T columns,
+C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, U = positions looked
+at: T, and while sampling those before them too.
 
 `out` is where a result goes, as everywhere in NumPy. The arrays of `tap` are there beforehand
 (vectorized.arrays shows them all), constants among them; what forward writes there, backward reads,
