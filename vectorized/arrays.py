@@ -60,11 +60,12 @@ class Batch(NamedTuple):
 
 def in_rows(docs: Docs, block_size: int) -> Iterator[Row]:
     """Documents packed into rows: beside the longest the shortest, as many as there is room for."""
+    room = min(SHARED, block_size)
     left = deque(sorted(docs, key=len, reverse=True))
     while left:
         row = [left.popleft()]
         taken = len(row[0]) - 1
-        while left and taken + len(left[-1]) - 1 <= min(SHARED, block_size):
+        while left and taken + len(left[-1]) - 1 <= room:
             row.append(left.pop())
             taken += len(row[-1]) - 1
         yield taken, row
