@@ -239,7 +239,7 @@ def test_padding_may_have_a_loss_that_is_not_finite() -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = with_an_impossible_token(config, tokenizer)
     model = load_backend("vectorized", config, fresh_state(params))
-    long, short = [3, 1, 2, 1, 3], [3, 0, 3]  # pad() fills the short one up with token 0
+    long, short = [3, 1, 2, 1, 2, 3], [3, 0, 3]  # pad() fills the short one up with token 0
     (loss_1, grads_1), (loss_2, grads_2) = (measured(model, [doc]) for doc in (long, short))
     mean_grads = {name: (grads_1[name] + grads_2[name]) / 2 for name in grads_1}
     assert_same(measured(model, [long, short]), ((loss_1 + loss_2) / 2, mean_grads))

@@ -104,7 +104,7 @@ def pad(piece: Sequence[Row], dtype: np.dtype, of: int | None = None) -> Batch:
 
     of    how many documents the whole batch has, if these are a piece of it
 
-    What a row lacks to the longest goes on with its last document, and with any tokens.
+    What a row lacks to the longest is filled up with token 0, as if its last document went on.
     """
     taken = [used for used, _ in piece]
     docs = [doc for _, row in piece for doc in row]
@@ -124,10 +124,12 @@ def pad(piece: Sequence[Row], dtype: np.dtype, of: int | None = None) -> Batch:
     doc = np.repeat(np.arange(len(docs)), widths)  # (N,)
     position = column - (widths.cumsum() - widths)[doc]
     n = sizes[doc] - 1
-    weights = ((position < n) / (whole * n)).astype(dtype)
+    real = position < n
+    weights = (real / (whole * n)).astype(dtype)
     tokens = np.fromiter(chain.from_iterable(docs), int) * len(column)
     at = (sizes.cumsum() - sizes)[doc] + position
-    inputs, targets = tokens.take(at, mode="clip"), tokens.take(at + 1, mode="clip")
+    inputs = tokens.take(at, mode="clip") * real
+    targets = tokens.take(at + 1, mode="clip") * real
     packed = len(docs) > B
     positions = position if packed else None
     return Batch(Shape(B, T, packed), inputs + column, targets + column, weights, True, positions)
