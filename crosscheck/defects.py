@@ -209,6 +209,7 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
         "F": "forward",
         "B": "backward",
         "G": "gradient",
+        "T": "unwatched",
         "M": "adam_m",
         "V": "adam_v",
         "U": "update",
@@ -216,8 +217,9 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
     }
     lines = [
         "Caught by  F forward taps and loss, B backward taps, G parameter gradients,",
-        "           M Adam's m, V Adam's v, U update, S samples drawn; lower case: also",
-        "           from the reference's gradients, so that the fault is Adam's own",
+        "           T training with nobody watching, M Adam's m, V Adam's v, U update,",
+        "           S samples drawn; lower case: also from the reference's gradients,",
+        "           so that the fault is Adam's own",
         "",
     ]
     for verdict in verdicts:

@@ -19,6 +19,7 @@ from crosscheck.cases import Case
 from crosscheck.explain import Place, clipping
 from crosscheck.trace import PHASES, Array, Step, real, split_key
 from microgpt.train import learning_rate
+from vectorized.arrays import pieces
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def stale(pair: Pair) -> str:
 
 def weighting(pair: Pair) -> str:
     """The mean over tokens in place of the mean over documents, and the like."""
-    if pair.key not in ("forward/loss", "backward/dloss_t", "backward/dlogits"):
+    if pair.key not in ("forward/loss", "backward/dloss_t", "backward/dlogits", "unwatched/loss"):
         return ""
     tokens = pair.step["batch/tokens"]
     B, T = tokens.shape[0], tokens.shape[1] - 1
@@ -389,7 +390,7 @@ def weighting(pair: Pair) -> str:
         "sum over all tokens": np.ones(B),
     }
     for label, weights in of_loss_t.items():
-        if pair.key == "forward/loss":
+        if pair.tap == "loss":
             guess = (pair.step["forward/loss_t"].sum(axis=1) * weights).sum()
         else:
             factor = weights * B * n
@@ -522,14 +523,16 @@ def other_tensor(pair: Pair) -> str:
 
 def unwatched(pair: Pair) -> str:
     """What agrees while somebody watches, and not while nobody does."""
-    if pair.phase == "eval" or (pair.phase == "unwatched" and len(pair.step["batch/tokens"]) == 1):
-        return "agrees while all that lies in between is kept: an array is overwritten too early"
-    if pair.phase == "unwatched":
+    if pair.phase not in ("eval", "unwatched"):
+        return ""
+    tokens = pair.step["batch/tokens"]
+    cut = pieces([doc[doc >= 0].tolist() for doc in tokens], pair.case.config)
+    if pair.phase == "unwatched" and any(len(row) > 1 for piece in cut for _, row in piece):
         return (
             "agrees while each document has a row of its own and all is kept: documents packed"
             " into a row are not told apart, or an array is overwritten too early"
         )
-    return ""
+    return "agrees while all that lies in between is kept: an array is overwritten too early"
 
 
 PATTERNS: list[Callable[[Pair], str]] = [

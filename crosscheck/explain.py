@@ -73,7 +73,10 @@ def expression(
     phase, name = split_key(key)
     if phase in ("batch", "sample", "read", "entry", "entry_m", "entry_v"):
         return None
-    phase = {"eval": "forward", "unwatched": "gradient"}.get(phase, phase)
+    if phase == "unwatched":
+        phase = "forward" if name == "loss" else "gradient"
+    elif phase == "eval":
+        phase = "forward"
     if phase in ("backward", "gradient"):
         name = name[1:]
     place = Place(case, number, name, index, step)

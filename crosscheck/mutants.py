@@ -116,7 +116,7 @@ def _differs_in_pieces(defect: Defect) -> bool:
     with planted(defect.patches):
         from vectorized import arrays
 
-        arrays.Workspace.SMALL = arrays.KEEPABLE = 0
+        arrays.Workspace.SMALL = arrays.KEEPABLE = arrays.WORTH = 0
         for columns in (1, 24):
             arrays.COLUMNS = columns
             for name in ("ragged-batch", "three-layers"):

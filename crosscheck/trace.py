@@ -11,7 +11,8 @@ eval/loss_t        the loss of every position, as it is computed where nothing i
 read/logits        the logits of the first document, read token by token as when sampling
 backward/d<tap>    the derivative of the loss with respect to each, in reverse order
 gradient/d<p>      the same for each parameter
-unwatched/d<p>     once more, as it is computed where nobody asks for the derivatives above
+unwatched/loss     the loss as training computes it, where nobody asks for what lies in between
+unwatched/d<p>     and its derivatives
 adam_m/<p>         Adam's m after the step
 adam_v/<p>         Adam's v after the step
 update/<p>         what the step added to the parameters
@@ -51,7 +52,7 @@ PHASES = {
     "read": "reading token by token",
     "backward": "backward pass",
     "gradient": "parameter gradients",
-    "unwatched": "unwatched gradients",
+    "unwatched": "training unwatched",
     "adam_m": "Adam's m",
     "adam_v": "Adam's v",
     "update": "Adam's update",
@@ -110,10 +111,10 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
     keep("entry", before.params)
     keep("entry_m", before.m)
     keep("entry_v", before.v)
-    failure = None
-    for backend in (pair.trained, pair.watched):
+    failure, losses = None, dict.fromkeys((pair.trained, pair.watched), math.nan)
+    for backend in losses:
         try:
-            backend.forward(docs)
+            losses[backend] = backend.forward(docs)
         except FloatingPointError as error:  # the taps show where it began, if there are any
             failure = error
     try:
@@ -121,15 +122,16 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
     except FloatingPointError as error:
         raise failure or error from None
     try:
-        losses = pair.watched.position_losses(docs)
+        by_position = pair.watched.position_losses(docs)
     except FloatingPointError:
-        losses = [[math.nan] * (len(doc) - 1) for doc in docs]
-    keep("eval", {"loss_t": _padded(losses)})
+        by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
+    keep("eval", {"loss_t": _padded(by_position)})
     keep("read", {"logits": pair.watched.read(docs[0][:-1])})
     for backend in (pair.trained, pair.watched):
         backend.backward()
     keep("backward", dict(reversed(list(pair.watched.dtaps().items()))), prefix="d")
     keep("gradient", pair.watched.grads(), prefix="d")
+    keep("unwatched", {"loss": losses[pair.trained]})
     keep("unwatched", pair.trained.grads(), prefix="d")
     for backend in (pair.trained, pair.watched):
         if grads is not None:
@@ -153,7 +155,7 @@ def keys(config: Config, vocab_size: int) -> list[str]:
         "eval": ["loss_t"],
         "read": ["logits"],
         "gradient": [f"d{name}" for name in params],
-        "unwatched": [f"d{name}" for name in params],
+        "unwatched": ["loss", *[f"d{name}" for name in params]],
         "sample": ["documents"],
     }
     return [f"{phase}/{name}" for phase in PHASES for name in names.get(phase, params)]

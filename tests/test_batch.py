@@ -22,7 +22,7 @@ from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import SHARED, Array, Batch, Row, Shape, in_rows, pieces, places
+from vectorized.arrays import SHARED, WORTH, Array, Batch, Row, Shape, in_rows, pieces, places
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -127,14 +127,16 @@ def test_the_order_of_a_batch_changes_nothing(
     columns=st.sampled_from([12, 5, 1]),
     small=st.sampled_from([99, 4, 0]),
     kept=st.sampled_from([30, 6]),
+    worth=st.sampled_from([WORTH, 0]),
 )
-@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, small=99, kept=30)
+@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, small=99, kept=30, worth=WORTH)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, worth=0)
 def test_batches_that_are_computed_in_pieces_are_the_batches(
-    preset: str, batches: list[list[str]], columns: int, small: int, kept: int
+    preset: str, batches: list[list[str]], columns: int, small: int, kept: int, worth: float
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
-        patch.multiple(vectorized.arrays, COLUMNS=columns, KEEPABLE=99 - small),
+        patch.multiple(vectorized.arrays, COLUMNS=columns, KEEPABLE=99 - small, WORTH=worth),
         patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]
@@ -156,41 +158,49 @@ def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
+def documents(lengths: list[int]) -> list[list[int]]:
+    """Documents of so many positions, each of a token of its own."""
+    return [[i] * (n + 1) for i, n in enumerate(lengths)]
+
+
 @given(lengths=lengths, block_size=st.integers(1, 30))
 @example(lengths=[7] * 5 + [2] * 5, block_size=16)
 def test_documents_are_packed_into_rows_as_far_as_there_is_room(
     lengths: list[int], block_size: int
 ) -> None:
-    docs = [[i] * (n + 1) for i, n in enumerate(lengths)]
-    found = list(in_rows(docs, block_size))
-    assert sorted(doc for _, row in found for doc in row) == docs
+    found = in_rows(documents(lengths), block_size)
+    assert sorted(doc for _, row in found for doc in row) == documents(lengths)
     for i, (taken, row) in enumerate(found):
         assert taken == sum(len(doc) - 1 for doc in row)
         assert len(row) == 1 or taken <= min(SHARED, block_size)
         later = [len(doc) - 1 for _, row in found[i + 1 :] for doc in row]
-        assert not later or taken + min(later) > min(SHARED, block_size)
+        worth = max(lengths) * len(lengths) > WORTH * sum(lengths)
+        assert not worth or not later or taken + min(later) > min(SHARED, block_size)
+
+
+def test_documents_that_are_alike_are_not_packed() -> None:
+    assert in_rows(documents([5] * 9), block_size=16) == [(5, [[i] * 6]) for i in range(9)]
 
 
 @given(lengths=lengths, n_embd=st.integers(1, 40))
+@example(lengths=[20, 10, 10, 10, 3], n_embd=1)
+@example(lengths=[17, 16], n_embd=1)
 def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
     config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    docs = [[i] * (n + 1) for i, n in enumerate(lengths)]
     with patch.multiple(vectorized.arrays, COLUMNS=60, PADDING=200):
-        cut = pieces(docs, config)
-    assert sorted(doc for piece in cut for _, row in piece for doc in row) == docs
+        cut = pieces(documents(lengths), config)
+    assert sorted(doc for piece in cut for _, row in piece for doc in row) == documents(lengths)
 
     def too_much(piece: list[Row]) -> bool:
         columns = len(piece) * max(taken for taken, _ in piece)
         padding = columns - sum(taken for taken, _ in piece)
-        return columns > 60 or padding > 200 // n_embd
+        packed = any(len(row) > 1 for _, row in piece)  # whose masks are kept for short rows only
+        too_long = packed and max(taken for taken, _ in piece) > SHARED
+        return columns > 60 or padding > 200 // n_embd or too_long
 
-    for piece in cut:
-        assert len(piece) == 1 or not too_much(piece)
-        # masks of a packed batch are kept for short rows only
-        packed = any(len(row) > 1 for _, row in piece)
-        assert not packed or max(taken for taken, _ in piece) <= SHARED
+    assert not any(too_much(piece) for piece in cut if len(piece) > 1)
     for one, other in pairwise(cut):  # no cut without need
-        assert too_much([*one, other[0]]) or one[0][0] <= SHARED < other[0][0]
+        assert too_much([*one, other[0]])
 
 
 def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
@@ -235,14 +245,18 @@ def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, 
     return params
 
 
-def test_padding_may_have_a_loss_that_is_not_finite() -> None:
+@pytest.mark.parametrize(
+    "docs",
+    [
+        [[3, 1, 2, 1, 2, 3], [3, 0, 3]],  # each in a row of its own
+        [[3, 1, 2, 1, 3], [3, 1, 3], [3, 0, 3]],  # two in one row, and one in a row with padding
+    ],
+)
+def test_padding_may_have_a_loss_that_is_not_finite(docs: Docs) -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = with_an_impossible_token(config, tokenizer)
     model = load_backend("vectorized", config, fresh_state(params))
-    long, short = [3, 1, 2, 1, 2, 3], [3, 0, 3]  # pad() fills the short one up with token 0
-    (loss_1, grads_1), (loss_2, grads_2) = (measured(model, [doc]) for doc in (long, short))
-    mean_grads = {name: (grads_1[name] + grads_2[name]) / 2 for name in grads_1}
-    assert_same(measured(model, [long, short]), ((loss_1 + loss_2) / 2, mean_grads))
+    assert_same(measured(model, docs), mean_alone(model, docs))  # pad() fills up with token 0
 
 
 @backends

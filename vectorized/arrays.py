@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -32,7 +32,8 @@ New = Callable[..., Array]  # shape -> array
 TapsAndDerivatives = tuple[Tree, Tree]
 Row = tuple[int, Docs]  # how many positions are taken, by which documents
 
-SHARED = 16  # positions of a row that documents may share; a longer one has a row of its own
+SHARED = 16  # positions of a packed row; a document that is longer has a row of its own
+WORTH = 1.25  # columns to a position: with so much padding, documents are packed
 COLUMNS = 1024  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
@@ -58,21 +59,30 @@ class Batch(NamedTuple):
     positions: Array | None = None  # (N,), each column's in its document; None: as in its row
 
 
-def in_rows(docs: Docs, block_size: int) -> Iterator[Row]:
-    """Documents packed into rows: beside the longest the shortest, as many as there is room for."""
+def in_rows(docs: Docs, block_size: int) -> list[Row]:
+    """A row for every document, or packed rows where that spares enough padding.
+
+    A packed row has the longest document that is left and beside it the shortest ones, as many as
+    there is room for. Attention takes longer rows longer, so it has to be worth while.
+    """
+    lengths = [len(doc) - 1 for doc in docs]
+    if max(lengths) * len(docs) <= WORTH * sum(lengths):
+        return alone(docs)
     room = min(SHARED, block_size)
     left = deque(sorted(docs, key=len, reverse=True))
+    rows: list[Row] = []
     while left:
         row = [left.popleft()]
         taken = len(row[0]) - 1
         while left and taken + len(left[-1]) - 1 <= room:
             row.append(left.pop())
             taken += len(row[-1]) - 1
-        yield taken, row
+        rows.append((taken, row))
+    return rows
 
 
 def alone(docs: Docs) -> list[Row]:
-    """Documents in rows of their own."""
+    """A row for every document."""
     return [(len(doc) - 1, [doc]) for doc in docs]
 
 
@@ -80,23 +90,29 @@ def pieces(docs: Docs, config: Config) -> list[list[Row]]:
     """A batch in pieces of at most COLUMNS columns, whose rows are alike in length.
 
     A piece more costs what so much padding does: where there would be more of it, there is a cut.
-    There is one, too, between rows that may be shared and longer ones: see `packed_masks`.
+    There is one between packed rows and longer ones, too: see `packed_masks`.
     The loss of a batch is the sum over its pieces, and so is the gradient.
     """
     if len(docs) == 1:
         return [alone(docs)]
     cut: list[list[Row]] = [[]]
-    tokens = 0
-    for T, row in sorted(in_rows(docs, config.block_size), key=itemgetter(0)):
+    real = 0  # positions of the last piece
+    for taken, row in sorted(in_rows(docs, config.block_size), key=itemgetter(0)):
         piece = cut[-1]
-        columns = (len(piece) + 1) * T
-        tokens += T
-        padding = (columns - tokens) * config.n_embd
-        if piece and (columns > COLUMNS or padding > PADDING or T > SHARED >= piece[0][0]):
+        columns = (len(piece) + 1) * taken
+        padding = (columns - real - taken) * config.n_embd
+        if piece and (columns > COLUMNS or padding > PADDING or _unlike(piece, taken)):
             cut.append([])
-            tokens = T
-        cut[-1].append((T, row))
+            real = 0
+        cut[-1].append((taken, row))
+        real += taken
     return cut
+
+
+def _unlike(piece: list[Row], taken: int) -> bool:
+    """Whether a row of so many positions would be too long for the packed rows of a piece."""
+    shortest, _ = piece[0]
+    return taken > SHARED >= shortest and any(len(row) > 1 for _, row in piece)
 
 
 def pad(piece: Sequence[Row], dtype: np.dtype, of: int | None = None) -> Batch:
@@ -106,47 +122,53 @@ def pad(piece: Sequence[Row], dtype: np.dtype, of: int | None = None) -> Batch:
 
     What a row lacks to the longest is filled up with token 0, as if its last document went on.
     """
-    taken = [used for used, _ in piece]
+    taken = [positions for positions, _ in piece]
     docs = [doc for _, row in piece for doc in row]
     B, T, whole = len(piece), max(taken), of or len(docs)
     column = np.arange(B * T)  # (N,)
-    if len(docs) == B and min(taken) == T:  # a single one, most often: quickly done
+    ragged = min(taken) < T
+    if len(docs) == B and not ragged:  # as a single document is: quickly done
         by_doc = np.array(docs) * len(column)  # (B, T + 1)
         inputs, targets = by_doc[:, :-1].reshape(-1), by_doc[:, 1:].reshape(-1)  # (N,)
         weights = _filled((B * T,), 1 / (whole * T), dtype)  # (N,)
-        return Batch(Shape(B, T), inputs + column, targets + column, weights, False)
-    width: list[int] = []
-    for used, row in piece:
-        width += map(len, row)
-        width[-1] += T - used
-    widths = np.array(width) - 1  # (documents,), positions with padding
-    sizes = np.array(list(map(len, docs)))  # (documents,), tokens
-    doc = np.repeat(np.arange(len(docs)), widths)  # (N,)
-    position = column - (widths.cumsum() - widths)[doc]
-    n = sizes[doc] - 1
-    real = position < n
-    weights = (real / (whole * n)).astype(dtype)
-    tokens = np.fromiter(chain.from_iterable(docs), int) * len(column)
-    at = (sizes.cumsum() - sizes)[doc] + position
-    inputs = tokens.take(at, mode="clip") * real
-    targets = tokens.take(at + 1, mode="clip") * real
+        return Batch(Shape(B, T), inputs + column, targets + column, weights, ragged)
+    room: list[int] = []  # for each document and its closing token, and what its row lacks
+    for positions, row in piece:
+        room += map(len, row)
+        room[-1] += T - positions
+    n, width = np.array(list(map(len, docs))) - 1, np.array(room) - 1  # (documents,)
+    which = np.repeat(np.arange(len(docs)), width)  # (N,), the document of every column
+    position = column - (width.cumsum() - width)[which]  # (N,), in that document
+    real = position < n[which]  # (N,)
+    weights = (real / (whole * n)[which]).astype(dtype)  # (N,)
+    tokens = np.fromiter(chain.from_iterable(docs), int) * len(column)  # of all documents
+    at = (n.cumsum() - n)[which] + which + position  # (N,), where there are n + 1 of each
+    inputs = tokens.take(at, mode="clip") * real  # (N,)
+    targets = tokens.take(at + 1, mode="clip") * real  # (N,)
     packed = len(docs) > B
-    positions = position if packed else None
-    return Batch(Shape(B, T, packed), inputs + column, targets + column, weights, True, positions)
+    shape, where = Shape(B, T, packed), position if packed else None
+    return Batch(shape, inputs + column, targets + column, weights, ragged, where)
 
 
-def arrange(batch: Batch, tap: Tree) -> None:
-    """The positions and the mask of a packed batch, which are others in each."""
+def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
+    """The positions and the mask of a packed batch, which are others in each.
+
+    The mask lies where the derivatives of the weights will: on the way back nobody needs it.
+    """
     if batch.positions is None:
         return
-    T, N = batch.shape.T, len(batch.tokens)
+    T, N = batch.shape.T, len(batch.positions)
     column = np.arange(N)
     position_rows = tap.one_hot[-T:]  # (T, N)
     position_rows[:] = 0.0
     position_rows.reshape(-1)[batch.positions * N + column] = 1.0
     t = column % T
-    mask = packed_masks(T, tap.emb.dtype).take((t - batch.positions) * T + t, axis=1)  # (T, N)
-    tap.mask.reshape(T, -1, N)[:] = mask[:, None]  # the same for every head
+    start = t - batch.positions  # (N,), of the document in its row
+    mask = dtap.layers[-1].attn_weights  # (T, H N)
+    by_head = mask.reshape(T, -1, N)
+    by_head[:] = packed_masks(T, mask.dtype).take(start * T + t, axis=1)[:, None]  # alike for all
+    for layer in tap.layers:
+        layer.mask = mask
 
 
 def places(tokens: Array) -> Array:
@@ -184,9 +206,9 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
         tap.emb_norm = new(C, N)
     norm_eps, logit_scale = numbers(tap.emb.dtype, config.norm_eps, config.head_dim**-0.5)
     tap.norm_eps = norm_eps
-    tap.mask = new(U, H * N) if packed else side_by_side(causal_mask, T, H * B, tap.emb.dtype)
+    mask = None if packed else side_by_side(causal_mask, T, H * B, tap.emb.dtype)
     for layer in tap.layers:
-        layer.norm_eps, layer.logit_scale, layer.mask = norm_eps, logit_scale, tap.mask
+        layer.norm_eps, layer.logit_scale, layer.mask = norm_eps, logit_scale, mask
         layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
         layer.attn_logits = new(U, H * N)
@@ -237,7 +259,7 @@ def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> 
 
 
 def _add_views(layer: Tree, B: int, H: int) -> None:
-    """What attention works on: the arrays of a layer, document by document and head by head.
+    """What attention works on: the arrays of a layer, head by head and row by row.
 
     q, k, v       (H, B, D, T)   rows of qkv: the channels of a head lie together
     qk            (2 C, N)       the rows of both

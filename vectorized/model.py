@@ -2,7 +2,7 @@
 
 Same as scalar:         the functions, their order, their equations, the names of the taps.
 Different from scalar:  vector -> column, so that a batch is a matrix (channels, N);
-                        position loop -> T axis; growing key/value list -> causal mask;
+                        position loop -> T axis; growing key/value list -> mask;
                         one document -> B axis with weights; graph -> explicit backward.
 
 Each f_forward has its f_backward directly beneath: the forward read upside down. dy stands for the
@@ -131,7 +131,7 @@ def attention_backward(
     """dx = rmsnorm_backward(w^T . (dq, dk, dv)) + dattn_res
 
     forward: out_dt = sum_u v_du weights_ut and logits_ut = sum_d k_du q_dt / sqrt(D), in every
-    head of every document. Each is a product of two matrices, so each factor receives the
+    head of every row. Each is a product of two matrices, so each factor receives the
     derivative of the product times the other factor, summed over the index it does not have:
     dv over t, dweights over d; dk over t, dq over u.
     """
@@ -260,7 +260,7 @@ def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array
     loss_t = cross_entropy_forward(logits, batch.targets, tap.loss_t, tap.probs)  # (N,)
     if batch.ragged:
         loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
-    tap.loss = batch.weights.dot(loss_t)  # weights of 1 / (B n) make the sum that mean
+    tap.loss = batch.weights.dot(loss_t)  # weights of 1 / (documents n) make the sum that mean
     return tap.loss
 
 
