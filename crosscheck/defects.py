@@ -31,6 +31,7 @@ ROOT = FIXTURES.parent
 # between them, these cases reach every line that a defect is planted in
 PANEL = (
     "ragged-batch",
+    "packed-rows",
     "repeated-token",
     "longer-than-context",
     "two-layers",

@@ -116,9 +116,8 @@ def _differs_in_pieces(defect: Defect) -> bool:
     with planted(defect.patches):
         from vectorized import arrays
 
-        arrays.Workspace.SMALL = arrays.KEEPABLE = arrays.WORTH = 0
-        for columns in (1, 24):
-            arrays.COLUMNS = columns
+        arrays.Workspace.SMALL = arrays.KEEPABLE = 0
+        for arrays.COLUMNS, arrays.PADDING in ((1, 0), (32, 100)):
             for name in ("ragged-batch", "three-layers"):
                 case, steps = load_case(name), lessons(name, "scalar")
                 if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:

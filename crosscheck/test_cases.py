@@ -37,16 +37,16 @@ def test_taught(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: A
     settle(compare_taught(case, lessons, choice.candidate, choice.standard(case)))
 
 
-@pytest.mark.parametrize("columns", [1, 24])
+@pytest.mark.parametrize(("columns", "padding"), [(1, 0), (32, 100)])
 def test_in_pieces(
-    case: Case, columns: int, lessons: tuple[Step, ...], choice: Choice, settle: Any
+    case: Case, columns: int, padding: int, lessons: tuple[Step, ...], choice: Choice, settle: Any
 ) -> None:
-    """A batch worked through in pieces of so many columns is the same batch."""
+    """A batch packed, and worked through in pieces of so many columns, is the same batch."""
     from vectorized import arrays  # here, since a defect may be planted in it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "COLUMNS", columns)
-        patch.setattr(arrays, "WORTH", 0)  # pack what can be packed
+        patch.setattr(arrays, "PADDING", padding)
         patch.setattr(arrays, "KEEPABLE", 0)
         patch.setattr(arrays.Workspace, "SMALL", 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before

@@ -21,7 +21,7 @@ from crosscheck.cases import Case
 from crosscheck.trace import Array
 from microgpt.backend import fresh_state, load_backend
 from microgpt.layout import param_shapes
-from vectorized.arrays import activations, alone, flatten, model_tree, named_views, pad
+from vectorized.arrays import activations, flatten, model_tree, named_views, pad
 from vectorized.model import loss_forward
 
 STEP = 1e-30
@@ -35,7 +35,7 @@ def complex_step(case: Case, directions: Array) -> Array:
     """
     config, V = case.config, case.tokenizer.vocab_size
     shapes = param_shapes(config, V)
-    batch = pad(alone(case.docs(0)), np.dtype("float64"))
+    batch = pad(case.docs(0), np.dtype("float64"))
     T = batch.shape.T
     tap = activations(config, V, batch.shape, T, True, lambda *shape: np.empty(shape, "complex128"))
     flat = flatten(case.params, np.dtype("complex128"))  # (P,)

@@ -22,7 +22,7 @@ from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import SHARED, WORTH, Array, Batch, Row, Shape, in_rows, pieces, places
+from vectorized.arrays import PADDING, SHARED, Array, Batch, Row, Shape, pieces, places, together
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -127,16 +127,18 @@ def test_the_order_of_a_batch_changes_nothing(
     columns=st.sampled_from([12, 5, 1]),
     small=st.sampled_from([99, 4, 0]),
     kept=st.sampled_from([30, 6]),
-    worth=st.sampled_from([WORTH, 0]),
+    padding=st.sampled_from([PADDING, 8, 0]),
 )
-@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, small=99, kept=30, worth=WORTH)
-@example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, worth=0)
+@example(
+    batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, small=99, kept=30, padding=PADDING
+)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, padding=0)
 def test_batches_that_are_computed_in_pieces_are_the_batches(
-    preset: str, batches: list[list[str]], columns: int, small: int, kept: int, worth: float
+    preset: str, batches: list[list[str]], columns: int, small: int, kept: int, padding: int
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
-        patch.multiple(vectorized.arrays, COLUMNS=columns, KEEPABLE=99 - small, WORTH=worth),
+        patch.multiple(vectorized.arrays, COLUMNS=columns, KEEPABLE=99 - small, PADDING=padding),
         patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]
@@ -168,18 +170,14 @@ def documents(lengths: list[int]) -> list[list[int]]:
 def test_documents_are_packed_into_rows_as_far_as_there_is_room(
     lengths: list[int], block_size: int
 ) -> None:
-    found = in_rows(documents(lengths), block_size)
-    assert sorted(doc for _, row in found for doc in row) == documents(lengths)
-    for i, (taken, row) in enumerate(found):
+    rows = together(documents(lengths), block_size)
+    assert sorted(doc for _, row in rows for doc in row) == documents(lengths)
+    room = min(SHARED, block_size)
+    for i, (taken, row) in enumerate(rows):
         assert taken == sum(len(doc) - 1 for doc in row)
-        assert len(row) == 1 or taken <= min(SHARED, block_size)
-        later = [len(doc) - 1 for _, row in found[i + 1 :] for doc in row]
-        worth = max(lengths) * len(lengths) > WORTH * sum(lengths)
-        assert not worth or not later or taken + min(later) > min(SHARED, block_size)
-
-
-def test_documents_that_are_alike_are_not_packed() -> None:
-    assert in_rows(documents([5] * 9), block_size=16) == [(5, [[i] * 6]) for i in range(9)]
+        assert len(row) == 1 or taken <= room
+        later = [len(doc) - 1 for _, row in rows[i + 1 :] for doc in row]
+        assert not later or taken + min(later) > room
 
 
 @given(lengths=lengths, n_embd=st.integers(1, 40))
@@ -190,13 +188,16 @@ def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> 
     with patch.multiple(vectorized.arrays, COLUMNS=60, PADDING=200):
         cut = pieces(documents(lengths), config)
     assert sorted(doc for piece in cut for _, row in piece for doc in row) == documents(lengths)
+    packs = (len(lengths) * max(lengths) - sum(lengths)) * n_embd > 200
+    assert packs or all(len(row) == 1 for piece in cut for _, row in piece)
 
     def too_much(piece: list[Row]) -> bool:
-        columns = len(piece) * max(taken for taken, _ in piece)
-        padding = columns - sum(taken for taken, _ in piece)
-        packed = any(len(row) > 1 for _, row in piece)  # whose masks are kept for short rows only
-        too_long = packed and max(taken for taken, _ in piece) > SHARED
-        return columns > 60 or padding > 200 // n_embd or too_long
+        taken = [positions for positions, _ in piece]
+        columns = len(piece) * max(taken)
+        padding = columns - sum(taken)
+        return (
+            columns > 60 or padding > 200 // n_embd or (packs and max(taken) > SHARED >= min(taken))
+        )
 
     assert not any(too_much(piece) for piece in cut if len(piece) > 1)
     for one, other in pairwise(cut):  # no cut without need
@@ -224,9 +225,8 @@ def test_more_padding_changes_nothing(preset: str, texts: list[str], seed: int) 
     docs = encoded(texts, preset)
     expected = measured(model, docs)
 
-    def pad(piece: list[Row], dtype: np.dtype, of: int) -> Batch:
-        alone = [doc for _, row in piece for doc in row]
-        return padded_further(alone, config.block_size, Random(seed), tokenizer.vocab_size)
+    def pad(docs: Docs, dtype: np.dtype, of: int) -> Batch:
+        return padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
 
     with patch.object(vectorized.worker, "pad", pad):
         assert_same(measured(model, docs), expected)
@@ -249,14 +249,16 @@ def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, 
     "docs",
     [
         [[3, 1, 2, 1, 2, 3], [3, 0, 3]],  # each in a row of its own
-        [[3, 1, 2, 1, 3], [3, 1, 3], [3, 0, 3]],  # two in one row, and one in a row with padding
+        [[3, 1, 2, 1, 3], [3, 1, 2, 3], [3, 0, 3], [3, 1, 3]],  # two rows of two, one with padding
     ],
 )
 def test_padding_may_have_a_loss_that_is_not_finite(docs: Docs) -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = with_an_impossible_token(config, tokenizer)
     model = load_backend("vectorized", config, fresh_state(params))
-    assert_same(measured(model, docs), mean_alone(model, docs))  # pad() fills up with token 0
+    with patch.object(vectorized.arrays, "PADDING", 8):
+        found = measured(model, docs)  # pad() fills up with token 0
+    assert_same(found, mean_alone(model, docs))
 
 
 @backends

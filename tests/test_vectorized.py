@@ -18,7 +18,7 @@ from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, param_shapes
-from vectorized.arrays import Array, Shape, Workspace, alone, model_tree, named_views, pad, places
+from vectorized.arrays import Array, Shape, Workspace, model_tree, named_views, pad, places
 from vectorized.model import (
     activation_backward,
     activation_forward,
@@ -165,8 +165,7 @@ def cross_entropy(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 def loss(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     gpt = model(rng, size)
     lengths = [size.T, *rng.integers(1, size.T + 1, size=size.B - 1)]  # ragged more often than not
-    docs = [rng.integers(size.V, size=n + 1).tolist() for n in lengths]
-    batch = pad(alone(docs), np.dtype("float64"))
+    batch = pad([rng.integers(size.V, size=n + 1).tolist() for n in lengths], np.dtype("float64"))
 
     def forward() -> Array:
         return loss_forward(batch, gpt.params, gpt.config, gpt.tap)

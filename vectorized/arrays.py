@@ -33,9 +33,8 @@ TapsAndDerivatives = tuple[Tree, Tree]
 Row = tuple[int, Docs]  # how many positions are taken, by which documents
 
 SHARED = 16  # positions of a packed row; a document that is longer has a row of its own
-WORTH = 1.25  # columns to a position: with so much padding, documents are packed
 COLUMNS = 1024  # of a piece of a batch
-PADDING = 2560  # numbers of padding that cost as much as a piece more
+PADDING = 2560  # numbers of padding that cost as much as a piece more, or as to pack documents
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
 REPEATED = 4096  # multiplications: to sum columns with so many is faster than to broadcast the sum
 
@@ -59,15 +58,39 @@ class Batch(NamedTuple):
     positions: Array | None = None  # (N,), each column's in its document; None: as in its row
 
 
-def in_rows(docs: Docs, block_size: int) -> list[Row]:
-    """A row for every document, or packed rows where that spares enough padding.
+def pieces(docs: Docs, config: Config) -> list[list[Row]]:
+    """A batch in pieces of at most COLUMNS columns, whose rows are alike in length.
 
-    A packed row has the longest document that is left and beside it the shortest ones, as many as
-    there is room for. Attention takes longer rows longer, so it has to be worth while.
+    A piece more costs what so much padding does: where there would be more of it, there is a cut.
+    There is one between packed rows and longer ones, too: see `packed_masks`.
+    The loss of a batch is the sum over its pieces, and so is the gradient.
     """
-    lengths = [len(doc) - 1 for doc in docs]
-    if max(lengths) * len(docs) <= WORTH * sum(lengths):
-        return alone(docs)
+    positions, columns = sum(map(len, docs)) - len(docs), len(docs) * (max(map(len, docs)) - 1)
+    packs = (columns - positions) * config.n_embd > PADDING
+    if columns <= COLUMNS and not packs:
+        return [alone(docs)]
+    rows = together(docs, config.block_size) if packs else alone(docs)
+    rows.sort(key=itemgetter(0))
+    cut = [rows[:1]]
+    real = shortest = rows[0][0]  # positions of the last piece, and of its first row
+    for taken, row in rows[1:]:
+        columns = (len(cut[-1]) + 1) * taken
+        padding = (columns - real - taken) * config.n_embd
+        if columns > COLUMNS or padding > PADDING or (packs and taken > SHARED >= shortest):
+            cut.append([])
+            real, shortest = 0, taken
+        cut[-1].append((taken, row))
+        real += taken
+    return cut
+
+
+def alone(docs: Docs) -> list[Row]:
+    """A row for every document."""
+    return [(len(doc) - 1, [doc]) for doc in docs]
+
+
+def together(docs: Docs, block_size: int) -> list[Row]:
+    """Rows of several documents: beside the longest the shortest, as many as there is room for."""
     room = min(SHARED, block_size)
     left = deque(sorted(docs, key=len, reverse=True))
     rows: list[Row] = []
@@ -81,73 +104,55 @@ def in_rows(docs: Docs, block_size: int) -> list[Row]:
     return rows
 
 
-def alone(docs: Docs) -> list[Row]:
-    """A row for every document."""
-    return [(len(doc) - 1, [doc]) for doc in docs]
+def as_batch(piece: Sequence[Row], dtype: np.dtype, of: int) -> Batch:
+    """A piece of a batch of so many documents."""
+    docs = [doc for _, row in piece for doc in row]
+    return pad(docs, dtype, of) if len(docs) == len(piece) else pack(piece, docs, dtype, of)
 
 
-def pieces(docs: Docs, config: Config) -> list[list[Row]]:
-    """A batch in pieces of at most COLUMNS columns, whose rows are alike in length.
-
-    A piece more costs what so much padding does: where there would be more of it, there is a cut.
-    There is one between packed rows and longer ones, too: see `packed_masks`.
-    The loss of a batch is the sum over its pieces, and so is the gradient.
-    """
-    if len(docs) == 1:
-        return [alone(docs)]
-    cut: list[list[Row]] = [[]]
-    real = 0  # positions of the last piece
-    for taken, row in sorted(in_rows(docs, config.block_size), key=itemgetter(0)):
-        piece = cut[-1]
-        columns = (len(piece) + 1) * taken
-        padding = (columns - real - taken) * config.n_embd
-        if piece and (columns > COLUMNS or padding > PADDING or _unlike(piece, taken)):
-            cut.append([])
-            real = 0
-        cut[-1].append((taken, row))
-        real += taken
-    return cut
-
-
-def _unlike(piece: list[Row], taken: int) -> bool:
-    """Whether a row of so many positions would be too long for the packed rows of a piece."""
-    shortest, _ = piece[0]
-    return taken > SHARED >= shortest and any(len(row) > 1 for _, row in piece)
-
-
-def pad(piece: Sequence[Row], dtype: np.dtype, of: int | None = None) -> Batch:
-    """Documents of n + 1 tokens, any n > 0, as one batch of inputs and targets.
+def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
+    """Documents of n + 1 tokens, any n > 0, as one batch of inputs and targets, a row for each.
 
     of    how many documents the whole batch has, if these are a piece of it
+
+    Behind a document that is shorter than others there is token 0.
+    """
+    lengths = [len(doc) - 1 for doc in docs]
+    B, T, whole = len(docs), max(lengths), of or len(docs)
+    ragged = min(lengths) < T
+    if ragged:
+        n = np.array(lengths)[:, None]  # (B, 1)
+        tokens = np.zeros((B, T + 1), int)
+        tokens[np.arange(T + 1) <= n] = np.fromiter(chain.from_iterable(docs), int)
+        weights = ((np.arange(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
+    else:
+        tokens = np.array(docs)  # (B, T + 1)
+        weights = _filled((B * T,), 1 / (whole * T), dtype)  # (N,)
+    inputs, targets = places(tokens[:, :-1]), places(tokens[:, 1:])  # (N,)
+    return Batch(Shape(B, T), inputs, targets, weights, ragged)
+
+
+def pack(piece: Sequence[Row], docs: Docs, dtype: np.dtype, of: int) -> Batch:
+    """The same of documents in rows of several.
 
     What a row lacks to the longest is filled up with token 0, as if its last document went on.
     """
     taken = [positions for positions, _ in piece]
-    docs = [doc for _, row in piece for doc in row]
-    B, T, whole = len(piece), max(taken), of or len(docs)
-    column = np.arange(B * T)  # (N,)
-    ragged = min(taken) < T
-    if len(docs) == B and not ragged:  # as a single document is: quickly done
-        by_doc = np.array(docs) * len(column)  # (B, T + 1)
-        inputs, targets = by_doc[:, :-1].reshape(-1), by_doc[:, 1:].reshape(-1)  # (N,)
-        weights = _filled((B * T,), 1 / (whole * T), dtype)  # (N,)
-        return Batch(Shape(B, T), inputs + column, targets + column, weights, ragged)
+    B, T = len(piece), max(taken)
     room: list[int] = []  # for each document and its closing token, and what its row lacks
     for positions, row in piece:
         room += map(len, row)
         room[-1] += T - positions
     n, width = np.array(list(map(len, docs))) - 1, np.array(room) - 1  # (documents,)
     which = np.repeat(np.arange(len(docs)), width)  # (N,), the document of every column
-    position = column - (width.cumsum() - width)[which]  # (N,), in that document
+    position = np.arange(B * T) - (width.cumsum() - width)[which]  # (N,), in that document
     real = position < n[which]  # (N,)
-    weights = (real / (whole * n)[which]).astype(dtype)  # (N,)
-    tokens = np.fromiter(chain.from_iterable(docs), int) * len(column)  # of all documents
+    weights = (real / (of * n)[which]).astype(dtype)  # (N,)
+    tokens = np.fromiter(chain.from_iterable(docs), int)  # of all documents
     at = (n.cumsum() - n)[which] + which + position  # (N,), where there are n + 1 of each
-    inputs = tokens.take(at, mode="clip") * real  # (N,)
-    targets = tokens.take(at + 1, mode="clip") * real  # (N,)
-    packed = len(docs) > B
-    shape, where = Shape(B, T, packed), position if packed else None
-    return Batch(shape, inputs + column, targets + column, weights, ragged, where)
+    inputs = places(tokens.take(at, mode="clip") * real)  # (N,)
+    targets = places(tokens.take(at + 1, mode="clip") * real)  # (N,)
+    return Batch(Shape(B, T, True), inputs, targets, weights, min(taken) < T, position)
 
 
 def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
@@ -172,7 +177,7 @@ def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
 
 
 def places(tokens: Array) -> Array:
-    """Where the token of each column sits in a flattened (V, N): (B, T) -> (N,)."""
+    """Where the token of each column sits in a flattened (V, N): (B, T) or (N,) -> (N,)."""
     return tokens.reshape(-1) * tokens.size + np.arange(tokens.size)
 
 

@@ -19,7 +19,7 @@ from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
-from vectorized.arrays import Array, Batch, activations, alone, flatten, named_views, pad
+from vectorized.arrays import Array, Batch, activations, flatten, named_views, pad
 from vectorized.model import loss_forward
 from vectorized.sample import empty_past, read, sample
 from vectorized.worker import Remote, Worker, deal, shared
@@ -83,7 +83,7 @@ class Backend:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        batch = pad(alone(docs), self.flat.dtype)
+        batch = pad(docs, self.flat.dtype)
         V, new = len(self.params.wte), self.worker.workspace.new
         tap = activations(self.config, V, batch.shape, batch.shape.T, False, new)
         with np.errstate(all="ignore"):  # padding need not be finite

@@ -29,7 +29,7 @@ from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.errors import LostHelpError
 from microgpt.layout import Tree
-from vectorized.arrays import Array, Batch, Workspace, alone, arrange, model_tree, pad, pieces
+from vectorized.arrays import Array, Batch, Workspace, arrange, as_batch, model_tree, pad, pieces
 from vectorized.model import loss_backward, loss_forward
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -55,8 +55,11 @@ class Worker:
 
     def forward(self, docs: Docs, of: int) -> float:
         """The loss of these documents, times their share in a batch of so many."""
-        cut = [alone(docs)] if self.watch else pieces(docs, self.config)
-        batches = [pad(piece, self.flat_grads.dtype, of) for piece in cut]
+        dtype = self.flat_grads.dtype
+        if self.watch:
+            batches = [pad(docs, dtype, of)]
+        else:
+            batches = [as_batch(piece, dtype, of) for piece in pieces(docs, self.config)]
         self.work.clear()  # what the batch before had is free for this one
         arrays = self.workspace.arrays([batch.shape for batch in batches])
         loss = 0.0
