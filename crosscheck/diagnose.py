@@ -19,7 +19,7 @@ from crosscheck.cases import Case
 from crosscheck.explain import Place, clipping
 from crosscheck.trace import PHASES, Array, Step, real, split_key
 from microgpt.train import learning_rate
-from vectorized.arrays import pieces
+from vectorized.batch import pieces
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from microgpt.errors import MicrogptError
 FILES = (
     "vectorized/model.py",
     "vectorized/arrays.py",
+    "vectorized/batch.py",
     "vectorized/adam.py",
     "vectorized/sample.py",
     "vectorized/worker.py",
@@ -114,10 +115,10 @@ def _try(mutant: Mutant) -> None:
 def _differs_in_pieces(defect: Defect) -> bool:
     """Whether a batch worked through in pieces tells the mutant from the original."""
     with planted(defect.patches):
-        from vectorized import arrays
+        from vectorized import arrays, batch
 
         arrays.Workspace.SMALL = arrays.KEEPABLE = 0
-        for arrays.COLUMNS, arrays.PADDING in ((1, 0), (32, 100)):
+        for batch.COLUMNS, batch.PADDING in ((1, 0), (32, 100)):
             for name in ("ragged-batch", "three-layers"):
                 case, steps = load_case(name), lessons(name, "scalar")
                 if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:

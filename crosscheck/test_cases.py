@@ -42,11 +42,11 @@ def test_in_pieces(
     case: Case, columns: int, padding: int, lessons: tuple[Step, ...], choice: Choice, settle: Any
 ) -> None:
     """A batch packed, and worked through in pieces of so many columns, is the same batch."""
-    from vectorized import arrays  # here, since a defect may be planted in it
+    from vectorized import arrays, batch  # here, since a defect may be planted in them
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "COLUMNS", columns)
-        patch.setattr(arrays, "PADDING", padding)
+        patch.setattr(batch, "COLUMNS", columns)
+        patch.setattr(batch, "PADDING", padding)
         patch.setattr(arrays, "KEEPABLE", 0)
         patch.setattr(arrays.Workspace, "SMALL", 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before

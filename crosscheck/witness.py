@@ -21,7 +21,8 @@ from crosscheck.cases import Case
 from crosscheck.trace import Array
 from microgpt.backend import fresh_state, load_backend
 from microgpt.layout import param_shapes
-from vectorized.arrays import activations, flatten, model_tree, named_views, pad
+from vectorized.arrays import activations, flatten, model_tree, named_views
+from vectorized.batch import pad
 from vectorized.model import loss_forward
 
 STEP = 1e-30

@@ -16,13 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vectorized.arrays
+import vectorized.batch
 import vectorized.sample
 import vectorized.worker
 from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import PADDING, SHARED, Array, Batch, Row, Shape, pieces, places, together
+from vectorized.arrays import Array, Shape
+from vectorized.batch import PADDING, SHARED, Batch, Row, pieces, places, together
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -138,7 +140,8 @@ def test_batches_that_are_computed_in_pieces_are_the_batches(
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
-        patch.multiple(vectorized.arrays, COLUMNS=columns, KEEPABLE=99 - small, PADDING=padding),
+        patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding),
+        patch.object(vectorized.arrays, "KEEPABLE", 99 - small),
         patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]
@@ -151,7 +154,7 @@ def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
     model = load("vectorized", CONFIGS[preset], TOKENIZERS[preset])
     rng = Random(1)
     docs = encoded(["".join(rng.choices("abc", k=rng.randint(1, 8))) for _ in range(300)], preset)
-    with patch.object(vectorized.arrays, "COLUMNS", 500):
+    with patch.object(vectorized.batch, "COLUMNS", 500):
         assert len(pieces(docs, CONFIGS[preset])) > 1
         found = measured(model, docs)
     assert_same(found, mean_alone(model, docs))
@@ -185,7 +188,7 @@ def test_documents_are_packed_into_rows_as_far_as_there_is_room(
 @example(lengths=[17, 16], n_embd=1)
 def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
     config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    with patch.multiple(vectorized.arrays, COLUMNS=60, PADDING=200):
+    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200):
         cut = pieces(documents(lengths), config)
     assert sorted(doc for piece in cut for _, row in piece for doc in row) == documents(lengths)
     packs = (len(lengths) * max(lengths) - sum(lengths)) * n_embd > 200
@@ -256,7 +259,7 @@ def test_padding_may_have_a_loss_that_is_not_finite(docs: Docs) -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = with_an_impossible_token(config, tokenizer)
     model = load_backend("vectorized", config, fresh_state(params))
-    with patch.object(vectorized.arrays, "PADDING", 8):
+    with patch.object(vectorized.batch, "PADDING", 8):
         found = measured(model, docs)  # pad() fills up with token 0
     assert_same(found, mean_alone(model, docs))
 

@@ -18,7 +18,8 @@ from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, param_shapes
-from vectorized.arrays import Array, Shape, Workspace, model_tree, named_views, pad, places
+from vectorized.arrays import Array, Shape, Workspace, model_tree, named_views
+from vectorized.batch import pad, places
 from vectorized.model import (
     activation_backward,
     activation_forward,

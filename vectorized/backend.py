@@ -19,7 +19,8 @@ from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
-from vectorized.arrays import Array, Batch, activations, flatten, named_views, pad
+from vectorized.arrays import Array, activations, flatten, named_views
+from vectorized.batch import Batch, pad
 from vectorized.model import loss_forward
 from vectorized.sample import empty_past, read, sample
 from vectorized.worker import Remote, Worker, deal, shared

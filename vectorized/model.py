@@ -23,7 +23,8 @@ import numpy as np
 
 from microgpt.config import Config
 from microgpt.layout import Tree
-from vectorized.arrays import Array, Batch, column_mean, column_sum
+from vectorized.arrays import Array, column_mean, column_sum
+from vectorized.batch import Batch
 
 
 def linear_forward(x: Array, w: Array, out: Array) -> Array:

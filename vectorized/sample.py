@@ -18,7 +18,8 @@ import numpy as np
 from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array, Shape, activations, places
+from vectorized.arrays import Array, Shape, activations
+from vectorized.batch import places
 from vectorized.model import gpt_forward, softmax_forward
 
 WALKERS = 1024  # side by side at most: a bound on memory

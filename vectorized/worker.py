@@ -29,7 +29,8 @@ from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.errors import LostHelpError
 from microgpt.layout import Tree
-from vectorized.arrays import Array, Batch, Workspace, arrange, as_batch, model_tree, pad, pieces
+from vectorized.arrays import Array, Workspace, model_tree
+from vectorized.batch import Batch, arrange, as_batch, pad, pieces
 from vectorized.model import loss_backward, loss_forward
 
 Shapes = Mapping[str, tuple[int, int]]
