@@ -119,7 +119,7 @@ def _differs_in_pieces(defect: Defect) -> bool:
 
         arrays.Workspace.SMALL = arrays.KEEPABLE = 0
         for batch.COLUMNS, batch.PADDING in ((1, 0), (32, 100)):
-            for name in ("ragged-batch", "three-layers"):
+            for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")
                 if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:
                     return True
