@@ -47,6 +47,7 @@ def test_in_pieces(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "COLUMNS", columns)
         patch.setattr(batch, "PADDING", padding)
+        patch.setattr(batch, "PACKING", 0)
         patch.setattr(arrays, "KEEPABLE", 0)
         patch.setattr(arrays.Workspace, "SMALL", 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before

@@ -24,7 +24,7 @@ from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from vectorized.arrays import Array, Shape
-from vectorized.batch import PADDING, SHARED, Batch, Row, pieces, places, together
+from vectorized.batch import SHARED, Batch, Row, pieces, places, together
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -129,18 +129,30 @@ def test_the_order_of_a_batch_changes_nothing(
     columns=st.sampled_from([12, 5, 1]),
     small=st.sampled_from([99, 4, 0]),
     kept=st.sampled_from([30, 6]),
-    padding=st.sampled_from([PADDING, 8, 0]),
+    padding=st.sampled_from([2560, 8, 0]),
+    packing=st.sampled_from([800, 0]),
 )
 @example(
-    batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, small=99, kept=30, padding=PADDING
+    batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
+    columns=12,
+    small=99,
+    kept=30,
+    padding=9,
+    packing=800,
 )
-@example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, padding=0)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, padding=9, packing=0)
 def test_batches_that_are_computed_in_pieces_are_the_batches(
-    preset: str, batches: list[list[str]], columns: int, small: int, kept: int, padding: int
+    preset: str,
+    batches: list[list[str]],
+    columns: int,
+    small: int,
+    kept: int,
+    padding: int,
+    packing: int,
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
-        patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding),
+        patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding, PACKING=packing),
         patch.object(vectorized.arrays, "KEEPABLE", 99 - small),
         patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
     ):
@@ -188,10 +200,10 @@ def test_documents_are_packed_into_rows_as_far_as_there_is_room(
 @example(lengths=[17, 16], n_embd=1)
 def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
     config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200):
+    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200, PACKING=50):
         cut = pieces(documents(lengths), config)
     assert sorted(doc for piece in cut for _, row in piece for doc in row) == documents(lengths)
-    packs = (len(lengths) * max(lengths) - sum(lengths)) * n_embd > 200
+    packs = (len(lengths) * max(lengths) - sum(lengths)) * n_embd > 50
     assert packs or all(len(row) == 1 for piece in cut for _, row in piece)
 
     def too_much(piece: list[Row]) -> bool:
@@ -259,7 +271,7 @@ def test_padding_may_have_a_loss_that_is_not_finite(docs: Docs) -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = with_an_impossible_token(config, tokenizer)
     model = load_backend("vectorized", config, fresh_state(params))
-    with patch.object(vectorized.batch, "PADDING", 8):
+    with patch.object(vectorized.batch, "PACKING", 0):
         found = measured(model, docs)  # pad() fills up with token 0
     assert_same(found, mean_alone(model, docs))
 

@@ -26,7 +26,8 @@ Row = tuple[int, Docs]  # how many positions are taken, by which documents
 
 SHARED = 16  # positions of a packed row at most; a longer document has a row of its own
 COLUMNS = 1024  # of a piece of a batch
-PADDING = 2560  # numbers of padding that cost as much as one piece more, or as packing does
+PADDING = 2560  # numbers of padding that cost as much as a piece more
+PACKING = 800  # numbers of padding that cost as much as to pack the documents
 
 
 class Batch(NamedTuple):
@@ -43,13 +44,13 @@ class Batch(NamedTuple):
 def pieces(docs: Docs, config: Config) -> list[list[Row]]:
     """A batch in pieces of at most COLUMNS columns, whose rows are alike in length.
 
-    A piece more costs what so much padding does: where there would be more of it, there is a cut.
-    There is one between packed rows and longer ones, too: see `packed_masks`.
+    Documents are packed, and cut into pieces, where more padding would cost more than that does.
+    There is a cut between packed rows and longer ones, too: see `packed_masks`.
     The loss of a batch is the sum over its pieces, and so is the gradient.
     """
     positions = sum(map(len, docs)) - len(docs)
     columns = len(docs) * (max(map(len, docs)) - 1)  # with a row for every document
-    packs = (columns - positions) * config.n_embd > PADDING
+    packs = (columns - positions) * config.n_embd > PACKING
     if columns <= COLUMNS and not packs:
         return [alone(docs)]
     rows = together(docs, config.block_size) if packs else alone(docs)
