@@ -130,7 +130,7 @@ def test_the_order_of_a_batch_changes_nothing(
     small=st.sampled_from([99, 4, 0]),
     kept=st.sampled_from([30, 6]),
     padding=st.sampled_from([2560, 8, 0]),
-    packing=st.sampled_from([800, 0]),
+    packing=st.sampled_from([1200, 0]),
 )
 @example(
     batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
@@ -138,7 +138,7 @@ def test_the_order_of_a_batch_changes_nothing(
     small=99,
     kept=30,
     padding=9,
-    packing=800,
+    packing=1200,
 )
 @example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, padding=9, packing=0)
 def test_batches_that_are_computed_in_pieces_are_the_batches(

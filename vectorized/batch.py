@@ -27,7 +27,7 @@ Row = tuple[int, Docs]  # how many positions are taken, by which documents
 SHARED = 16  # positions of a packed row at most; a longer document has a row of its own
 COLUMNS = 1024  # of a piece of a batch
 PADDING = 2560  # numbers of padding that cost as much as a piece more
-PACKING = 800  # numbers of padding that cost as much as to pack the documents
+PACKING = 1200  # numbers of padding that cost as much as to pack the documents
 
 
 class Batch(NamedTuple):
