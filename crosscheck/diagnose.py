@@ -525,9 +525,8 @@ def unwatched(pair: Pair) -> str:
     """What agrees while somebody watches, and not while nobody does."""
     if pair.phase not in ("eval", "unwatched"):
         return ""
-    tokens = pair.step["batch/tokens"]
-    cut = pieces([doc[doc >= 0].tolist() for doc in tokens], pair.case.config)
-    if pair.phase == "unwatched" and any(len(row) > 1 for piece in cut for _, row in piece):
+    docs = [doc[doc >= 0].tolist() for doc in pair.step["batch/tokens"]]
+    if pair.phase == "unwatched" and sum(map(len, pieces(docs, pair.case.config))) < len(docs):
         return (
             "agrees while each document has a row of its own and all is kept: documents packed"
             " into a row are not told apart, or an array is overwritten too early"

@@ -538,23 +538,26 @@ def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.Mo
     memory.check_memory(load_config(overrides={"n_embd": "100000"}), 27, ["emma"], "scalar")
 
 
+LONG = "ab" * 600  # longer than any context below
+
+
 @pytest.mark.parametrize(
     ("backend", "text", "sizes"),
     [
-        ("scalar", "ab" * 600, {"n_embd": "32"}),
-        ("scalar", "ab" * 600, {"n_layer": "2", "batch_size": "2"}),
-        ("scalar", "ab" * 600, {"block_size": "40"}),
-        ("vectorized", "ab" * 600, {"n_embd": "256"}),
-        ("vectorized", "ab" * 600, {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
-        ("vectorized", "ab" * 600, {"block_size": "600"}),
-        ("vectorized", "abba", {"batch_size": "2000"}),  # three in a row
+        ("scalar", LONG, {"n_embd": "32"}),
+        ("scalar", LONG, {"n_layer": "2", "batch_size": "2"}),
+        ("scalar", LONG, {"block_size": "40"}),
+        ("vectorized", LONG, {"n_embd": "256"}),
+        ("vectorized", LONG, {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
+        ("vectorized", LONG, {"block_size": "600"}),
+        ("vectorized", "abba", {"batch_size": "2000"}),  # packed, three in a row
     ],
 )
 def test_the_estimate_is_of_the_size_of_what_is_taken(
     backend: str, text: str, sizes: dict[str, str]
 ) -> None:
     config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
-    documents = [text] * config.batch_size
+    documents = [LONG, *[text] * (config.batch_size - 1)]
     tokenizer = build_tokenizer("ab", config)
     estimate = memory.estimate(config, tokenizer.vocab_size, documents, backend)
     docs = [tokenizer.document(document, config.max_tokens) for document in documents]
