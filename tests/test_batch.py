@@ -228,7 +228,8 @@ def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
     for b, doc in enumerate(docs):
         n = len(doc) - 1
         tokens[b, :n], targets[b, :n], weights[b, :n] = doc[:-1], doc[1:], 1 / (B * n)
-    return Batch(Shape(B, T), places(tokens), places(targets), weights.reshape(-1), ragged=True)
+    inputs, outputs = places(tokens * (B * T)), places(targets * (B * T))
+    return Batch(Shape(B, T), inputs, outputs, weights.reshape(-1), ragged=True)
 
 
 @models

@@ -18,7 +18,7 @@ from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, param_shapes
-from vectorized.arrays import Array, Shape, Workspace, model_tree, named_views
+from vectorized.arrays import Array, Shape, Workspace, model_tree, named_views, summing
 from vectorized.batch import pad, places
 from vectorized.model import (
     activation_backward,
@@ -65,34 +65,37 @@ def linear(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 def softmax(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     x = rng.normal(size=(size.V, size.N))
+    ones = summing(size.V, size.N, 1.0, x.dtype)
 
     def forward() -> Array:
-        return softmax_forward(x, blank(size.V, size.N))
+        return softmax_forward(x, ones, blank(size.V, size.N))
 
     def backward(dy: Array) -> Grads:
-        return {"x": softmax_backward(dy, forward(), blank(size.V, size.N))}
+        return {"x": softmax_backward(dy, forward(), ones, blank(size.V, size.N))}
 
     return {"x": x}, forward, backward
 
 
 def rmsnorm(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     x, eps = rng.normal(size=(size.C, size.N)), 0.1
+    mean = summing(size.C, size.N, 1 / size.C, x.dtype)
 
     def forward() -> Array:
-        return rmsnorm_forward(x, eps, blank(size.C, size.N))[0]
+        return rmsnorm_forward(x, mean, eps, blank(size.C, size.N))[0]
 
     def backward(dy: Array) -> Grads:
-        return {"x": rmsnorm_backward(dy, *rmsnorm_forward(x, eps, blank(size.C, size.N)))}
+        y, rms = rmsnorm_forward(x, mean, eps, blank(size.C, size.N))
+        return {"x": rmsnorm_backward(dy, y, mean, rms)}
 
     return {"x": x}, forward, backward
 
 
 def activation(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     x = rng.choice([-1, 1], (size.C, size.N)) * rng.uniform(0.1, 2, (size.C, size.N))
-    slope = blank(size.C, size.N)
+    zeros, slope = np.zeros_like(x), blank(size.C, size.N)
 
     def forward() -> Array:
-        return activation_forward(x, size.squared, blank(size.C, size.N), slope)
+        return activation_forward(x, size.squared, zeros, blank(size.C, size.N), slope)
 
     def backward(dy: Array) -> Grads:
         forward()
@@ -134,7 +137,8 @@ def mlp(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 
 def gpt(rng: np.random.Generator, size: SimpleNamespace) -> Op:
-    gpt, tokens = model(rng, size), places(rng.integers(size.V, size=(size.B, size.T)))
+    gpt, N = model(rng, size), size.B * size.T
+    tokens = places(rng.integers(size.V, size=N) * N)
 
     def forward() -> Array:
         return gpt_forward(tokens, gpt.params, None, gpt.config, gpt.tap)
@@ -151,10 +155,11 @@ def gpt(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 def cross_entropy(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     logits, probs = rng.normal(size=(size.V, size.N)), blank(size.V, size.N)
-    targets = rng.integers(size.V, size=size.N) * size.N + np.arange(size.N)
+    targets = places(rng.integers(size.V, size=size.N) * size.N)
+    ones = summing(size.V, size.N, 1.0, logits.dtype)
 
     def forward() -> Array:
-        return cross_entropy_forward(logits, targets, blank(size.N), probs)
+        return cross_entropy_forward(logits, targets, ones, blank(size.N), probs)
 
     def backward(dy: Array) -> Grads:
         forward()
@@ -323,10 +328,9 @@ def test_every_backward_pass_is_checked() -> None:
 
 
 def test_softmax_takes_logits_of_any_size() -> None:
-    x = np.random.default_rng(1).normal(size=(5, 4))
-    np.testing.assert_allclose(
-        softmax_forward(x + 5000.0, blank(5, 4)), softmax_forward(x, blank(5, 4)), rtol=1e-11
-    )
+    x, ones = np.random.default_rng(1).normal(size=(5, 4)), np.ones(5)
+    far = softmax_forward(x + 5000.0, ones, blank(5, 4))
+    np.testing.assert_allclose(far, softmax_forward(x, ones, blank(5, 4)), rtol=1e-11)
 
 
 @given(size=sizes, seed=st.integers(0, 2**32 - 1), data=st.data())
@@ -337,9 +341,9 @@ def test_a_token_changes_no_logits_before_it_and_none_of_other_documents(
     rng = np.random.default_rng(seed)
     gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
     b, t = data.draw(st.integers(0, size.B - 1)), data.draw(st.integers(0, size.T - 1))
-    before = gpt_forward(places(tokens), gpt.params, None, gpt.config, gpt.tap).copy()
+    before = gpt_forward(places(tokens * tokens.size), gpt.params, None, gpt.config, gpt.tap).copy()
     tokens[b, t] = (tokens[b, t] + 1) % size.V
-    after = gpt_forward(places(tokens), gpt.params, None, gpt.config, gpt.tap)
+    after = gpt_forward(places(tokens * tokens.size), gpt.params, None, gpt.config, gpt.tap)
     unmoved = np.ones((size.B, size.T), bool)
     unmoved[b, t:] = False
     columns = unmoved.reshape(-1)

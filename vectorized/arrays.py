@@ -27,7 +27,7 @@ New = Callable[..., Array]  # shape -> array
 TapsAndDerivatives = tuple[Tree, Tree]
 
 KEEPABLE = 2**16  # numbers of a constant that is worth keeping
-REPEATED = 4096  # multiplications: to sum columns with so many is faster than to broadcast the sum
+REPEATED = 8192  # multiplications: to sum columns with so many is faster than to broadcast the sum
 
 
 class Shape(NamedTuple):
@@ -47,9 +47,12 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     nothing else reads.
 
     one_hot             a row for each token, and below them one for each position: see gpt_forward
+    token_rows          the former, one after the other: a view of one_hot
     mlp_slope, probs    what the backward pass needs besides
     norm_eps            as config has it, an array without axes: see `numbers`
     logit_scale         1 / sqrt(D), likewise
+    mean, ones          what sums columns in the norms and in the softmaxes: see `summing`
+    zeros               as many as mlp_pre has numbers
     mask                0 where position t may look at position u, else -inf: (U, H B T), or one
                         row for all where a single position looks at those before it
     U                   positions looked at: those of the batch, and in sampling those before them
@@ -61,16 +64,21 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     tap = Tree(config.n_layer)
     tap.one_hot = new(V + U, N)
     tap.one_hot[V:] = 0.0
+    dtype = tap.one_hot.dtype
+    tap.token_rows = tap.one_hot[:V].reshape(-1)
     if not packed:
-        tap.one_hot[-T:] = side_by_side(np.eye, T, B, tap.one_hot.dtype)
+        tap.one_hot[-T:] = side_by_side(np.eye, T, B, dtype)
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm = new(C, N)
-    norm_eps, logit_scale = numbers(tap.emb.dtype, config.norm_eps, config.head_dim**-0.5)
-    tap.norm_eps = norm_eps
-    mask = None if packed else side_by_side(causal_mask, T, H * B, tap.emb.dtype)
+    norm_eps, logit_scale = numbers(dtype, config.norm_eps, config.head_dim**-0.5)
+    mean, ones = summing(C, N, 1 / C, dtype), summing(U, H * N, 1.0, dtype)
+    zeros = zeroed(F, N, dtype)
+    mask = None if packed else side_by_side(causal_mask, T, H * B, dtype)
+    tap.mean, tap.norm_eps = mean, norm_eps
     for layer in tap.layers:
-        layer.norm_eps, layer.logit_scale, layer.mask = norm_eps, logit_scale, mask
+        layer.mean, layer.norm_eps, layer.zeros = mean, norm_eps, zeros
+        layer.logit_scale, layer.mask, layer.ones = logit_scale, mask, ones
         layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
         layer.attn_logits = new(U, H * N)
@@ -85,6 +93,7 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
         _add_views(layer, B, H)
     tap.logits = new(V, N)
     tap.probs = new(V, N) if watch else tap.logits
+    tap.ones = summing(V, N, 1.0, dtype)
     tap.loss_t = new(N)
     return tap
 
@@ -234,23 +243,12 @@ def _rows(flat: Array, shapes: Mapping[str, tuple[int, int]], first: str, n: int
     return flat[start : start + n * n_in].reshape(n, n_in)
 
 
-def column_sum(x: Array) -> Array:
-    """s = x_0 + .. + x_n-1, in every column: (n, N) -> (N,), or n such rows, (n, N).
+def summing(n: int, N: int, weight: float, dtype: np.dtype) -> Array:
+    """What summing(..).dot(x) is the weighted sum of every column with: (n, N) -> (N,) or (n, N).
 
-    As a product with ones it is faster than sum(). Of a small array, a product with a square of
-    them takes no longer, and what is computed with s then need not be broadcast.
+    As a product the sum is faster than sum(). Of a small array, a product with a square takes no
+    longer; that gives n rows alike, and what is computed with them need not be broadcast.
     """
-    return _weights(x.shape, 1.0, x.dtype).dot(x)
-
-
-def column_mean(x: Array) -> Array:
-    """s = 1/n * (x_0 + .. + x_n-1), in every column: as column_sum."""
-    return _weights(x.shape, 1 / len(x), x.dtype).dot(x)
-
-
-@lru_cache(maxsize=256)
-def _weights(shape: tuple[int, int], weight: float, dtype: np.dtype) -> Array:
-    n, N = shape
     return filled((n, n) if n * n * N <= REPEATED else (n,), weight, dtype)
 
 
@@ -294,6 +292,18 @@ _kept = lru_cache(maxsize=64)(_repeated)
 def filled(shape: tuple[int, ...], value: float, dtype: np.dtype) -> Array:
     """An array of one number, to be read only."""
     return _read_only(np.full(shape, value, dtype))
+
+
+def zeroed(n: int, N: int, dtype: np.dtype) -> Array:
+    """Zeros, to be read only: (n, N)."""
+    size = 1 << (n * N - 1).bit_length()  # a few sizes serve all
+    return filled((size,), 0.0, dtype)[: n * N].reshape(n, N)
+
+
+@lru_cache(maxsize=64)
+def counted(n: int) -> Array:
+    """0, 1, .., n - 1, to be read only."""
+    return _read_only(np.arange(n))
 
 
 def _read_only(array: Array) -> Array:

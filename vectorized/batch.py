@@ -20,7 +20,7 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.layout import Tree
-from vectorized.arrays import Array, Shape, filled, packed_masks
+from vectorized.arrays import Array, Shape, counted, filled, packed_masks
 
 Row = tuple[int, Docs]  # how many positions are taken, by which documents
 
@@ -107,12 +107,13 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
     if ragged:
         n = np.array(lengths)[:, None]  # (B, 1)
         tokens = np.zeros((B, T + 1), int)
-        tokens[np.arange(T + 1) <= n] = np.fromiter(chain.from_iterable(docs), int)
-        weights = ((np.arange(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
+        tokens[counted(T + 1) <= n] = _flat(docs)
+        weights = ((counted(T) < n) / (whole * n)).astype(dtype).reshape(-1)  # (N,)
     else:
         tokens = np.array(docs)  # (B, T + 1)
         weights = filled((B * T,), 1 / (whole * T), dtype)  # (N,)
-    inputs, targets = places(tokens[:, :-1]), places(tokens[:, 1:])  # (N,)
+    starts = tokens * (B * T)  # (B, T + 1)
+    inputs, targets = places(starts[:, :-1]), places(starts[:, 1:])  # (N,)
     return Batch(Shape(B, T), inputs, targets, weights, ragged)
 
 
@@ -130,14 +131,14 @@ def pack(piece: Sequence[Row], docs: Docs, dtype: np.dtype, of: int) -> Batch:
         room += map(len, row)
         room[-1] += T - positions
     n, width = np.array(list(map(len, docs))) - 1, np.array(room) - 1  # (documents,)
-    which = np.repeat(np.arange(len(docs)), width)  # (N,), the document of every column
-    position = np.arange(B * T) - (width.cumsum() - width)[which]  # (N,), in that document
+    which = np.repeat(counted(len(docs)), width)  # (N,), the document of every column
+    position = counted(B * T) - (width.cumsum() - width)[which]  # (N,), in that document
     real = position < n[which]  # (N,)
     weights = (real / (of * n)[which]).astype(dtype)  # (N,)
-    tokens = np.fromiter(chain.from_iterable(docs), int)  # of all documents
+    starts = _flat(docs) * (B * T)  # of the tokens of all documents
     at = (n.cumsum() - n)[which] + which + position  # (N,), where there are n + 1 of each
-    inputs = places(tokens.take(at, mode="clip") * real)  # (N,)
-    targets = places(tokens.take(at + 1, mode="clip") * real)  # (N,)
+    inputs = places(starts.take(at, mode="clip") * real)  # (N,)
+    targets = places(starts.take(at + 1, mode="clip") * real)  # (N,)
     return Batch(Shape(B, T, True), inputs, targets, weights, min(taken) < T, position)
 
 
@@ -149,7 +150,7 @@ def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
     if batch.positions is None:
         return
     T, N = batch.shape.T, len(batch.positions)
-    column = np.arange(N)
+    column = counted(N)
     position_rows = tap.one_hot[-T:]  # (T, N)
     position_rows[:] = 0.0
     position_rows.reshape(-1)[batch.positions * N + column] = 1.0
@@ -162,6 +163,14 @@ def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
         layer.mask = mask
 
 
-def places(tokens: Array) -> Array:
-    """Where the token of each column sits in a flattened (V, N): (B, T) or (N,) -> (N,)."""
-    return tokens.reshape(-1) * tokens.size + np.arange(tokens.size)
+def _flat(docs: Docs) -> Array:
+    """The tokens of all documents."""
+    return np.fromiter(chain.from_iterable(docs), int, sum(map(len, docs)))
+
+
+def places(starts: Array) -> Array:
+    """Where each column has its token in a flattened (V, N): (B, T) or (N,) -> (N,).
+
+    starts    where the row of the token begins in it, token N
+    """
+    return starts.reshape(-1) + counted(starts.size)

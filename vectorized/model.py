@@ -13,7 +13,8 @@ at: T, and while sampling those before them too.
 
 `out` is where a result goes, as everywhere in NumPy. The arrays of `tap` are there beforehand
 (vectorized.arrays shows them all), constants among them; what forward writes there, backward reads,
-and anyone may see.
+and anyone may see. Among the constants are ones and mean: ones.dot(x) is the sum of every column,
+mean.dot(x) its mean (see `summing`).
 Two-dimensional products are a.dot(b): for small matrices half the cost of a @ b.
 """
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from microgpt.config import Config
 from microgpt.layout import Tree
-from vectorized.arrays import Array, column_mean, column_sum
+from vectorized.arrays import Array
 from vectorized.batch import Batch
 
 
@@ -42,53 +43,53 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, out: Array) -> Arr
     return w.T.dot(dy, out)  # (n_in, N)
 
 
-def softmax_forward(x: Array, out: Array) -> Array:
+def softmax_forward(x: Array, ones: Array, out: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
     below = np.subtract(x, np.maximum.reduce(x), out)  # (n, N)
     exps = np.exp(below, out)  # (n, N)
-    return np.divide(exps, column_sum(exps), out)  # (n, N)
+    return np.divide(exps, ones.dot(exps), out)  # (n, N)
 
 
-def softmax_backward(dy: Array, y: Array, out: Array) -> Array:
+def softmax_backward(dy: Array, y: Array, ones: Array, out: Array) -> Array:
     """dx = y * (dy - sum(dy * y))
 
     forward: y_i = e_i / sum_j e_j, e_i = exp(x_i - max(x)). So dy_i / dx_j = y_i ([i = j] - y_j):
     when one input rises every output gives way, hence the sum over the column. The max divides
     numerator and denominator alike and has no part in it.
     """
-    return np.multiply(y, dy - column_sum(dy * y), out)  # (n, N)
+    return np.multiply(y, dy - ones.dot(dy * y), out)  # (n, N)
 
 
-def rmsnorm_forward(x: Array, eps: Array, out: Array) -> tuple[Array, Array]:
+def rmsnorm_forward(x: Array, mean: Array, eps: Array, out: Array) -> tuple[Array, Array]:
     """y = x * (mean(x * x) + eps) ** -0.5
 
     Divided by the root, which is faster than a power. Returns y and the root.
     """
-    rms = np.sqrt(column_mean(x * x) + eps)  # (N,) or (n, N), as column_mean has it
+    rms = np.sqrt(mean.dot(x * x) + eps)  # (N,) or (n, N), as mean has it
     return np.divide(x, rms, out), rms  # (n, N), as rms
 
 
-def rmsnorm_backward(dy: Array, y: Array, rms: Array) -> Array:
+def rmsnorm_backward(dy: Array, y: Array, mean: Array, rms: Array) -> Array:
     """dx = (dy - y * mean(dy * y)) / rms
 
     forward: y_i = x_i / rms, rms = sqrt(1/n sum_j x_j^2 + eps). As the numerator, x_i receives
     dy_i / rms. The denominator receives -sum_j dy_j x_j / rms^2, and changes by x_i / (n rms) when
     x_i changes by 1; with x = y rms, the product of the two is -y_i (1/n sum_j dy_j y_j) / rms.
     """
-    return (dy - y * column_mean(dy * y)) / rms  # (n, N)
+    return (dy - y * mean.dot(dy * y)) / rms  # (n, N)
 
 
-def activation_forward(x: Array, squared: bool, out: Array, slope: Array) -> Array:
+def activation_forward(x: Array, squared: bool, zeros: Array, out: Array, slope: Array) -> Array:
     """y = relu(x), or relu(x) ** 2
 
+    zeros    as many as there are x, which maximum() takes two to four times as fast as one
     slope    where dy / dx goes, for the way back: [x > 0], or 2 relu(x)
     """
-    slope[:] = 0.0  # with as many zeros as there are x, maximum() is two to four times as fast
-    relu = np.maximum(x, slope, out=out)  # (n, N)
+    relu = np.maximum(x, zeros, out=out)  # (n, N)
     if squared:
         np.multiply(relu, 2.0, out=slope)  # (n, N)
         return np.multiply(relu, relu, out)  # (n, N)
-    slope[:] = relu > 0.0  # (n, N)
+    slope[:] = relu > zeros  # (n, N)
     return relu
 
 
@@ -106,7 +107,7 @@ def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
     past holds the keys and values of the positions before these; there are none in training.
     """
     # queries, keys and values
-    attn_norm, tap.attn_rms = rmsnorm_forward(x, tap.norm_eps, tap.attn_norm)  # (C, N)
+    attn_norm, tap.attn_rms = rmsnorm_forward(x, tap.mean, tap.norm_eps, tap.attn_norm)  # (C, N)
     linear_forward(attn_norm, w.attn_wqkv, tap.qkv)  # (3 C, N): one product for the three
     q, k, v = tap.q, tap.k, tap.v  # (H, B, D, T), views of qkv
     if past is not None:
@@ -117,7 +118,7 @@ def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
     logits = tap.attn_logits  # (U, H B T)
     logits *= tap.logit_scale
     logits += tap.mask
-    softmax_forward(logits, tap.attn_weights)  # (U, H B T)
+    softmax_forward(logits, tap.ones, tap.attn_weights)  # (U, H B T)
     # what it sees there, heads side by side
     np.matmul(v, tap.head_weights, out=tap.head_out)  # (H, B, D, T), a view of attn_out
     # residual
@@ -145,7 +146,7 @@ def attention_backward(
     np.matmul(dtap.head_out, tap.head_weights.swapaxes(2, 3), out=dtap.v)  # (H, B, D, T)
     # how much each head looks at each position up to this one
     # forward: weights = softmax(logits)
-    softmax_backward(dtap.attn_weights, tap.attn_weights, dtap.attn_logits)  # (T, H B T)
+    softmax_backward(dtap.attn_weights, tap.attn_weights, tap.ones, dtap.attn_logits)  # (T, H B T)
     # forward: logits = k^T . q / sqrt(D)
     np.matmul(tap.k, dtap.scores, out=dtap.q)  # (H, B, D, T)
     np.matmul(tap.q, dtap.scores.swapaxes(2, 3), out=dtap.k)  # (H, B, D, T)
@@ -155,15 +156,17 @@ def attention_backward(
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_rms)  # (C, N)
+    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.mean, tap.attn_rms)  # (C, N)
     return np.add(dx, dattn_res, out)  # (C, N)
 
 
 def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
-    mlp_norm, tap.mlp_rms = rmsnorm_forward(x, tap.norm_eps, tap.mlp_norm)  # (C, N)
+    mlp_norm, tap.mlp_rms = rmsnorm_forward(x, tap.mean, tap.norm_eps, tap.mlp_norm)  # (C, N)
     mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
-    mlp_act = activation_forward(mlp_pre, config.squared_relu, tap.mlp_act, tap.mlp_slope)  # (F, N)
+    mlp_act = activation_forward(
+        mlp_pre, config.squared_relu, tap.zeros, tap.mlp_act, tap.mlp_slope
+    )  # (F, N)
     # residual
     mlp_res = linear_forward(mlp_act, w.mlp_fc2, tap.mlp_res)  # (C, N)
     mlp_res += x
@@ -180,7 +183,7 @@ def mlp_backward(dmlp_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out:
     # forward: mlp_pre = mlp_fc1 . mlp_norm
     dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_rms)  # (C, N)
+    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mean, tap.mlp_rms)  # (C, N)
     return np.add(dx, dmlp_res, out)  # (C, N)
 
 
@@ -193,13 +196,12 @@ def gpt_forward(tokens: Array, params: Tree, past: Tree | None, config: Config, 
     token and, further down, a one at its position, which is there beforehand. (Rows that are not
     asked for are multiplied by 0: what is not finite in one of them spoils every column.)
     """
-    one_hot = tap.one_hot  # (V + U, N)
-    token_rows = one_hot[: len(params.wte)]  # (V, N)
-    token_rows[:] = 0.0
-    token_rows.reshape(-1)[tokens] = 1.0
+    one_hot, token_rows = tap.one_hot, tap.token_rows  # (V + U, N), its first V rows: (V N,)
+    token_rows.fill(0.0)
+    token_rows[tokens] = 1.0
     emb = res = params.wte_wpe[: len(one_hot)].T.dot(one_hot, tap.emb)  # (C, N)
     if config.norm_embedding:
-        res, tap.emb_rms = rmsnorm_forward(emb, tap.norm_eps, tap.emb_norm)  # (C, N)
+        res, tap.emb_rms = rmsnorm_forward(emb, tap.mean, tap.norm_eps, tap.emb_norm)  # (C, N)
     for i in range(config.n_layer):
         past_i = None if past is None else past.layers[i]
         res = attention_forward(res, params.layers[i], past_i, tap.layers[i])  # (C, N)
@@ -226,11 +228,11 @@ def gpt_backward(
         dres = attention_backward(dres, w, dw, tap_i, dtap_i, before)  # (C, N)
     demb = dtap.emb = dres
     if config.norm_embedding:
-        demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_rms)  # (C, N)
+        demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.mean, tap.emb_rms)  # (C, N)
     # forward: emb = (wte, wpe)^T . one_hot. A token that occurs twice receives twice, a position
     # that no document reaches nothing; and where wte is lm_head as well, this comes on top of what
     # it has received as that.
-    dparams.wpe[:] = 0.0
+    dparams.wpe.fill(0.0)
     dwte_wpe = dparams.wte_wpe[: len(tap.one_hot)]  # (V + T, C)
     if config.tie_lm_head:
         dwte_wpe += tap.one_hot.dot(demb.T)  # (V + T, C)
@@ -238,9 +240,11 @@ def gpt_backward(
         tap.one_hot.dot(demb.T, dwte_wpe)  # (V + T, C)
 
 
-def cross_entropy_forward(logits: Array, targets: Array, out: Array, probs: Array) -> Array:
+def cross_entropy_forward(
+    logits: Array, targets: Array, ones: Array, out: Array, probs: Array
+) -> Array:
     """loss_t = -log(softmax(logits)[target])"""
-    softmax_forward(logits, probs)  # (V, N)
+    softmax_forward(logits, ones, probs)  # (V, N)
     return np.negative(np.log(probs.take(targets)), out)  # (N,)
 
 
@@ -258,7 +262,7 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Ar
 def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
     logits = gpt_forward(batch.tokens, params, None, config, tap)  # (V, N)
-    loss_t = cross_entropy_forward(logits, batch.targets, tap.loss_t, tap.probs)  # (N,)
+    loss_t = cross_entropy_forward(logits, batch.targets, tap.ones, tap.loss_t, tap.probs)  # (N,)
     if batch.ragged:
         loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
     tap.loss = batch.weights.dot(loss_t)  # weights of 1 / (documents n) make the sum that mean

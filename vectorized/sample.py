@@ -18,7 +18,7 @@ import numpy as np
 from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array, Shape, activations
+from vectorized.arrays import Array, Shape, activations, summing
 from vectorized.batch import places
 from vectorized.model import gpt_forward, softmax_forward
 
@@ -79,7 +79,8 @@ def walk(
     drawn = np.full((walkers, longest), tokenizer.eos)
     awake = np.arange(walkers)
     for i in range(longest):
-        probs = softmax_forward(logits * temperature**-1, np.empty_like(logits))  # (V, awake)
+        ones = summing(len(logits), len(awake), 1.0, logits.dtype)
+        probs = softmax_forward(logits * temperature**-1, ones, np.empty_like(logits))  # (V, awake)
         tokens = choose(probs, draws[awake + i])
         drawn[awake, i] = tokens
         going = tokens != tokenizer.eos
@@ -109,7 +110,7 @@ def read(tokens: Array, params: Tree, past: Tree, config: Config) -> Array:
     tap = activations(
         config, len(params.wte), Shape(B, T), U, False, lambda *shape: np.empty(shape, dtype)
     )
-    return gpt_forward(places(tokens), params, past, config, tap)
+    return gpt_forward(places(tokens * tokens.size), params, past, config, tap)
 
 
 def choose(probs: Array, draws: Array) -> Array:
