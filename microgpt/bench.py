@@ -39,6 +39,7 @@ CHUNK = 16  # documents whose graph scalar/ holds at a time
 SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some seconds
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # of the largest gradient
 LEARNING_RATE = 1e-3
+STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
 
 
 @dataclass
@@ -228,13 +229,17 @@ def table(contestants: Sequence[Contestant]) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Where it was measured."""
+    """Where it was measured, and what the environment told the libraries that compute.
+
+    OPENBLAS_CORETYPE, say, makes OpenBLAS take the kernels for another CPU than this one.
+    """
     torch = sys.modules.get("torch")  # if it took part
     return {
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
         "threads of BLAS": os.environ["OPENBLAS_NUM_THREADS"],
         "blas": _blas(),
+        "environment": _steered(),
         "numpy": np.__version__,
         "python": platform.python_version(),
         **(
@@ -305,6 +310,15 @@ def _cpu() -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _steered() -> str:
+    told = (f"{name}={value}" for name, value in sorted(os.environ.items()) if _steers(name))
+    return " ".join(told) or "nothing set"
+
+
+def _steers(name: str) -> bool:
+    return name.startswith(STEERING) and name != "OPENBLAS_NUM_THREADS"  # which is stated anyway
 
 
 def _blas() -> str:

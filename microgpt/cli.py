@@ -229,6 +229,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """`microgpt bench`: 1 if a contestant computes something else than scalar does."""
     import json
+    from textwrap import fill
 
     from microgpt import bench as timing
 
@@ -242,16 +243,17 @@ def bench(options: argparse.Namespace) -> int:
         print(json.dumps(timing.as_json(contestants), indent=1))
     else:
         print(timing.table(contestants))
-        print(", ".join(f"{name}: {value}" for name, value in timing.machine().items()))
-        print(
+        remarks = [
+            ", ".join(f"{name}: {value}" for name, value in timing.machine().items()),
             "medians of steps taken in turn; apart: the largest difference of loss, gradient and"
-            "\nupdate from those of scalar on the same documents, as a share of the largest number"
-        )
+            " update from those of scalar on the same documents, as a share of the largest number",
+        ]
         if contestants[0].name != "scalar":
-            print(
+            remarks.append(
                 "this model would take scalar minutes: it is held to it on a few tokens, and to"
-                "\nvectorized, float64, in one piece, on the whole batch"
+                " vectorized, float64, in one piece, on the whole batch"
             )
+        print("\n".join(fill(remark, 80, break_long_words=False) for remark in remarks))
     return 0 if all(one.right for one in contestants) else 1
 
 

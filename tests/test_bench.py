@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,15 @@ def test_what_scalar_would_take_minutes_for_is_held_to_it_on_a_few_tokens(
 
 @pytest.mark.usefixtures("quick")
 def test_the_command_reports_for_other_programs(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in os.environ:
+        if name.startswith(bench.STEERING) and name != "OPENBLAS_NUM_THREADS":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     file = tmp_path / "small.yaml"
     file.write_text(f"n_embd: 4\nn_head: 2\ndataset: {config.dataset}\n", encoding="utf-8")
     assert (
@@ -118,6 +126,7 @@ def test_the_command_reports_for_other_programs(
     assert {one["batch_size"] for one in report["results"]} == {1, 2}
     assert all(one["right"] for one in report["results"])
     assert report["machine"]["numpy"]
+    assert report["machine"]["environment"] == "OPENBLAS_CORETYPE=Haswell"
     assert {one["cores"] for one in report["results"]} == {1, 2}
     assert main(["bench", "--batch-size", "0"]) == 2
     assert main(["bench", "--cores", "0"]) == 2
