@@ -54,7 +54,9 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     mean, ones          what sums columns in the norms and in the softmaxes: see `summing`
     zeros               as many as mlp_pre has numbers
     mask                0 where position t may look at position u, else -inf: (U, H B T), or one
-                        row for all where a single position looks at those before it
+                        row for all where a single position looks at those before it. Of a packed
+                        batch (U, 1, B T), the same for all heads
+    masked              what it is added to: attn_logits, of a packed batch as (U, H, B T)
     U                   positions looked at: those of the batch, and in sampling those before them
 
     Of a packed batch, positions and mask are for `arrange` to fill in.
@@ -63,10 +65,10 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
     tap.one_hot = new(V + U, N)
-    tap.one_hot[V:] = 0.0
-    dtype = tap.one_hot.dtype
     tap.token_rows = tap.one_hot[:V].reshape(-1)
+    dtype = tap.one_hot.dtype
     if not packed:
+        tap.one_hot[V:] = 0.0
         tap.one_hot[-T:] = side_by_side(np.eye, T, B, dtype)
     tap.emb = new(C, N)
     if config.norm_embedding:
@@ -82,6 +84,7 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
         layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
         layer.attn_logits = new(U, H * N)
+        layer.masked = layer.attn_logits.reshape(U, H, N) if packed else layer.attn_logits
         layer.attn_weights = new(U, H * N) if watch else layer.attn_logits
         layer.attn_out = new(C, N)
         layer.attn_res = new(C, N)

@@ -142,11 +142,8 @@ def pack(piece: Sequence[Row], docs: Docs, dtype: np.dtype, of: int) -> Batch:
     return Batch(Shape(B, T, True), inputs, targets, weights, min(taken) < T, position)
 
 
-def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
-    """The positions and the mask of a packed batch, which are others in each.
-
-    The mask lies where the derivatives of the weights will: on the way back nobody needs it.
-    """
+def arrange(batch: Batch, tap: Tree) -> None:
+    """The positions and the mask of a packed batch, which are others in each."""
     if batch.positions is None:
         return
     T, N = batch.shape.T, len(batch.positions)
@@ -156,11 +153,9 @@ def arrange(batch: Batch, tap: Tree, dtap: Tree) -> None:
     position_rows.reshape(-1)[batch.positions * N + column] = 1.0
     t = column % T
     start = t - batch.positions  # (N,), of the document in its row
-    mask = dtap.layers[-1].attn_weights  # (T, H N)
-    by_head = mask.reshape(T, -1, N)
-    by_head[:] = packed_masks(T, mask.dtype).take(start * T + t, axis=1)[:, None]  # alike for all
+    masks = packed_masks(T, position_rows.dtype).take(start * T + t, axis=1)  # (T, N)
     for layer in tap.layers:
-        layer.mask = mask
+        layer.mask = masks[:, None]  # (T, 1, N)
 
 
 def _flat(docs: Docs) -> Array:

@@ -117,7 +117,8 @@ def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
     np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (H, B, U, T), a view of attn_logits
     logits = tap.attn_logits  # (U, H B T)
     logits *= tap.logit_scale
-    logits += tap.mask
+    masked = tap.masked  # the same, or (U, H, B T), as the mask has it
+    masked += tap.mask
     softmax_forward(logits, tap.ones, tap.attn_weights)  # (U, H B T)
     # what it sees there, heads side by side
     np.matmul(v, tap.head_weights, out=tap.head_out)  # (H, B, D, T), a view of attn_out

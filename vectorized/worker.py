@@ -66,7 +66,7 @@ class Worker:
         loss = 0.0
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
             for batch, (tap, dtap) in zip(batches, arrays):
-                arrange(batch, tap, dtap)
+                arrange(batch, tap)
                 loss += float(loss_forward(batch, self.params, self.config, tap))
                 self.work.append((batch, tap, dtap))
         return loss
