@@ -131,6 +131,7 @@ def test_the_order_of_a_batch_changes_nothing(
     kept=st.sampled_from([30, 6]),
     padding=st.sampled_from([2560, 8, 0]),
     packing=st.sampled_from([1200, 0]),
+    layouts=st.sampled_from([32, 1]),
 )
 @example(
     batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
@@ -139,8 +140,26 @@ def test_the_order_of_a_batch_changes_nothing(
     kept=30,
     padding=9,
     packing=1200,
+    layouts=32,
 )
-@example(batches=[["ab", "a"], ["abca"]], columns=12, small=99, kept=30, padding=9, packing=0)
+@example(
+    batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
+    columns=12,
+    small=0,
+    kept=30,
+    padding=9,
+    packing=1200,
+    layouts=32,
+)
+@example(
+    batches=[["ab", "a"], ["abca"]],
+    columns=12,
+    small=99,
+    kept=30,
+    padding=9,
+    packing=0,
+    layouts=32,
+)
 def test_batches_that_are_computed_in_pieces_are_the_batches(
     preset: str,
     batches: list[list[str]],
@@ -149,12 +168,13 @@ def test_batches_that_are_computed_in_pieces_are_the_batches(
     kept: int,
     padding: int,
     packing: int,
+    layouts: int,
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
         patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding, PACKING=packing),
         patch.object(vectorized.arrays, "KEEPABLE", 99 - small),
-        patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept),
+        patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept, LAYOUTS=layouts),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]
     for texts, measures in zip(batches, found):

@@ -154,15 +154,18 @@ class Workspace:
 
     Small batches have arrays of their own, one set for each shape that comes again. Large ones, and
     those in pieces, lie in one block of memory, which is laid out anew for every batch: first the
-    activations of all pieces, then the derivatives of one, since they are done one by one.
+    activations of all pieces, then the derivatives of one, since they are done one by one. How
+    packed ones lie is remembered: they hold nothing that has to be there beforehand.
     """
 
     SMALL = 256  # columns of a batch
     KEPT = 1024  # columns of small batches in all
+    LAYOUTS = 32  # that are remembered
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
         self.kept: dict[Shape, TapsAndDerivatives] = {}
+        self.layouts: dict[tuple[Shape, ...], list[TapsAndDerivatives]] = {}
         self.block = np.empty(0, dtype)
         self.used = self.wanted = 0
 
@@ -170,12 +173,20 @@ class Workspace:
         """The taps and their derivatives for each piece of a batch."""
         if len(shapes) == 1 and shapes[0].B * shapes[0].T <= self.SMALL:
             return [self._own(shapes[0])]
+        laid = self.layouts.get(tuple(shapes))
+        if laid is not None:
+            return laid
         laid = self._lay_out(shapes)
         if self.wanted > len(self.block):  # which is known only now
             del laid
+            self.layouts.clear()
             self.block = self.new(0)
             self.block = self.new(self.wanted * 5 // 4)  # what is not used costs nothing
             laid = self._lay_out(shapes)
+        if all(shape.packed for shape in shapes):
+            if len(self.layouts) == self.LAYOUTS:
+                self.layouts.clear()
+            self.layouts[tuple(shapes)] = laid
         return laid
 
     def new(self, *shape: int) -> Array:
