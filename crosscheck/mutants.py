@@ -117,7 +117,7 @@ def _differs_in_pieces(defect: Defect) -> bool:
     with planted(defect.patches):
         from vectorized import arrays, batch
 
-        arrays.Workspace.SMALL = arrays.KEEPABLE = batch.PACKING = 0
+        arrays.TILED = batch.PACKING = 0
         for batch.COLUMNS, batch.PADDING in ((1, 0), (32, 100)):
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")

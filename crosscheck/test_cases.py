@@ -48,8 +48,7 @@ def test_in_pieces(
         patch.setattr(batch, "COLUMNS", columns)
         patch.setattr(batch, "PADDING", padding)
         patch.setattr(batch, "PACKING", 0)
-        patch.setattr(arrays, "KEEPABLE", 0)
-        patch.setattr(arrays.Workspace, "SMALL", 0)
+        patch.setattr(arrays, "TILED", 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             few = min(3, choice.steps)
             settle(compare(case, lessons[:few], trace(case, choice.candidate, "float64", few)))

@@ -127,8 +127,7 @@ def test_the_order_of_a_batch_changes_nothing(
 @given(
     batches=st.lists(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1), min_size=1),
     columns=st.sampled_from([12, 5, 1]),
-    small=st.sampled_from([99, 4, 0]),
-    kept=st.sampled_from([30, 6]),
+    tiled=st.sampled_from([99, 4, 0]),
     padding=st.sampled_from([2560, 8, 0]),
     packing=st.sampled_from([1200, 0]),
     layouts=st.sampled_from([32, 1]),
@@ -136,36 +135,17 @@ def test_the_order_of_a_batch_changes_nothing(
 @example(
     batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
     columns=12,
-    small=99,
-    kept=30,
+    tiled=0,
     padding=9,
     packing=1200,
     layouts=32,
 )
-@example(
-    batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
-    columns=12,
-    small=0,
-    kept=30,
-    padding=9,
-    packing=1200,
-    layouts=32,
-)
-@example(
-    batches=[["ab", "a"], ["abca"]],
-    columns=12,
-    small=99,
-    kept=30,
-    padding=9,
-    packing=0,
-    layouts=32,
-)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, tiled=0, padding=9, packing=0, layouts=32)
 def test_batches_that_are_computed_in_pieces_are_the_batches(
     preset: str,
     batches: list[list[str]],
     columns: int,
-    small: int,
-    kept: int,
+    tiled: int,
     padding: int,
     packing: int,
     layouts: int,
@@ -173,8 +153,8 @@ def test_batches_that_are_computed_in_pieces_are_the_batches(
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     with (
         patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding, PACKING=packing),
-        patch.object(vectorized.arrays, "KEEPABLE", 99 - small),
-        patch.multiple(vectorized.arrays.Workspace, SMALL=small, KEPT=kept, LAYOUTS=layouts),
+        patch.object(vectorized.arrays, "TILED", tiled),
+        patch.object(vectorized.arrays.Workspace, "LAYOUTS", layouts),
     ):
         found = [measured(cut, encoded(texts, preset)) for texts in batches]
     for texts, measures in zip(batches, found):

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
 TapsAndDerivatives = tuple[Tree, Tree]
 
-KEEPABLE = 2**16  # numbers of a constant that is worth keeping
+TILED = 2**16  # numbers: a mask for all heads and rows has at most so many
 REPEATED = 8192  # multiplications: to sum columns with so many is faster than to broadcast the sum
 
 
@@ -47,44 +47,34 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     nothing else reads.
 
     one_hot             a row for each token, and below them one for each position: see gpt_forward
-    token_rows          the former, one after the other: a view of one_hot
+    token_rows          the former, one after the other: (V B T,), a view of one_hot
+    position_rows       those of the positions of the batch: (T B T,), likewise
+    at                  where each column has its one in them: (B T,)
     mlp_slope, probs    what the backward pass needs besides
     norm_eps            as config has it, an array without axes: see `numbers`
     logit_scale         1 / sqrt(D), likewise
     mean, ones          what sums columns in the norms and in the softmaxes: see `summing`
     zeros               as many as mlp_pre has numbers
-    mask                0 where position t may look at position u, else -inf: (U, H B T), or one
-                        row for all where a single position looks at those before it. Of a packed
-                        batch (U, 1, B T), the same for all heads
-    masked              what it is added to: attn_logits, of a packed batch as (U, H, B T)
+    mask                0 where position t may look at position u, else -inf: (U, H B T), or a part
+                        of that which is the same for all, (U, 1, T). Of a packed batch (U, 1, B T).
+                        Where a single position looks at those before it, one row for all
+    masked              what it is added to: attn_logits, as the mask has it
     U                   positions looked at: those of the batch, and in sampling those before them
 
-    Of a packed batch, positions and mask are for `arrange` to fill in.
+    Of a packed batch, the positions and the mask are for `arrange` to find.
     """
-    B, T, packed = shape
+    B, T, _ = shape
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     tap = Tree(config.n_layer)
     tap.one_hot = new(V + U, N)
-    tap.token_rows = tap.one_hot[:V].reshape(-1)
-    dtype = tap.one_hot.dtype
-    if not packed:
-        tap.one_hot[V:] = 0.0
-        tap.one_hot[-T:] = side_by_side(np.eye, T, B, dtype)
+    tap.token_rows, tap.position_rows = tap.one_hot[:V].reshape(-1), tap.one_hot[-T:].reshape(-1)
     tap.emb = new(C, N)
     if config.norm_embedding:
         tap.emb_norm = new(C, N)
-    norm_eps, logit_scale = numbers(dtype, config.norm_eps, config.head_dim**-0.5)
-    mean, ones = summing(C, N, 1 / C, dtype), summing(U, H * N, 1.0, dtype)
-    zeros = zeroed(F, N, dtype)
-    mask = None if packed else side_by_side(causal_mask, T, H * B, dtype)
-    tap.mean, tap.norm_eps = mean, norm_eps
     for layer in tap.layers:
-        layer.mean, layer.norm_eps, layer.zeros = mean, norm_eps, zeros
-        layer.logit_scale, layer.mask, layer.ones = logit_scale, mask, ones
         layer.attn_norm = new(C, N)
         layer.qkv = new(3 * C, N)
         layer.attn_logits = new(U, H * N)
-        layer.masked = layer.attn_logits.reshape(U, H, N) if packed else layer.attn_logits
         layer.attn_weights = new(U, H * N) if watch else layer.attn_logits
         layer.attn_out = new(C, N)
         layer.attn_res = new(C, N)
@@ -96,8 +86,8 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
         _add_views(layer, B, H)
     tap.logits = new(V, N)
     tap.probs = new(V, N) if watch else tap.logits
-    tap.ones = summing(V, N, 1.0, dtype)
     tap.loss_t = new(N)
+    _add_constants(tap, config, shape, U, new)
     return tap
 
 
@@ -132,6 +122,31 @@ def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> 
     return dtap
 
 
+def _add_constants(tap: Tree, config: Config, shape: Shape, U: int, new: New) -> None:
+    """What is there beforehand. Of a packed batch, positions and mask have their place only."""
+    B, T, packed = shape
+    V, C, H, N, dtype = len(tap.logits), config.n_embd, config.n_head, B * T, tap.logits.dtype
+    if packed:
+        mask = new(T, N)[:, None]
+    else:
+        mask = causal_mask(T, dtype)[:, None]
+        if T * H * N <= TILED:
+            mask = tiled_mask(T, H * B, dtype)
+        column = counted(N)
+        tap.at = column % T * N + column
+        tap.one_hot[V:-T] = 0.0
+        set_ones(tap.position_rows, tap.at)
+    tap.norm_eps, logit_scale = numbers(dtype, config.norm_eps, config.head_dim**-0.5)
+    tap.mean, tap.ones = summing(C, N, 1 / C, dtype), summing(V, N, 1.0, dtype)
+    ones, zeros = summing(U, H * N, 1.0, dtype), zeroed(4 * C, N, dtype)
+    for layer in tap.layers:
+        layer.mean, layer.norm_eps, layer.zeros = tap.mean, tap.norm_eps, zeros
+        layer.logit_scale, layer.mask, layer.ones = logit_scale, mask, ones
+        layer.masked = layer.attn_logits
+        if mask.ndim == 3:
+            layer.masked = layer.attn_logits.reshape(U, -1, mask.shape[-1])
+
+
 def _add_views(layer: Tree, B: int, H: int) -> None:
     """What attention works on: the arrays of a layer, head by head and row by row.
 
@@ -152,63 +167,51 @@ def _add_views(layer: Tree, B: int, H: int) -> None:
 class Workspace:
     """Where activations and their derivatives lie, and lie again in the next step.
 
-    Small batches have arrays of their own, one set for each shape that comes again. Large ones, and
-    those in pieces, lie in one block of memory, which is laid out anew for every batch: first the
-    activations of all pieces, then the derivatives of one, since they are done one by one. How
-    packed ones lie is remembered: they hold nothing that has to be there beforehand.
+    Whatever its shape, a batch lies in the same block of memory: first the activations of all
+    pieces, then the derivatives of one, since they are done one by one.
     """
 
-    SMALL = 256  # columns of a batch
-    KEPT = 1024  # columns of small batches in all
-    LAYOUTS = 32  # that are remembered
+    LAYOUTS = 32  # of batches in one piece, whose shapes come again: so many are remembered
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
-        self.kept: dict[Shape, TapsAndDerivatives] = {}
         self.layouts: dict[tuple[Shape, ...], list[TapsAndDerivatives]] = {}
         self.block = np.empty(0, dtype)
         self.used = self.wanted = 0
 
     def arrays(self, shapes: Sequence[Shape]) -> list[TapsAndDerivatives]:
         """The taps and their derivatives for each piece of a batch."""
-        if len(shapes) == 1 and shapes[0].B * shapes[0].T <= self.SMALL:
-            return [self._own(shapes[0])]
-        laid = self.layouts.get(tuple(shapes))
-        if laid is not None:
-            return laid
-        laid = self._lay_out(shapes)
+        pieces = tuple(shapes)
+        if pieces in self.layouts:
+            return self.layouts[pieces]
+        layout = self._lay_out(pieces)
         if self.wanted > len(self.block):  # which is known only now
-            del laid
+            del layout
             self.layouts.clear()
             self.block = self.new(0)
             self.block = self.new(self.wanted * 5 // 4)  # what is not used costs nothing
-            laid = self._lay_out(shapes)
-        if all(shape.packed for shape in shapes):
+            layout = self._lay_out(pieces)
+        if len(pieces) == 1:
             if len(self.layouts) == self.LAYOUTS:
                 self.layouts.clear()
-            self.layouts[tuple(shapes)] = laid
-        return laid
+            self.layouts[pieces] = layout
+        return layout
 
     def new(self, *shape: int) -> Array:
         """An array that belongs to whoever asks."""
         return np.empty(shape, self.block.dtype)
 
-    def _own(self, shape: Shape) -> TapsAndDerivatives:
-        if shape not in self.kept:
-            if sum(B * T for B, T, _ in (shape, *self.kept)) > self.KEPT:
-                self.kept.clear()
-            tap, dtap = self._activations(shape, self.new), self._derivatives(shape, self.new)
-            self.kept[shape] = tap, dtap
-        return self.kept[shape]
-
-    def _lay_out(self, shapes: Sequence[Shape]) -> list[TapsAndDerivatives]:
+    def _lay_out(self, pieces: Sequence[Shape]) -> list[TapsAndDerivatives]:
         self.used = self.wanted = 0
-        taps = [self._activations(shape, self._from_block) for shape in shapes]
+        new = self._from_block
+        taps = [
+            activations(self.config, self.V, shape, shape.T, self.watch, new) for shape in pieces
+        ]
         after = self.used
         dtaps = []
-        for shape in shapes:
+        for shape in pieces:
             self.used = after
-            dtaps.append(self._derivatives(shape, self._from_block))
+            dtaps.append(derivatives(self.config, self.V, shape, self.watch, new))
         return list(zip(taps, dtaps))
 
     def _from_block(self, *shape: int) -> Array:
@@ -218,12 +221,6 @@ class Workspace:
         if self.used > len(self.block):
             return self.new(*shape)
         return self.block[start : start + size].reshape(shape)
-
-    def _activations(self, shape: Shape, new: New) -> Tree:
-        return activations(self.config, self.V, shape, shape.T, self.watch, new)
-
-    def _derivatives(self, shape: Shape, new: New) -> Tree:
-        return derivatives(self.config, self.V, shape, self.watch, new)
 
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:
@@ -268,7 +265,27 @@ def summing(n: int, N: int, weight: float, dtype: np.dtype) -> Array:
 
 def causal_mask(T: int, dtype: np.dtype) -> Array:
     """0 where position t may look at position u, u <= t, else -inf: (U, T), U = T."""
-    return np.tril(np.full((T, T), -np.inf, dtype), -1)
+    return _causal_mask(_rounded(T), dtype)[:T, :T]
+
+
+@cache
+def _causal_mask(T: int, dtype: np.dtype) -> Array:
+    return _read_only(np.tril(np.full((T, T), -np.inf, dtype), -1))
+
+
+def tiled_mask(T: int, copies: int, dtype: np.dtype) -> Array:
+    """That over and over: (U, copies T)."""
+    return _tiled_mask(T, _rounded(copies), dtype)[:, : copies * T]
+
+
+@lru_cache(maxsize=64)
+def _tiled_mask(T: int, copies: int, dtype: np.dtype) -> Array:
+    return _read_only(np.tile(causal_mask(T, dtype), copies))
+
+
+def _rounded(size: int) -> int:
+    """The next power of two: a few sizes serve all, so that they can be kept."""
+    return 1 << (size - 1).bit_length()
 
 
 @cache
@@ -288,20 +305,6 @@ def numbers(dtype: np.dtype, *values: float) -> tuple[Array, ...]:
     return tuple(_read_only(np.array(value, dtype)) for value in values)
 
 
-def side_by_side(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:
-    """The matrix square(T, dtype=dtype) over and over, to be read only: (T, copies T)."""
-    width = 1 << (copies - 1).bit_length()  # a few widths serve all, so that they can be kept
-    repeat = _kept if T * width * T <= KEEPABLE else _repeated
-    return repeat(square, T, width, dtype)[:, : copies * T]
-
-
-def _repeated(square: Callable[..., Array], T: int, copies: int, dtype: np.dtype) -> Array:
-    return _read_only(np.tile(square(T, dtype=dtype), copies))
-
-
-_kept = lru_cache(maxsize=64)(_repeated)
-
-
 @lru_cache(maxsize=256)
 def filled(shape: tuple[int, ...], value: float, dtype: np.dtype) -> Array:
     """An array of one number, to be read only."""
@@ -310,8 +313,18 @@ def filled(shape: tuple[int, ...], value: float, dtype: np.dtype) -> Array:
 
 def zeroed(n: int, N: int, dtype: np.dtype) -> Array:
     """Zeros, to be read only: (n, N)."""
-    size = 1 << (n * N - 1).bit_length()  # a few sizes serve all
-    return filled((size,), 0.0, dtype)[: n * N].reshape(n, N)
+    return _zeros(_rounded(n * N), dtype)[: n * N].reshape(n, N)
+
+
+@cache
+def _zeros(size: int, dtype: np.dtype) -> Array:
+    return _read_only(np.zeros(size, dtype))  # many take no memory, unlike those of filled()
+
+
+def set_ones(x: Array, at: Array) -> None:
+    """x = 1 at these places, 0 everywhere else."""
+    x.fill(0.0)
+    x[at] = 1.0
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.layout import Tree
-from vectorized.arrays import Array, Shape, counted, filled, packed_masks
+from vectorized.arrays import Array, Shape, counted, filled, packed_masks, set_ones
 
 Row = tuple[int, Docs]  # how many positions are taken, by which documents
 
@@ -143,19 +143,20 @@ def pack(piece: Sequence[Row], docs: Docs, dtype: np.dtype, of: int) -> Batch:
 
 
 def arrange(batch: Batch, tap: Tree) -> None:
-    """The positions and the mask of a packed batch, which are others in each."""
+    """The positions, since another batch has lain there, and of a packed batch the mask as well.
+
+    tap    the arrays for batches of this shape
+    """
     if batch.positions is None:
+        set_ones(tap.position_rows, tap.at)
         return
     T, N = batch.shape.T, len(batch.positions)
     column = counted(N)
-    position_rows = tap.one_hot[-T:]  # (T, N)
-    position_rows[:] = 0.0
-    position_rows.reshape(-1)[batch.positions * N + column] = 1.0
+    set_ones(tap.position_rows, batch.positions * N + column)
     t = column % T
     start = t - batch.positions  # (N,), of the document in its row
-    masks = packed_masks(T, position_rows.dtype).take(start * T + t, axis=1)  # (T, N)
-    for layer in tap.layers:
-        layer.mask = masks[:, None]  # (T, 1, N)
+    mask = tap.layers[0].mask[:, 0]  # (T, N)
+    packed_masks(T, mask.dtype).take(start * T + t, axis=1, out=mask, mode="clip")
 
 
 def _flat(docs: Docs) -> Array:

@@ -24,7 +24,7 @@ import numpy as np
 
 from microgpt.config import Config
 from microgpt.layout import Tree
-from vectorized.arrays import Array
+from vectorized.arrays import Array, set_ones
 from vectorized.batch import Batch
 
 
@@ -197,9 +197,8 @@ def gpt_forward(tokens: Array, params: Tree, past: Tree | None, config: Config, 
     token and, further down, a one at its position, which is there beforehand. (Rows that are not
     asked for are multiplied by 0: what is not finite in one of them spoils every column.)
     """
-    one_hot, token_rows = tap.one_hot, tap.token_rows  # (V + U, N), its first V rows: (V N,)
-    token_rows.fill(0.0)
-    token_rows[tokens] = 1.0
+    one_hot = tap.one_hot  # (V + U, N)
+    set_ones(tap.token_rows, tokens)  # (V N,), the upper part of one_hot
     emb = res = params.wte_wpe[: len(one_hot)].T.dot(one_hot, tap.emb)  # (C, N)
     if config.norm_embedding:
         res, tap.emb_rms = rmsnorm_forward(emb, tap.mean, tap.norm_eps, tap.emb_norm)  # (C, N)
