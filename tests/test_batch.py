@@ -22,8 +22,9 @@ import vectorized.worker
 from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
+from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import Array, Shape
+from vectorized.arrays import Array, Shape, Workspace
 from vectorized.batch import SHARED, Batch, Row, pieces, places, together
 from vectorized.sample import choose
 
@@ -151,7 +152,16 @@ def test_batches_that_are_computed_in_pieces_are_the_batches(
     layouts: int,
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
+    workspace = cut.worker.workspace
+
+    def spoiled(shapes: Sequence[Shape]) -> list[tuple[Tree, Tree]]:
+        """Whatever a batch relies on, another has written over it."""
+        laid = Workspace.arrays(workspace, shapes)
+        workspace.block.fill(np.nan)
+        return laid
+
     with (
+        patch.object(workspace, "arrays", spoiled),
         patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding, PACKING=packing),
         patch.object(vectorized.arrays, "TILED", tiled),
         patch.object(vectorized.arrays.Workspace, "LAYOUTS", layouts),

@@ -550,6 +550,7 @@ LONG = "ab" * 600  # longer than any context below
         ("vectorized", LONG, {"n_embd": "256"}),
         ("vectorized", LONG, {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
         ("vectorized", LONG, {"block_size": "600"}),
+        ("vectorized", LONG, {"block_size": "1030", "n_head": "1"}),
         ("vectorized", "abba", {"batch_size": "2000"}),  # packed, three in a row
     ],
 )

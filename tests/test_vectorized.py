@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +20,15 @@ from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, param_shapes
-from vectorized.arrays import Array, Shape, Workspace, model_tree, named_views, summing
+from vectorized.arrays import (
+    Array,
+    Shape,
+    Workspace,
+    model_tree,
+    named_views,
+    set_ones,
+    summing,
+)
 from vectorized.batch import pad, places
 from vectorized.model import (
     activation_backward,
@@ -85,7 +95,7 @@ def rmsnorm(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
     def backward(dy: Array) -> Grads:
         y, rms = rmsnorm_forward(x, mean, eps, blank(size.C, size.N))
-        return {"x": rmsnorm_backward(dy, y, mean, rms)}
+        return {"x": rmsnorm_backward(dy, y, mean, rms, blank(size.C, size.N))}
 
     return {"x": x}, forward, backward
 
@@ -212,11 +222,10 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
     flat_grads = np.full_like(flat, np.nan)
     workspace = Workspace(config, size.V, flat.dtype, size.watch)
     ((tap, dtap),) = workspace.arrays([Shape(size.B, size.T)])
-    positions = tap.one_hot[size.V :].copy()
     for array in floats([tap, dtap]):
         if array.flags.writeable:  # others are constants
             array[...] = np.nan
-    tap.one_hot[size.V :] = positions
+    set_ones(tap.position_rows, tap.at)
     return SimpleNamespace(
         config=config,
         params=model_tree(flat, shapes, size.L),
@@ -468,12 +477,30 @@ def test_layouts_are_remembered_as_long_as_there_are_few_and_the_block_is_the_sa
     workspace = Workspace(small_config(), 4, np.dtype("float64"), watch=False)
     shapes = [Shape(rows, 16) for rows in range(Workspace.LAYOUTS, 0, -1)]
     laid = [workspace.arrays([shape]) for shape in shapes]
-    assert all(workspace.arrays([shape]) is known for shape, known in zip(shapes, laid))
+    assert all(workspace.arrays([shape])[0] is known for shape, (known,) in zip(shapes, laid))
+    workspace.arrays([Shape(1, 15), Shape(1, 16)])  # in two pieces
+    assert list(workspace.layouts) == shapes
     block = workspace.block
-    one_more = [Shape(2, 15)]
-    workspace.arrays(one_more)
-    assert list(workspace.layouts) == [tuple(one_more)]
-    larger = [Shape(99, 16)]
-    workspace.arrays(larger)
+    workspace.arrays([Shape(2, 15)])
+    assert list(workspace.layouts) == [Shape(2, 15)]
+    workspace.arrays([Shape(99, 16)])
     assert workspace.block is not block
-    assert list(workspace.layouts) == [tuple(larger)]
+    assert list(workspace.layouts) == [Shape(99, 16)]
+
+
+def test_the_block_is_gone_before_there_is_a_larger_one() -> None:
+    config = small_config()
+    backend = load_backend("vectorized", config, fresh_state(init_params(config, 4, Random(1))))
+    workspace = backend.worker.workspace
+    backend.forward(DOCS)
+    asked = []
+    before = weakref.ref(workspace.block)
+
+    def new(*shape: int) -> Array:
+        if shape == (workspace.wanted * 5 // 4,):
+            asked.append(before())
+        return np.empty(shape)
+
+    with patch.object(workspace, "new", new):
+        backend.forward(DOCS * 9)
+    assert asked == [None]

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 New = Callable[..., Array]  # shape -> array
 TapsAndDerivatives = tuple[Tree, Tree]
 
-TILED = 2**16  # numbers: a mask for all heads and rows has at most so many
+TILED = 2**16  # numbers of a mask for all heads and rows, at most
 REPEATED = 8192  # multiplications: to sum columns with so many is faster than to broadcast the sum
 
 
@@ -49,19 +49,19 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     one_hot             a row for each token, and below them one for each position: see gpt_forward
     token_rows          the former, one after the other: (V B T,), a view of one_hot
     position_rows       those of the positions of the batch: (T B T,), likewise
-    at                  where each column has its one in them: (B T,)
+    at                  where each column has its one in them, unless the batch is packed: (B T,)
     mlp_slope, probs    what the backward pass needs besides
     norm_eps            as config has it, an array without axes: see `numbers`
     logit_scale         1 / sqrt(D), likewise
     mean, ones          what sums columns in the norms and in the softmaxes: see `summing`
     zeros               as many as mlp_pre has numbers
-    mask                0 where position t may look at position u, else -inf: (U, H B T), or a part
-                        of that which is the same for all, (U, 1, T). Of a packed batch (U, 1, B T).
-                        Where a single position looks at those before it, one row for all
-    masked              what it is added to: attn_logits, as the mask has it
+    mask                0 where position t may look at position u, else -inf: (U, 1, n), n = H B T,
+                        or T if that is many, and of a packed batch B T. Where a single position
+                        looks at those before it, one row for all
+    masked              what it is added to: attn_logits as (U, H B T / n, n)
     U                   positions looked at: those of the batch, and in sampling those before them
 
-    Of a packed batch, the positions and the mask are for `arrange` to find.
+    The positions are set before each batch (see `arrange`), and the mask of a packed one.
     """
     B, T, _ = shape
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
@@ -96,6 +96,8 @@ def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> 
 
     Unless somebody watches, what has been used is overwritten: the layers share their arrays,
     and the residual stream has a single derivative that each block adds to.
+
+    attn_x, mlp_x    of what a block reads, as its norm passes it on: the residual is still to come
     """
     B, T, _ = shape
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
@@ -111,40 +113,42 @@ def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> 
         layer.mlp_act = new(F, N)
         layer.mlp_pre = new(F, N) if watch else layer.mlp_act
         layer.mlp_norm = new(C, N)
+        layer.mlp_x = new(C, N) if watch else layer.mlp_norm
         layer.attn_res = new(C, N) if watch else stream
         layer.attn_out = new(C, N)
         layer.attn_weights = new(T, H * N)
         layer.attn_logits = new(T, H * N) if watch else layer.attn_weights
         layer.qkv = new(3 * C, N)
         layer.attn_norm = new(C, N)
+        layer.attn_x = new(C, N) if watch else layer.attn_norm
         _add_views(layer, B, H)
     dtap.emb_norm = new(C, N) if watch else stream
+    dtap.emb = new(C, N) if watch and config.norm_embedding else dtap.emb_norm
     return dtap
 
 
 def _add_constants(tap: Tree, config: Config, shape: Shape, U: int, new: New) -> None:
-    """What is there beforehand. Of a packed batch, positions and mask have their place only."""
+    """What is there beforehand. Of a packed batch, the mask has its place only."""
     B, T, packed = shape
     V, C, H, N, dtype = len(tap.logits), config.n_embd, config.n_head, B * T, tap.logits.dtype
     if packed:
-        mask = new(T, N)[:, None]
+        mask = new(T, N)
+    elif T * T * _rounded(H * B) <= TILED:
+        mask = tiled_mask(T, H * B, dtype)
     else:
-        mask = causal_mask(T, dtype)[:, None]
-        if T * H * N <= TILED:
-            mask = tiled_mask(T, H * B, dtype)
+        mask = causal_mask(T, dtype)
+    if not packed:
         column = counted(N)
         tap.at = column % T * N + column
         tap.one_hot[V:-T] = 0.0
-        set_ones(tap.position_rows, tap.at)
+    tap.mask = mask[:, None]
     tap.norm_eps, logit_scale = numbers(dtype, config.norm_eps, config.head_dim**-0.5)
     tap.mean, tap.ones = summing(C, N, 1 / C, dtype), summing(V, N, 1.0, dtype)
     ones, zeros = summing(U, H * N, 1.0, dtype), zeroed(4 * C, N, dtype)
     for layer in tap.layers:
         layer.mean, layer.norm_eps, layer.zeros = tap.mean, tap.norm_eps, zeros
-        layer.logit_scale, layer.mask, layer.ones = logit_scale, mask, ones
-        layer.masked = layer.attn_logits
-        if mask.ndim == 3:
-            layer.masked = layer.attn_logits.reshape(U, -1, mask.shape[-1])
+        layer.logit_scale, layer.mask, layer.ones = logit_scale, tap.mask, ones
+        layer.masked = layer.attn_logits.reshape(U, -1, mask.shape[-1])
 
 
 def _add_views(layer: Tree, B: int, H: int) -> None:
@@ -171,45 +175,44 @@ class Workspace:
     pieces, then the derivatives of one, since they are done one by one.
     """
 
-    LAYOUTS = 32  # of batches in one piece, whose shapes come again: so many are remembered
+    LAYOUTS = 32  # are remembered, of batches in one piece; when there is one more, it alone
 
     def __init__(self, config: Config, V: int, dtype: np.dtype, watch: bool) -> None:
         self.config, self.V, self.watch = config, V, watch
-        self.layouts: dict[tuple[Shape, ...], list[TapsAndDerivatives]] = {}
+        self.layouts: dict[Shape, TapsAndDerivatives] = {}
         self.block = np.empty(0, dtype)
         self.used = self.wanted = 0
 
     def arrays(self, shapes: Sequence[Shape]) -> list[TapsAndDerivatives]:
         """The taps and their derivatives for each piece of a batch."""
-        pieces = tuple(shapes)
-        if pieces in self.layouts:
-            return self.layouts[pieces]
-        layout = self._lay_out(pieces)
+        if len(shapes) == 1 and shapes[0] in self.layouts:
+            return [self.layouts[shapes[0]]]
+        layout = self._lay_out(shapes)
         if self.wanted > len(self.block):  # which is known only now
             del layout
             self.layouts.clear()
             self.block = self.new(0)
             self.block = self.new(self.wanted * 5 // 4)  # what is not used costs nothing
-            layout = self._lay_out(pieces)
-        if len(pieces) == 1:
+            layout = self._lay_out(shapes)
+        if len(shapes) == 1:
             if len(self.layouts) == self.LAYOUTS:
                 self.layouts.clear()
-            self.layouts[pieces] = layout
+            self.layouts[shapes[0]] = layout[0]
         return layout
 
     def new(self, *shape: int) -> Array:
         """An array that belongs to whoever asks."""
         return np.empty(shape, self.block.dtype)
 
-    def _lay_out(self, pieces: Sequence[Shape]) -> list[TapsAndDerivatives]:
+    def _lay_out(self, shapes: Sequence[Shape]) -> list[TapsAndDerivatives]:
         self.used = self.wanted = 0
         new = self._from_block
         taps = [
-            activations(self.config, self.V, shape, shape.T, self.watch, new) for shape in pieces
+            activations(self.config, self.V, shape, shape.T, self.watch, new) for shape in shapes
         ]
         after = self.used
         dtaps = []
-        for shape in pieces:
+        for shape in shapes:
             self.used = after
             dtaps.append(derivatives(self.config, self.V, shape, self.watch, new))
         return list(zip(taps, dtaps))
@@ -265,12 +268,15 @@ def summing(n: int, N: int, weight: float, dtype: np.dtype) -> Array:
 
 def causal_mask(T: int, dtype: np.dtype) -> Array:
     """0 where position t may look at position u, u <= t, else -inf: (U, T), U = T."""
-    return _causal_mask(_rounded(T), dtype)[:T, :T]
+    largest = _largest_masks.get(dtype)
+    if largest is None or len(largest) < T:  # a smaller one is a corner of it
+        u, t = np.ogrid[:T, :T]
+        largest = np.where(u <= t, dtype.type(0.0), dtype.type(-np.inf))  # (T, T)
+        _largest_masks[dtype] = _read_only(largest)
+    return largest[:T, :T]
 
 
-@cache
-def _causal_mask(T: int, dtype: np.dtype) -> Array:
-    return _read_only(np.tril(np.full((T, T), -np.inf, dtype), -1))
+_largest_masks: dict[np.dtype, Array] = {}
 
 
 def tiled_mask(T: int, copies: int, dtype: np.dtype) -> Array:

@@ -20,7 +20,7 @@ from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam
 from vectorized.arrays import Array, activations, flatten, named_views
-from vectorized.batch import Batch, pad
+from vectorized.batch import Batch, arrange, pad
 from vectorized.model import loss_forward
 from vectorized.sample import empty_past, read, sample
 from vectorized.worker import Remote, Worker, deal, shared
@@ -87,6 +87,7 @@ class Backend:
         batch = pad(docs, self.flat.dtype)
         V, new = len(self.params.wte), self.worker.workspace.new
         tap = activations(self.config, V, batch.shape, batch.shape.T, False, new)
+        arrange(batch, tap)
         with np.errstate(all="ignore"):  # padding need not be finite
             loss_forward(batch, self.params, self.config, tap)
         by_doc = tap.loss_t.reshape(len(docs), -1)

@@ -143,7 +143,7 @@ def pack(piece: Sequence[Row], docs: Docs, dtype: np.dtype, of: int) -> Batch:
 
 
 def arrange(batch: Batch, tap: Tree) -> None:
-    """The positions, since another batch has lain there, and of a packed batch the mask as well.
+    """The positions, since another batch may have lain there, and the mask of a packed batch.
 
     tap    the arrays for batches of this shape
     """
@@ -155,8 +155,8 @@ def arrange(batch: Batch, tap: Tree) -> None:
     set_ones(tap.position_rows, batch.positions * N + column)
     t = column % T
     start = t - batch.positions  # (N,), of the document in its row
-    mask = tap.layers[0].mask[:, 0]  # (T, N)
-    packed_masks(T, mask.dtype).take(start * T + t, axis=1, out=mask, mode="clip")
+    mask = tap.mask[:, 0]  # (T, N)
+    mask[:] = packed_masks(T, mask.dtype).take(start * T + t, axis=1)
 
 
 def _flat(docs: Docs) -> Array:
@@ -165,8 +165,8 @@ def _flat(docs: Docs) -> Array:
 
 
 def places(starts: Array) -> Array:
-    """Where each column has its token in a flattened (V, N): (B, T) or (N,) -> (N,).
+    """Where each column has its token in a flattened (V, N), of starts = tokens * N.
 
-    starts    where the row of the token begins in it, token N
+    starts    where the rows of the tokens start in it: (B, T) or (N,) -> (N,)
     """
     return starts.reshape(-1) + counted(starts.size)

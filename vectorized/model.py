@@ -69,14 +69,14 @@ def rmsnorm_forward(x: Array, mean: Array, eps: Array, out: Array) -> tuple[Arra
     return np.divide(x, rms, out), rms  # (n, N), as rms
 
 
-def rmsnorm_backward(dy: Array, y: Array, mean: Array, rms: Array) -> Array:
+def rmsnorm_backward(dy: Array, y: Array, mean: Array, rms: Array, out: Array) -> Array:
     """dx = (dy - y * mean(dy * y)) / rms
 
     forward: y_i = x_i / rms, rms = sqrt(1/n sum_j x_j^2 + eps). As the numerator, x_i receives
     dy_i / rms. The denominator receives -sum_j dy_j x_j / rms^2, and changes by x_i / (n rms) when
     x_i changes by 1; with x = y rms, the product of the two is -y_i (1/n sum_j dy_j y_j) / rms.
     """
-    return (dy - y * mean.dot(dy * y)) / rms  # (n, N)
+    return np.divide(dy - y * mean.dot(dy * y), rms, out)  # (n, N)
 
 
 def activation_forward(x: Array, squared: bool, zeros: Array, out: Array, slope: Array) -> Array:
@@ -117,7 +117,7 @@ def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
     np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (H, B, U, T), a view of attn_logits
     logits = tap.attn_logits  # (U, H B T)
     logits *= tap.logit_scale
-    masked = tap.masked  # the same, or (U, H, B T), as the mask has it
+    masked = tap.masked  # the same as (U, H B T / n, n), since the mask is (U, 1, n)
     masked += tap.mask
     softmax_forward(logits, tap.ones, tap.attn_weights)  # (U, H B T)
     # what it sees there, heads side by side
@@ -157,7 +157,7 @@ def attention_backward(
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
     dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.mean, tap.attn_rms)  # (C, N)
+    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.mean, tap.attn_rms, dtap.attn_x)  # (C, N)
     return np.add(dx, dattn_res, out)  # (C, N)
 
 
@@ -184,7 +184,7 @@ def mlp_backward(dmlp_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out:
     # forward: mlp_pre = mlp_fc1 . mlp_norm
     dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mean, tap.mlp_rms)  # (C, N)
+    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mean, tap.mlp_rms, dtap.mlp_x)  # (C, N)
     return np.add(dx, dmlp_res, out)  # (C, N)
 
 
@@ -226,9 +226,9 @@ def gpt_backward(
         before = dtap.layers[i - 1].mlp_res if i > 0 else dtap.emb_norm  # (C, N)
         dres = mlp_backward(dres, w, dw, tap_i, dtap_i, dtap_i.attn_res)  # (C, N)
         dres = attention_backward(dres, w, dw, tap_i, dtap_i, before)  # (C, N)
-    demb = dtap.emb = dres
+    demb = dres
     if config.norm_embedding:
-        demb = dtap.emb = rmsnorm_backward(dres, tap.emb_norm, tap.mean, tap.emb_rms)  # (C, N)
+        demb = rmsnorm_backward(dres, tap.emb_norm, tap.mean, tap.emb_rms, dtap.emb)  # (C, N)
     # forward: emb = (wte, wpe)^T . one_hot. A token that occurs twice receives twice, a position
     # that no document reaches nothing; and where wte is lm_head as well, this comes on top of what
     # it has received as that.

@@ -18,7 +18,7 @@ import numpy as np
 from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array, Shape, activations, summing
+from vectorized.arrays import Array, Shape, activations, set_ones, summing
 from vectorized.batch import places
 from vectorized.model import gpt_forward, softmax_forward
 
@@ -110,6 +110,7 @@ def read(tokens: Array, params: Tree, past: Tree, config: Config) -> Array:
     tap = activations(
         config, len(params.wte), Shape(B, T), U, False, lambda *shape: np.empty(shape, dtype)
     )
+    set_ones(tap.position_rows, tap.at)
     return gpt_forward(places(tokens * tokens.size), params, past, config, tap)
 
 
