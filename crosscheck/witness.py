@@ -22,7 +22,7 @@ from crosscheck.trace import Array
 from microgpt.backend import fresh_state, load_backend
 from microgpt.layout import param_shapes
 from vectorized.arrays import activations, flatten, model_tree, named_views
-from vectorized.batch import pad
+from vectorized.batch import arrange, pad
 from vectorized.model import loss_forward
 
 STEP = 1e-30
@@ -39,6 +39,7 @@ def complex_step(case: Case, directions: Array) -> Array:
     batch = pad(case.docs(0), np.dtype("float64"))
     T = batch.shape.T
     tap = activations(config, V, batch.shape, T, True, lambda *shape: np.empty(shape, "complex128"))
+    arrange(batch, tap)
     flat = flatten(case.params, np.dtype("complex128"))  # (P,)
     params = model_tree(flat, shapes, config.n_layer)
     point = flat.copy()
