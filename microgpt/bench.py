@@ -39,6 +39,7 @@ CHUNK = 16  # documents whose graph scalar/ holds at a time
 SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some seconds
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # of the largest gradient
 LEARNING_RATE = 1e-3
+# how variables begin by which an environment steers the libraries that compute
 STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
 
 

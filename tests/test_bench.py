@@ -114,7 +114,7 @@ def test_the_command_reports_for_other_programs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in os.environ:
-        if name.startswith(bench.STEERING) and name != "OPENBLAS_NUM_THREADS":
+        if bench._steers(name):
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     file = tmp_path / "small.yaml"

@@ -140,7 +140,7 @@ def _add_constants(tap: Tree, config: Config, shape: Shape, U: int, new: New) ->
     if not packed:
         column = counted(N)
         tap.at = column % T * N + column
-        tap.one_hot[V:-T] = 0.0
+        tap.one_hot[V:-T] = 0.0  # positions before those of the batch
     tap.mask = mask[:, None]
     tap.norm_eps, logit_scale = numbers(dtype, config.norm_eps, config.head_dim**-0.5)
     tap.mean, tap.ones = summing(C, N, 1 / C, dtype), summing(V, N, 1.0, dtype)
