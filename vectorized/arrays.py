@@ -95,7 +95,8 @@ def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> 
     """Everything that the backward pass fills, in that order: the derivatives of the taps.
 
     Unless somebody watches, what has been used is overwritten: the layers share their arrays,
-    and the residual stream has a single derivative that each block adds to.
+    attention those of the MLP after it, and the residual stream has a single derivative that each
+    block adds to.
 
     attn_x, mlp_x    of what a block reads, as its norm passes it on: the residual is still to come
     """
@@ -103,27 +104,31 @@ def derivatives(config: Config, V: int, shape: Shape, watch: bool, new: New) -> 
     C, H, F, N = config.n_embd, config.n_head, 4 * config.n_embd, B * T
     dtap = Tree(config.n_layer)
     dtap.logits = new(V, N)
-    stream = new(C, N)
+    stream, wide, narrow = new(C, N), new(F, N), new(C, N)
+
+    def over(used: Array) -> Array:
+        return new(*used.shape) if watch else used
+
     for i in reversed(range(config.n_layer)):
         if not watch and i < config.n_layer - 1:
             dtap.layers[i] = dtap.layers[-1]
             continue
         layer = dtap.layers[i]
-        layer.mlp_res = new(C, N) if watch else stream
-        layer.mlp_act = new(F, N)
-        layer.mlp_pre = new(F, N) if watch else layer.mlp_act
-        layer.mlp_norm = new(C, N)
-        layer.mlp_x = new(C, N) if watch else layer.mlp_norm
-        layer.attn_res = new(C, N) if watch else stream
-        layer.attn_out = new(C, N)
+        layer.mlp_res = over(stream)
+        layer.mlp_act = over(wide)
+        layer.mlp_pre = over(layer.mlp_act)
+        layer.mlp_norm = over(narrow)
+        layer.mlp_x = over(layer.mlp_norm)
+        layer.attn_res = over(stream)
+        layer.attn_out = over(wide[:C])
         layer.attn_weights = new(T, H * N)
-        layer.attn_logits = new(T, H * N) if watch else layer.attn_weights
-        layer.qkv = new(3 * C, N)
-        layer.attn_norm = new(C, N)
-        layer.attn_x = new(C, N) if watch else layer.attn_norm
+        layer.attn_logits = over(layer.attn_weights)
+        layer.qkv = over(wide[C:])
+        layer.attn_norm = over(narrow)
+        layer.attn_x = over(layer.attn_norm)
         _add_views(layer, B, H)
-    dtap.emb_norm = new(C, N) if watch else stream
-    dtap.emb = new(C, N) if watch and config.norm_embedding else dtap.emb_norm
+    dtap.emb_norm = over(stream)
+    dtap.emb = over(dtap.emb_norm) if config.norm_embedding else dtap.emb_norm
     return dtap
 
 
