@@ -20,5 +20,7 @@ def init_params(config: Config, vocab_size: int, rng: Random) -> dict[str, list[
     for name, (n_out, n_in) in param_shapes(config, vocab_size).items():
         residual = name.endswith((".attn_wo", ".mlp_fc2"))
         std = config.init_std_residual if residual else config.init_std
-        params[name] = [array("d", [rng.gauss(0, std) for _ in range(n_in)]) for _ in range(n_out)]
+        # one block for a matrix: as many small ones the system would never have back
+        numbers = memoryview(array("d", (rng.gauss(0, std) for _ in range(n_out * n_in))))
+        params[name] = [numbers[start : start + n_in] for start in range(0, len(numbers), n_in)]
     return params

@@ -22,7 +22,7 @@ VALUE, TERM = 440, 48  # of such a graph: a Value, and each product that a dot()
 SCALAR_PARAM = 200  # a parameter, its gradient and moments, and the list that it was drawn into
 DRAWN, BUFFERS = 8, 8  # of vectorized: what was drawn, and how many buffers hold every parameter
 SPARE = 1.4  # times the arrays of a step: what NumPy needs in between
-WALKERS = 1024  # as in vectorized.sample: how many documents it draws side by side
+PAST_COPIES = 2  # of the keys and values of what is drawn
 DOCUMENT = 200  # a list of tokens
 PROCESS = 35e6  # one more of those that share a batch
 LINE = 80  # a line of a text file, beside its characters
@@ -103,9 +103,19 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
         _step(config, vocab_size, each * sum(sizes), each * sum(n * n for n in sizes), scalar,
               itemsize),
     )  # fmt: skip
-    walks = 0 if scalar else 8 * T * min(WALKERS, num * (T // 2 + 1))
+    walks = 0.0 if scalar else _walks(config, vocab_size, itemsize)
     others = (config.cores - 1) * (PROCESS + 2.0 * itemsize * params)
     return param * float(params) + batch + walks + DOCUMENT * (B + num) + others
+
+
+def _walks(config: Config, V: int, itemsize: int) -> float:
+    """The bytes of what walks side by side, whose past is copied when it grows."""
+    from vectorized.sample import most_walkers
+
+    L, C, T = config.n_layer, config.n_embd, config.block_size
+    walkers = min(most_walkers(config), config.num_samples * (T // 2 + 1))
+    past = PAST_COPIES * itemsize * 2 * L * C * T
+    return walkers * (past + 8 * T) + _step(config, V, walkers, walkers * T, False, itemsize)
 
 
 def _step(

@@ -58,7 +58,10 @@ class Backend:
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
         _, doc_taps = loss(docs, self.params, self.config)
-        return [[tap.loss_t.data for tap in taps] for taps in doc_taps]
+        by_doc = [[tap.loss_t.data for tap in taps] for taps in doc_taps]
+        if not all(math.isfinite(loss_t) for losses in by_doc for loss_t in losses):
+            raise FloatingPointError("the loss of a position is not finite")
+        return by_doc
 
     def read(self, tokens: Sequence[int]) -> list[list[float]]:
         keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]

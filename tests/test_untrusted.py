@@ -21,6 +21,7 @@ import pytest
 from mutations import made_up
 from safetensors.numpy import save_file
 
+import vectorized.sample
 from crosscheck.__main__ import main as crosscheck
 from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
@@ -552,11 +553,16 @@ LONG = "ab" * 600  # longer than any context below
         ("vectorized", LONG, {"block_size": "600"}),
         ("vectorized", LONG, {"block_size": "1030", "n_head": "1"}),
         ("vectorized", "abba", {"batch_size": "2000"}),  # packed, three in a row
+        ("vectorized", LONG, {"num_samples": "200"}),
+        ("vectorized", LONG, {"num_samples": "200", "n_layer": "3", "block_size": "60"}),
+        ("vectorized", LONG, {"num_samples": "1", "n_embd": "256", "block_size": "60"}),
     ],
 )
 def test_the_estimate_is_of_the_size_of_what_is_taken(
-    backend: str, text: str, sizes: dict[str, str]
+    backend: str, text: str, sizes: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # what is drawn goes on until the context is full
+    monkeypatch.setattr(vectorized.sample, "choose", lambda _, draws: np.zeros(len(draws), int))
     config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
     documents = [LONG, *[text] * (config.batch_size - 1)]
     tokenizer = build_tokenizer("ab", config)
@@ -571,6 +577,7 @@ def test_the_estimate_is_of_the_size_of_what_is_taken(
             model.forward(docs)
             model.backward()
             model.update(0.01)
+        model.sample(tokenizer, Random(1), config.num_samples, 1.0, [])
         taken = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

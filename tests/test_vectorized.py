@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -504,3 +506,56 @@ def test_the_block_is_gone_before_there_is_a_larger_one() -> None:
     with patch.object(workspace, "new", new):
         backend.forward(DOCS * 9)
     assert asked == [None]
+
+
+# what training takes beyond what the process took before, in bytes
+TAKEN = """
+import sys
+from random import Random
+import numpy as np
+import vectorized.backend
+from microgpt.backend import fresh_state, load_backend
+from microgpt.config import load_config
+from microgpt.init import init_params
+
+def memory(which):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
+
+config = load_config(overrides=dict(pair.split("=") for pair in sys.argv[1:]))
+np.ones((64, 64), config.dtype).dot(np.ones((64, 1024), config.dtype))  # BLAS takes its own
+before = memory("VmRSS")
+backend = load_backend("vectorized", config, fresh_state(init_params(config, 27, Random(1))))
+for longest in (config.block_size, 2, 7, 9, config.block_size):
+    backend.forward([[1] * (longest + 1 - i % 2) for i in range(config.batch_size)])
+    backend.backward()
+    backend.update(1e-4)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there does a process know what it took")
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_embd": "384", "n_layer": "2", "dtype": "float32"},
+        {"n_embd": "64", "n_layer": "3", "batch_size": "256"},
+        {"n_embd": "64", "n_layer": "2", "block_size": "64", "batch_size": "32"},
+    ],
+)
+def test_memory_is_within_one_and_a_half_times_what_training_needs(sizes: dict[str, str]) -> None:
+    config = load_config(overrides=sizes)
+    C, H, N = config.n_embd, config.n_head, config.batch_size * config.block_size
+    V = 27
+    params = sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values())
+    # of each block the three inputs of its norms and products, q, k, v, the attention weights, and
+    # the activation and its slope
+    block = 5 * C + 3 * C + H * config.block_size + 2 * 4 * C
+    needed = 4 * params + N * (config.n_layer * block + 2 * C + V)  # moments and gradients, too
+    run = subprocess.run(
+        [sys.executable, "-c", TAKEN, *(f"{name}={value}" for name, value in sizes.items())],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert int(run.stdout) < 1.5 * needed * np.dtype(config.dtype).itemsize

@@ -233,7 +233,13 @@ class Workspace:
 
 def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:
     """One buffer that holds all tensors, one after the other, row by row."""
-    return np.concatenate([np.asarray(tensor, dtype).reshape(-1) for tensor in tensors.values()])
+    flat = np.empty(sum(len(tensor) * len(tensor[0]) for tensor in tensors.values()), dtype)
+    start = 0
+    for tensor in tensors.values():  # one by one, for a copy of each would take as much again
+        end = start + len(tensor) * len(tensor[0])
+        flat[start:end].reshape(len(tensor), -1)[:] = tensor
+        start = end
+    return flat
 
 
 def named_views(flat: Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Array]:

@@ -22,7 +22,8 @@ from vectorized.arrays import Array, Shape, activations, set_ones, summing
 from vectorized.batch import places
 from vectorized.model import gpt_forward, softmax_forward
 
-WALKERS = 1024  # side by side at most: a bound on memory
+SMALL = 2**14  # n_embd^2 block_size, up to which walking side by side saves time
+CACHED = 2**19  # numbers that the keys and values of all walkers may be
 
 
 def sample(
@@ -39,9 +40,10 @@ def sample(
     Returns the prompt and what was drawn after it, without BOS and closing token, num times.
     """
     longest = config.block_size - len(prompt)
+    most = most_walkers(config)
     samples: list[list[int]] = []
     while len(samples) < num:
-        walkers = min(WALKERS, (num - len(samples)) * (longest // 2 + 1))
+        walkers = min(most, (num - len(samples)) * (longest // 2 + 1))
         here = rng.getstate()
         draws = np.array([rng.random() for _ in range(walkers + longest)])
         drawn = walk(params, config, tokenizer, draws, walkers, temperature, prompt)
@@ -54,6 +56,17 @@ def sample(
         for _ in range(place):
             rng.random()
     return samples
+
+
+def most_walkers(config: Config) -> int:
+    """How many walk side by side at most.
+
+    That spares calls, but of as many walkers as a document is long, one is of use: in a larger
+    model, where a call takes its time from the numbers in it, they go one by one.
+    """
+    if config.n_embd**2 * config.block_size > SMALL:
+        return 1
+    return max(1, CACHED // (2 * config.n_layer * config.n_embd * config.block_size))
 
 
 def walk(
