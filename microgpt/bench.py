@@ -1,10 +1,11 @@
 """Speed, with the equality beside it: a wrong answer has no speed.
 
 All contestants train the same model on the same documents. Their steps are timed in turn, so that
-what disturbs the machine disturbs all alike. When the time is up, each takes one more step, which
-is held against that of scalar/ from the same state on the same documents. Where that would take
-scalar/ minutes, it gets as many tokens as it can do in seconds, and the step on the whole batch is
-held against that of vectorized/ in double precision, all of it at once.
+what disturbs the machine disturbs all alike. When the time is up, each takes one more step on every
+batch. That on the first is held against scalar/ from the same state on the same documents, the
+others against vectorized/ in double precision, all of a batch at once. Where the first would take
+scalar/ minutes, it gets as many tokens as it can do in seconds, and the whole is held against
+vectorized/ as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
+from math import isfinite
 from random import Random
 from statistics import median
 from time import perf_counter
@@ -37,7 +39,7 @@ ROUNDS = 15  # of which the median is taken
 ROUND_SECONDS = 0.05  # how long each contestant has in a round
 CHUNK = 16  # documents whose graph scalar/ holds at a time
 SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some seconds
-ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # of the largest gradient
+ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
 LEARNING_RATE = 1e-3
 # how variables begin by which an environment steers the libraries that compute
 STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
@@ -50,9 +52,9 @@ class Contestant:
     name: str
     config: Config
     backend: Backend
-    docs: list[Docs]  # the batches, taken in turn
+    batches: list[Docs]  # taken in turn
     seconds: list[float] = field(default_factory=list)  # a step, in each round
-    difference: float = 0.0  # from scalar, as a share of the largest gradient
+    difference: float = 0.0  # the largest of all batches
 
     @property
     def label(self) -> str:
@@ -63,12 +65,17 @@ class Contestant:
     @property
     def tokens(self) -> float:
         """The positions of a step, on average."""
-        return sum(len(doc) - 1 for docs in self.docs for doc in docs) / len(self.docs)
+        return sum(len(doc) - 1 for docs in self.batches for doc in docs) / len(self.batches)
 
     @property
     def right(self) -> bool:
-        """Whether the gradient is that of scalar, to within rounding."""
+        """Whether loss, gradient and update are those of scalar, to within rounding."""
         return self.difference <= ALLOWED[self.config.dtype]
+
+    @property
+    def partly(self) -> bool:
+        """Whether scalar does a part of the first batch only."""
+        return _few(self.batches[0], self) != self.batches[0]
 
     def step(self, docs: Docs) -> None:
         """One step of training."""
@@ -86,11 +93,12 @@ def bench(
 ) -> list[Contestant]:
     """Time scalar, vectorized and whoever they are up against, at each batch size.
 
-    scalar takes part with a batch of one, if it takes no minutes; vectorized once more on several
-    cores, where the batch has a document for each. Raises MicrogptError if an opponent is unknown.
+    scalar takes part with a batch of one, if it does one in seconds (see SCALAR_WORK); vectorized
+    once more on several cores, where the batch has a document for each. Raises MicrogptError if an
+    opponent is unknown.
     """
     scalar = _enter("scalar", replace(config, batch_size=1, dtype="float64", cores=1))
-    contestants = [scalar] if all(_few(docs, scalar) == docs for docs in scalar.docs) else []
+    contestants = [] if any(_few(docs, scalar) != docs for docs in scalar.batches) else [scalar]
     for size in batch_sizes:
         for dtype in ("float64", "float32"):
             entry = replace(config, batch_size=size, dtype=dtype, cores=1)
@@ -101,15 +109,15 @@ def bench(
             contestants += _opponents(opponent, entry)
     _take_turns(contestants, rounds)
     for one in contestants:
-        one.difference = difference(one, one.docs[0])
+        one.difference = difference(one)
     return contestants
 
 
 def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
-    turns = [cycle(one.docs) for one in contestants]
+    turns = [cycle(one.batches) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):
-        warm_up = len(one.docs) if one.name != "scalar" else 2
+        warm_up = len(one.batches) if one.name != "scalar" else 2
         for docs in islice(turn, warm_up):  # each shape once: it may be compiled for it
             one.step(docs)
         start = perf_counter()
@@ -129,15 +137,18 @@ def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
         gc.enable()
 
 
-def difference(one: Contestant, docs: Docs) -> float:
-    """How far a contestant's next step is from the right one.
+def difference(one: Contestant) -> float:
+    """How far a contestant's steps are from the right ones, at most, over one step on every batch.
 
     The largest of: the loss, as a share of itself; the gradient, of the largest number in it; and
     the change of the parameters, of the largest, held against what Adam makes of that gradient.
     """
-    few = _few(docs, one)
-    apart = _apart(one, few, _scalar_step)
-    return apart if few == docs else max(apart, _apart(one, docs, _whole_step))
+    first, *others = one.batches
+    apart = _apart(one, _few(first, one), _scalar_step)
+    if one.name == "scalar":
+        return apart
+    whole = one.batches if one.partly else others
+    return max(apart, *(_apart(one, docs, _whole_step) for docs in whole))
 
 
 def _apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> float:
@@ -166,7 +177,7 @@ def _apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> float:
 def _farthest(theirs: Tensors, ours: Tensors) -> float:
     largest = max(float(np.abs(tensor).max()) for tensor in ours.values())
     apart = max(float(np.abs(theirs[name] - ours[name]).max()) for name in ours)
-    return apart / largest if np.isfinite(apart) else float("inf")
+    return apart / largest if np.isfinite(apart) and largest > 0 else float("inf")
 
 
 def _scalar_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
@@ -219,12 +230,15 @@ def table(contestants: Sequence[Contestant]) -> str:
     ]
     for one in contestants:
         size, step = one.config.batch_size, median(one.seconds)
+        start, end = f"{one.label:22} {size:5} ", f" {one.difference:6.0e}"
+        if not one.right:
+            lines.append(f"{start}{'WRONG':>9} {'-':>6} {'-':>9} {'-':>8} {'-':>8}{end}")
+            continue
         spread = (max(one.seconds) - min(one.seconds)) / step
         times = f"{scalar[0] / (step / size):8,.0f}" if scalar else f"{'-':>8}"
-        verdict = f"{one.difference:6.0e}" if one.right else " WRONG"
         lines.append(
-            f"{one.label:22} {size:5} {step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
-            f" {step / one.tokens * 1e6:8,.2f} {times} {verdict}"
+            f"{start}{step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
+            f" {step / one.tokens * 1e6:8,.2f} {times}{end}"
         )
     return "\n".join(lines)
 
@@ -253,7 +267,7 @@ def machine() -> dict[str, str]:
 
 
 def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
-    """The same for other programs; times in seconds."""
+    """The same for other programs; times in seconds, none where the answer is wrong."""
     return {
         "machine": machine(),
         "results": [
@@ -263,10 +277,10 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
                 "cores": one.config.cores,
                 "batch_size": one.config.batch_size,
                 "tokens_per_step": one.tokens,
-                "seconds_per_step": median(one.seconds),
-                "fastest": min(one.seconds),
-                "slowest": max(one.seconds),
-                "difference": one.difference,
+                "seconds_per_step": median(one.seconds) if one.right else None,
+                "fastest": min(one.seconds) if one.right else None,
+                "slowest": max(one.seconds) if one.right else None,
+                "difference": one.difference if isfinite(one.difference) else None,
                 "right": one.right,
             }
             for one in contestants
@@ -275,8 +289,8 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
 
 
 def _enter(name: str, config: Config) -> Contestant:
-    state, docs = _start(config, name)
-    return Contestant(name, config, load_backend(name, config, state), docs)
+    state, batches = _start(config, name)
+    return Contestant(name, config, load_backend(name, config, state), batches)
 
 
 def _opponents(name: str, config: Config) -> list[Contestant]:
@@ -284,10 +298,10 @@ def _opponents(name: str, config: Config) -> list[Contestant]:
         raise MicrogptError(f"--against {name}: unknown; expected torch")
     from microgpt.opponents import torch_backends
 
-    state, docs = _start(config, name)
+    state, batches = _start(config, name)
     found: dict[str, Callable[[Config, State], Backend]] = torch_backends()
     return [
-        Contestant(name, config, backend(config, state), docs) for name, backend in found.items()
+        Contestant(name, config, backend(config, state), batches) for name, backend in found.items()
     ]
 
 

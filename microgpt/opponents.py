@@ -39,10 +39,11 @@ class TorchBackend:
             name: torch.tensor(np.asarray(tensor), dtype=dtype, requires_grad=True)
             for name, tensor in state.params.items()
         }
-        self.adam = torch.optim.Adam(
+        self.adam = torch.optim.AdamW(  # Adam, unless there is weight decay
             self.params.values(),
             betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
+            weight_decay=config.weight_decay,
             fused=True,
         )
         self.updates = state.updates
@@ -52,7 +53,7 @@ class TorchBackend:
     def forward(self, docs: Docs) -> float:
         T = max(map(len, docs)) - 1
         if self.compiled:  # for every shape anew, so let there be few
-            T = -(-T // 4) * 4
+            T = min(-(-T // 4) * 4, self.config.block_size)
         ids = self.torch.tensor([[*doc, *[0] * (T + 1 - len(doc))] for doc in docs])
         weights = [
             [1 / (len(docs) * (len(doc) - 1))] * (len(doc) - 1) + [0.0] * (T + 1 - len(doc))
@@ -69,6 +70,9 @@ class TorchBackend:
     def update(self, lr_t: float) -> None:
         for group in self.adam.param_groups:
             group["lr"] = lr_t
+        if self.config.grad_clip:
+            parameters = self.params.values()
+            self.torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         self.adam.step()
         self.updates += 1
 

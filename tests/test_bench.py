@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +106,88 @@ def test_what_scalar_would_take_minutes_for_is_held_to_it_on_a_few_tokens(
     )
     bench.bench(config, [3], rounds=1)
     assert all(sum(len(doc) - 1 for doc in docs) <= 8 for docs in few)
-    assert [len(docs) for docs in whole] == [3, 3]
+    assert len(few) == 2
+    assert [len(docs) for docs in whole] == [3] * 2 * len(contestants[0].batches)
+
+
+@pytest.mark.usefixtures("quick")
+def test_whoever_skips_what_scalar_does_not_see_is_wrong(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SCALAR_WORK", 8 * 352)
+    forward = Backend.forward
+
+    def first_two(self: Backend, docs: Docs) -> float:
+        return forward(self, docs if self.worker.watch else docs[:2])
+
+    monkeypatch.setattr(Backend, "forward", first_two)
+    contestants = bench.bench(config, [3], rounds=1)
+    assert not any(one.right for one in contestants)
+
+
+@pytest.mark.usefixtures("quick")
+def test_whoever_is_right_on_the_first_batch_only_is_wrong(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, update = Backend.forward, Backend.update
+    first: dict[int, Docs] = {}
+
+    def remembered(self: Backend, docs: Docs) -> float:
+        if self.worker.watch:
+            return forward(self, docs)
+        return forward(self, first.setdefault(id(self), docs))
+
+    monkeypatch.setattr(Backend, "forward", remembered)
+    contestants = bench.bench(config, [1, 3], rounds=1)
+    assert [one.right for one in contestants] == [True, False, False, False, False]
+    monkeypatch.setattr(Backend, "forward", forward)
+    monkeypatch.setattr(
+        Backend, "update", lambda self, lr_t: update(self, lr_t) if self.updates < 9 else None
+    )
+    contestants = bench.bench(config, [1], rounds=9)
+    assert [one.right for one in contestants] == [True, False, False]
+
+
+def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
+    monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    clock = count()
+    monkeypatch.setattr(bench, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(bench, "ROUND_SECONDS", 1.5)  # three steps of half a second
+    did: list[str] = []
+
+    def contestant(name: str) -> bench.Contestant:
+        backend: Any = SimpleNamespace(
+            forward=lambda docs: did.append(f"{name} forward"),
+            backward=lambda: did.append(f"{name} backward"),
+            update=lambda lr_t: did.append(f"{name} update"),
+        )
+        return bench.Contestant(name, replace(config, batch_size=2), backend, [[[0, 1], [0, 2, 1]]])
+
+    contestants = [contestant("one"), contestant("other")]
+    bench._take_turns(contestants, rounds=2)
+    steps = [
+        [f"{name} {part}" for part in ("forward", "backward", "update")] * 3
+        for name in ("one", "other")
+    ]
+    assert did == (steps[0] + steps[1]) * 3  # the first to warm up, and to see how long it takes
+    assert [one.seconds for one in contestants] == [[1 / 3, 1 / 3]] * 2
+    contestants[0].seconds = [0.001, 0.002, 0.003]
+    row = bench.table(contestants[:1]).splitlines()[1]
+    assert row.split() == [
+        "one",
+        "float64",
+        "2",
+        "2,000.0",
+        "100%",
+        "1,000.00",
+        "666.67",
+        "-",
+        "0e+00",
+    ]
+    contestants[0].difference = 2e-9
+    row = bench.table(contestants[:1]).splitlines()[1]
+    assert row.split() == ["one", "float64", "2", "WRONG", *"----", "2e-09"]
 
 
 @pytest.mark.usefixtures("quick")
