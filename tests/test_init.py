@@ -1,7 +1,8 @@
-"""The one random stream: documents, then weights, in the order of the original program."""
+"""What training starts from: documents, then weights, in the original's order; and its pace."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ from microgpt.data import load_documents
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.tokenizer import build_tokenizer
-from microgpt.train import batch, new_run
+from microgpt.train import batch, learning_rate, new_run
 
 LAYER = ("attn_wq", "attn_wk", "attn_wv", "attn_wo", "mlp_fc1", "mlp_fc2")
 RESIDUAL = {"layer0.attn_wo", "layer0.mlp_fc2"}
@@ -91,3 +92,31 @@ def test_residual_projections_have_a_standard_deviation_of_their_own() -> None:
     equal = init_params(load_config(overrides={**overrides, "init_std": "3"}), 2, Random(1))
     for name, matrix in init_params(load_config(overrides=overrides), 2, Random(1)).items():
         assert (matrix == equal[name]) == (name in RESIDUAL)
+
+
+ROOT_2 = 2**0.5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "rates"),
+    [
+        ("linear", 0, [1, 3 / 4, 1 / 2, 1 / 4]),
+        ("linear", 2, [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine", 0, [1, (2 + ROOT_2) / 4, 1 / 2, (2 - ROOT_2) / 4]),
+        ("cosine", 3, [1 / 3, 2 / 3, 1, 1, (2 + ROOT_2) / 4, 1 / 2, (2 - ROOT_2) / 4]),
+        ("constant", 1, [1, 1, 1]),
+        ("constant", 0, [1, 1]),
+    ],
+)
+def test_the_learning_rate_rises_in_a_line_and_falls_as_scheduled(
+    schedule: str, warmup_steps: int, rates: list[float]
+) -> None:
+    config = replace(
+        load_config(),
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        steps=len(rates),
+        learning_rate=0.5,
+    )
+    found = [learning_rate(step, config) for step in range(len(rates))]
+    assert found == pytest.approx([rate / 2 for rate in rates], rel=1e-15)
