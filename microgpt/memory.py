@@ -28,6 +28,10 @@ PROCESS = 35e6  # one more of those that share a batch
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
 
+# what vectorized.sample draws side by side
+SMALL_MODEL = 2**14  # n_embd^2 block_size, up to which that saves time
+CACHED = 2**19  # numbers that the keys and values of all walkers may be
+
 # where Linux says what a container may use, in the second and the first version of its groups
 CONTAINER = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -108,10 +112,19 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
     return param * float(params) + batch + walks + DOCUMENT * (B + num) + others
 
 
+def most_walkers(config: Config) -> int:
+    """How many documents vectorized draws side by side at most (see vectorized.sample).
+
+    That spares calls, but of as many walkers as a document is long, one is of use: in a larger
+    model, where a call takes its time from the numbers in it, they go one by one.
+    """
+    if config.n_embd**2 * config.block_size > SMALL_MODEL:
+        return 1
+    return max(1, CACHED // (2 * config.n_layer * config.n_embd * config.block_size))
+
+
 def _walks(config: Config, V: int, itemsize: int) -> float:
     """The bytes of what walks side by side, whose past is copied when it grows."""
-    from vectorized.sample import most_walkers
-
     L, C, T = config.n_layer, config.n_embd, config.block_size
     walkers = min(most_walkers(config), config.num_samples * (T // 2 + 1))
     past = PAST_COPIES * itemsize * 2 * L * C * T

@@ -405,3 +405,13 @@ def test_choose_is_random_choices_on_the_same_draws(
             expected += rng.choices(range(len(weights)), weights)
     columns = np.array([weights] * len(draws)).T
     assert choose(columns, np.array(draws)).tolist() == expected
+
+
+@backends
+def test_a_position_whose_loss_is_no_number_is_refused(backend: str) -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    params = init_params(config, tokenizer.vocab_size, Random(config.seed))
+    params["wpe"][1][0] = math.nan
+    model = load_backend(backend, config, fresh_state(params))
+    with pytest.raises(FloatingPointError, match="position"):
+        model.position_losses([[3, 1, 2, 0, 3]])

@@ -27,7 +27,7 @@ New = Callable[..., Array]  # shape -> array
 TapsAndDerivatives = tuple[Tree, Tree]
 
 TILED = 2**16  # numbers of a mask for all heads and rows, at most
-REPEATED = 8192  # multiplications: to sum columns with so many is faster than to broadcast the sum
+REPEATED = 8192  # multiplications at most, for which a sum is computed once for every row
 
 
 class Shape(NamedTuple):
@@ -56,9 +56,9 @@ def activations(config: Config, V: int, shape: Shape, U: int, watch: bool, new: 
     mean, ones          what sums columns in the norms and in the softmaxes: see `summing`
     zeros               as many as mlp_pre has numbers
     mask                0 where position t may look at position u, else -inf: (U, 1, n), n = H B T,
-                        or T if that is many, and of a packed batch B T. Where a single position
-                        looks at those before it, one row for all
-    masked              what it is added to: attn_logits as (U, H B T / n, n)
+                        or T if that is many, and of a packed batch B T. In sampling a position
+                        looks at all that came before it: one row of zeros, for every u
+    unmasked            what it is added to: attn_logits as (U, H B T / n, n)
     U                   positions looked at: those of the batch, and in sampling those before them
 
     The positions are set before each batch (see `arrange`), and the mask of a packed one.
@@ -153,7 +153,7 @@ def _add_constants(tap: Tree, config: Config, shape: Shape, U: int, new: New) ->
     for layer in tap.layers:
         layer.mean, layer.norm_eps, layer.zeros = tap.mean, tap.norm_eps, zeros
         layer.logit_scale, layer.mask, layer.ones = logit_scale, tap.mask, ones
-        layer.masked = layer.attn_logits.reshape(U, -1, mask.shape[-1])
+        layer.unmasked = layer.attn_logits.reshape(U, -1, mask.shape[-1])
 
 
 def _add_views(layer: Tree, B: int, H: int) -> None:
@@ -161,14 +161,14 @@ def _add_views(layer: Tree, B: int, H: int) -> None:
 
     q, k, v       (H, B, D, T)   rows of qkv: the channels of a head lie together
     qk            (2 C, N)       the rows of both
-    scores        (H, B, U, T)   of attn_logits
+    head_logits   (H, B, U, T)   of attn_logits
     head_weights  (H, B, U, T)   of attn_weights
     head_out      (H, B, D, T)   of attn_out
     """
     N = layer.qkv.shape[-1]
     layer.q, layer.k, layer.v = layer.qkv.reshape(3, H, -1, B, N // B).transpose(0, 1, 3, 2, 4)
     layer.qk = layer.qkv[: len(layer.qkv) // 3 * 2]
-    layer.scores = layer.attn_logits.reshape(-1, H, B, N // B).transpose(1, 2, 0, 3)
+    layer.head_logits = layer.attn_logits.reshape(-1, H, B, N // B).transpose(1, 2, 0, 3)
     layer.head_weights = layer.attn_weights.reshape(-1, H, B, N // B).transpose(1, 2, 0, 3)
     layer.head_out = layer.attn_out.reshape(H, -1, B, N // B).transpose(0, 2, 1, 3)
 
@@ -269,10 +269,10 @@ def _rows(flat: Array, shapes: Mapping[str, tuple[int, int]], first: str, n: int
 
 
 def summing(n: int, N: int, weight: float, dtype: np.dtype) -> Array:
-    """What summing(..).dot(x) is the weighted sum of every column with: (n, N) -> (N,) or (n, N).
+    """Weights w so that w.dot(x) is `weight` times the sum of every column of x, which is (n, N).
 
-    As a product the sum is faster than sum(). Of a small array, a product with a square takes no
-    longer; that gives n rows alike, and what is computed with them need not be broadcast.
+    As a product the sum is faster than sum(). It comes out as (N,), or of a small x, where that
+    takes no longer, as n rows alike, (n, N): what is computed with them need not be broadcast.
     """
     return filled((n, n) if n * n * N <= REPEATED else (n,), weight, dtype)
 

@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     """Documents as N = B T columns."""
 
     shape: Shape
-    tokens: Array  # (N,), where each column's token sits in a flattened (V, N)
-    targets: Array  # (N,), the same for the token after it
+    token_at: Array  # (N,), where each column's token sits in a flattened (V, N)
+    target_at: Array  # (N,), the same for the token after it
     weights: Array  # (N,), each position's share of the loss: 1 / (documents n), 0 for padding
     ragged: bool  # whether there is padding at all
     positions: Array | None = None  # (N,), each column's in its document; None: as in its row

@@ -114,11 +114,11 @@ def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
         k = past.k = np.concatenate((past.k, k), axis=-1)  # (H, B, D, U)
         v = past.v = np.concatenate((past.v, v), axis=-1)  # (H, B, D, U)
     # how much each head looks at each position up to this one
-    np.matmul(k.swapaxes(2, 3), q, out=tap.scores)  # (H, B, U, T), a view of attn_logits
+    np.matmul(k.swapaxes(2, 3), q, out=tap.head_logits)  # (H, B, U, T), a view of attn_logits
     logits = tap.attn_logits  # (U, H B T)
     logits *= tap.logit_scale
-    masked = tap.masked  # the same as (U, H B T / n, n), since the mask is (U, 1, n)
-    masked += tap.mask
+    unmasked = tap.unmasked  # another view, (U, H B T / n, n), of which the mask has (U, 1, n)
+    unmasked += tap.mask
     softmax_forward(logits, tap.ones, tap.attn_weights)  # (U, H B T)
     # what it sees there, heads side by side
     np.matmul(v, tap.head_weights, out=tap.head_out)  # (H, B, D, T), a view of attn_out
@@ -149,13 +149,15 @@ def attention_backward(
     # forward: weights = softmax(logits)
     softmax_backward(dtap.attn_weights, tap.attn_weights, tap.ones, dtap.attn_logits)  # (T, H B T)
     # forward: logits = k^T . q / sqrt(D)
-    np.matmul(tap.k, dtap.scores, out=dtap.q)  # (H, B, D, T)
-    np.matmul(tap.q, dtap.scores.swapaxes(2, 3), out=dtap.k)  # (H, B, D, T)
-    dqk = dtap.qk  # (2 C, N)
+    np.matmul(tap.k, dtap.head_logits, out=dtap.q)  # (H, B, D, T)
+    np.matmul(tap.q, dtap.head_logits.swapaxes(2, 3), out=dtap.k)  # (H, B, D, T)
+    dqk = dtap.qk  # (2 C, N), fewer numbers to divide by sqrt(D) than dlogits
     dqk *= tap.logit_scale
     # queries, keys and values
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
-    dattn_norm = linear_backward(dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm)
+    dattn_norm = linear_backward(
+        dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm
+    )  # (C, N)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
     dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.mean, tap.attn_rms, dtap.attn_x)  # (C, N)
     return np.add(dx, dattn_res, out)  # (C, N)
@@ -182,23 +184,27 @@ def mlp_backward(dmlp_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out:
     # forward: mlp_act = activation(mlp_pre)
     dmlp_pre = activation_backward(dmlp_act, tap.mlp_slope, dtap.mlp_pre)  # (F, N)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
-    dmlp_norm = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm)
+    dmlp_norm = linear_backward(
+        dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm
+    )  # (C, N)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
     dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mean, tap.mlp_rms, dtap.mlp_x)  # (C, N)
     return np.add(dx, dmlp_res, out)  # (C, N)
 
 
-def gpt_forward(tokens: Array, params: Tree, past: Tree | None, config: Config, tap: Tree) -> Array:
+def gpt_forward(
+    token_at: Array, params: Tree, past: Tree | None, config: Config, tap: Tree
+) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))
 
-    tokens    (N,), where each column's token sits in a flattened (V, N)
+    token_at    (N,), where each column's token sits in a flattened (V, N)
 
     wte[token] + wpe[position] is one product, (wte, wpe)^T . one_hot: a column has a one at its
     token and, further down, a one at its position, which is there beforehand. (Rows that are not
     asked for are multiplied by 0: what is not finite in one of them spoils every column.)
     """
     one_hot = tap.one_hot  # (V + U, N)
-    set_ones(tap.token_rows, tokens)  # (V N,), the upper part of one_hot
+    set_ones(tap.token_rows, token_at)  # (V N,), the upper part of one_hot
     emb = res = params.wte_wpe[: len(one_hot)].T.dot(one_hot, tap.emb)  # (C, N)
     if config.norm_embedding:
         res, tap.emb_rms = rmsnorm_forward(emb, tap.mean, tap.norm_eps, tap.emb_norm)  # (C, N)
@@ -213,7 +219,10 @@ def gpt_forward(tokens: Array, params: Tree, past: Tree | None, config: Config, 
 def gpt_backward(
     dlogits: Array, params: Tree, dparams: Tree, config: Config, tap: Tree, dtap: Tree
 ) -> None:
-    """dparams: the gradient of every parameter, written over what was there"""
+    """dwte, dwpe = one_hot . demb^T, where demb = rmsnorm_backward(blocks_backward(dlogits))
+
+    dparams    the gradient of every parameter, written over what was there
+    """
     # forward: logits = lm_head . res
     res = tap.layers[-1].mlp_res  # (C, N)
     dres = dtap.layers[-1].mlp_res  # (C, N)
@@ -241,28 +250,28 @@ def gpt_backward(
 
 
 def cross_entropy_forward(
-    logits: Array, targets: Array, ones: Array, out: Array, probs: Array
+    logits: Array, target_at: Array, ones: Array, out: Array, probs: Array
 ) -> Array:
     """loss_t = -log(softmax(logits)[target])"""
     softmax_forward(logits, ones, probs)  # (V, N)
-    return np.negative(np.log(probs.take(targets)), out)  # (N,)
+    return np.negative(np.log(probs.take(target_at)), out)  # (N,)
 
 
-def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array, out: Array) -> Array:
+def cross_entropy_backward(dloss_t: Array, probs: Array, target_at: Array, out: Array) -> Array:
     """dlogits = dloss_t * (probs - [target])
 
     forward: loss_t = log(sum_j exp(x_j)) - x_target, the same thing in other words. The slope of
     the first term is softmax(x), that of the second is 1 at the target and 0 elsewhere.
     """
     dlogits = np.multiply(dloss_t, probs, out)  # (V, N)
-    dlogits.reshape(-1)[targets] -= dloss_t
+    dlogits.reshape(-1)[target_at] -= dloss_t
     return dlogits
 
 
 def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
-    logits = gpt_forward(batch.tokens, params, None, config, tap)  # (V, N)
-    loss_t = cross_entropy_forward(logits, batch.targets, tap.ones, tap.loss_t, tap.probs)  # (N,)
+    logits = gpt_forward(batch.token_at, params, None, config, tap)  # (V, N)
+    loss_t = cross_entropy_forward(logits, batch.target_at, tap.ones, tap.loss_t, tap.probs)  # (N,)
     if batch.ragged:
         loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
     tap.loss = batch.weights.dot(loss_t)  # weights of 1 / (documents n) make the sum that mean
@@ -277,5 +286,7 @@ def loss_backward(
     forward: loss = sum over columns of weight * loss_t.
     """
     dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (N,)
-    dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets, dtap.logits)  # (V, N)
+    dlogits = cross_entropy_backward(
+        batch.weights, tap.probs, batch.target_at, dtap.logits
+    )  # (V, N)
     gpt_backward(dlogits, params, dparams, config, tap, dtap)

@@ -17,13 +17,11 @@ import numpy as np
 
 from microgpt.config import Config
 from microgpt.layout import Tree
+from microgpt.memory import most_walkers
 from microgpt.tokenizer import Tokenizer
 from vectorized.arrays import Array, Shape, activations, set_ones, summing
 from vectorized.batch import places
 from vectorized.model import gpt_forward, softmax_forward
-
-SMALL = 2**14  # n_embd^2 block_size, up to which walking side by side saves time
-CACHED = 2**19  # numbers that the keys and values of all walkers may be
 
 
 def sample(
@@ -56,17 +54,6 @@ def sample(
         for _ in range(place):
             rng.random()
     return samples
-
-
-def most_walkers(config: Config) -> int:
-    """How many walk side by side at most.
-
-    That spares calls, but of as many walkers as a document is long, one is of use: in a larger
-    model, where a call takes its time from the numbers in it, they go one by one.
-    """
-    if config.n_embd**2 * config.block_size > SMALL:
-        return 1
-    return max(1, CACHED // (2 * config.n_layer * config.n_embd * config.block_size))
 
 
 def walk(
