@@ -5,22 +5,24 @@ what disturbs the machine disturbs all alike. When the time is up, each takes on
 batch. That on the first is held against scalar/ from the same state on the same documents, the
 others against vectorized/ in double precision, all of a batch at once. Where the first would take
 scalar/ minutes, it gets as many tokens as it can do in seconds, and the whole is held against
-vectorized/ as well.
+vectorized/ as well. Of a program that is not ours, the losses are known that it prints.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from math import isfinite
+from pathlib import Path
 from random import Random
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +32,9 @@ from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.memory import check_memory
+from microgpt.opponents import Program, torch_backends
 from microgpt.tokenizer import build_tokenizer
-from microgpt.train import batch
+from microgpt.train import batch, learning_rate
 
 Step = tuple[float, Tensors, Tensors]  # the loss, the gradient, the change of the parameters
 
@@ -40,6 +43,7 @@ ROUND_SECONDS = 0.05  # how long each contestant has in a round
 CHUNK = 16  # documents whose graph scalar/ holds at a time
 SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some seconds
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
+PRINTED = 1e-4  # allowed where a loss is known to four digits
 LEARNING_RATE = 1e-3
 # how variables begin by which an environment steers the libraries that compute
 STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
@@ -51,7 +55,7 @@ class Contestant:
 
     name: str
     config: Config
-    backend: Backend
+    backend: Any  # a Backend, or as much of one as can be had
     batches: list[Docs]  # taken in turn
     seconds: list[float] = field(default_factory=list)  # a step, in each round
     difference: float = 0.0  # the largest of all batches
@@ -70,12 +74,17 @@ class Contestant:
     @property
     def right(self) -> bool:
         """Whether loss, gradient and update are those of scalar, to within rounding."""
-        return self.difference <= ALLOWED[self.config.dtype]
+        return self.difference <= (PRINTED if self.foreign else ALLOWED[self.config.dtype])
+
+    @property
+    def foreign(self) -> bool:
+        """Whether nothing is known of it but the losses that it prints."""
+        return isinstance(self.backend, Program)
 
     @property
     def partly(self) -> bool:
         """Whether scalar does a part of the first batch only."""
-        return _few(self.batches[0], self) != self.batches[0]
+        return not self.foreign and _few(self.batches[0], self) != self.batches[0]
 
     def step(self, docs: Docs) -> None:
         """One step of training."""
@@ -93,12 +102,16 @@ def bench(
 ) -> list[Contestant]:
     """Time scalar, vectorized and whoever they are up against, at each batch size.
 
-    scalar takes part with a batch of one, if it does one in seconds (see SCALAR_WORK); vectorized
-    once more on several cores, where the batch has a document for each. Raises MicrogptError if an
-    opponent is unknown.
+    against    torch, or a program's file: see microgpt.opponents
+
+    scalar and programs take part with a batch of one, scalar if it does one in seconds (see
+    SCALAR_WORK); vectorized once more on several cores, where the batch has a document for each.
+    Raises MicrogptError if an opponent is unknown, or ends before its time.
     """
     scalar = _enter("scalar", replace(config, batch_size=1, dtype="float64", cores=1))
     contestants = [] if any(_few(docs, scalar) != docs for docs in scalar.batches) else [scalar]
+    programs = [name for name in against if name.endswith(".py")]
+    contestants += [_enter_program(Path(name), scalar.config) for name in programs]
     for size in batch_sizes:
         for dtype in ("float64", "float32"):
             entry = replace(config, batch_size=size, dtype=dtype, cores=1)
@@ -106,7 +119,8 @@ def bench(
         if 1 < cores <= size:
             contestants.append(_enter("vectorized", replace(entry, cores=cores)))
         for opponent in against:
-            contestants += _opponents(opponent, entry)
+            if opponent not in programs:
+                contestants += _opponents(opponent, entry)
     _take_turns(contestants, rounds)
     for one in contestants:
         one.difference = difference(one)
@@ -117,8 +131,9 @@ def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
     turns = [cycle(one.batches) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):
-        warm_up = len(one.batches) if one.name != "scalar" else 2
-        for docs in islice(turn, warm_up):  # each shape once: it may be compiled for it
+        slow = one.name == "scalar" or one.foreign
+        warm_up = 2 if slow else len(one.batches)  # each shape once: it may be compiled for it
+        for docs in islice(turn, warm_up):
             one.step(docs)
         start = perf_counter()
         for docs in islice(turn, 2):
@@ -143,12 +158,27 @@ def difference(one: Contestant) -> float:
     The largest of: the loss, as a share of itself; the gradient, of the largest number in it; and
     the change of the parameters, of the largest, held against what Adam makes of that gradient.
     """
+    if one.foreign:
+        return _off_course(one)
     first, *others = one.batches
     apart = _apart(one, _few(first, one), _scalar_step)
     if one.name == "scalar":
         return apart
     whole = one.batches if one.partly else others
     return max(apart, *(_apart(one, docs, _whole_step) for docs in whole))
+
+
+def _off_course(one: Contestant) -> float:
+    """How far a program's losses are from those of vectorized, which trains as long as it has."""
+    state, batches = _start(one.config, "vectorized")
+    ours = load_backend("vectorized", one.config, state)
+    apart = 0.0
+    for step, (docs, printed) in enumerate(zip(batches, one.backend.losses)):
+        loss = ours.forward(docs)
+        ours.backward()
+        ours.update(learning_rate(step, one.config))
+        apart = max(apart, abs(printed - loss) / loss)
+    return apart
 
 
 def _apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> float:
@@ -235,7 +265,8 @@ def table(contestants: Sequence[Contestant]) -> str:
             lines.append(f"{start}{'WRONG':>9} {'-':>6} {'-':>9} {'-':>8} {'-':>8}{end}")
             continue
         spread = (max(one.seconds) - min(one.seconds)) / step
-        times = f"{scalar[0] / (step / size):8,.0f}" if scalar else f"{'-':>8}"
+        ratio = scalar[0] / (step / size) if scalar else None
+        times = f"{ratio:8,.{0 if ratio > 10 else 2}f}" if ratio else f"{'-':>8}"
         lines.append(
             f"{start}{step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
             f" {step / one.tokens * 1e6:8,.2f} {times}{end}"
@@ -280,7 +311,7 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
                 "seconds_per_step": median(one.seconds) if one.right else None,
                 "fastest": min(one.seconds) if one.right else None,
                 "slowest": max(one.seconds) if one.right else None,
-                "difference": one.difference if isfinite(one.difference) else None,
+                "difference": one.difference if math.isfinite(one.difference) else None,
                 "right": one.right,
             }
             for one in contestants
@@ -293,13 +324,19 @@ def _enter(name: str, config: Config) -> Contestant:
     return Contestant(name, config, load_backend(name, config, state), batches)
 
 
+def _enter_program(path: Path, config: Config) -> Contestant:
+    _, batches = _start(config, "vectorized")
+    return Contestant(
+        path.name[:14], config, Program(path, load_documents(config.dataset)), batches
+    )
+
+
 def _opponents(name: str, config: Config) -> list[Contestant]:
     if name != "torch":
-        raise MicrogptError(f"--against {name}: unknown; expected torch")
-    from microgpt.opponents import torch_backends
+        raise MicrogptError(f"--against {name}: unknown; expected torch, or a program, FILE.py")
 
     state, batches = _start(config, name)
-    found: dict[str, Callable[[Config, State], Backend]] = torch_backends()
+    found = torch_backends()
     return [
         Contestant(name, config, backend(config, state), batches) for name, backend in found.items()
     ]

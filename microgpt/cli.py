@@ -254,6 +254,8 @@ def bench(options: argparse.Namespace) -> int:
                 "a batch would take scalar minutes: to that, they are held on a few tokens, and to"
                 " vectorized on all batches"
             )
+        if any(one.foreign for one in contestants):
+            remarks.append("of a program, what is compared is the losses that it prints")
         print("\n".join(fill(remark, 80, break_long_words=False) for remark in remarks))
     return 0 if all(one.right for one in contestants) else 1
 
@@ -365,7 +367,12 @@ def _parser() -> argparse.ArgumentParser:
         "--cores", metavar="N", help="and on so many cores (default: 2, if there are)"
     )
     command.add_argument(
-        "--against", action="append", default=[], metavar="torch", help="who else takes part"
+        "--against",
+        action="append",
+        default=[],
+        metavar="torch|FILE.py",
+        help="who else takes part; a program is one that reads input.txt and prints each loss, as"
+        " the original microgpt.py",
     )
     command.add_argument("--json", action="store_true", help="for other programs")
     return parser

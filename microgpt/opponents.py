@@ -1,8 +1,15 @@
-"""Opponents for `microgpt bench`: the same model in PyTorch, eager and compiled, with autograd."""
+"""Opponents for `microgpt bench`: PyTorch with its autograd, and programs like the original."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,7 +37,7 @@ def torch_backends() -> dict[str, Callable[[Config, State], Any]]:
 
 
 class TorchBackend:
-    """As much of microgpt.backend.Backend as a benchmark needs."""
+    """As much of microgpt.backend.Backend as a benchmark needs, eager or compiled."""
 
     def __init__(self, torch: Any, config: Config, state: State, compiled: bool) -> None:
         self.torch, self.config = torch, config
@@ -113,3 +120,79 @@ class TorchBackend:
         logits = x @ p["wte" if config.tie_lm_head else "lm_head"].T
         losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return (weights * losses).sum()
+
+
+# runs a file, and waits for a byte before it begins and after each loss that it prints
+IN_STEPS = """
+import builtins, os, runpy, sys
+
+def wait():
+    if not os.read(0, 1):
+        os._exit(0)
+
+def say_and_wait(*words, **options):
+    say(*words, **{**options, "flush": True})
+    if "loss" in " ".join(map(str, words)):
+        wait()
+
+say, builtins.print = print, say_and_wait
+wait()
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+class Program:
+    """A program that trains the same model on input.txt and prints "loss X" at every step.
+
+    As the original does. It runs in a process of its own, which stands still between two steps and
+    ends when nobody is there any more to ask for one.
+    """
+
+    LOSS = re.compile(rb"loss (\S+)\s*[\r\n]")
+
+    def __init__(self, path: Path, documents: Sequence[str]) -> None:
+        if not path.is_file():
+            raise MicrogptError(f"--against {path}: there is no such file")
+        self.path = path
+        self.losses: list[float] = []
+        self.printed = b""
+        folder = TemporaryDirectory()
+        (Path(folder.name) / "input.txt").write_text("\n".join(documents), encoding="utf-8")
+        self.process: Any = Popen(
+            [sys.executable, "-c", IN_STEPS, path.resolve()],
+            cwd=folder.name,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=STDOUT,
+            bufsize=0,
+        )
+        weakref.finalize(self, _end, self.process, folder)
+
+    def forward(self, docs: Docs) -> float:
+        """Let it run until it prints the next loss. Which documents it takes is its own affair."""
+        with suppress(BrokenPipeError):  # it has ended, and that is noticed in a moment
+            self.process.stdin.write(b".")
+        while not (found := self.LOSS.search(self.printed)):
+            more = self.process.stdout.read(1 << 16)
+            if not more:
+                *_, last = ["nothing", *self.printed.decode(errors="replace").splitlines()]
+                raise MicrogptError(
+                    f"--against {self.path}: has ended after {len(self.losses)} steps; the last"
+                    f" that it said: {last}"
+                )
+            self.printed += more
+        self.printed = self.printed[found.end() :]
+        self.losses.append(float(found[1]))
+        return self.losses[-1]
+
+    def backward(self) -> None:
+        """It has done that."""
+
+    def update(self, lr_t: float) -> None:
+        """And that, at its own rate."""
+
+
+def _end(process: Any, folder: TemporaryDirectory[str]) -> None:
+    process.kill()
+    process.communicate()
+    folder.cleanup()

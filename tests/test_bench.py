@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -185,6 +187,9 @@ def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
         "-",
         "0e+00",
     ]
+    contestants[1] = replace(contestants[1], name="scalar", seconds=[0.04, 0.01, 0.01])
+    rows = [row.split() for row in bench.table(contestants).splitlines()[1:]]
+    assert [row[-2] for row in rows] == ["10.00", "2.00"]  # a step, by its share in a batch of two
     contestants[0].difference = 2e-9
     row = bench.table(contestants[:1]).splitlines()[1]
     assert row.split() == ["one", "float64", "2", "WRONG", *"----", "2e-09"]
@@ -217,3 +222,72 @@ def test_the_command_reports_for_other_programs(
     assert main(["bench", "--cores", "3", "--batch-size", "2"]) == 2
     assert main(["bench", "--against", "abacus", "--batch-size", "1"]) == 2
     assert "abacus" in capsys.readouterr().err
+
+
+def program(path: Path, losses: list[float], last: str = "") -> Path:
+    """A file that prints these losses as the original does."""
+    path.write_text(
+        "documents = open('input.txt', encoding='utf-8').read().split('\\n')\n"
+        "print('num docs:', len(documents))\n"
+        f"for step, loss in enumerate({losses}):\n"
+        "    open('did', 'a').write('x')\n"
+        "    print(f'step {step + 1:4d} / 1000 | loss {loss:.4f}', end='\\r')\n"
+        f"{last}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_program_is_held_to_the_losses_that_it_prints(
+    tmp_path: Path, golden: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = []
+    begin = subprocess.Popen.__init__
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        processes.append((self, options["cwd"]))
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
+    right = program(tmp_path / "right.py", golden["loss"][:20])
+    wrong = program(tmp_path / "wrong.py", [*golden["loss"][:5], golden["loss"][5] * 1.001] * 2)
+    contestants = bench.bench(load_config(), [], [str(right), str(wrong)], rounds=5)
+    assert [one.name for one in contestants] == ["scalar", "right.py", "wrong.py"]
+    assert [one.right for one in contestants] == [True, True, False]
+    assert [len(one.backend.losses) for one in contestants[1:]] == [9, 9]  # 2 + 2 + 5
+    assert 0 < contestants[1].difference < 5e-5
+    assert all(process.poll() is None for process, _ in processes)
+    time.sleep(0.1)  # in which they stand still
+    assert [len(Path(folder, "did").read_text()) for _, folder in processes] == [9, 9]
+    del contestants
+    assert len(processes) == 2
+    for process, folder in processes:
+        assert process.poll() is not None
+        assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "last", "message"),
+    [
+        ([3.3, 3.2], "print('no more')", "has ended after 2 steps; the last that it said: no more"),
+        (
+            [],
+            "raise OSError('no disk')",
+            "has ended after 0 steps; the last that it said: OSError: no",
+        ),
+        (None, "", "there is no such file"),
+    ],
+)
+def test_a_program_that_does_not_train_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    losses: list[float] | None,
+    last: str,
+    message: str,
+) -> None:
+    file = tmp_path / "program.py"
+    if losses is not None:
+        program(file, losses, last)
+    assert main(["bench", "--batch-size", "1", "--against", str(file)]) == 2
+    assert f"--against {file}: {message}" in capsys.readouterr().err
