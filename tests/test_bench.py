@@ -150,6 +150,25 @@ def test_whoever_is_right_on_the_first_batch_only_is_wrong(
     assert [one.right for one in contestants] == [True, False, False]
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("kinks", "right"), [(1, True), (2, False)])
+def test_whoever_is_wrong_may_try_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, kinks: int, right: bool
+) -> None:
+    apart = bench._apart
+    tries = 0
+
+    def at_a_kink(one: bench.Contestant, docs: Docs, step: Any) -> float:
+        nonlocal tries
+        tries += docs is one.batches[2]
+        return 2e-3 if docs is one.batches[2] and tries <= kinks else apart(one, docs, step)
+
+    single = bench._enter("vectorized", replace(config, batch_size=3, dtype="float32"))
+    monkeypatch.setattr(bench, "_apart", at_a_kink)
+    assert (bench.difference(single) <= single.allowed) == right
+    assert tries == 2
+
+
 def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
     monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
