@@ -149,18 +149,22 @@ def notes(pytestconfig: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def settle(pytestconfig: pytest.Config) -> Any:
-    """Takes an outcome: counts it if all agreed, and fails with the report if not."""
+    """Takes an outcome: counts it if all agreed, and fails with the report if not.
+
+    What is held to other bounds than the rest is not counted with them.
+    """
     choice, record = pytestconfig.stash[CHOICE], pytestconfig.stash[RECORD]
     candidate = choice.candidate
     if candidate == choice.reference:
         candidate += f" {choice.dtype}"
 
-    def settle(outcome: Outcome) -> None:
+    def settle(outcome: Outcome, counted: bool = True) -> None:
         if outcome.found:
             first = outcome.found[0]
             record.disagreements.append(as_json(first))
             pytest.fail(render(first, choice.reference, candidate), pytrace=False)
-        record.tallies.append(replace(outcome.tally))
+        if counted:
+            record.tallies.append(replace(outcome.tally))
 
     return settle
 

@@ -526,12 +526,19 @@ def unwatched(pair: Pair) -> str:
     if pair.phase not in ("eval", "unwatched"):
         return ""
     docs = [doc[doc >= 0].tolist() for doc in pair.step["batch/tokens"]]
-    if pair.phase == "unwatched" and sum(map(len, pieces(docs, pair.case.config))) < len(docs):
-        return (
-            "agrees while each document has a row of its own and all is kept: documents packed"
-            " into a row are not told apart, or an array is overwritten too early"
-        )
-    return "agrees while all that lies in between is kept: an array is overwritten too early"
+    causes = ["an array is overwritten too early"]
+    if pair.phase == "unwatched":
+        cut = pieces(docs, pair.case.config)
+        if sum(map(len, cut)) < len(docs):
+            causes.insert(0, "documents packed into a row are not told apart")
+        if len(cut) > 1:
+            causes.insert(0, "the pieces of the batch are not added up")
+        if pair.case.config.cores > 1:
+            causes.insert(0, "the shares of the processes are not added up")
+    return (
+        "agrees while all that lies in between is kept, by one process, in one piece, a row for"
+        f" each document: {', or '.join(causes)}"
+    )
 
 
 PATTERNS: list[Callable[[Pair], str]] = [

@@ -111,7 +111,8 @@ def bench(
 
     scalar and programs take part with a batch of one, scalar if it does one in seconds (see
     SCALAR_WORK); vectorized once more on several cores, where the batch has a document for each.
-    Raises MicrogptError if an opponent is unknown, or ends before its time.
+    Raises MicrogptError if an opponent is unknown or ends before its time, or if a loss is not
+    finite.
     """
     scalar = _enter("scalar", replace(config, batch_size=1, dtype="float64", cores=1))
     contestants = [] if any(_few(docs, scalar) != docs for docs in scalar.batches) else [scalar]
@@ -126,9 +127,15 @@ def bench(
         for opponent in against:
             if opponent not in programs:
                 contestants += _opponents(opponent, entry)
-    _take_turns(contestants, rounds)
-    for one in contestants:
-        one.difference = difference(one)
+    try:
+        with np.errstate(all="ignore"):  # what overflows ends in a loss that is not finite
+            _take_turns(contestants, rounds)
+            for one in contestants:
+                one.difference = difference(one)
+    except ArithmeticError as error:
+        raise MicrogptError(
+            f"this model cannot be trained: {error}; try a smaller init_std than {config.init_std}"
+        ) from None
     return contestants
 
 
@@ -220,8 +227,8 @@ def _apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> float:
 
 def _farthest(theirs: Tensors, ours: Tensors) -> float:
     largest = max(float(np.abs(tensor).max()) for tensor in ours.values())
-    apart = max(float(np.abs(theirs[name] - ours[name]).max()) for name in ours)
-    return apart / largest if np.isfinite(apart) and largest > 0 else float("inf")
+    apart = np.array([np.abs(theirs[name] - ours[name]).max() for name in ours])
+    return float(apart.max()) / largest if np.isfinite(apart).all() and largest > 0 else math.inf
 
 
 def _scalar_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
@@ -282,10 +289,16 @@ def table(contestants: Sequence[Contestant]) -> str:
         ratio = scalar[0] / (step / size) if scalar else None
         times = f"{ratio:8,.{0 if ratio > 10 else 2}f}" if ratio else f"{'-':>8}"
         lines.append(
-            f"{start}{step * 1e6:9,.1f} {spread:6.0%} {step / size * 1e6:9,.2f}"
-            f" {step / one.tokens * 1e6:8,.2f} {times}{end}"
+            f"{start}{_fit(step * 1e6, 9, 1)} {spread:6.0%} {_fit(step / size * 1e6, 9, 2)}"
+            f" {_fit(step / one.tokens * 1e6, 8, 2)} {times}{end}"
         )
     return "\n".join(lines)
+
+
+def _fit(number: float, width: int, decimals: int) -> str:
+    """A number with so many decimals, or with none if it is too wide."""
+    text = f"{number:{width},.{decimals}f}"
+    return text if len(text) <= width else f"{number:{width},.0f}"
 
 
 def machine() -> dict[str, str]:

@@ -30,6 +30,7 @@ def torch_backends() -> dict[str, Callable[[Config, State], Any]]:
         raise MicrogptError(
             "--against torch: PyTorch is not installed; pip install torch"
         ) from None
+    torch._dynamo.config.recompile_limit = 1000  # beyond it, "compiled" would be eager
     return {
         "torch": lambda config, state: TorchBackend(torch, config, state, compiled=False),
         "torch compiled": lambda config, state: TorchBackend(torch, config, state, compiled=True),
@@ -67,7 +68,11 @@ class TorchBackend:
             for doc in docs
         ]
         shares = self.torch.tensor(weights, dtype=self.params["wte"].dtype)
-        self.loss = self.loss_of(self.params, ids[:, :-1], ids[:, 1:], shares)
+        try:
+            self.loss = self.loss_of(self.params, ids[:, :-1], ids[:, 1:], shares)
+        except RuntimeError as error:  # as a rule, there is no compiler for C++
+            first, *_ = str(error).splitlines()
+            raise MicrogptError(f"--against torch: PyTorch cannot do it here: {first}") from None
         return float(self.loss.detach())
 
     def backward(self) -> None:

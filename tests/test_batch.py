@@ -375,6 +375,18 @@ def test_samples_of_a_whole_model_are_the_same_draw_for_draw(preset: str) -> Non
     assert_same_samples(config, tokenizer, 1, config.num_samples, config.temperature, [])
 
 
+def test_single_precision_can_draw_at_any_temperature() -> None:
+    config = replace(load_config(), num_samples=3)
+    tokenizer = build_tokenizer("abcdefghijklmnopqrstuvwxyz", config)
+    single = replace(config, dtype="float32")
+    for temperature in (1e-3, 1e-40, 1e-300):
+        expected, found = (
+            load(backend, settings, tokenizer).sample(tokenizer, Random(1), 3, temperature, [])
+            for backend, settings in (("scalar", config), ("vectorized", single))
+        )
+        assert found == expected
+
+
 def test_no_sample_takes_no_draw() -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     assert_same_samples(config, tokenizer, seed=1, num=0, temperature=1.0, prompt=[])

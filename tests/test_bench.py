@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from microgpt import bench
@@ -150,6 +152,24 @@ def test_whoever_is_right_on_the_first_batch_only_is_wrong(
     assert [one.right for one in contestants] == [True, False, False]
 
 
+def test_what_is_no_number_is_infinitely_far_off() -> None:
+    right = {"a": np.ones(2), "b": np.ones(3)}
+    for name in right:
+        assert bench._farthest({**right, name: right[name] * math.nan}, right) == math.inf
+
+
+@pytest.mark.parametrize("init_std", ["5.0", "1.0e+200"])
+def test_a_model_that_cannot_be_trained_is_refused(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], init_std: str
+) -> None:
+    file = tmp_path / "wild.yaml"
+    file.write_text(f"dataset: {config.dataset}\ninit_std: {init_std}\n", encoding="utf-8")
+    assert main(["bench", "--config", str(file), "--batch-size", "3", "--cores", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be trained: " in line
+    assert f"a smaller init_std than {float(init_std)}" in line
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("kinks", "right"), [(1, True), (2, False)])
 def test_whoever_is_wrong_may_try_again(
@@ -209,6 +229,8 @@ def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
     contestants[1] = replace(contestants[1], name="scalar", seconds=[0.04, 0.01, 0.01])
     rows = [row.split() for row in bench.table(contestants).splitlines()[1:]]
     assert [row[-2] for row in rows] == ["10.00", "2.00"]  # a step, by its share in a batch of two
+    contestants[1].seconds = [0.45004144] * 3
+    assert max(map(len, bench.table(contestants).splitlines())) <= 80
     contestants[0].difference = 2e-9
     row = bench.table(contestants[:1]).splitlines()[1]
     assert row.split() == ["one", "float64", "2", "WRONG", *"----", "2e-09"]

@@ -911,8 +911,10 @@ def test_documents_kept_from_training_are_not_trained_on_and_are_measured(
 # --max-seconds
 
 
-def test_time_is_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin = ["train", "--steps", "1000000", "--max-seconds", "0.05", "--out", "run"]
+@pytest.mark.parametrize("every", ["0", "1"])
+def test_time_is_up(here: Path, capsys: pytest.CaptureFixture[str], every: str) -> None:
+    begin = ["train", "--steps", "20000", "--max-seconds", "0.05", "--out", "run"]
+    begin += ["--checkpoint-every", every]
     assert microgpt(*begin, "--num-samples", "2") == 0
     out = capsys.readouterr().out
     assert "time is up after step" in out

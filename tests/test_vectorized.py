@@ -371,10 +371,13 @@ DOCS = [[3, 0, 1, 3], [3, 2, 3], [3, 1, 1, 0, 2, 3]]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.3}, {"grad_clip": 2.0}], ids=str)
-def test_adam_is_the_algorithm_of_the_textbook(name: str, fields: dict[str, float]) -> None:
+@pytest.mark.parametrize("updates", [0, 1000])
+def test_adam_is_the_algorithm_of_the_textbook(
+    name: str, fields: dict[str, float], updates: int
+) -> None:
     config = small_config(**fields)
     init = init_params(config, 4, Random(1))
-    backend = load_backend(name, config, fresh_state(init))
+    backend = load_backend(name, config, replace(fresh_state(init), updates=updates))
     rng = Random(2)
     expected = {p: [[(x, 0.0, 0.0) for x in row] for row in init[p]] for p in init}
     for t in range(1, 6):
@@ -391,7 +394,10 @@ def test_adam_is_the_algorithm_of_the_textbook(name: str, fields: dict[str, floa
         factor = config.grad_clip / norm if 0 < config.grad_clip < norm else 1.0
         expected = {
             p: [
-                [textbook_adam(*number, factor * g, t, alpha, config) for number, g in zip(*rows)]
+                [
+                    textbook_adam(*number, factor * g, updates + t, alpha, config)
+                    for number, g in zip(*rows)
+                ]
                 for rows in zip(expected[p], grads[p])
             ]
             for p in init

@@ -237,7 +237,8 @@ def flatten(tensors: Mapping[str, Any], dtype: np.dtype) -> Array:
     start = 0
     for tensor in tensors.values():  # one by one, for a copy of each would take as much again
         end = start + len(tensor) * len(tensor[0])
-        flat[start:end].reshape(len(tensor), -1)[:] = tensor
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found as such
+            flat[start:end].reshape(len(tensor), -1)[:] = tensor
         start = end
     return flat
 

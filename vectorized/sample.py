@@ -79,8 +79,9 @@ def walk(
     drawn = np.full((walkers, longest), tokenizer.eos)
     awake = np.arange(walkers)
     for i in range(longest):
-        ones = summing(len(logits), len(awake), 1.0, logits.dtype)
-        probs = softmax_forward(logits * temperature**-1, ones, np.empty_like(logits))  # (V, awake)
+        colder = logits.astype(float) * temperature**-1  # (V, awake), as float32 may overflow
+        ones = summing(len(logits), len(awake), 1.0, colder.dtype)
+        probs = softmax_forward(colder, ones, colder)  # (V, awake)
         tokens = choose(probs, draws[awake + i])
         drawn[awake, i] = tokens
         going = tokens != tokenizer.eos
