@@ -565,3 +565,10 @@ def test_memory_is_within_one_and_a_half_times_what_training_needs(sizes: dict[s
         check=True,
     )
     assert int(run.stdout) < 1.5 * needed * np.dtype(config.dtype).itemsize
+
+
+@pytest.mark.parametrize("N", [1, 10_000])
+def test_sums_have_the_weight_that_is_asked_for(N: int) -> None:
+    weights = summing(3, N, 1 / 3, np.dtype("float64"))
+    assert weights.shape == ((3, 3) if N == 1 else (3,))
+    assert set(weights.reshape(-1).tolist()) == {1 / 3}
