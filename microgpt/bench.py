@@ -45,6 +45,7 @@ SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some sec
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
 PRINTED = 1e-4  # allowed where a loss is known to four digits
 LEARNING_RATE = 1e-3
+TIMES = {"seconds_per_step": median, "fastest": min, "slowest": max}  # what is reported of them
 # how variables begin by which an environment steers the libraries that compute
 STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
 
@@ -182,11 +183,11 @@ def difference(one: Contestant) -> float:
         return first if first <= one.allowed else min(first, _apart(one, docs, right))
 
     first, *others = one.batches
-    difference = apart(_few(first, one), _scalar_step)
+    from_scalar = apart(_few(first, one), _scalar_step)
     if one.name == "scalar":
-        return difference
+        return from_scalar
     whole = one.batches if one.partly else others
-    return max(difference, *(apart(docs, _whole_step) for docs in whole))
+    return max(from_scalar, *(apart(docs, _whole_step) for docs in whole))
 
 
 def _off_course(one: Contestant) -> float:
@@ -335,9 +336,7 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
                 "cores": one.config.cores,
                 "batch_size": one.config.batch_size,
                 "tokens_per_step": one.tokens,
-                "seconds_per_step": median(one.seconds) if one.right else None,
-                "fastest": min(one.seconds) if one.right else None,
-                "slowest": max(one.seconds) if one.right else None,
+                **{name: of(one.seconds) if one.right else None for name, of in TIMES.items()},
                 "difference": one.difference if math.isfinite(one.difference) else None,
                 "right": one.right,
             }
@@ -361,7 +360,6 @@ def _enter_program(path: Path, config: Config) -> Contestant:
 def _opponents(name: str, config: Config) -> list[Contestant]:
     if name != "torch":
         raise MicrogptError(f"--against {name}: unknown; expected torch, or a program, FILE.py")
-
     state, batches = _start(config, name)
     found = torch_backends()
     return [

@@ -51,7 +51,7 @@ class Backend:
             numbers = np.frombuffer(memory, dtype)
             numbers[:] = self.flat
             self.flat = numbers
-        self.flat_grads = np.zeros(len(self.flat), dtype)
+        self.flat_grads = np.zeros(len(self.flat), dtype)  # takes no memory yet; zeros_like would
         self.worker = Worker(config, self.shapes, self.flat, self.flat_grads, watch)
         self.params = self.worker.params
 

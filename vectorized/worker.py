@@ -48,7 +48,7 @@ class Worker:
         self.flat_grads = flat_grads  # (P,), as flat
         self.params = model_tree(flat, shapes, config.n_layer)
         self.dparams = model_tree(flat_grads, shapes, config.n_layer)
-        self.flat_piece = np.zeros(len(flat), flat.dtype)
+        self.flat_piece = np.zeros(len(flat), flat.dtype)  # takes no memory yet
         self.dpiece = model_tree(self.flat_piece, shapes, config.n_layer)
         self.watch = watch
         self.work: list[tuple[Batch, Tree, Tree]] = []
