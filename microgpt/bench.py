@@ -45,7 +45,12 @@ SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some sec
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
 PRINTED = 1e-4  # allowed where a loss is known to four digits
 LEARNING_RATE = 1e-3
-TIMES = {"seconds_per_step": median, "fastest": min, "slowest": max}  # what is reported of them
+# what is reported of the seconds of a step
+TIMES: dict[str, Callable[[list[float]], float]] = {
+    "seconds_per_step": median,
+    "fastest": min,
+    "slowest": max,
+}
 # how variables begin by which an environment steers the libraries that compute
 STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
 
