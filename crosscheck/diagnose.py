@@ -19,7 +19,7 @@ from crosscheck.cases import Case
 from crosscheck.explain import Place, clipping
 from crosscheck.trace import PHASES, Array, Step, real, split_key
 from microgpt.train import learning_rate
-from vectorized.batch import pieces
+from vectorized.batch import micro_batches
 
 
 @dataclass(frozen=True)
@@ -522,22 +522,19 @@ def other_tensor(pair: Pair) -> str:
 
 
 def unwatched(pair: Pair) -> str:
-    """What agrees while somebody watches, and not while nobody does."""
+    """What agrees where the text runs as it stands, and not where it is recorded for training."""
     if pair.phase not in ("eval", "unwatched"):
         return ""
     docs = [doc[doc >= 0].tolist() for doc in pair.step["batch/tokens"]]
-    causes = ["an array is overwritten too early"]
+    causes = ["the recording is not the text, or a result is overwritten too early"]
     if pair.phase == "unwatched":
-        cut = pieces(docs, pair.case.config)
-        if sum(map(len, cut)) < len(docs):
-            causes.insert(0, "documents packed into a row are not told apart")
-        if len(cut) > 1:
-            causes.insert(0, "the pieces of the batch are not added up")
+        if len(micro_batches(docs, pair.case.config)) > 1:
+            causes.insert(0, "the gradients of micro-batches are not added up")
         if pair.case.config.cores > 1:
             causes.insert(0, "the shares of the processes are not added up")
     return (
-        "agrees while all that lies in between is kept, by one process, in one piece, a row for"
-        f" each document: {', or '.join(causes)}"
+        "agrees as long as the text runs as it stands, in one process and one batch:"
+        f" {', or '.join(causes)}"
     )
 
 

@@ -48,18 +48,28 @@ def test_in_single_precision(
     settle(compare_taught(case, lessons[:2], choice.candidate, float32(case)), counted=False)
 
 
-@pytest.mark.parametrize(("columns", "padding"), [(1, 0), (32, 100)])
-def test_in_pieces(
-    case: Case, columns: int, padding: int, lessons: tuple[Step, ...], choice: Choice, settle: Any
+@pytest.mark.parametrize(
+    ("columns", "padding", "lowered"), [(1, 0, False), (32, 100, True)], ids=["alone", "cut"]
+)
+def test_in_micro_batches(
+    case: Case,
+    columns: int,
+    padding: int,
+    lowered: bool,
+    lessons: tuple[Step, ...],
+    choice: Choice,
+    settle: Any,
 ) -> None:
-    """A batch packed, and worked through in pieces of so many columns, is the same batch."""
-    from vectorized import arrays, batch  # here, since a defect may be planted in them
+    """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
+    small arrays."""
+    from vectorized import batch, record  # here, since a defect may be planted in them
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "COLUMNS", columns)
         patch.setattr(batch, "PADDING", padding)
-        patch.setattr(batch, "PACKING", 0)
-        patch.setattr(arrays, "TILED", 0)
+        if not lowered:
+            for trick in ("EQUAL_ROWS", "EXPANDED", "ONE_HOT"):
+                patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             few = min(3, choice.steps)
             settle(compare(case, lessons[:few], trace(case, choice.candidate, "float64", few)))

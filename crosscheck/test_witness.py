@@ -10,7 +10,7 @@ from crosscheck.compare import FLOAT64, Tally
 from crosscheck.trace import Array
 from crosscheck.witness import as_direction, complex_step, difference
 from microgpt.backend import fresh_state, load_backend
-from vectorized.arrays import flatten
+from vectorized.flat import flatten
 
 TOLERANCE = FLOAT64.tolerances["gradient"]
 SMOOTH = [name for name in case_names() if not load_case(name).kink]  # a kink has no derivative

@@ -20,9 +20,9 @@ import numpy as np
 from crosscheck.cases import Case
 from crosscheck.trace import Array
 from microgpt.backend import fresh_state, load_backend
-from microgpt.layout import param_shapes
-from vectorized.arrays import activations, flatten, model_tree, named_views
-from vectorized.batch import arrange, pad
+from microgpt.layout import Tree, param_shapes
+from vectorized.batch import pad
+from vectorized.flat import flatten, model_tree, named_views
 from vectorized.model import loss_forward
 
 STEP = 1e-30
@@ -37,9 +37,6 @@ def complex_step(case: Case, directions: Array) -> Array:
     config, V = case.config, case.tokenizer.vocab_size
     shapes = param_shapes(config, V)
     batch = pad(case.docs(0), np.dtype("float64"))
-    T = batch.shape.T
-    tap = activations(config, V, batch.shape, T, True, lambda *shape: np.empty(shape, "complex128"))
-    arrange(batch, tap)
     flat = flatten(case.params, np.dtype("complex128"))  # (P,)
     params = model_tree(flat, shapes, config.n_layer)
     point = flat.copy()
@@ -47,7 +44,8 @@ def complex_step(case: Case, directions: Array) -> Array:
     for k, direction in enumerate(directions):
         flat[:] = point + 1j * STEP * direction
         with np.errstate(all="ignore"):  # padding need not be finite
-            derivatives[k] = np.imag(loss_forward(batch, params, config, tap)) / STEP
+            loss = loss_forward(batch, params, config, Tree(config.n_layer))
+            derivatives[k] = np.imag(loss) / STEP
     return derivatives
 
 

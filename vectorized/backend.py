@@ -2,7 +2,7 @@
 
 Same as scalar:         the methods, and what each leaves for the next.
 Different from scalar:  parameters, gradients and moments -> a buffer for all of each;
-                        the graph of a batch -> workers, who keep what their shares need.
+                        watched -> the text as it stands; unwatched -> the text as it was recorded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
-from vectorized.adam import adam
-from vectorized.arrays import Array, activations, flatten, named_views
-from vectorized.batch import Batch, arrange, pad
-from vectorized.model import loss_forward
-from vectorized.sample import empty_past, read, sample
+from vectorized.adam import adam, clip
+from vectorized.batch import pad
+from vectorized.flat import flatten, model_tree, named_views
+from vectorized.model import Array, loss_backward, loss_forward
+from vectorized.replay import Numbers
+from vectorized.sample import Cache, read, sample
 from vectorized.worker import Remote, Worker, deal, shared
 
 
@@ -31,14 +32,16 @@ class Backend:
 
     def __init__(self, config: Config, state: State, watch: bool = False) -> None:
         self.config = config
+        self.watch = watch
         self.shapes = {name: np.shape(tensor) for name, tensor in state.params.items()}
         dtype = np.dtype(config.dtype)
         self.flat, self.m, self.v = (
             flatten(tensors, dtype) for tensors in (state.params, state.m, state.v)
         )  # (P,)
+        self.numbers = Numbers()
         self.updates = state.updates
-        self.others: list[Remote] = []  # who work beside this process
-        self.busy: list[Remote] = []  # those of them who have a share of the batch
+        self.others: list[Remote] = []  # processes that work on a share of the batch
+        self.busy: list[Remote] = []  # those of them that have one
         if config.cores > 1 and not watch:
             try:
                 memory = shared(self.flat.nbytes)
@@ -51,57 +54,65 @@ class Backend:
             numbers = np.frombuffer(memory, dtype)
             numbers[:] = self.flat
             self.flat = numbers
-        self.flat_grads = np.zeros(len(self.flat), dtype)  # takes no memory yet; zeros_like would
-        self.worker = Worker(config, self.shapes, self.flat, self.flat_grads, watch)
-        self.params = self.worker.params
+        self.flat_grads = np.zeros(len(self.flat), dtype)  # untouched pages take no memory
+        self.worker = Worker(config, self.shapes, self.flat, self.flat_grads)
+        self.params = model_tree(self.flat, self.shapes, config.n_layer)
 
     def forward(self, docs: Docs) -> float:
-        own, *shares = deal(docs, 1 + len(self.others))
-        self.busy = []
-        for other, share in zip(self.others, shares):
-            if share:
-                other.begin(share, of=len(docs))
-                self.busy.append(other)
-        loss = self.worker.forward(own, of=len(docs))
-        for other in self.busy:
-            loss += other.forward()
+        if self.watch:
+            loss = self._forward(docs)
+        else:
+            own, *shares = deal(docs, 1 + len(self.others))
+            self.busy = []
+            for other, share in zip(self.others, shares):
+                if share:
+                    other.begin(share, of=len(docs))
+                    self.busy.append(other)
+            loss = self.worker.forward(own, of=len(docs))
+            for other in self.busy:
+                loss += other.forward()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss
 
     def backward(self) -> None:
+        if self.watch:
+            self._backward()
+            return
         self.worker.backward()
         for other in self.busy:
             other.backward()
             self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
-        scratch = self.worker.flat_piece  # free between two batches
-        adam(self.flat, self.flat_grads, self.m, self.v, self.updates, lr_t, self.config, scratch)
+        grads = self.flat_grads
+        factor = clip(grads, self.config.grad_clip) if self.config.grad_clip else 1.0
+        if self.watch:
+            adam(self.flat, factor * grads, self.m, self.v, self.updates, lr_t, self.config)
+        else:
+            self.numbers.now = self.updates, lr_t, factor
+            self.worker.replay.update(self.m, self.v, self.numbers)
         self.updates += 1
 
     def set_grads(self, grads: Tensors) -> None:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        batch = pad(docs, self.flat.dtype)
-        V, new = len(self.params.wte), self.worker.workspace.new
-        tap = activations(self.config, V, batch.shape, batch.shape.T, False, new)
-        arrange(batch, tap)
         with np.errstate(all="ignore"):  # padding need not be finite
-            loss_forward(batch, self.params, self.config, tap)
-        by_doc = tap.loss_t.reshape(len(docs), -1)
-        if not np.isfinite(by_doc).all():
+            by_doc = self.worker.replay.losses(docs)
+        real = [losses[: len(doc) - 1] for doc, losses in zip(docs, by_doc)]
+        if not all(np.isfinite(losses).all() for losses in real):
             raise FloatingPointError("the loss of a position is not finite")
-        return [losses[: len(doc) - 1].tolist() for doc, losses in zip(docs, by_doc)]
+        return [losses.tolist() for losses in real]
 
     def read(self, tokens: Sequence[int]) -> Array:
-        past = empty_past(self.params, self.config)
+        caches = [Cache() for _ in range(self.config.n_layer)]
         with np.errstate(all="ignore"):  # logits that are not finite say it all
-            columns = [
-                read(np.array([[token]]), self.params, past, self.config) for token in tokens
+            rows = [
+                read(np.array([[token]]), t, self.params, caches, self.config)[0]
+                for t, token in enumerate(tokens)
             ]
-        return np.concatenate(columns, axis=1).T
+        return np.array(rows)
 
     def sample(
         self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
@@ -117,31 +128,36 @@ class Backend:
         return named_views(self.flat_grads, self.shapes)
 
     def taps(self) -> dict[str, Array]:
-        ((batch, tap, _),) = self.worker.work
-        return self._batched(batch, tap)
+        return self._named(self.tap)
 
     def dtaps(self) -> dict[str, Array]:
-        ((batch, _, dtap),) = self.worker.work
-        return self._batched(batch, dtap)
+        return self._named(self.dtap)
 
-    def _batched(self, batch: Batch, taps: Tree) -> dict[str, Array]:
-        """The taps by name, their columns turned into documents and positions."""
-        B, T, _ = batch.shape
-        real = batch.weights.reshape(B, T) > 0
-        looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, T)
-        batched: dict[str, Array] = {}
+    def _forward(self, docs: Docs) -> float:
+        """The text as it stands."""
+        self.batch = pad(docs, self.flat.dtype)
+        self.tap = Tree(self.config.n_layer)
+        with np.errstate(all="ignore"):
+            return float(loss_forward(self.batch, self.params, self.config, self.tap))
+
+    def _backward(self) -> None:
+        self.dtap, dparams = Tree(self.config.n_layer), Tree(self.config.n_layer)
+        with np.errstate(all="ignore"):
+            loss_backward(self.batch, self.params, dparams, self.config, self.tap, self.dtap)
+        for name, grad in self.grads().items():
+            grad[:] = pick(dparams, name)
+
+    def _named(self, taps: Tree) -> dict[str, Array]:
+        """The taps by name, zero where there is padding, or a position to come."""
+        B, T = self.batch.tokens.shape
+        real = self.batch.weights > 0  # (B, T)
+        looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, U)
+        named: dict[str, Array] = {}
         for name in tap_names(self.config):
             tap = np.asarray(pick(taps, name), self.flat.dtype)
-            if name == "loss":
-                batched[name] = tap
-            elif name == "loss_t":
-                batched[name] = np.where(real, tap.reshape(B, T), 0.0)
-            elif name.endswith((".attn_logits", ".attn_weights")):
-                by_query = tap.reshape(T, -1, B, T).transpose(2, 1, 3, 0)  # (B, H, T, T)
-                batched[name] = np.where(looked_at, by_query, 0.0)
-            else:
-                if tap.ndim == 4:  # q, k, v: (H, B, D, T)
-                    tap = tap.transpose(0, 2, 1, 3)
-                columns = tap.reshape(-1, B, T)
-                batched[name] = np.where(real[..., None], columns.transpose(1, 2, 0), 0.0)
-        return batched
+            if name.endswith((".attn_logits", ".attn_weights")):
+                tap = np.where(looked_at, tap, 0.0)
+            elif name != "loss":
+                tap = np.where(real.reshape(B, T, *[1] * (tap.ndim - 2)), tap, 0.0)
+            named[name] = tap
+        return named

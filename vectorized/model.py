@@ -1,281 +1,309 @@
 """The GPT in arrays: all documents, positions and channels of a batch at once.
 
 Same as scalar:         the functions, their order, their equations, the names of the taps.
-Different from scalar:  vector -> column, so that a batch is a matrix (channels, N);
-                        position loop -> T axis; growing key/value list -> mask;
+Different from scalar:  position loop -> T axis; growing key/value list -> causal mask;
                         one document -> B axis with weights; graph -> explicit backward.
 
-Each f_forward has its f_backward directly beneath: the forward read upside down. dy stands for the
-derivative of the loss with respect to y. At the end of a line: (its shape).
-B = rows (a document in each, or several short ones), T = positions in a row, N = B T columns,
-C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, U = positions looked
-at: T, and while sampling those before them too.
-
-`out` is where a result goes, as everywhere in NumPy. The arrays of `tap` are there beforehand
-(vectorized.arrays shows them all), constants among them; what forward writes there, backward reads,
-and anyone may see. Among the constants are ones and mean: ones.dot(x) is the sum of every column,
-mean.dot(x) its mean (see `summing`).
-Two-dimensional products are a.dot(b): for small matrices half the cost of a @ b.
+Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
+the derivative of the loss with respect to y. At the end of a line: (its shape).
+B = documents, T = positions, U = positions looked at, C = n_embd, H = n_head, D = C / H channels
+a head, F = 4 C, V = vocabulary; `..` stands for any axes before the last.
+`tap.name = ...` keeps what was computed under its name: the backward pass reads it there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
+from numpy import einsum, exp, log, maximum
+from numpy.typing import NDArray
 
 from microgpt.config import Config
 from microgpt.layout import Tree
-from vectorized.arrays import Array, set_ones
-from vectorized.batch import Batch
+
+Array = NDArray[Any]
 
 
-def linear_forward(x: Array, w: Array, out: Array) -> Array:
+class Batch(NamedTuple):
+    """Documents side by side, padded to one length."""
+
+    tokens: Array  # (B, T)
+    targets: Array  # (B, T), the token after each
+    weights: Array  # (B, T), each position's share of the loss: 1 / (documents n), 0 for padding
+
+
+def linear_forward(x: Array, w: Array) -> Array:
     """y = w . x"""
-    return w.dot(x, out)  # (n_out, n_in), (n_in, N) -> (n_out, N)
+    return x @ w.T  # (B, T, n_in), (n_out, n_in) -> (B, T, n_out)
 
 
-def linear_backward(dy: Array, x: Array, w: Array, dw: Array, out: Array) -> Array:
+def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
     """dx = w^T . dy, dw = dy . x^T
 
-    forward: y_o = sum_i w_oi x_i, in every column. So dy_o / dx_i = w_oi, summed over the outputs
-    that x_i goes into, and dy_o / dw_oi = x_i, summed over the columns that share w_oi.
+    forward: y_o = sum_i w_oi x_i, at every position of every document. So dy_o / dx_i = w_oi, summed
+    over the outputs that x_i goes into, and dy_o / dw_oi = x_i, summed over the documents and
+    positions that share w_oi.
     """
-    dy.dot(x.T, dw)  # (n_out, n_in)
-    return w.T.dot(dy, out)  # (n_in, N)
+    dx = dy @ w  # (B, T, n_in)
+    dw = einsum("bto,bti->oi", dy, x)  # (n_out, n_in)
+    return dx, dw
 
 
-def softmax_forward(x: Array, ones: Array, out: Array) -> Array:
+def softmax_forward(x: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
-    below = np.subtract(x, np.maximum.reduce(x), out)  # (n, N)
-    exps = np.exp(below, out)  # (n, N)
-    return np.divide(exps, ones.dot(exps), out)  # (n, N)
+    exps = exp(x - x.max(axis=-1, keepdims=True))  # (.., n)
+    return exps / total(exps)  # (.., n) -> (.., n)
 
 
-def softmax_backward(dy: Array, y: Array, ones: Array, out: Array) -> Array:
+def softmax_backward(dy: Array, y: Array) -> Array:
     """dx = y * (dy - sum(dy * y))
 
     forward: y_i = e_i / sum_j e_j, e_i = exp(x_i - max(x)). So dy_i / dx_j = y_i ([i = j] - y_j):
-    when one input rises every output gives way, hence the sum over the column. The max divides
-    numerator and denominator alike and has no part in it.
+    when one input rises every output gives way, hence the sum. The max divides numerator and
+    denominator alike and has no part in it.
     """
-    return np.multiply(y, dy - ones.dot(dy * y), out)  # (n, N)
+    return y * (dy - total(dy * y))  # (.., n), (.., n) -> (.., n)
 
 
-def rmsnorm_forward(x: Array, mean: Array, eps: Array, out: Array) -> tuple[Array, Array]:
+def rmsnorm_forward(x: Array, eps: float) -> tuple[Array, Array]:
     """y = x * (mean(x * x) + eps) ** -0.5
 
-    Divided by the root, which is faster than a power. Returns y and the root.
+    Returns y and the scale, (mean(x * x) + eps) ** -0.5.
     """
-    rms = np.sqrt(mean.dot(x * x) + eps)  # (N,) or (n, N), as mean has it
-    return np.divide(x, rms, out), rms  # (n, N), as rms
+    ms = mean(x * x)  # (.., 1)
+    scale = (ms + eps) ** -0.5  # (.., 1)
+    return x * scale, scale  # (.., n) -> (.., n), (.., 1)
 
 
-def rmsnorm_backward(dy: Array, y: Array, mean: Array, rms: Array, out: Array) -> Array:
-    """dx = (dy - y * mean(dy * y)) / rms
+def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
+    """dx = scale * (dy - y * mean(dy * y))
 
-    forward: y_i = x_i / rms, rms = sqrt(1/n sum_j x_j^2 + eps). As the numerator, x_i receives
-    dy_i / rms. The denominator receives -sum_j dy_j x_j / rms^2, and changes by x_i / (n rms) when
-    x_i changes by 1; with x = y rms, the product of the two is -y_i (1/n sum_j dy_j y_j) / rms.
+    forward: y_i = x_i scale, scale = (1/n sum_j x_j^2 + eps)^-0.5. As a factor, x_i receives
+    dy_i scale. The scale receives sum_j dy_j x_j, and changes by -scale^3 x_i / n when x_i changes
+    by 1; with x = y / scale, the product of the two is -scale y_i (1/n sum_j dy_j y_j).
     """
-    return np.divide(dy - y * mean.dot(dy * y), rms, out)  # (n, N)
+    return scale * (dy - y * mean(dy * y))  # (.., n), (.., n), (.., 1) -> (.., n)
 
 
-def activation_forward(x: Array, squared: bool, zeros: Array, out: Array, slope: Array) -> Array:
-    """y = relu(x), or relu(x) ** 2
-
-    zeros    as many as there are x, which maximum() takes two to four times as fast as one
-    slope    where dy / dx goes, for the way back: [x > 0], or 2 relu(x)
-    """
-    relu = np.maximum(x, zeros, out=out)  # (n, N)
-    if squared:
-        np.multiply(relu, 2.0, out=slope)  # (n, N)
-        return np.multiply(relu, relu, out)  # (n, N)
-    slope[:] = relu > zeros  # (n, N)
-    return relu
+def activation_forward(x: Array, squared: bool) -> Array:
+    """y = relu(x), or relu(x) ** 2"""
+    relu = maximum(x, 0.0)  # (.., n)
+    return relu**2 if squared else relu  # (.., n) -> (.., n)
 
 
-def activation_backward(dy: Array, slope: Array, out: Array) -> Array:
-    """dx = dy * slope
+def activation_backward(dy: Array, x: Array, squared: bool) -> Array:
+    """dx = dy * [x > 0], or dy * 2 relu(x)
 
     forward: y = x where x > 0, else 0: the slope is 1, else 0. That of its square is 2 relu(x).
     """
-    return np.multiply(dy, slope, out)  # (n, N)
+    slope = 2.0 * maximum(x, 0.0) if squared else x > 0.0  # (.., n)
+    return dy * slope  # (.., n), (.., n) -> (.., n)
 
 
-def attention_forward(x: Array, w: Tree, past: Tree | None, tap: Tree) -> Array:
+def attention_forward(
+    x: Array, w: Tree, cache: Any, mask: Array | float, config: Config, tap: Tree
+) -> Array:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)
 
-    past holds the keys and values of the positions before these; there are none in training.
+    cache    the keys and values of the positions before these, when sampling; None in training,
+             where every position is here, and the mask hides those to come
     """
     # queries, keys and values
-    attn_norm, tap.attn_rms = rmsnorm_forward(x, tap.mean, tap.norm_eps, tap.attn_norm)  # (C, N)
-    linear_forward(attn_norm, w.attn_wqkv, tap.qkv)  # (3 C, N): one product for the three
-    q, k, v = tap.q, tap.k, tap.v  # (H, B, D, T), views of qkv
-    if past is not None:
-        k = past.k = np.concatenate((past.k, k), axis=-1)  # (H, B, D, U)
-        v = past.v = np.concatenate((past.v, v), axis=-1)  # (H, B, D, U)
+    tap.attn_norm, tap.attn_scale = rmsnorm_forward(x, config.norm_eps)  # (B, T, C), (B, T, 1)
+    q = tap.q = linear_forward(tap.attn_norm, w.attn_wq)  # (B, T, C)
+    k = tap.k = linear_forward(tap.attn_norm, w.attn_wk)  # (B, T, C)
+    v = tap.v = linear_forward(tap.attn_norm, w.attn_wv)  # (B, T, C)
+    keys, values = (k, v) if cache is None else cache.extend(k, v)  # (B, U, C), (B, U, C)
+    q_heads = split_heads(q, config)  # (B, T, H, D)
+    k_heads = split_heads(keys, config)  # (B, U, H, D)
+    v_heads = split_heads(values, config)  # (B, U, H, D)
     # how much each head looks at each position up to this one
-    np.matmul(k.swapaxes(2, 3), q, out=tap.head_logits)  # (H, B, U, T), a view of attn_logits
-    logits = tap.attn_logits  # (U, H B T)
-    logits *= tap.logit_scale
-    unmasked = tap.unmasked  # another view, (U, H B T / n, n), of which the mask has (U, 1, n)
-    unmasked += tap.mask
-    softmax_forward(logits, tap.ones, tap.attn_weights)  # (U, H B T)
+    attn_logits = tap.attn_logits = (
+        einsum("bthd,buhd->bhtu", q_heads, k_heads) / config.head_dim**0.5 + mask
+    )  # (B, H, T, U)
+    attn_weights = tap.attn_weights = softmax_forward(attn_logits)  # (B, H, T, U)
     # what it sees there, heads side by side
-    np.matmul(v, tap.head_weights, out=tap.head_out)  # (H, B, D, T), a view of attn_out
+    out_heads = einsum("bhtu,buhd->bthd", attn_weights, v_heads)  # (B, T, H, D)
+    attn_out = tap.attn_out = merge_heads(out_heads)  # (B, T, C)
     # residual
-    attn_res = linear_forward(tap.attn_out, w.attn_wo, tap.attn_res)  # (C, N)
-    attn_res += x
+    projected = linear_forward(attn_out, w.attn_wo)  # (B, T, C)
+    attn_res = tap.attn_res = projected + x  # (B, T, C)
     return attn_res
 
 
 def attention_backward(
-    dattn_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out: Array
+    dattn_res: Array, w: Tree, dw: Tree, config: Config, tap: Tree, dtap: Tree
 ) -> Array:
     """dx = rmsnorm_backward(w^T . (dq, dk, dv)) + dattn_res
 
-    forward: out_dt = sum_u v_du weights_ut and logits_ut = sum_d k_du q_dt / sqrt(D), in every
-    head of every row. Each is a product of two matrices, so each factor receives the
-    derivative of the product times the other factor, summed over the index it does not have:
-    dv over t, dweights over d; dk over t, dq over u.
+    forward: attn_out_td = sum_u weights_tu v_ud and logits_tu = sum_d q_td k_ud / sqrt(D), in every
+    head of every document. Each is a product of two arrays, and each factor receives the derivative
+    of the product times the other factor, summed over the index that the factor does not have.
     """
+    q_heads = split_heads(tap.q, config)  # (B, T, H, D)
+    k_heads = split_heads(tap.k, config)  # (B, U, H, D)
+    v_heads = split_heads(tap.v, config)  # (B, U, H, D)
     # residual
     # forward: attn_res = attn_wo . attn_out + x
-    linear_backward(dattn_res, tap.attn_out, w.attn_wo, dw.attn_wo, dtap.attn_out)  # (C, N)
+    dattn_out, dw.attn_wo = linear_backward(dattn_res, tap.attn_out, w.attn_wo)
+    dtap.attn_out = dattn_out  # (B, T, C)
     # what it sees there, heads side by side
-    # forward: out = v . weights
-    np.matmul(tap.v.swapaxes(2, 3), dtap.head_out, out=dtap.head_weights)  # (H, B, T, T)
-    np.matmul(dtap.head_out, tap.head_weights.swapaxes(2, 3), out=dtap.v)  # (H, B, D, T)
+    # forward: attn_out = attn_weights . v
+    dout_heads = split_heads(dattn_out, config)  # (B, T, H, D)
+    dattn_weights = dtap.attn_weights = einsum(
+        "bthd,buhd->bhtu", dout_heads, v_heads
+    )  # (B, H, T, U)
+    dv_heads = einsum("bthd,bhtu->buhd", dout_heads, tap.attn_weights)  # (B, U, H, D)
     # how much each head looks at each position up to this one
-    # forward: weights = softmax(logits)
-    softmax_backward(dtap.attn_weights, tap.attn_weights, tap.ones, dtap.attn_logits)  # (T, H B T)
-    # forward: logits = k^T . q / sqrt(D)
-    np.matmul(tap.k, dtap.head_logits, out=dtap.q)  # (H, B, D, T)
-    np.matmul(tap.q, dtap.head_logits.swapaxes(2, 3), out=dtap.k)  # (H, B, D, T)
-    dqk = dtap.qk  # (2 C, N), fewer numbers to divide by sqrt(D) than dlogits
-    dqk *= tap.logit_scale
+    # forward: attn_weights = softmax(attn_logits)
+    dattn_logits = softmax_backward(dattn_weights, tap.attn_weights)  # (B, H, T, U)
+    dtap.attn_logits = dattn_logits  # (B, H, T, U)
+    # forward: attn_logits = q . k / sqrt(D) + mask
+    dscores = dattn_logits / config.head_dim**0.5  # (B, H, T, U)
+    dq_heads = einsum("bhtu,buhd->bthd", dscores, k_heads)  # (B, T, H, D)
+    dk_heads = einsum("bhtu,bthd->buhd", dscores, q_heads)  # (B, U, H, D)
     # queries, keys and values
+    dq = dtap.q = merge_heads(dq_heads)  # (B, T, C)
+    dk = dtap.k = merge_heads(dk_heads)  # (B, T, C)
+    dv = dtap.v = merge_heads(dv_heads)  # (B, T, C)
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
-    dattn_norm = linear_backward(
-        dtap.qkv, tap.attn_norm, w.attn_wqkv, dw.attn_wqkv, dtap.attn_norm
-    )  # (C, N)
+    dattn_norm_q, dw.attn_wq = linear_backward(dq, tap.attn_norm, w.attn_wq)
+    dattn_norm_k, dw.attn_wk = linear_backward(dk, tap.attn_norm, w.attn_wk)
+    dattn_norm_v, dw.attn_wv = linear_backward(dv, tap.attn_norm, w.attn_wv)
+    dattn_norm = dtap.attn_norm = dattn_norm_q + dattn_norm_k + dattn_norm_v  # (B, T, C)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dattn_norm, tap.attn_norm, tap.mean, tap.attn_rms, dtap.attn_x)  # (C, N)
-    return np.add(dx, dattn_res, out)  # (C, N)
+    return rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_scale) + dattn_res  # (B, T, C)
 
 
 def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
-    mlp_norm, tap.mlp_rms = rmsnorm_forward(x, tap.mean, tap.norm_eps, tap.mlp_norm)  # (C, N)
-    mlp_pre = linear_forward(mlp_norm, w.mlp_fc1, tap.mlp_pre)  # (F, N)
-    mlp_act = activation_forward(
-        mlp_pre, config.squared_relu, tap.zeros, tap.mlp_act, tap.mlp_slope
-    )  # (F, N)
+    tap.mlp_norm, tap.mlp_scale = rmsnorm_forward(x, config.norm_eps)  # (B, T, C), (B, T, 1)
+    mlp_pre = tap.mlp_pre = linear_forward(tap.mlp_norm, w.mlp_fc1)  # (B, T, F)
+    mlp_act = tap.mlp_act = activation_forward(mlp_pre, config.squared_relu)  # (B, T, F)
     # residual
-    mlp_res = linear_forward(mlp_act, w.mlp_fc2, tap.mlp_res)  # (C, N)
-    mlp_res += x
+    projected = linear_forward(mlp_act, w.mlp_fc2)  # (B, T, C)
+    mlp_res = tap.mlp_res = projected + x  # (B, T, C)
     return mlp_res
 
 
-def mlp_backward(dmlp_res: Array, w: Tree, dw: Tree, tap: Tree, dtap: Tree, out: Array) -> Array:
+def mlp_backward(
+    dmlp_res: Array, w: Tree, dw: Tree, config: Config, tap: Tree, dtap: Tree
+) -> Array:
     """dx = rmsnorm_backward(mlp_fc1^T . activation_backward(mlp_fc2^T . dmlp_res)) + dmlp_res"""
     # residual
     # forward: mlp_res = mlp_fc2 . mlp_act + x
-    dmlp_act = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2, dw.mlp_fc2, dtap.mlp_act)  # (F, N)
+    dmlp_act, dw.mlp_fc2 = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2)
+    dtap.mlp_act = dmlp_act  # (B, T, F)
     # forward: mlp_act = activation(mlp_pre)
-    dmlp_pre = activation_backward(dmlp_act, tap.mlp_slope, dtap.mlp_pre)  # (F, N)
+    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)  # (B, T, F)
+    dtap.mlp_pre = dmlp_pre  # (B, T, F)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
-    dmlp_norm = linear_backward(
-        dmlp_pre, tap.mlp_norm, w.mlp_fc1, dw.mlp_fc1, dtap.mlp_norm
-    )  # (C, N)
+    dmlp_norm, dw.mlp_fc1 = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1)
+    dtap.mlp_norm = dmlp_norm  # (B, T, C)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    dx = rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mean, tap.mlp_rms, dtap.mlp_x)  # (C, N)
-    return np.add(dx, dmlp_res, out)  # (C, N)
+    return rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale) + dmlp_res  # (B, T, C)
 
 
 def gpt_forward(
-    token_at: Array, params: Tree, past: Tree | None, config: Config, tap: Tree
+    tokens: Array,
+    positions: slice,
+    params: Tree,
+    caches: Sequence[Any],
+    mask: Array | float,
+    config: Config,
+    tap: Tree,
 ) -> Array:
-    """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))
-
-    token_at    (N,), where each column's token sits in a flattened (V, N)
-
-    wte[token] + wpe[position] is one product, (wte, wpe)^T . one_hot: a column has a one at its
-    token and, further down, a one at its position, which is there beforehand. (Rows that are not
-    asked for are multiplied by 0: what is not finite in one of them spoils every column.)
-    """
-    one_hot = tap.one_hot  # (V + U, N)
-    set_ones(tap.token_rows, token_at)  # (V N,), the upper part of one_hot
-    emb = res = params.wte_wpe[: len(one_hot)].T.dot(one_hot, tap.emb)  # (C, N)
+    """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
+    res = tap.emb = params.wte[tokens] + params.wpe[positions]  # (B, T, C)
     if config.norm_embedding:
-        res, tap.emb_rms = rmsnorm_forward(emb, tap.mean, tap.norm_eps, tap.emb_norm)  # (C, N)
+        tap.emb_norm, tap.emb_scale = rmsnorm_forward(tap.emb, config.norm_eps)
+        res = tap.emb_norm  # (B, T, C)
     for i in range(config.n_layer):
-        past_i = None if past is None else past.layers[i]
-        res = attention_forward(res, params.layers[i], past_i, tap.layers[i])  # (C, N)
-        res = mlp_forward(res, params.layers[i], config, tap.layers[i])  # (C, N)
+        res = attention_forward(
+            res, params.layers[i], caches[i], mask, config, tap.layers[i]
+        )  # (B, T, C)
+        res = mlp_forward(res, params.layers[i], config, tap.layers[i])  # (B, T, C)
     lm_head = params.wte if config.tie_lm_head else params.lm_head
-    return linear_forward(res, lm_head, tap.logits)  # (V, N)
+    logits = tap.logits = linear_forward(res, lm_head)  # (B, T, V)
+    return logits
 
 
 def gpt_backward(
-    dlogits: Array, params: Tree, dparams: Tree, config: Config, tap: Tree, dtap: Tree
+    dlogits: Array,
+    tokens: Array,
+    positions: slice,
+    params: Tree,
+    dparams: Tree,
+    config: Config,
+    tap: Tree,
+    dtap: Tree,
 ) -> None:
-    """dwte, dwpe = one_hot . demb^T, where demb = rmsnorm_backward(blocks_backward(dlogits))
+    """dwte[token] = sum of demb at this token, where demb = rmsnorm_backward(blocks_backward(dlogits))
 
-    dparams    the gradient of every parameter, written over what was there
+    dparams    where the gradient of every parameter goes
     """
     # forward: logits = lm_head . res
-    res = tap.layers[-1].mlp_res  # (C, N)
-    dres = dtap.layers[-1].mlp_res  # (C, N)
-    if config.tie_lm_head:
-        linear_backward(dlogits, res, params.wte, dparams.wte, dres)  # (C, N)
-    else:
-        linear_backward(dlogits, res, params.lm_head, dparams.lm_head, dres)  # (C, N)
+    res = tap.layers[-1].mlp_res  # (B, T, C)
+    lm_head = params.wte if config.tie_lm_head else params.lm_head
+    dres, dlm_head = linear_backward(dlogits, res, lm_head)
     for i in reversed(range(config.n_layer)):
         w, dw, tap_i, dtap_i = params.layers[i], dparams.layers[i], tap.layers[i], dtap.layers[i]
-        before = dtap.layers[i - 1].mlp_res if i > 0 else dtap.emb_norm  # (C, N)
-        dres = mlp_backward(dres, w, dw, tap_i, dtap_i, dtap_i.attn_res)  # (C, N)
-        dres = attention_backward(dres, w, dw, tap_i, dtap_i, before)  # (C, N)
+        dtap_i.mlp_res = dres  # (B, T, C)
+        dres = dtap_i.attn_res = mlp_backward(dres, w, dw, config, tap_i, dtap_i)  # (B, T, C)
+        dres = attention_backward(dres, w, dw, config, tap_i, dtap_i)  # (B, T, C)
     demb = dres
     if config.norm_embedding:
-        demb = rmsnorm_backward(dres, tap.emb_norm, tap.mean, tap.emb_rms, dtap.emb)  # (C, N)
-    # forward: emb = (wte, wpe)^T . one_hot. A token that occurs twice receives twice, a position
-    # that no document reaches nothing; and where wte is lm_head as well, this comes on top of what
-    # it has received as that.
-    dparams.wpe.fill(0.0)
-    dwte_wpe = dparams.wte_wpe[: len(tap.one_hot)]  # (V + T, C)
-    if config.tie_lm_head:
-        dwte_wpe += tap.one_hot.dot(demb.T)  # (V + T, C)
-    else:
-        tap.one_hot.dot(demb.T, dwte_wpe)  # (V + T, C)
+        # forward: emb_norm = rmsnorm(emb)
+        dtap.emb_norm = dres  # (B, T, C)
+        demb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (B, T, C)
+    dtap.emb = demb  # (B, T, C)
+    # forward: emb = wte[token] + wpe[position]. A token that occurs twice receives twice; and where
+    # wte is lm_head as well, this comes on top of what it has received as that.
+    dwte = dlm_head if config.tie_lm_head else np.zeros_like(params.wte)  # (V, C)
+    np.add.at(dwte, tokens, demb)
+    dwpe = np.zeros_like(params.wpe)  # (block_size, C)
+    dwpe[positions] = demb.sum(axis=0)
+    dparams.wte, dparams.wpe = dwte, dwpe
+    if not config.tie_lm_head:
+        dparams.lm_head = dlm_head
 
 
-def cross_entropy_forward(
-    logits: Array, target_at: Array, ones: Array, out: Array, probs: Array
-) -> Array:
-    """loss_t = -log(softmax(logits)[target])"""
-    softmax_forward(logits, ones, probs)  # (V, N)
-    return np.negative(np.log(probs.take(target_at)), out)  # (N,)
+def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """loss_t = -log(softmax(logits)[target])
+
+    Computed as log(sum(exp(x))) - x[target], x = logits - max(logits): the same, and a number even
+    where the probability is too small for one. Returns loss_t and the probabilities.
+    """
+    b, t = np.ogrid[: targets.shape[0], : targets.shape[1]]  # (B, 1), (1, T)
+    below = logits - logits.max(axis=-1, keepdims=True)  # (B, T, V)
+    exps = exp(below)  # (B, T, V)
+    exps_sum = total(exps)  # (B, T, 1)
+    loss_t = log(exps_sum[..., 0]) - below[b, t, targets]  # (B, T)
+    return loss_t, exps / exps_sum  # (B, T, V), (B, T) -> (B, T), (B, T, V)
 
 
-def cross_entropy_backward(dloss_t: Array, probs: Array, target_at: Array, out: Array) -> Array:
+def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array) -> Array:
     """dlogits = dloss_t * (probs - [target])
 
-    forward: loss_t = log(sum_j exp(x_j)) - x_target, the same thing in other words. The slope of
-    the first term is softmax(x), that of the second is 1 at the target and 0 elsewhere.
+    forward: loss_t = log(sum_j exp(x_j)) - x_target. The slope of the first term is softmax(x),
+    that of the second is 1 at the target and 0 elsewhere.
     """
-    dlogits = np.multiply(dloss_t, probs, out)  # (V, N)
-    dlogits.reshape(-1)[target_at] -= dloss_t
+    b, t = np.ogrid[: targets.shape[0], : targets.shape[1]]  # (B, 1), (1, T)
+    dlogits = dloss_t[..., None] * probs  # (B, T, V)
+    dlogits[b, t, targets] -= dloss_t
     return dlogits
 
 
 def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
-    logits = gpt_forward(batch.token_at, params, None, config, tap)  # (V, N)
-    loss_t = cross_entropy_forward(logits, batch.target_at, tap.ones, tap.loss_t, tap.probs)  # (N,)
-    if batch.ragged:
-        loss_t[batch.weights == 0] = 0.0  # padding, where it need not even be finite
-    tap.loss = batch.weights.dot(loss_t)  # weights of 1 / (documents n) make the sum that mean
-    return tap.loss
+    T = batch.tokens.shape[1]
+    mask, caches = causal_mask(T, params.wte.dtype), [None] * config.n_layer
+    logits = gpt_forward(batch.tokens, slice(T), params, caches, mask, config, tap)  # (B, T, V)
+    tap.loss_t, tap.probs = cross_entropy_forward(logits, batch.targets)  # (B, T), (B, T, V)
+    loss = tap.loss = einsum("bt,bt->", batch.weights, tap.loss_t)  # ()
+    return loss
 
 
 def loss_backward(
@@ -283,10 +311,35 @@ def loss_backward(
 ) -> None:
     """dloss_t = weights, dloss = 1
 
-    forward: loss = sum over columns of weight * loss_t.
+    forward: loss = sum over documents and positions of weight * loss_t.
     """
-    dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (N,)
-    dlogits = cross_entropy_backward(
-        batch.weights, tap.probs, batch.target_at, dtap.logits
-    )  # (V, N)
-    gpt_backward(dlogits, params, dparams, config, tap, dtap)
+    T = batch.tokens.shape[1]
+    dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (B, T)
+    dlogits = cross_entropy_backward(dtap.loss_t, tap.probs, batch.targets)  # (B, T, V)
+    dtap.logits = dlogits  # (B, T, V)
+    gpt_backward(dlogits, batch.tokens, slice(T), params, dparams, config, tap, dtap)
+
+
+def total(x: Array) -> Array:
+    """s = x_0 + x_1 + .. + x_n-1, over the last axis, which stays"""
+    return x.sum(axis=-1, keepdims=True)  # (.., n) -> (.., 1)
+
+
+def mean(x: Array) -> Array:
+    """s = 1/n * (x_0 + x_1 + .. + x_n-1), over the last axis, which stays"""
+    return x.mean(axis=-1, keepdims=True)  # (.., n) -> (.., 1)
+
+
+def split_heads(x: Array, config: Config) -> Array:
+    """The channels of each head: C = H D."""
+    return x.reshape(*x.shape[:2], config.n_head, config.head_dim)  # (B, T, C) -> (B, T, H, D)
+
+
+def merge_heads(x: Array) -> Array:
+    """The heads side by side."""
+    return x.reshape(*x.shape[:2], -1)  # (B, T, H, D) -> (B, T, C)
+
+
+def causal_mask(T: int, dtype: Any) -> Array:
+    """0 where position t may look at position u, u <= t, else -inf."""
+    return np.where(np.tri(T, dtype=bool), dtype.type(0), dtype.type(-np.inf))  # (T, U)

@@ -1,4 +1,4 @@
-"""Sampling in arrays: many documents at once, with a key/value cache.
+"""Sampling in arrays, with a key/value cache.
 
 Same as scalar:         the documents, draw for draw.
 Different from scalar:  one document after another -> walkers side by side.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,31 @@ from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.memory import most_walkers
 from microgpt.tokenizer import Tokenizer
-from vectorized.arrays import Array, Shape, activations, set_ones, summing
-from vectorized.batch import places
-from vectorized.model import gpt_forward, softmax_forward
+from vectorized.model import Array, gpt_forward, softmax_forward
+
+
+class Cache:
+    """The keys and values (B, U, C) of one layer, for all positions up to now."""
+
+    def __init__(self) -> None:
+        self.keys: Any = None
+        self.values: Any = None
+
+    def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Keys and values with those of the next positions behind them."""
+        if self.keys is None:
+            self.keys, self.values = k, v
+        else:
+            self.keys = np.concatenate((self.keys, k), axis=1)
+            self.values = np.concatenate((self.values, v), axis=1)
+        return self.keys, self.values
+
+
+def read(tokens: Array, start: int, params: Tree, caches: list[Cache], config: Config) -> Array:
+    """The logits (B, V) that follow the next tokens (B, 1) of documents, at this position."""
+    tap = Tree(config.n_layer)
+    logits = gpt_forward(tokens, slice(start, start + 1), params, caches, 0.0, config, tap)
+    return logits[:, -1]
 
 
 def sample(
@@ -70,52 +93,29 @@ def walk(
     Returns (walkers, longest), filled up with the closing token.
     """
     longest = config.block_size - len(prompt)
-    past = empty_past(params, config)
-    # all walkers read the same opening
-    logits = read(np.array([[tokenizer.bos, *prompt]]), params, past, config)
-    logits = np.repeat(logits[:, -1:], walkers, axis=1)  # (V, walkers)
-    for layer in past.layers:
-        layer.k, layer.v = np.repeat(layer.k, walkers, axis=1), np.repeat(layer.v, walkers, axis=1)
+    caches = [Cache() for _ in range(config.n_layer)]
+    for t, token in enumerate([tokenizer.bos, *prompt]):
+        logits = read(np.array([[token]]), t, params, caches, config)
+    logits = np.repeat(logits, walkers, axis=0)
+    for cache in caches:
+        cache.keys, cache.values = (np.repeat(x, walkers, axis=0) for x in (cache.keys, cache.values))
     drawn = np.full((walkers, longest), tokenizer.eos)
     awake = np.arange(walkers)
     for i in range(longest):
-        colder = logits.astype(float) * temperature**-1  # (V, awake), as float32 may overflow
-        ones = summing(len(logits), len(awake), 1.0, colder.dtype)
-        probs = softmax_forward(colder, ones, colder)  # (V, awake)
+        probs = softmax_forward(logits.astype(float) * temperature**-1)
         tokens = choose(probs, draws[awake + i])
         drawn[awake, i] = tokens
         going = tokens != tokenizer.eos
         awake, tokens = awake[going], tokens[going]
         if i + 1 == longest or not len(awake):
             break
-        for layer in past.layers:
-            layer.k, layer.v = layer.k[:, going], layer.v[:, going]
-        logits = read(tokens[:, None], params, past, config)  # (V, awake)
+        for cache in caches:
+            cache.keys, cache.values = cache.keys[going], cache.values[going]
+        logits = read(tokens[:, None], len(prompt) + 1 + i, params, caches, config)
     return drawn
 
 
-def empty_past(params: Tree, config: Config) -> Tree:
-    """The keys and values of no position, for one document."""
-    past = Tree(config.n_layer)
-    for layer in past.layers:
-        nothing = np.empty((config.n_head, 1, config.head_dim, 0), params.wte.dtype)
-        layer.k = layer.v = nothing  # (H, B, D, U), U = 0
-    return past
-
-
-def read(tokens: Array, params: Tree, past: Tree, config: Config) -> Array:
-    """The logits that follow these tokens (B, T), which join the past: (V, B T)."""
-    B, T = tokens.shape
-    U = past.layers[0].k.shape[-1] + T
-    dtype = params.wte.dtype
-    tap = activations(
-        config, len(params.wte), Shape(B, T), U, False, lambda *shape: np.empty(shape, dtype)
-    )
-    set_ones(tap.position_rows, tap.at)
-    return gpt_forward(places(tokens * tokens.size), params, past, config, tap)
-
-
 def choose(probs: Array, draws: Array) -> Array:
-    """The index that random.choices would return for each column and its draw: (V, W) -> (W,)."""
-    cumulative = probs.cumsum(axis=0)
-    return (cumulative[:-1] <= draws * cumulative[-1]).sum(axis=0)
+    """The index that random.choices would return for each row and its draw: (W, V) -> (W,)."""
+    cumulative = probs.cumsum(axis=1)
+    return (cumulative[:, :-1] <= draws[:, None] * cumulative[:, -1:]).sum(axis=1)

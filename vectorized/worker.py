@@ -28,12 +28,10 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.errors import LostHelpError
-from microgpt.layout import Tree
-from vectorized.arrays import Array, Workspace, model_tree
-from vectorized.batch import Batch, arrange, as_batch, pad, pieces
-from vectorized.model import loss_backward, loss_forward
-
-Shapes = Mapping[str, tuple[int, int]]
+from vectorized.batch import micro_batches
+from vectorized.flat import Shapes
+from vectorized.model import Array
+from vectorized.replay import Replay, Step
 
 AWAKE = 0.0002 if hasattr(os, "sched_yield") else 0.0  # seconds; waking takes a tenth of that
 
@@ -41,44 +39,43 @@ AWAKE = 0.0002 if hasattr(os, "sched_yield") else 0.0  # seconds; waking takes a
 class Worker:
     """Finds what a share of a batch adds to the loss, and the gradient of that."""
 
-    def __init__(
-        self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array, watch: bool = False
-    ) -> None:
+    def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
         self.config = config
         self.flat_grads = flat_grads  # (P,), as flat
-        self.params = model_tree(flat, shapes, config.n_layer)
-        self.dparams = model_tree(flat_grads, shapes, config.n_layer)
-        self.flat_piece = np.zeros(len(flat), flat.dtype)  # takes no memory yet
-        self.dpiece = model_tree(self.flat_piece, shapes, config.n_layer)
-        self.watch = watch
-        self.work: list[tuple[Batch, Tree, Tree]] = []
-        self.workspace = Workspace(config, len(self.params.wte), flat.dtype, watch)
+        self.replay = Replay(config, shapes, flat, flat_grads)
+        self.flat_sum = np.zeros(len(flat), flat.dtype)  # untouched pages take no memory
+        self.summed = 0  # micro-batches of this batch whose gradient is in flat_sum
+        self.last: Step | None = None  # whose backward pass is still to come
 
     def forward(self, docs: Docs, of: int) -> float:
-        """The loss of these documents, times their share in a batch of so many."""
-        dtype = self.flat_grads.dtype
-        if self.watch:
-            batches = [pad(docs, dtype, of)]
-        else:
-            batches = [as_batch(piece, dtype, of) for piece in pieces(docs, self.config)]
-        self.work.clear()  # what the batch before had is free for this one
-        arrays = self.workspace.arrays([batch.shape for batch in batches])
-        loss = 0.0
+        """The loss of these documents, times their share in a batch of so many.
+
+        Of all micro-batches but the last, the backward pass is run at once: its arrays are in the
+        cache, and the next micro-batch needs their memory.
+        """
+        *others, last = micro_batches(docs, self.config)
+        loss, self.summed = 0.0, 0
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
-            for batch, (tap, dtap) in zip(batches, arrays):
-                arrange(batch, tap)
-                loss += float(loss_forward(batch, self.params, self.config, tap))
-                self.work.append((batch, tap, dtap))
-        return loss
+            for micro_batch in others:
+                step = self.replay.training(micro_batch)
+                loss += step.forward(micro_batch, of)
+                step.backward()
+                if self.summed:
+                    self.flat_sum += self.flat_grads
+                else:
+                    self.flat_sum[:] = self.flat_grads
+                self.summed += 1
+            self.last = self.replay.training(last)
+            return loss + self.last.forward(last, of)
 
     def backward(self) -> None:
         """The gradient of what forward returned, in flat_grads."""
-        first, *others = reversed(self.work)  # what was used last is still in the cache
-        batch, tap, dtap = first
-        loss_backward(batch, self.params, self.dparams, self.config, tap, dtap)
-        for batch, tap, dtap in others:
-            loss_backward(batch, self.params, self.dpiece, self.config, tap, dtap)
-            self.flat_grads += self.flat_piece
+        if self.last is None:
+            return
+        self.last.backward()
+        self.last = None
+        if self.summed:
+            self.flat_grads += self.flat_sum
 
 
 class Line:

@@ -1,0 +1,39 @@
+"""All parameters in one buffer, one after the other, and their names in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from microgpt.layout import Tree, grow
+from vectorized.model import Array
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def flatten(tensors: Mapping[str, Any], dtype: Any) -> Array:
+    """One buffer (P,) that holds all tensors, one after the other, row by row."""
+    flat = np.empty(sum(len(tensor) * len(tensor[0]) for tensor in tensors.values()), dtype)
+    start = 0
+    for tensor in tensors.values():  # one by one: a copy of all at once would take as much again
+        end = start + len(tensor) * len(tensor[0])
+        with np.errstate(over="ignore"):  # too large for float32 is infinite, and found as such
+            flat[start:end].reshape(len(tensor), -1)[:] = tensor
+        start = end
+    return flat
+
+
+def named_views(flat: Array, shapes: Shapes) -> dict[str, Array]:
+    """The tensors of such a buffer: views, so that writing to one writes to the other."""
+    views, start = {}, 0
+    for name, (n_out, n_in) in shapes.items():
+        views[name] = flat[start : start + n_out * n_in].reshape(n_out, n_in)
+        start += n_out * n_in
+    return views
+
+
+def model_tree(flat: Array, shapes: Shapes, n_layer: int) -> Tree:
+    """The tensors of a buffer as the model reads them: params.wte, params.layers[0].attn_wo."""
+    return grow(named_views(flat, shapes), n_layer)

@@ -1,0 +1,825 @@
+"""The recorder: runs the text once, and from then on only the NumPy calls that the text made.
+
+A function of the text is called with arrays that have a shape and no numbers. NumPy hands every
+operation on them to the recorder, which writes down a list of calls (function, arrays in, array
+out) and decides where each result lies. A step of training puts its tokens into place and runs
+down the list. What the recorder does on the way from the text to the list:
+
+memory order   The last axis of a result lies slowest, documents and positions fastest. Sums over
+               channels then add rows, and a linear layer is one product w . x of matrices.
+few axes       Element-wise calls see views with as few axes as memory allows.
+sums           A sum over the last axis is a product with ones. A small sum is computed as n equal
+               rows, so that nothing is broadcast to the n rows afterwards.
+look-ups       The gradient of a small table is a product with a one-hot matrix.
+products       q, k and v are one product, and so are their gradients: see `merged_products`.
+memory         Results share memory when their lives do not overlap: see `place`.
+
+What the list cannot repeat is refused with a RecordingError that names the line of the text: a
+decision that depends on the numbers in an array, or an operation that is not known here.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from bisect import insort
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+from numpy.lib.stride_tricks import as_strided
+
+from microgpt.errors import MicrogptError
+from vectorized.model import Array
+
+Ints = tuple[int, ...]
+Bound = tuple[Callable[..., Any], tuple[Any, ...]]
+
+EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
+EXPANDED = 2**14  # numbers up to which a mask is expanded to the shape of what it is added to
+ONE_HOT = 512  # rows of a table up to which its gradient is a product
+ALIGN = 64  # bytes of a cache line
+
+
+class RecordingError(MicrogptError):
+    """The text does something that a list of calls cannot repeat."""
+
+
+class Line(NamedTuple):
+    """A line of the text."""
+
+    file: str
+    number: int
+
+
+class Buffer:
+    """The memory of one result. Its place is decided when the recording ends."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array  # keeps an address of its own for each buffer; is never touched
+        self.address = address(array)
+        self.home: Array | None = None  # the caller's array, if the result has to lie there
+        self.offset = 0  # in the block of memory otherwise
+        self.group = [self]  # buffers that lie side by side, in this order
+        self.zero = False  # zeros, as long as no call has had to write them
+
+
+class Call:
+    """One call of the list. The last operand is written."""
+
+    def __init__(self, f: Any, operands: Sequence[Any], line: Line) -> None:
+        self.f = f  # a ufunc, or one of the functions at the end of this file
+        self.operands = list(operands)
+        self.line = line
+        self.elementwise = isinstance(f, np.ufunc) or f in (copy, larger)
+
+
+class Number:
+    """A plain number that differs from run to run: a learning rate, a bias correction."""
+
+    def __init__(self, find: Callable[[], float]) -> None:
+        self.find = find
+
+
+def _number_operation(operation: Callable[[float, float], float], swap: bool) -> Any:
+    def combined(self: Number, other: Any) -> Any:
+        if isinstance(other, Traced):
+            return NotImplemented
+        find = other.find if isinstance(other, Number) else lambda: other
+        if swap:
+            return Number(lambda: operation(find(), self.find()))
+        return Number(lambda: operation(self.find(), find()))
+
+    return combined
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(Number, f"__{_name}__", _number_operation(getattr(operator, _name), False))
+    setattr(Number, f"__r{_name}__", _number_operation(getattr(operator, _name), True))
+
+
+class Traced(NDArrayOperatorsMixin):
+    """An array of the text while it is recorded."""
+
+    def __init__(
+        self, recorder: Recorder, view: Array, buffer: Buffer | None, rows: Array | None = None
+    ) -> None:
+        self.recorder = recorder
+        self.view = view  # of the buffer's array; without a buffer, of an array that exists
+        self.buffer = buffer
+        self.tail = buffer  # the last of the buffers that a merged product spans
+        self.rows = rows  # (.., n) equal rows, of which the view shows one: (.., 1)
+        self.shape = view.shape
+        self.ndim = view.ndim
+        self.dtype = view.dtype
+        self._address: int | None = None
+
+    @property
+    def address(self) -> int:
+        """Where this array begins."""
+        if self._address is None:
+            self._address = address(self.view)
+        return self._address
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the memory of this array is the caller's."""
+        return self.buffer is None or self.buffer.home is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of a result."""
+        return self.buffer is not None and self.view.nbytes == self.buffer.array.nbytes
+
+    def like(self, view: Array) -> Traced:
+        """Another view of the same memory."""
+        return Traced(self.recorder, view, self.buffer)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        (out,) = kwargs.pop("out", (None,))
+        if ufunc is np.add and method == "at":
+            return self.recorder.add_at(*inputs)
+        if method != "__call__" or kwargs or ufunc.nout > 1:
+            raise self.recorder.refusal(f"numpy.{ufunc.__name__} with these arguments")
+        if ufunc is np.matmul:
+            return self.recorder.matmul(*inputs)
+        return self.recorder.elementwise(ufunc, inputs, out)
+
+    def __array_function__(self, f: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if f is np.einsum and len(args) == 3 and not kwargs:
+            return self.recorder.einsum(*args)
+        if f is np.zeros_like and not kwargs:
+            return self.recorder.zeros(args[0].shape)
+        raise self.recorder.refusal(f"numpy.{f.__name__} with these arguments")
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.recorder.refusal(f".{name} of an array")
+
+    def _no_numbers(self, *_: Any) -> Any:
+        raise self.recorder.refusal("a decision that depends on the numbers in an array")
+
+    __array__ = __bool__ = __complex__ = __contains__ = __float__ = __index__ = _no_numbers
+    __int__ = __iter__ = _no_numbers
+
+    @property
+    def T(self) -> Traced:
+        return self.like(self.view.T)
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def reshape(self, *shape: int) -> Traced:
+        return self.recorder.reshaped(self, self.view, shape)
+
+    def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        if axis == 0 and not keepdims:
+            return self.recorder.sum_of_documents(self)
+        return self.recorder.sum_of_last(self, axis, keepdims, 1.0)
+
+    def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        return self.recorder.sum_of_last(self, axis, keepdims, 1 / self.shape[-1])
+
+    def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        return self.recorder.max_of_last(self, axis, keepdims)
+
+    def __getitem__(self, key: Any) -> Traced:
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(k, Traced) for k in keys):
+            return self.recorder.gather(self, keys)
+        return self.like(self.view[key])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(k, Traced) for k in keys):
+            self.recorder.scatter(self, keys, value)
+        else:
+            self.recorder.assign(self.like(self.view[key]), value)
+
+
+class Recorder:
+    """Writes down what the text does with arrays of one precision."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self.calls: list[Call] = []
+        self.marks = [0]  # where the parts of the list begin
+        self.numbers: list[tuple[Array, Callable[[], float]]] = []
+        self.known: dict[Any, Any] = {}  # constants, and results that the text asks for again
+
+    def hold(self, array: Array) -> Traced:
+        """An array that exists, for the text to work on: parameters, tokens."""
+        return Traced(self, array, None)
+
+    def mark(self) -> None:
+        """Begin another part of the list, which is run by itself."""
+        self.marks.append(len(self.calls))
+
+    def put(self, result: Any, place: Array) -> None:
+        """Have a result computed in an array that exists, or copied there if it cannot be."""
+        if (
+            isinstance(result, Traced)
+            and result.whole
+            and not result.fixed
+            and result.view.strides == place.strides
+        ):
+            self._write_zeros(result)
+            result.buffer.home = place  # type: ignore[union-attr]
+        else:
+            self.assign(self.hold(place), result)
+
+    def recording(self) -> Recording:
+        """What has been written down."""
+        parts = [self.calls[start:end] for start, end in pairwise([*self.marks, len(self.calls)])]
+        parts = [merged_products(part) for part in parts]
+        return Recording(parts, place([call for part in parts for call in part]), self.numbers)
+
+    def refusal(self, what: str) -> RecordingError:
+        """The error for something that a list of calls cannot repeat."""
+        line = _line()
+        return RecordingError(f"{line.file}:{line.number}: {what} cannot be recorded")
+
+    # --- element by element
+
+    def elementwise(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
+        """A ufunc, or what does the same in less time."""
+        x, y = inputs[0], inputs[-1]
+        plain = isinstance(y, (int, float))
+        if ufunc is np.divide and (plain or isinstance(y, Number)):
+            ufunc, inputs = np.multiply, (x, 1 / y)
+        elif ufunc is np.power and plain and y in ROOTS:
+            for ufunc in ROOTS[y]:
+                x = self._on_rows(ufunc, (x,))
+            return x
+        elif ufunc is np.maximum and plain and y == 0:
+            relu = self.known[larger, x.address] = self._apply(larger, inputs)
+            return relu
+        elif ufunc is np.greater and plain and y == 0:  # relu(x) > 0 says the same, and frees x
+            inputs = (self.known.get((larger, x.address), x), y)
+        if len(inputs) == 2 and out is None:
+            return self._on_rows(ufunc, inputs)
+        return self._apply(ufunc, inputs, out)
+
+    def _on_rows(self, ufunc: Any, inputs: Sequence[Any]) -> Traced:
+        """The result for all equal rows, if all arrays in have such rows."""
+        if any(isinstance(x, Traced) and x.rows is None for x in inputs):
+            return self._apply(ufunc, inputs)
+        inputs = [x.like(x.rows) if isinstance(x, Traced) else x for x in inputs]
+        out = self._apply(ufunc, inputs)
+        return Traced(self, out.view[..., :1], out.buffer, out.view)
+
+    def _apply(self, f: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
+        operands = [self._operand(x) for x in inputs]
+        shape = _broadcast(*[x.shape for x in operands]) if out is None else out.shape
+        for i, x in enumerate(operands):
+            if isinstance(x, Traced) and x.rows is not None and x.rows.shape == shape:
+                operands[i] = x.like(x.rows)
+        if out is not None:
+            self._emit(f, *operands, out)
+            return out
+        like = (x for x in operands if isinstance(x, Traced) and x.shape == shape)
+        out = self._new(shape, like=next(like, None))
+        for i, x in enumerate(operands):
+            if isinstance(x, np.ndarray) and x.ndim and out.view.size <= EXPANDED:
+                operands[i] = np.empty_like(out.view)
+                operands[i][...] = x
+        self._emit(f, *operands, out)
+        if out.ndim > 2 and out.view.flags.c_contiguous and shape[-1] > 1:  # rows of a table
+            rows, out = out, self._new(shape)
+            self._emit(copy, rows, out)
+        return out
+
+    def _operand(self, x: Any) -> Any:
+        if isinstance(x, Traced):
+            return x
+        if isinstance(x, Number):
+            self.numbers.append((np.empty((), self.dtype), x.find))
+            return self.numbers[-1][0]
+        if isinstance(x, np.ndarray):
+            return x.astype(self.dtype, copy=False)
+        return self._constant(x, lambda: x)
+
+    def assign(self, place: Traced, value: Any) -> None:
+        """place[:] = value; a result of the last call is computed there to begin with."""
+        last = self.calls[-1] if self.calls else None
+        if last and last.operands[-1] is value and (last.elementwise or last.f is sum_rows):
+            self.calls.pop()
+            self._write_zeros(place)
+            inputs = [self._early(x, place) for x in last.operands[:-1]]
+            self.calls.append(Call(last.f, [*inputs, place], last.line))
+        else:
+            self._write_zeros(place)
+            self._emit(copy, value, place)
+
+    def _early(self, x: Any, place: Traced) -> Any:
+        """In `place[:] = a * place + y`, have a * place computed in place as well."""
+        for call in reversed(self.calls):
+            if any(
+                isinstance(y, Traced) and y.address == place.address and y.shape == place.shape
+                for y in call.operands
+            ):
+                if call.operands[-1] is x and call.elementwise:
+                    call.operands[-1] = place
+                    return place
+                break
+        return x
+
+    # --- sums, maxima, products
+
+    def sum_of_last(self, x: Traced, axis: int | None, keepdims: bool, weight: float) -> Traced:
+        """weight * x.sum(axis=-1, keepdims=True)"""
+        if axis != -1 or not keepdims:
+            raise self.refusal("a sum over this axis")
+        columns = self.matrix(x)  # (n, N)
+        n, N = columns.shape
+        if n * n * N > EQUAL_ROWS:
+            out = self._new((*x.shape[:-1], 1))
+            ones = self._constant((n, weight), lambda: np.full(n, weight))
+            self._emit(dot, self.hold(ones), columns, self._flat(out))
+            return out
+        out = self._new(x.shape, like=x)
+        ones = self._constant((n, n, weight), lambda: np.full((n, n), weight))
+        self._emit(dot, self.hold(ones), columns, self.matrix(out))
+        return Traced(self, out.view[..., :1], out.buffer, out.view)
+
+    def sum_of_documents(self, x: Traced) -> Traced:
+        """x.sum(axis=0)"""
+        if len(x) == 1:
+            return x[0]
+        out = self._new(x.shape[1:])
+        self._emit(sum_rows, x, out)
+        return out
+
+    def max_of_last(self, x: Traced, axis: int | None, keepdims: bool) -> Traced:
+        """x.max(axis=-1, keepdims=True)"""
+        if axis != -1 or not keepdims:
+            raise self.refusal("a maximum over this axis")
+        out = self._new((*x.shape[:-1], 1))
+        self._emit(max_rows, self.matrix(x), self._flat(out))
+        return out
+
+    def matmul(self, x: Traced, w: Traced) -> Traced:
+        """x @ w, computed as w^T . x^T: (.., k), (k, n) -> (.., n)"""
+        if not isinstance(x, Traced) or not isinstance(w, Traced) or w.ndim != 2 or x.ndim < 2:
+            raise self.refusal("this product")
+        out = self._new((*x.shape[:-1], w.shape[1]))
+        self._emit(dot, w.T, self.matrix(x), self.matrix(out))
+        return out
+
+    def einsum(self, letters: str, a: Traced, b: Traced) -> Traced:
+        """A product of two matrices, for every index that all three arrays have."""
+        inputs, to = letters.split("->")
+        of_a, of_b = inputs.split(",")
+        size = {**dict(zip(of_a, a.shape)), **dict(zip(of_b, b.shape))}
+        every, summed, rows, columns, order = _plan(of_a, of_b, to)
+        out = self._new([size[letter] for letter in to], order)
+        if not to:
+            self._emit(dot, self._flat(a), self._flat(b), out)
+            return out
+
+        def matrices(x: Traced, of: str, left: str, right: str) -> Traced:
+            view = x.view.transpose([of.index(letter) for letter in every + left + right])
+            sizes = (prod(size[letter] for letter in side) for side in (left, right))
+            return self.reshaped(x, view, (*(size[letter] for letter in every), *sizes))
+
+        if rows and to[order[-1]] in rows:  # what lies fastest in the result are its columns
+            a, b, of_a, of_b, rows, columns = b, a, of_b, of_a, columns, rows
+        left, right = matrices(a, of_a, rows, summed), matrices(b, of_b, summed, columns)
+        self._emit(matmul if every else dot, left, right, matrices(out, to, rows, columns))
+        return out
+
+    # --- look-ups
+
+    def zeros(self, shape: Ints) -> Traced:
+        """np.zeros(shape)"""
+        array = np.empty(shape, self.dtype)
+        out = Traced(self, array, Buffer(array))
+        out.buffer.zero = True  # type: ignore[union-attr]
+        return out
+
+    def gather(self, x: Traced, keys: tuple[Any, ...]) -> Traced:
+        """x[keys]: a row of a table for every position, or one number for each."""
+        index = keys[-1]
+        if len(keys) > 1:
+            out = self._new(index.shape, (0, 1))
+            self._emit(take, self._memory(x), self._flat_index(x, keys), self._flat(out))
+        else:
+            width = x.shape[1]
+            out = self._new((*index.shape, width), (*range(index.ndim), index.ndim))
+            self._emit(take, x, self._flat(index), self.reshaped(out, out.view, (-1, width)))
+        return out
+
+    def scatter(self, x: Traced, keys: tuple[Any, ...], value: Traced) -> None:
+        """x[keys] = value, one number for every position"""
+        self._emit(put, self._flat_index(x, keys), self._flat(value), self._memory(x))
+
+    def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
+        """np.add.at(table, index, values), a row for every position"""
+        rows = self.matrix(values).T  # (N, C)
+        n = len(table)
+        if n > ONE_HOT:
+            self._write_zeros(table)
+            self._emit(add_at, self._flat(index), rows, table)
+            return
+        one_hot = self._new((len(rows), n), (0, 1))
+        self._emit(take, self.hold(self._constant(n, lambda: np.eye(n))), self._flat(index), one_hot)
+        if table.buffer is not None and table.buffer.zero:
+            table.buffer.zero = False
+            self._emit(dot, one_hot.T, rows, table)
+        else:
+            sums = self._new(table.shape, (0, 1))
+            self._emit(dot, one_hot.T, rows, sums)
+            self._emit(np.add, table, sums, table)
+
+    def _flat_index(self, x: Traced, keys: tuple[Any, ...]) -> Traced:
+        """Where x[keys] are in the memory of x: the sum of keys times strides."""
+        *rest, index = keys
+        *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
+        if (key := (index.address, *strides, last)) not in self.known:
+            self.known[key] = out = self._new((index.view.size,), (0,), dtype=np.intp)
+            self._emit(np.multiply, self._flat(index), np.array(last), out)
+            first = sum(k * stride for k, stride in zip(rest, strides))
+            self._emit(np.add, out, np.ravel(first), out)
+        found: Traced = self.known[key]
+        return found
+
+    # --- arrays and views
+
+    def _new(
+        self,
+        shape: Sequence[int],
+        order: Ints | None = None,
+        like: Traced | None = None,
+        dtype: Any = None,
+    ) -> Traced:
+        """A result; order: its axes from the slowest to the fastest, the last axis slowest unless
+        told otherwise, or the order of another array."""
+        if like is not None:
+            array = view = np.empty_like(like.view, self.dtype)
+        else:
+            n = len(shape)
+            order = (n - 1, *range(n - 1))[:n] if order is None else order
+            array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
+            view = array.transpose(_inverse(order))
+        return Traced(self, view, Buffer(array))
+
+    def _constant(self, key: Any, value: Callable[[], Any]) -> Array:
+        if key not in self.known:
+            self.known[key] = np.asarray(value(), self.dtype)
+        constant: Array = self.known[key]
+        return constant
+
+    def matrix(self, x: Traced) -> Traced:
+        """The last axis as rows and all others as columns: (n, N)"""
+        last = x.ndim - 1
+        return self.reshaped(x, x.view.transpose(last, *range(last)), (x.shape[-1], -1))
+
+    def _flat(self, x: Traced) -> Traced:
+        return self.reshaped(x, x.view, (-1,))
+
+    def _memory(self, x: Traced) -> Traced:
+        """A result as it lies, with a single axis."""
+        if not x.whole:
+            raise self.refusal("an index into a part of an array")
+        return x.like(x.buffer.array.ravel("K"))  # type: ignore[union-attr]
+
+    def reshaped(self, x: Traced, view: Array, shape: Ints) -> Traced:
+        """A view of x in another shape."""
+        out = view.reshape(shape)
+        if out.base is not (view if view.base is None else view.base):  # it is a copy
+            raise self.refusal("this operation on an array that lies in this order")
+        return x.like(out)
+
+    def _write_zeros(self, x: Traced) -> None:
+        """Write the zeros of zeros_like, which are read or overwritten in part."""
+        if x.buffer is not None and x.buffer.zero:
+            x.buffer.zero = False
+            self._emit(fill, 0.0, x.like(x.buffer.array))
+
+    def _emit(self, f: Any, *operands: Any) -> None:
+        for x in operands[:-1]:
+            if isinstance(x, Traced):
+                self._write_zeros(x)
+        self.calls.append(Call(f, operands, _line()))
+
+
+ROOTS = {2: (np.square,), 0.5: (np.sqrt,), -0.5: (np.sqrt, np.reciprocal)}  # faster than powers
+
+
+def merged_products(calls: list[Call]) -> list[Call]:
+    """Products with an operand in common become one, if their other matrices can lie side by side.
+
+    wq . x, wk . x, wv . x               -> (wq, wk, wv) . x
+    dq . x^T, dk . x^T, dv . x^T         -> (dq, dk, dv) . x^T
+    wq^T . dq + wk^T . dk + wv^T . dv    -> (wq, wk, wv)^T . (dq, dk, dv)
+    """
+    read: dict[Buffer, list[int]] = {}  # by which calls
+    for i, call in enumerate(calls):
+        for x in call.operands[:-1]:
+            if isinstance(x, Traced) and x.buffer is not None:
+                read.setdefault(x.buffer, []).append(i)
+    merged: dict[int, Call] = dict(enumerate(calls))
+    same_right: dict[Any, int] = {}  # the last product with this right operand
+    written: dict[Buffer, int] = {}  # the product that writes a buffer
+    for i, call in enumerate(calls):
+        if call.f is dot and call.operands[-1].ndim == 2:
+            left, right, out = call.operands
+            key = right.address, right.view.strides
+            earlier = merged.get(j := same_right.get(key, -1))
+            same_right[key] = written[out.buffer] = i
+            if earlier and min(read.get(earlier.operands[-1].buffer, [i])) >= i:
+                both = side_by_side((earlier.operands[0], left), (earlier.operands[-1], out))
+                if both:
+                    del merged[j]
+                    merged[i] = Call(dot, [both[0], right, both[1]], call.line)
+        elif call.f is np.add and isinstance(call.operands[0], Traced):
+            at = [written.get(getattr(x, "buffer", None), -1) for x in call.operands[:2]]
+            terms = [merged[j] for j in at if j in merged]
+            if len(terms) < 2 or any(len(read[term.operands[-1].buffer]) > 1 for term in terms):
+                continue
+            (left1, right1, _), (left2, right2, _) = (term.operands for term in terms)
+            if both := side_by_side((left1.T, left2.T), (right1, right2)):
+                del merged[at[0]], merged[at[1]]
+                out = call.operands[-1].recorder.matrix(call.operands[-1])
+                merged[i] = Call(dot, [both[0].T, both[1], out], call.line)
+                written[out.buffer] = i
+    return [merged[i] for i in sorted(merged)]
+
+
+def side_by_side(*pairs: tuple[Traced, Traced]) -> list[Traced]:
+    """Each pair of matrices as one, the second below the first; empty if one pair cannot lie so."""
+    if not all(_can_follow(x, y) for x, y in pairs):
+        return []
+    return [_joined(x, y) for x, y in pairs]
+
+
+def _can_follow(x: Traced, y: Traced) -> bool:
+    """Whether the rows of y come after those of x in memory, or can be placed there."""
+    flags = x.view.flags, y.view.flags
+    if x.shape[1] != y.shape[1] or not all(flag.c_contiguous for flag in flags):
+        return False
+    if x.fixed or y.fixed:
+        return x.fixed and y.fixed and _begin(x) + x.view.nbytes == _begin(y)
+    group = x.tail.group  # type: ignore[union-attr]
+    after = group[group.index(x.tail) + 1 :]
+    return y.whole and (after[0] is y.buffer if after else y.buffer.group == [y.buffer] != group)
+
+
+def _begin(x: Traced) -> int:
+    return x.address if x.buffer is None else address(x.buffer.home)  # type: ignore[arg-type]
+
+
+def _joined(x: Traced, y: Traced) -> Traced:
+    if not x.fixed and y.buffer not in x.buffer.group:
+        x.buffer.group += [y.buffer]
+        y.buffer.group = x.buffer.group
+    both = x.like(as_strided(x.view, (len(x) + len(y), x.shape[1])))
+    both.tail = y.tail
+    return both
+
+
+def place(calls: Sequence[Call]) -> int:
+    """Give every result its place in one block of memory, and return the bytes of the block.
+
+    A place is free again after the last call that uses it. An element-wise call writes to the place
+    of an operand that no later call reads.
+    """
+    used: list[set[int]] = []  # by each call: the groups of buffers
+    last: dict[int, int] = {}  # the last call that uses a group
+    for i, call in enumerate(calls):
+        operands = (x for x in call.operands if isinstance(x, Traced) and not x.fixed)
+        used.append({id(x.buffer.group) for x in operands})
+        last.update(dict.fromkeys(used[-1], i))
+    places: dict[int, tuple[int, int]] = {}  # the start and end of each group
+    taken: list[tuple[int, int]] = []  # those in use, in order
+    end_of_block = 0
+    for i, call in enumerate(calls):
+        out = call.operands[-1]
+        if not out.fixed and id(out.buffer.group) not in places:
+            group = out.buffer.group
+            inherited = next((x for x in call.operands[:-1] if _inherits(out, x, call, i, last)), None)
+            if inherited is not None:
+                start, end = places[id(inherited.buffer.group)]
+                last[id(inherited.buffer.group)] = -1
+            else:
+                size = sum(buffer.array.nbytes for buffer in group)
+                start = 0
+                for other in taken:
+                    if start + size <= other[0]:
+                        break
+                    start = max(start, other[1])
+                end = start + size + -size % ALIGN
+                insort(taken, (start, end))
+            places[id(group)] = start, end
+            end_of_block = max(end_of_block, end)
+            for buffer in group:
+                buffer.offset = start
+                start += buffer.array.nbytes
+        for group_id in used[i]:
+            if last[group_id] == i:
+                taken.remove(places[group_id])
+    return end_of_block
+
+
+def _inherits(out: Traced, x: Any, call: Call, i: int, last: dict[int, int]) -> bool:
+    """Whether the call can write its result over this operand."""
+    return (
+        call.elementwise
+        and isinstance(x, Traced)
+        and not x.fixed
+        and last[id(x.buffer.group)] == i
+        and x.whole
+        and out.whole
+        and len(x.buffer.group) == len(out.buffer.group) == 1
+        and x.view.strides == out.view.strides
+        and x.view.nbytes == out.view.nbytes
+    )
+
+
+class Recording:
+    """A list of calls in parts, which can be run over and over."""
+
+    def __init__(
+        self,
+        parts: list[list[Call]],
+        nbytes: int,
+        numbers: list[tuple[Array, Callable[[], float]]],
+    ) -> None:
+        self.parts = parts
+        self.nbytes = nbytes  # of the block of memory that its results share
+        self.numbers = numbers
+
+    def bind(self, block: Array) -> None:
+        """Give the calls their memory."""
+        self.runs = [[_bound(call, block) for call in part] for part in self.parts]
+        self.lines = [[(call.f.__name__, call.line) for call in part] for part in self.parts]
+        self.parts = []
+
+    @property
+    def size(self) -> int:
+        """How many calls the list has."""
+        return sum(map(len, self.runs))
+
+    def run(self, part: int) -> None:
+        """Run a part of the list."""
+        for place, find in self.numbers:
+            place[()] = find()
+        for f, arguments in self.runs[part]:
+            f(*arguments)
+
+
+def _bound(call: Call, block: Array) -> Bound:
+    """The function and its arguments, in memory that exists."""
+    forms = [(x.shape, x.strides) for x in map(_array, call.operands)]
+    if call.elementwise:
+        forms = _fused(tuple(forms))
+    views = [_in_memory(x, block, *form) for x, form in zip(call.operands, forms)]
+    if isinstance(call.f, np.ufunc):
+        return call.f, tuple(views)
+    bound: Bound = call.f(*views)
+    return bound
+
+
+def _array(x: Any) -> Any:
+    return x.view if isinstance(x, Traced) else np.asarray(x)
+
+
+@lru_cache(maxsize=4096)
+def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
+    """Shapes and strides of the same elements with as few axes as possible, the slowest first."""
+    shape, out = forms[-1]
+    strides = []
+    for own_shape, own in forms:
+        broadcast = [0 if n == 1 else stride for n, stride in zip(own_shape, own)]
+        strides.append([0] * (len(shape) - len(own)) + broadcast)
+    sizes: list[int] = []
+    steps: list[list[int]] = []
+    for axis in sorted(range(len(shape)), key=lambda axis: -out[axis]):
+        step = [own[axis] for own in strides]
+        if shape[axis] == 1:
+            continue
+        if steps and all(slow == fast * shape[axis] for slow, fast in zip(steps[-1], step)):
+            sizes[-1] *= shape[axis]
+            steps[-1] = step
+        else:
+            sizes.append(shape[axis])
+            steps.append(step)
+    fused = list(zip(*steps)) or [()] * len(forms)
+    return [
+        (tuple(sizes), own) if any(n > 1 for n in own_shape) else ((), ())
+        for (own_shape, _), own in zip(forms, fused)
+    ]
+
+
+def _in_memory(x: Any, block: Array, shape: Ints, strides: Ints) -> Any:
+    if not isinstance(x, Traced):
+        return as_strided(x, shape, strides) if isinstance(x, np.ndarray) and x.ndim else x
+    if x.buffer is None:
+        return x.view if x.view.strides == strides else as_strided(x.view, shape, strides)
+    start = x.address - x.buffer.address
+    if x.buffer.home is not None:
+        return as_strided(x.buffer.home.reshape(-1)[start // x.dtype.itemsize :], shape, strides)
+    return np.ndarray(shape, x.dtype, block.data, x.buffer.offset + start, strides)
+
+
+# --- what the list calls besides ufuncs: each function returns what to call, and with what.
+# Methods of arrays are faster than NumPy's functions of the same name.
+
+
+def dot(a: Array, b: Array, out: Array) -> Bound:
+    """out = a . b"""
+    return a.dot, (b, out)
+
+
+def matmul(a: Array, b: Array, out: Array) -> Bound:
+    """out = a @ b, a product of matrices for each index of the axes before"""
+    return np.matmul, (a, b, out)
+
+
+def sum_rows(x: Array, out: Array) -> Bound:
+    """out = x.sum(axis=0)"""
+    return np.add.reduce, (x, 0, None, out)
+
+
+def max_rows(x: Array, out: Array) -> Bound:
+    """out = x.max(axis=0)"""
+    return np.maximum.reduce, (x, 0, None, out)
+
+
+def larger(x: Array, y: Array, out: Array) -> Bound:
+    """out = maximum(x, y)"""
+    return partial(np.maximum, out=out), (x, y)  # maximum's third argument needs its name
+
+
+def take(table: Array, index: Array, out: Array) -> Bound:
+    """out = table[index]"""
+    return table.take, (index, 0, out, "clip")  # "clip" spares a copy; indices are never too large
+
+
+def put(index: Array, values: Array, out: Array) -> Bound:
+    """out[index] = values"""
+    return out.__setitem__, (index, values)
+
+
+def add_at(index: Array, rows: Array, out: Array) -> Bound:
+    """out[index] += rows, as often as an index occurs"""
+    return np.add.at, (out, index, rows)
+
+
+def copy(x: Array, out: Array) -> Bound:
+    """out[...] = x"""
+    return out.__setitem__, (..., x)
+
+
+def fill(value: float, out: Array) -> Bound:
+    """out[...] = value"""
+    return out.fill, (value,)
+
+
+# --- small things
+
+
+def address(array: Array) -> int:
+    """Where an array begins in memory."""
+    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
+def _line() -> Line:
+    """The line of the text that is running."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename in INSIDE and frame.f_back is not None:
+        frame = frame.f_back
+    return Line(frame.f_code.co_filename, frame.f_lineno)
+
+
+INSIDE = (__file__, sys.modules[NDArrayOperatorsMixin.__module__].__file__)
+
+
+@lru_cache(maxsize=1024)
+def _broadcast(*shapes: Ints) -> Ints:
+    return np.broadcast_shapes(*shapes)
+
+
+@lru_cache(maxsize=64)
+def _inverse(order: Ints) -> Ints:
+    return tuple(order.index(axis) for axis in range(len(order)))
+
+
+@lru_cache(maxsize=64)
+def _plan(of_a: str, of_b: str, to: str) -> tuple[str, str, str, str, Ints]:
+    """The letters that an einsum has everywhere, sums over, has in a and the result, in b and the
+    result; and the axes of the result from the slowest to the fastest.
+
+    b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
+    """
+    every = "".join(x for x in to if x in of_a and x in of_b)
+    summed = "".join(x for x in of_a if x in of_b and x not in to)
+    rows, columns = ("".join(x for x in to if x in of and x not in every) for of in (of_a, of_b))
+    if "t" in to and "u" in to:
+        order = "u" + to.replace("u", "")
+    else:
+        order = "".join(sorted(to, key="btu".__contains__))
+    return every, summed, rows, columns, tuple(to.index(x) for x in order)
