@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,42 @@ from microgpt.layout import Tree, pick, tap_names
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
 from vectorized.batch import pad
-from vectorized.flat import flatten, model_tree, named_views
+from vectorized.flat import Shapes, flatten, model_tree, named_views
 from vectorized.model import Array, loss_backward, loss_forward
-from vectorized.replay import Numbers
 from vectorized.sample import Cache, read, sample
 from vectorized.worker import Remote, Worker, deal, shared
+
+
+class Watched:
+    """Does what a Worker does by the text as it stands, and keeps all that it computes."""
+
+    def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
+        self.config = config
+        self.params = model_tree(flat, shapes, config.n_layer)
+        self.flat, self.flat_grads = flat, flat_grads
+        self.grads = named_views(flat_grads, shapes)
+
+    def forward(self, docs: Docs, of: int) -> float:
+        self.batch = pad(docs, self.flat.dtype, of)
+        self.tap = Tree(self.config.n_layer)
+        with np.errstate(all="ignore"):
+            return float(loss_forward(self.batch, self.params, self.config, self.tap))
+
+    def backward(self) -> None:
+        self.dtap, dparams = Tree(self.config.n_layer), Tree(self.config.n_layer)
+        with np.errstate(all="ignore"):
+            loss_backward(self.batch, self.params, dparams, self.config, self.tap, self.dtap)
+        for name, grad in self.grads.items():
+            grad[:] = pick(dparams, name)
+
+    def update(self, m: Array, v: Array, step: int, lr_t: float) -> None:
+        factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
+        adam(self.flat, factor * self.flat_grads, m, v, step, lr_t, self.config)
+
+    def losses(self, docs: Docs) -> Array:
+        self.forward(docs, len(docs))
+        losses: Array = self.tap.loss_t
+        return losses
 
 
 class Backend:
@@ -32,13 +64,11 @@ class Backend:
 
     def __init__(self, config: Config, state: State, watch: bool = False) -> None:
         self.config = config
-        self.watch = watch
         self.shapes = {name: np.shape(tensor) for name, tensor in state.params.items()}
         dtype = np.dtype(config.dtype)
         self.flat, self.m, self.v = (
             flatten(tensors, dtype) for tensors in (state.params, state.m, state.v)
         )  # (P,)
-        self.numbers = Numbers()
         self.updates = state.updates
         self.others: list[Remote] = []  # processes that work on a share of the batch
         self.busy: list[Remote] = []  # those of them that have one
@@ -55,55 +85,43 @@ class Backend:
             numbers[:] = self.flat
             self.flat = numbers
         self.flat_grads = np.zeros(len(self.flat), dtype)  # untouched pages take no memory
-        self.worker = Worker(config, self.shapes, self.flat, self.flat_grads)
+        self.worker: Any = (Watched if watch else Worker)(
+            config, self.shapes, self.flat, self.flat_grads
+        )
         self.params = model_tree(self.flat, self.shapes, config.n_layer)
 
     def forward(self, docs: Docs) -> float:
-        if self.watch:
-            loss = self._forward(docs)
-        else:
-            own, *shares = deal(docs, 1 + len(self.others))
-            self.busy = []
-            for other, share in zip(self.others, shares):
-                if share:
-                    other.begin(share, of=len(docs))
-                    self.busy.append(other)
-            loss = self.worker.forward(own, of=len(docs))
-            for other in self.busy:
-                loss += other.forward()
+        own, *shares = deal(docs, 1 + len(self.others))
+        self.busy = []
+        for other, share in zip(self.others, shares):
+            if share:
+                other.begin(share, of=len(docs))
+                self.busy.append(other)
+        loss: float = self.worker.forward(own, of=len(docs))
+        for other in self.busy:
+            loss += other.forward()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss
 
     def backward(self) -> None:
-        if self.watch:
-            self._backward()
-            return
         self.worker.backward()
         for other in self.busy:
             other.backward()
             self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
-        grads = self.flat_grads
-        factor = clip(grads, self.config.grad_clip) if self.config.grad_clip else 1.0
-        if self.watch:
-            adam(self.flat, factor * grads, self.m, self.v, self.updates, lr_t, self.config)
-        else:
-            self.numbers.now = self.updates, lr_t, factor
-            self.worker.replay.update(self.m, self.v, self.numbers)
+        self.worker.update(self.m, self.v, self.updates, lr_t)
         self.updates += 1
 
     def set_grads(self, grads: Tensors) -> None:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        with np.errstate(all="ignore"):  # padding need not be finite
-            by_doc = self.worker.replay.losses(docs)
-        real = [losses[: len(doc) - 1] for doc, losses in zip(docs, by_doc)]
-        if not all(np.isfinite(losses).all() for losses in real):
+        by_doc = [losses[: len(doc) - 1] for doc, losses in zip(docs, self.worker.losses(docs))]
+        if not all(np.isfinite(losses).all() for losses in by_doc):
             raise FloatingPointError("the loss of a position is not finite")
-        return [losses.tolist() for losses in real]
+        return [losses.tolist() for losses in by_doc]
 
     def read(self, tokens: Sequence[int]) -> Array:
         caches = [Cache() for _ in range(self.config.n_layer)]
@@ -128,29 +146,16 @@ class Backend:
         return named_views(self.flat_grads, self.shapes)
 
     def taps(self) -> dict[str, Array]:
-        return self._named(self.tap)
+        return self._named(self.worker.tap)
 
     def dtaps(self) -> dict[str, Array]:
-        return self._named(self.dtap)
-
-    def _forward(self, docs: Docs) -> float:
-        """The text as it stands."""
-        self.batch = pad(docs, self.flat.dtype)
-        self.tap = Tree(self.config.n_layer)
-        with np.errstate(all="ignore"):
-            return float(loss_forward(self.batch, self.params, self.config, self.tap))
-
-    def _backward(self) -> None:
-        self.dtap, dparams = Tree(self.config.n_layer), Tree(self.config.n_layer)
-        with np.errstate(all="ignore"):
-            loss_backward(self.batch, self.params, dparams, self.config, self.tap, self.dtap)
-        for name, grad in self.grads().items():
-            grad[:] = pick(dparams, name)
+        return self._named(self.worker.dtap)
 
     def _named(self, taps: Tree) -> dict[str, Array]:
         """The taps by name, zero where there is padding, or a position to come."""
-        B, T = self.batch.tokens.shape
-        real = self.batch.weights > 0  # (B, T)
+        batch = self.worker.batch
+        B, T = batch.tokens.shape
+        real = batch.weights > 0  # (B, T)
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, U)
         named: dict[str, Array] = {}
         for name in tap_names(self.config):

@@ -6,9 +6,9 @@ Different from scalar:  position loop -> T axis; growing key/value list -> causa
 
 Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
 the derivative of the loss with respect to y. At the end of a line: (its shape).
-B = documents, T = positions, U = positions looked at, C = n_embd, H = n_head, D = C / H channels
-a head, F = 4 C, V = vocabulary; `..` stands for any axes before the last.
-`tap.name = ...` keeps what was computed under its name: the backward pass reads it there.
+B = documents, T = positions, U = positions looked at, C = n_embd, H = n_head, D = C / H channels a
+head, F = 4 C, V = vocabulary, `..` = any axes. In einsum the same letters name the axes.
+`tap.name = ...` keeps what was computed under its name, and there the backward pass reads it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def linear_forward(x: Array, w: Array) -> Array:
 def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
     """dx = w^T . dy, dw = dy . x^T
 
-    forward: y_o = sum_i w_oi x_i, at every position of every document. So dy_o / dx_i = w_oi, summed
-    over the outputs that x_i goes into, and dy_o / dw_oi = x_i, summed over the documents and
-    positions that share w_oi.
+    forward: y_o = sum_i w_oi x_i, at every position. So dy_o / dx_i = w_oi, summed over the outputs
+    that x_i goes into, and dy_o / dw_oi = x_i, summed over the positions that share w_oi.
     """
     dx = dy @ w  # (B, T, n_in)
     dw = einsum("bto,bti->oi", dy, x)  # (n_out, n_in)
@@ -53,7 +52,8 @@ def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
 
 def softmax_forward(x: Array) -> Array:
     """y = exp(x - max(x)) / sum(exp(x - max(x)))"""
-    exps = exp(x - x.max(axis=-1, keepdims=True))  # (.., n)
+    largest = x.max(axis=-1, keepdims=True)  # (.., 1)
+    exps = exp(x - largest)  # (.., n)
     return exps / total(exps)  # (.., n) -> (.., n)
 
 
@@ -68,10 +68,7 @@ def softmax_backward(dy: Array, y: Array) -> Array:
 
 
 def rmsnorm_forward(x: Array, eps: float) -> tuple[Array, Array]:
-    """y = x * (mean(x * x) + eps) ** -0.5
-
-    Returns y and the scale, (mean(x * x) + eps) ** -0.5.
-    """
+    """y = x * (mean(x * x) + eps) ** -0.5"""
     ms = mean(x * x)  # (.., 1)
     scale = (ms + eps) ** -0.5  # (.., 1)
     return x * scale, scale  # (.., n) -> (.., n), (.., 1)
@@ -107,8 +104,8 @@ def attention_forward(
 ) -> Array:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)
 
-    cache    the keys and values of the positions before these, when sampling; None in training,
-             where every position is here, and the mask hides those to come
+    cache    keys and values of the positions before these, when sampling; None in training, where
+             all positions are here, and the mask hides from each those that come after it
     """
     # queries, keys and values
     tap.attn_norm, tap.attn_scale = rmsnorm_forward(x, config.norm_eps)  # (B, T, C), (B, T, 1)
@@ -120,9 +117,8 @@ def attention_forward(
     k_heads = split_heads(keys, config)  # (B, U, H, D)
     v_heads = split_heads(values, config)  # (B, U, H, D)
     # how much each head looks at each position up to this one
-    attn_logits = tap.attn_logits = (
-        einsum("bthd,buhd->bhtu", q_heads, k_heads) / config.head_dim**0.5 + mask
-    )  # (B, H, T, U)
+    scores = einsum("bthd,buhd->bhtu", q_heads, k_heads)  # (B, H, T, U)
+    attn_logits = tap.attn_logits = scores / config.head_dim**0.5 + mask  # (B, H, T, U)
     attn_weights = tap.attn_weights = softmax_forward(attn_logits)  # (B, H, T, U)
     # what it sees there, heads side by side
     out_heads = einsum("bhtu,buhd->bthd", attn_weights, v_heads)  # (B, T, H, D)
@@ -147,32 +143,27 @@ def attention_backward(
     v_heads = split_heads(tap.v, config)  # (B, U, H, D)
     # residual
     # forward: attn_res = attn_wo . attn_out + x
-    dattn_out, dw.attn_wo = linear_backward(dattn_res, tap.attn_out, w.attn_wo)
-    dtap.attn_out = dattn_out  # (B, T, C)
+    dtap.attn_out, dw.attn_wo = linear_backward(dattn_res, tap.attn_out, w.attn_wo)
     # what it sees there, heads side by side
     # forward: attn_out = attn_weights . v
-    dout_heads = split_heads(dattn_out, config)  # (B, T, H, D)
-    dattn_weights = dtap.attn_weights = einsum(
-        "bthd,buhd->bhtu", dout_heads, v_heads
-    )  # (B, H, T, U)
+    dout_heads = split_heads(dtap.attn_out, config)  # (B, T, H, D)
+    dattn_weights = dtap.attn_weights = einsum("bthd,buhd->bhtu", dout_heads, v_heads)
     dv_heads = einsum("bthd,bhtu->buhd", dout_heads, tap.attn_weights)  # (B, U, H, D)
     # how much each head looks at each position up to this one
     # forward: attn_weights = softmax(attn_logits)
-    dattn_logits = softmax_backward(dattn_weights, tap.attn_weights)  # (B, H, T, U)
-    dtap.attn_logits = dattn_logits  # (B, H, T, U)
+    dattn_logits = dtap.attn_logits = softmax_backward(dattn_weights, tap.attn_weights)
     # forward: attn_logits = q . k / sqrt(D) + mask
     dscores = dattn_logits / config.head_dim**0.5  # (B, H, T, U)
     dq_heads = einsum("bhtu,buhd->bthd", dscores, k_heads)  # (B, T, H, D)
     dk_heads = einsum("bhtu,bthd->buhd", dscores, q_heads)  # (B, U, H, D)
     # queries, keys and values
-    dq = dtap.q = merge_heads(dq_heads)  # (B, T, C)
-    dk = dtap.k = merge_heads(dk_heads)  # (B, T, C)
-    dv = dtap.v = merge_heads(dv_heads)  # (B, T, C)
     # forward: q, k, v = attn_wq, attn_wk, attn_wv . attn_norm
-    dattn_norm_q, dw.attn_wq = linear_backward(dq, tap.attn_norm, w.attn_wq)
-    dattn_norm_k, dw.attn_wk = linear_backward(dk, tap.attn_norm, w.attn_wk)
-    dattn_norm_v, dw.attn_wv = linear_backward(dv, tap.attn_norm, w.attn_wv)
-    dattn_norm = dtap.attn_norm = dattn_norm_q + dattn_norm_k + dattn_norm_v  # (B, T, C)
+    dq, dk, dv = merge_heads(dq_heads), merge_heads(dk_heads), merge_heads(dv_heads)
+    dtap.q, dtap.k, dtap.v = dq, dk, dv  # (B, T, C), (B, T, C), (B, T, C)
+    dnorm_q, dw.attn_wq = linear_backward(dq, tap.attn_norm, w.attn_wq)  # (B, T, C), (C, C)
+    dnorm_k, dw.attn_wk = linear_backward(dk, tap.attn_norm, w.attn_wk)  # (B, T, C), (C, C)
+    dnorm_v, dw.attn_wv = linear_backward(dv, tap.attn_norm, w.attn_wv)  # (B, T, C), (C, C)
+    dattn_norm = dtap.attn_norm = dnorm_q + dnorm_k + dnorm_v  # (B, T, C)
     # forward: attn_norm = rmsnorm(x), and x goes on to the residual
     return rmsnorm_backward(dattn_norm, tap.attn_norm, tap.attn_scale) + dattn_res  # (B, T, C)
 
@@ -197,13 +188,11 @@ def mlp_backward(
     dmlp_act, dw.mlp_fc2 = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2)
     dtap.mlp_act = dmlp_act  # (B, T, F)
     # forward: mlp_act = activation(mlp_pre)
-    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)  # (B, T, F)
-    dtap.mlp_pre = dmlp_pre  # (B, T, F)
+    dmlp_pre = dtap.mlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
-    dmlp_norm, dw.mlp_fc1 = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1)
-    dtap.mlp_norm = dmlp_norm  # (B, T, C)
+    dtap.mlp_norm, dw.mlp_fc1 = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    return rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale) + dmlp_res  # (B, T, C)
+    return rmsnorm_backward(dtap.mlp_norm, tap.mlp_norm, tap.mlp_scale) + dmlp_res  # (B, T, C)
 
 
 def gpt_forward(
@@ -216,16 +205,15 @@ def gpt_forward(
     tap: Tree,
 ) -> Array:
     """logits = lm_head . blocks(rmsnorm(wte[token] + wpe[position]))"""
-    res = tap.emb = params.wte[tokens] + params.wpe[positions]  # (B, T, C)
+    emb = tap.emb = params.wte[tokens] + params.wpe[positions]  # (B, T, C)
+    res = emb
     if config.norm_embedding:
-        tap.emb_norm, tap.emb_scale = rmsnorm_forward(tap.emb, config.norm_eps)
+        tap.emb_norm, tap.emb_scale = rmsnorm_forward(emb, config.norm_eps)  # (B, T, C), (B, T, 1)
         res = tap.emb_norm  # (B, T, C)
-    for i in range(config.n_layer):
-        res = attention_forward(
-            res, params.layers[i], caches[i], mask, config, tap.layers[i]
-        )  # (B, T, C)
-        res = mlp_forward(res, params.layers[i], config, tap.layers[i])  # (B, T, C)
-    lm_head = params.wte if config.tie_lm_head else params.lm_head
+    for w, cache, tap_i in zip(params.layers, caches, tap.layers):
+        res = attention_forward(res, w, cache, mask, config, tap_i)  # (B, T, C)
+        res = mlp_forward(res, w, config, tap_i)  # (B, T, C)
+    lm_head = params.wte if config.tie_lm_head else params.lm_head  # (V, C)
     logits = tap.logits = linear_forward(res, lm_head)  # (B, T, V)
     return logits
 
@@ -240,22 +228,21 @@ def gpt_backward(
     tap: Tree,
     dtap: Tree,
 ) -> None:
-    """dwte[token] = sum of demb at this token, where demb = rmsnorm_backward(blocks_backward(dlogits))
+    """dwte[token] = sum of demb where token is, dwpe[position] = sum of demb over documents
 
     dparams    where the gradient of every parameter goes
     """
     # forward: logits = lm_head . res
     res = tap.layers[-1].mlp_res  # (B, T, C)
-    lm_head = params.wte if config.tie_lm_head else params.lm_head
-    dres, dlm_head = linear_backward(dlogits, res, lm_head)
+    lm_head = params.wte if config.tie_lm_head else params.lm_head  # (V, C)
+    dres, dlm_head = linear_backward(dlogits, res, lm_head)  # (B, T, C), (V, C)
     for i in reversed(range(config.n_layer)):
         w, dw, tap_i, dtap_i = params.layers[i], dparams.layers[i], tap.layers[i], dtap.layers[i]
         dtap_i.mlp_res = dres  # (B, T, C)
         dres = dtap_i.attn_res = mlp_backward(dres, w, dw, config, tap_i, dtap_i)  # (B, T, C)
         dres = attention_backward(dres, w, dw, config, tap_i, dtap_i)  # (B, T, C)
-    demb = dres
+    demb = dres  # (B, T, C)
     if config.norm_embedding:
-        # forward: emb_norm = rmsnorm(emb)
         dtap.emb_norm = dres  # (B, T, C)
         demb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (B, T, C)
     dtap.emb = demb  # (B, T, C)
@@ -264,7 +251,7 @@ def gpt_backward(
     dwte = dlm_head if config.tie_lm_head else np.zeros_like(params.wte)  # (V, C)
     np.add.at(dwte, tokens, demb)
     dwpe = np.zeros_like(params.wpe)  # (block_size, C)
-    dwpe[positions] = demb.sum(axis=0)
+    dwpe[positions] = demb.sum(axis=0)  # (T, C)
     dparams.wte, dparams.wpe = dwte, dwpe
     if not config.tie_lm_head:
         dparams.lm_head = dlm_head
@@ -273,14 +260,14 @@ def gpt_backward(
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
     """loss_t = -log(softmax(logits)[target])
 
-    Computed as log(sum(exp(x))) - x[target], x = logits - max(logits): the same, and a number even
-    where the probability is too small for one. Returns loss_t and the probabilities.
+    Computed as log(sum(exp(x))) - x[target], where x = logits - max(logits): the same, and finite
+    even where the probability is too small for a number. Returns loss_t and the probabilities.
     """
     b, t = np.ogrid[: targets.shape[0], : targets.shape[1]]  # (B, 1), (1, T)
-    below = logits - logits.max(axis=-1, keepdims=True)  # (B, T, V)
-    exps = exp(below)  # (B, T, V)
+    x = logits - logits.max(axis=-1, keepdims=True)  # (B, T, V)
+    exps = exp(x)  # (B, T, V)
     exps_sum = total(exps)  # (B, T, 1)
-    loss_t = log(exps_sum[..., 0]) - below[b, t, targets]  # (B, T)
+    loss_t = log(exps_sum[..., 0]) - x[b, t, targets]  # (B, T)
     return loss_t, exps / exps_sum  # (B, T, V), (B, T) -> (B, T), (B, T, V)
 
 
@@ -298,9 +285,9 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array) -> Arra
 
 def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
-    T = batch.tokens.shape[1]
-    mask, caches = causal_mask(T, params.wte.dtype), [None] * config.n_layer
-    logits = gpt_forward(batch.tokens, slice(T), params, caches, mask, config, tap)  # (B, T, V)
+    T, no_caches = batch.tokens.shape[1], [None] * config.n_layer
+    mask = causal_mask(T, params.wte.dtype)  # (T, U)
+    logits = gpt_forward(batch.tokens, slice(T), params, no_caches, mask, config, tap)  # (B, T, V)
     tap.loss_t, tap.probs = cross_entropy_forward(logits, batch.targets)  # (B, T), (B, T, V)
     loss = tap.loss = einsum("bt,bt->", batch.weights, tap.loss_t)  # ()
     return loss
@@ -311,32 +298,31 @@ def loss_backward(
 ) -> None:
     """dloss_t = weights, dloss = 1
 
-    forward: loss = sum over documents and positions of weight * loss_t.
+    forward: loss = sum over documents and positions of weights * loss_t.
     """
     T = batch.tokens.shape[1]
     dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (B, T)
-    dlogits = cross_entropy_backward(dtap.loss_t, tap.probs, batch.targets)  # (B, T, V)
-    dtap.logits = dlogits  # (B, T, V)
+    dlogits = dtap.logits = cross_entropy_backward(batch.weights, tap.probs, batch.targets)
     gpt_backward(dlogits, batch.tokens, slice(T), params, dparams, config, tap, dtap)
 
 
 def total(x: Array) -> Array:
-    """s = x_0 + x_1 + .. + x_n-1, over the last axis, which stays"""
+    """s = x_0 + x_1 + .. + x_n-1, over the last axis"""
     return x.sum(axis=-1, keepdims=True)  # (.., n) -> (.., 1)
 
 
 def mean(x: Array) -> Array:
-    """s = 1/n * (x_0 + x_1 + .. + x_n-1), over the last axis, which stays"""
+    """s = 1/n * (x_0 + x_1 + .. + x_n-1), over the last axis"""
     return x.mean(axis=-1, keepdims=True)  # (.., n) -> (.., 1)
 
 
 def split_heads(x: Array, config: Config) -> Array:
-    """The channels of each head: C = H D."""
+    """The channels of each head by themselves."""
     return x.reshape(*x.shape[:2], config.n_head, config.head_dim)  # (B, T, C) -> (B, T, H, D)
 
 
 def merge_heads(x: Array) -> Array:
-    """The heads side by side."""
+    """The channels of all heads side by side."""
     return x.reshape(*x.shape[:2], -1)  # (B, T, H, D) -> (B, T, C)
 
 

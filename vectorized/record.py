@@ -300,7 +300,7 @@ class Recorder:
             return self.numbers[-1][0]
         if isinstance(x, np.ndarray):
             return x.astype(self.dtype, copy=False)
-        return self._constant(x, lambda: x)
+        return self._constant(("number", x), lambda: x)
 
     def assign(self, place: Traced, value: Any) -> None:
         """place[:] = value; a result of the last call is computed there to begin with."""
@@ -337,11 +337,11 @@ class Recorder:
         n, N = columns.shape
         if n * n * N > EQUAL_ROWS:
             out = self._new((*x.shape[:-1], 1))
-            ones = self._constant((n, weight), lambda: np.full(n, weight))
+            ones = self._constant(("ones", n, weight), lambda: np.full(n, weight))
             self._emit(dot, self.hold(ones), columns, self._flat(out))
             return out
         out = self._new(x.shape, like=x)
-        ones = self._constant((n, n, weight), lambda: np.full((n, n), weight))
+        ones = self._constant(("rows", n, weight), lambda: np.full((n, n), weight))
         self._emit(dot, self.hold(ones), columns, self.matrix(out))
         return Traced(self, out.view[..., :1], out.buffer, out.view)
 
@@ -425,7 +425,7 @@ class Recorder:
             self._emit(add_at, self._flat(index), rows, table)
             return
         one_hot = self._new((len(rows), n), (0, 1))
-        self._emit(take, self.hold(self._constant(n, lambda: np.eye(n))), self._flat(index), one_hot)
+        self._emit(take, self.hold(self._constant(("eye", n), lambda: np.eye(n))), self._flat(index), one_hot)
         if table.buffer is not None and table.buffer.zero:
             table.buffer.zero = False
             self._emit(dot, one_hot.T, rows, table)
@@ -527,7 +527,7 @@ def merged_products(calls: list[Call]) -> list[Call]:
     for i, call in enumerate(calls):
         if call.f is dot and call.operands[-1].ndim == 2:
             left, right, out = call.operands
-            key = right.address, right.view.strides
+            key = right.address, right.shape, right.view.strides
             earlier = merged.get(j := same_right.get(key, -1))
             same_right[key] = written[out.buffer] = i
             if earlier and min(read.get(earlier.operands[-1].buffer, [i])) >= i:
@@ -543,7 +543,8 @@ def merged_products(calls: list[Call]) -> list[Call]:
             (left1, right1, _), (left2, right2, _) = (term.operands for term in terms)
             if both := side_by_side((left1.T, left2.T), (right1, right2)):
                 del merged[at[0]], merged[at[1]]
-                out = call.operands[-1].recorder.matrix(call.operands[-1])
+                out = call.operands[-1]
+                out = out if out.ndim == 2 else out.recorder.matrix(out)
                 merged[i] = Call(dot, [both[0].T, both[1], out], call.line)
                 written[out.buffer] = i
     return [merged[i] for i in sorted(merged)]

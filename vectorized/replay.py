@@ -44,22 +44,6 @@ class Step:
         self.recording.run(1)
 
 
-class Numbers:
-    """What an update by Adam takes besides arrays."""
-
-    def __init__(self) -> None:
-        self.now = (0, 0.0, 1.0)  # updates before this one, lr_t, the factor that clips
-
-    def step(self) -> float:
-        return self.now[0]
-
-    def lr_t(self) -> float:
-        return self.now[1]
-
-    def factor(self) -> float:
-        return self.now[2]
-
-
 class Replay:
     """A model's recordings: one for each shape of a batch, made when it first occurs."""
 
@@ -71,6 +55,7 @@ class Replay:
         self.kept: dict[Any, Any] = {}  # recordings, those used last at the end
         self.calls = 0  # of all recordings kept
         self.adam: Recording | None = None
+        self.numbers: tuple[float, ...] = ()  # what an update takes besides arrays
         self.block = np.empty(0, np.uint8)  # where all of them work, one after another
 
     def training(self, docs: Docs) -> Step:
@@ -84,10 +69,11 @@ class Replay:
         step.recording.run(0)
         return step.result
 
-    def update(self, m: Array, v: Array, numbers: Numbers) -> None:
-        """An update by Adam."""
+    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
+        """An update by Adam, with the gradient times a factor."""
+        self.numbers = step, lr_t, factor
         if self.adam is None:
-            self.adam = self._bound(self._record_update(m, v, numbers))
+            self.adam = self._bound(self._record_update(m, v))
         self.adam.run(0)
 
     def _record_training(self, B: int, T: int) -> Step:
@@ -109,15 +95,17 @@ class Replay:
         recorder.put(tap.loss_t, losses)
         return Step(batch, losses, recorder.recording())
 
-    def _record_update(self, m: Array, v: Array, numbers: Numbers) -> Recording:
+    def _record_update(self, m: Array, v: Array) -> Recording:
         recorder = Recorder(self.flat.dtype)
-        step, lr_t, factor = Number(numbers.step), Number(numbers.lr_t), Number(numbers.factor)
+        step, lr_t, factor = (Number(lambda i=i: self.numbers[i]) for i in range(3))
         for start in range(0, len(self.flat), CHUNK):
             part = slice(start, start + CHUNK)
-            params_, grads_, m_, v_ = (recorder.hold(x[part]) for x in (self.flat, self.flat_grads, m, v))
+            params, grads, m_, v_ = (
+                recorder.hold(x[part]) for x in (self.flat, self.flat_grads, m, v)
+            )
             if self.config.grad_clip:
-                grads_ = factor * grads_
-            adam(params_, grads_, m_, v_, step, lr_t, self.config)
+                grads = factor * grads
+            adam(params, grads, m_, v_, step, lr_t, self.config)
         return recorder.recording()
 
     def _begin(self, B: int, T: int) -> tuple[Recorder, Batch, Tree, Tree]:
