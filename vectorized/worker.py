@@ -44,6 +44,8 @@ class Worker:
         self.config = config
         self.flat_grads = flat_grads  # (P,), as flat
         self.replay = Replay(config, shapes, flat, flat_grads)
+        # evaluation has memory of its own, so that it can come between forward and backward
+        self.evaluation = Replay(config, shapes, flat, flat_grads)
         self.flat_sum = np.zeros(len(flat), flat.dtype)  # untouched pages take no memory
         self.summed = 0  # micro-batches of this batch whose gradient is in flat_sum
         self.last: Step | None = None  # whose backward pass is still to come
@@ -86,7 +88,7 @@ class Worker:
     def losses(self, docs: Docs) -> Array:
         """The loss of every position: a row for each document, filled up with anything."""
         with np.errstate(all="ignore"):  # padding need not be finite
-            return self.replay.losses(docs)
+            return self.evaluation.losses(docs)
 
 
 class Line:
