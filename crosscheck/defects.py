@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ ROOT = FIXTURES.parent
 # between them, these cases reach every line that a defect is planted in
 PANEL = (
     "ragged-batch",
-    "packed-rows",
+    "micro-batches",
     "repeated-token",
     "longer-than-context",
     "two-layers",
@@ -130,8 +130,9 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
             sides = (steps, sound) if defect.package == "scalar" else (sound, steps)
             try:
                 found = compare(case, *sides).found
-            except ArithmeticError as error:
-                return Verdict(defect, Disagreement(name, 1, "", f"stopped: {error}"))
+            except Exception as error:  # no tensor differs, so only `first: $` expects this
+                stopped = f"stops with {type(error).__name__}"
+                return Verdict(defect, Disagreement(name, 1, "", stopped, diagnosis=str(error)))
             if found:
                 reference = faulty if defect.package == "scalar" else sound
                 alone = compare_taught(case, reference, "vectorized").found
@@ -198,10 +199,18 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.sources:
             return None
-        return importlib.util.spec_from_loader(fullname, self)
+        return importlib.util.spec_from_file_location(fullname, _path(fullname), loader=self)
 
     def get_source(self, fullname: str) -> str:
         return self.sources[fullname]
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.sources[fullname], _path(fullname))
+
+
+def _path(fullname: str) -> str:
+    """The file of a module of the project."""
+    return str(ROOT / fullname.replace(".", "/")) + ".py"
 
 
 def kill_matrix(verdicts: Sequence[Verdict]) -> str:
@@ -218,7 +227,7 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
     }
     lines = [
         "Caught by  F forward taps and loss, B backward taps, G parameter gradients,",
-        "           T training with nobody watching, M Adam's m, V Adam's v, U update,",
+        "           T training unwatched, M Adam's m, V Adam's v, U update,",
         "           S samples drawn; lower case: also from the reference's gradients,",
         "           so that the fault is Adam's own",
         "",
@@ -231,7 +240,7 @@ def kill_matrix(verdicts: Sequence[Verdict]) -> str:
                 seen += letter.lower() if alone else letter
             else:
                 seen += "."
-        first = verdict.first.key if verdict.first else "NOT CAUGHT"
+        first = verdict.first.key or verdict.first.problem if verdict.first else "NOT CAUGHT"
         wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
         lines.append(f"{verdict.defect.name:37} {seen} {first}{wrong}")
         lines += textwrap.wrap(

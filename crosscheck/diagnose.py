@@ -18,6 +18,7 @@ import numpy as np
 from crosscheck.cases import Case
 from crosscheck.explain import Place, clipping
 from crosscheck.trace import PHASES, Array, Step, real, split_key
+from microgpt.backend import Docs
 from microgpt.train import learning_rate
 from vectorized.batch import micro_batches
 
@@ -44,7 +45,12 @@ class Pair:
     def name(self) -> str:
         """Its name, without the d of derivatives."""
         name = split_key(self.key)[1]
-        return name[1:] if self.phase in ("backward", "gradient") else name
+        return name[1:] if self.phase == "backward" or self.of_parameter else name
+
+    @property
+    def of_parameter(self) -> bool:
+        """Whether it is the gradient of a parameter."""
+        return self.phase in ("gradient", "unwatched") and self.key != "unwatched/loss"
 
     @property
     def tap(self) -> str:
@@ -246,7 +252,7 @@ def missing_consumer(pair: Pair) -> str:
 
 def repeated_tokens(pair: Pair) -> str:
     """The gradient of wte with one contribution per token, not per occurrence."""
-    if pair.phase != "gradient" or pair.tap != "wte":
+    if not pair.of_parameter or pair.tap != "wte":
         return ""
     tokens, demb = pair.step["batch/tokens"][:, :-1], pair.step["backward/demb"]
     inputs = np.where(pair.step["batch/tokens"][:, 1:] >= 0, tokens, -1)
@@ -363,7 +369,7 @@ def adam_update(pair: Pair) -> str:
 
 def stale(pair: Pair) -> str:
     """Gradients that remember an earlier step."""
-    if pair.phase != "gradient" or pair.before is None:
+    if not pair.of_parameter or pair.before is None:
         return ""
     earlier = pair.before[pair.key]
     return _first(
@@ -389,6 +395,14 @@ def weighting(pair: Pair) -> str:
         "sum over documents in place of their mean": 1 / n,
         "sum over all tokens": np.ones(B),
     }
+    if pair.phase == "unwatched":
+        sizes = [len(part) for part in _micro_batches(pair)]
+        size = np.empty(B)  # of the micro-batch that a document is in
+        size[np.argsort(n, kind="stable")] = np.repeat(sizes, sizes)
+        of_loss_t |= {
+            "mean of means: every micro-batch weighs the same": 1 / (len(sizes) * size * n),
+            "the means of the micro-batches are summed": 1 / (size * n),
+        }
     for label, weights in of_loss_t.items():
         if pair.tap == "loss":
             guess = (pair.step["forward/loss_t"].sum(axis=1) * weights).sum()
@@ -453,7 +467,7 @@ def constant_factor(pair: Pair) -> str:
 
 def shifted(pair: Pair) -> str:
     """Every position has its neighbour's numbers."""
-    if pair.phase in ("gradient", "unwatched") and pair.tap == "wpe":
+    if pair.of_parameter and pair.tap == "wpe":
         for label, by in (("later", -1), ("earlier", 1)):
             if pair.explains(np.roll(pair.ours, by, axis=0)):
                 return f"shifted by one position: each row has what belongs one row {label}"
@@ -500,7 +514,7 @@ def somewhere(pair: Pair) -> str:
         if (positions == n[docs] - 1).all() and n.max() > 1:
             return "wrong only at the last position"
         return ""
-    if pair.phase == "gradient" and pair.tap == "wpe":
+    if pair.of_parameter and pair.tap == "wpe":
         rows = np.flatnonzero(bad.any(axis=1))
         used = int((pair.step["batch/tokens"] >= 0).sum(axis=1).max()) - 1
         if len(rows) and rows.min() >= used:
@@ -525,10 +539,9 @@ def unwatched(pair: Pair) -> str:
     """What agrees where the text runs as it stands, and not where it is recorded for training."""
     if pair.phase not in ("eval", "unwatched"):
         return ""
-    docs = [doc[doc >= 0].tolist() for doc in pair.step["batch/tokens"]]
     causes = ["the recording is not the text, or a result is overwritten too early"]
     if pair.phase == "unwatched":
-        if len(micro_batches(docs, pair.case.config)) > 1:
+        if len(_micro_batches(pair)) > 1:
             causes.insert(0, "the gradients of micro-batches are not added up")
         if pair.case.config.cores > 1:
             causes.insert(0, "the shares of the processes are not added up")
@@ -564,6 +577,12 @@ PATTERNS: list[Callable[[Pair], str]] = [
 
 def _first(pair: Pair, guesses: dict[str, Array]) -> str:
     return next((label for label, guess in guesses.items() if pair.explains(guess)), "")
+
+
+def _micro_batches(pair: Pair) -> list[Docs]:
+    """Those that one process cuts the batch into."""
+    docs = [doc[doc >= 0].tolist() for doc in pair.step["batch/tokens"]]
+    return micro_batches(docs, pair.case.config)
 
 
 def _inside(pair: Pair) -> str:
@@ -641,7 +660,7 @@ def _contributions(pair: Pair) -> Iterator[tuple[str, Array]]:
             yield "each position's own", np.repeat(own, config.head_dim, axis=-1) * other
         elif pair.tap == "attn_logits":
             yield "the sum over the row", -_row_sums(pair)
-    elif pair.phase == "gradient" and pair.tap == "wte" and config.tie_lm_head:
+    elif pair.of_parameter and pair.tap == "wte" and config.tie_lm_head:
         yield "that of wte as lm_head", _head_gradient(pair)
 
 

@@ -26,7 +26,8 @@ from microgpt.errors import MicrogptError
 
 FILES = (
     "vectorized/model.py",
-    "vectorized/arrays.py",
+    "vectorized/record.py",
+    "vectorized/replay.py",
     "vectorized/batch.py",
     "vectorized/adam.py",
     "vectorized/sample.py",
@@ -106,19 +107,22 @@ def _try(mutant: Mutant) -> None:
     with np.errstate(all="ignore"):
         caught = (
             judge(defect, case_names()).first is not None
-            or _differs_in_pieces(defect)
+            or _differs_in_micro_batches(defect)
             or _differs_on_cores(defect)
         )
     os._exit(int(caught))
 
 
-def _differs_in_pieces(defect: Defect) -> bool:
-    """Whether a batch worked through in pieces tells the mutant from the original."""
-    with planted(defect.patches):
-        from vectorized import arrays, batch
+def _differs_in_micro_batches(defect: Defect) -> bool:
+    """Whether a batch cut into micro-batches tells the mutant from the original, with and without
+    the recorder's tricks for small arrays."""
+    for columns, padding, lowered in ((1, 0, False), (32, 100, True)):
+        with planted(defect.patches):
+            from vectorized import batch, record
 
-        arrays.TILED = batch.PACKING = 0
-        for batch.COLUMNS, batch.PADDING in ((1, 0), (32, 100)):
+            vars(batch).update(COLUMNS=columns, PADDING=padding)
+            if not lowered:
+                vars(record).update(EQUAL_ROWS=0, EXPANDED=0, ONE_HOT=0)
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")
                 if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:

@@ -58,8 +58,10 @@ class Backend(Protocol):
     def set_grads(self, grads: Tensors) -> None:
         """Put these in the place of what backward found, for update to go by."""
 
-    def position_losses(self, docs: Docs) -> list[list[float]]:
+    def position_losses(self, docs: Docs) -> Sequence[Sequence[float]]:
         """-log p(next token) at every position of every document; nothing is learned.
+
+        A row for each document, as long as it has positions; the next call may overwrite it.
 
         Raises FloatingPointError if one is not finite.
         """

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
+from math import prod
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -26,11 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from microgpt import calls
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
+from microgpt.layout import param_shapes
 from microgpt.memory import check_memory
 from microgpt.opponents import Program, torch_backends
 from microgpt.tokenizer import build_tokenizer
@@ -45,6 +48,10 @@ SCALAR_WORK = 20_000_000  # parameters times tokens, which take scalar/ some sec
 ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
 PRINTED = 1e-4  # allowed where a loss is known to four digits
 LEARNING_RATE = 1e-3
+DTYPES = ("float64", "float32")
+MANY = 100  # documents, in `lengths`
+AGAIN = 2  # rounds in which their shapes are known
+HELD = 4  # of them that are held to the right answer, or a whole batch
 # what is reported of the seconds of a step
 TIMES: dict[str, Callable[[list[float]], float]] = {
     "seconds_per_step": median,
@@ -65,6 +72,7 @@ class Contestant:
     batches: list[Docs]  # taken in turn
     seconds: list[float] = field(default_factory=list)  # a step, in each round
     difference: float = 0.0  # the largest of all batches
+    calls: float | None = None  # of NumPy in a step, on average: see microgpt.calls
 
     @property
     def label(self) -> str:
@@ -110,39 +118,120 @@ def bench(
     against: Sequence[str] = (),
     cores: int = 1,
     rounds: int = ROUNDS,
+    dtypes: Sequence[str] = DTYPES,
+    torch_threads: int | None = None,
 ) -> list[Contestant]:
     """Time scalar, vectorized and whoever they are up against, at each batch size.
 
-    against    torch, or a program's file: see microgpt.opponents
+    against          torch, or a program's file: see microgpt.opponents
+    dtypes           of vectorized; what goes by the last of them: several cores, torch
+    torch_threads    as many as it takes by itself unless told otherwise
 
     scalar and programs take part with a batch of one, scalar if it does one in seconds (see
     SCALAR_WORK); vectorized once more on several cores, where the batch has a document for each.
     Raises MicrogptError if an opponent is unknown or ends before its time, or if a loss is not
     finite.
     """
-    scalar = _enter("scalar", replace(config, batch_size=1, dtype="float64", cores=1))
-    contestants = [] if any(_few(docs, scalar) != docs for docs in scalar.batches) else [scalar]
+    single = replace(config, batch_size=1, dtype="float64", cores=1)
+    state, batches = _start(single, "scalar")
+    alike = Contestant("vectorized", single, load_backend("vectorized", single, state), batches)
+    few = any(_few(docs, alike) != docs for docs in batches)
+    contestants = [] if few else [_enter("scalar", single)]
     programs = [name for name in against if name.endswith(".py")]
-    contestants += [_enter_program(Path(name), scalar.config) for name in programs]
+    contestants += [_enter_program(Path(name), single) for name in programs]
     for size in batch_sizes:
-        for dtype in ("float64", "float32"):
+        for dtype in dtypes:
             entry = replace(config, batch_size=size, dtype=dtype, cores=1)
             contestants.append(_enter("vectorized", entry))
         if 1 < cores <= size:
             contestants.append(_enter("vectorized", replace(entry, cores=cores)))
         for opponent in against:
             if opponent not in programs:
-                contestants += _opponents(opponent, entry)
+                contestants += _opponents(opponent, entry, torch_threads)
     try:
         with np.errstate(all="ignore"):  # what overflows ends in a loss that is not finite
             _take_turns(contestants, rounds)
             for one in contestants:
                 one.difference = difference(one)
+                one.calls = calls.per_step(one.backend, one.batches)
     except ArithmeticError as error:
-        raise MicrogptError(
-            f"this model cannot be trained: {error}; try a smaller init_std than {config.init_std}"
-        ) from None
+        raise _untrainable(error, config) from None
     return contestants
+
+
+def listed(config: Config) -> calls.Listing:
+    """The calls of a step of vectorized on the first batch."""
+    state, (first, *_) = _start(config, "vectorized")
+    label = f"vectorized {config.dtype}, batch of {config.batch_size}"
+    return calls.listed(label, lambda: load_backend("vectorized", config, state), first)
+
+
+@dataclass
+class Lengths(Contestant):
+    """Somebody who meets documents of many lengths."""
+
+    longest: int = 0  # positions
+    first: float = 0.0  # seconds of a step of the first round, in which shapes are recorded
+    shapes: int = 0  # that have been recorded
+
+    @property
+    def of_lengths(self) -> dict[str, float]:
+        """What there is to report besides."""
+        return {"longest": self.longest, "seconds_at_first": self.first, "shapes": self.shapes}
+
+
+def lengths(
+    config: Config, longest: int, batch_sizes: Sequence[int], dtypes: Sequence[str] = DTYPES
+) -> list[Lengths]:
+    """Time vectorized on documents from 1 to `longest` positions, spread evenly, in any order.
+
+    A round is a step on each batch: one in which the shapes are new, and some in which they are
+    known. The text of the documents is cut from the data set.
+
+    Raises MicrogptError if the model does not fit into memory, or if a loss is not finite.
+    """
+    room = longest if config.crop == "positions" else longest + 1
+    config = replace(config, block_size=room, cores=1)
+    corpus = "".join(load_documents(config.dataset))
+    corpus *= 1 + longest // len(corpus)
+    found = []
+    for size in batch_sizes:
+        count = -(-MANY // size) * size
+        ends = [round((longest - 1) * i / max(1, count - 1)) for i in range(count)]
+        documents = [corpus[:end] for end in ends]
+        for dtype in dtypes:
+            entry = replace(config, batch_size=size, dtype=dtype)
+            state, batches = _start(entry, "vectorized", documents)
+            backend = load_backend("vectorized", entry, state)
+            one = Lengths("vectorized", entry, backend, batches, longest=longest)
+            with np.errstate(all="ignore"):
+                _meet(one)
+            found.append(one)
+    return found
+
+
+def _meet(one: Lengths) -> None:
+    rounds = []
+    try:
+        for _ in range(1 + AGAIN):
+            start = perf_counter()
+            for docs in one.batches:
+                one.step(docs)
+            rounds.append((perf_counter() - start) / len(one.batches))
+        held = one.batches[: max(1, HELD // one.config.batch_size)]
+        one.difference = max(_twice_apart(one, docs, _by_document) for docs in held)
+    except ArithmeticError as error:
+        raise _untrainable(error, one.config) from None
+    one.first, *one.seconds = rounds
+    one.calls = calls.per_step(one.backend, one.batches)
+    recordings = (shape for docs in one.batches for shape, _ in one.backend.recordings(docs))
+    one.shapes = len(set(recordings) - {()})
+
+
+def _untrainable(error: ArithmeticError, config: Config) -> MicrogptError:
+    return MicrogptError(
+        f"this model cannot be trained: {error}; try a smaller init_std than {config.init_std}"
+    )
 
 
 def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
@@ -183,16 +272,17 @@ def difference(one: Contestant) -> float:
     if one.foreign:
         return _off_course(one)
 
-    def apart(docs: Docs, right: Callable[..., Step]) -> float:
-        first = _apart(one, docs, right)
-        return first if first <= one.allowed else min(first, _apart(one, docs, right))
-
     first, *others = one.batches
-    from_scalar = apart(_few(first, one), _scalar_step)
+    from_scalar = _twice_apart(one, _few(first, one), _scalar_step)
     if one.name == "scalar":
         return from_scalar
     whole = one.batches if one.partly else others
-    return max(from_scalar, *(apart(docs, _whole_step) for docs in whole))
+    return max(from_scalar, *(_twice_apart(one, docs, _whole_step) for docs in whole))
+
+
+def _twice_apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> float:
+    first = _apart(one, docs, right)
+    return first if first <= one.allowed else min(first, _apart(one, docs, right))
 
 
 def _off_course(one: Contestant) -> float:
@@ -239,15 +329,24 @@ def _farthest(theirs: Tensors, ours: Tensors) -> float:
 
 def _scalar_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
     """The loss and the gradient, and how the parameters change by an update with `grads`."""
-    scalar = load_backend("scalar", config, state)
+    return _in_parts(load_backend("scalar", config, state), CHUNK, state, docs, grads)
+
+
+def _by_document(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
+    """The same by vectorized/, where all of a batch at once would be most of it padding."""
+    vectorized = load_backend("vectorized", config, state, watch=True)
+    return _in_parts(vectorized, 1, state, docs, grads)
+
+
+def _in_parts(backend: Backend, most: int, state: State, docs: Docs, grads: Tensors) -> Step:
     loss, sums = 0.0, {name: np.zeros_like(tensor) for name, tensor in state.params.items()}
-    for start in range(0, len(docs), CHUNK):
-        part = docs[start : start + CHUNK]
-        loss += scalar.forward(part) * (len(part) / len(docs))
-        scalar.backward()
-        for name, tensor in scalar.grads().items():
+    for start in range(0, len(docs), most):
+        part = docs[start : start + most]
+        loss += backend.forward(part) * (len(part) / len(docs))
+        backend.backward()
+        for name, tensor in backend.grads().items():
             sums[name] += np.asarray(tensor) * (len(part) / len(docs))
-    return loss, sums, _change(scalar, state, grads)
+    return loss, sums, _change(backend, state, grads)
 
 
 def _whole_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
@@ -301,6 +400,43 @@ def table(contestants: Sequence[Contestant]) -> str:
     return "\n".join(lines)
 
 
+def floors(contestants: Sequence[Contestant]) -> list[str]:
+    """How many calls a step of vectorized has, and what share of it as many empty ones would take.
+
+    A line for each size of a batch.
+    """
+    lines: dict[str, list[str]] = {}
+    for one in contestants:
+        if one.calls is not None and one.right:
+            cores = f" x{one.config.cores}" if one.config.cores > 1 else ""
+            took = one.calls * calls.empty_call()
+            share = f"{took / median(one.seconds):.0%} of {one.config.dtype}"
+            start = f"{one.config.batch_size:5}{cores:4} {one.calls:8,.0f} {took * 1e6:10,.1f}"
+            lines.setdefault(start, []).append(share)
+    rows = [f"{start}   {', '.join(shares)}" for start, shares in lines.items()]
+    empty = f"at {calls.empty_call() * 1e6:.3f} us for an empty call"
+    return [f"batch     {'calls':>8} {'empty us':>10}   {empty}", *rows] if rows else []
+
+
+def table_of_lengths(found: Sequence[Lengths]) -> str:
+    """The results of `lengths` at 80 columns."""
+    lines = [
+        f"{'':22} {'batch':>5} {'us/step':>9} {'at first':>9} {'recording':>9} {'shapes':>6}"
+        f" {'calls':>7} {'apart':>6}"
+    ]
+    for one in found:
+        start, end = f"{one.label:22} {one.config.batch_size:5} ", f" {one.difference:6.0e}"
+        if not one.right:
+            lines.append(f"{start}{'WRONG':>9} {'-':>9} {'-':>9} {'-':>6} {'-':>7}{end}")
+            continue
+        again = min(one.seconds)
+        lines.append(
+            f"{start}{_fit(again * 1e6, 9, 1)} {_fit(one.first * 1e6, 9, 1)}"
+            f" {1 - again / one.first:9.0%} {one.shapes:6} {one.calls:7,.0f}{end}"
+        )
+    return "\n".join(lines)
+
+
 def _fit(number: float, width: int, decimals: int) -> str:
     """A number with so many decimals, or with none if it is too wide."""
     text = f"{number:{width},.{decimals}f}"
@@ -334,6 +470,7 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
     """The same for other programs; times in seconds, none where the answer is wrong."""
     return {
         "machine": machine(),
+        "seconds_per_empty_call": calls.empty_call(),
         "results": [
             {
                 "name": one.name,
@@ -342,6 +479,8 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
                 "batch_size": one.config.batch_size,
                 "tokens_per_step": one.tokens,
                 **{name: of(one.seconds) if one.right else None for name, of in TIMES.items()},
+                "calls_per_step": one.calls,
+                **(one.of_lengths if isinstance(one, Lengths) else {}),
                 "difference": one.difference if math.isfinite(one.difference) else None,
                 "right": one.right,
             }
@@ -362,26 +501,33 @@ def _enter_program(path: Path, config: Config) -> Contestant:
     )
 
 
-def _opponents(name: str, config: Config) -> list[Contestant]:
+def _opponents(name: str, config: Config, threads: int | None) -> list[Contestant]:
     if name != "torch":
         raise MicrogptError(f"--against {name}: unknown; expected torch, or a program, FILE.py")
     state, batches = _start(config, name)
-    found = torch_backends()
+    found = torch_backends(threads)
     return [
         Contestant(name, config, backend(config, state), batches) for name, backend in found.items()
     ]
 
 
-def _start(config: Config, backend_name: str) -> tuple[State, list[Docs]]:
-    """The parameters and the first batches of a run."""
+def _start(
+    config: Config, backend_name: str, given: Sequence[str] = ()
+) -> tuple[State, list[Docs]]:
+    """The parameters and the first batches of a run, or all batches of the documents given."""
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
-    rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
+    documents = list(given) or documents
+    rng.shuffle(documents)
     trained = replace(config, num_samples=0)  # nothing is drawn here
-    check_memory(trained, tokenizer.vocab_size, documents, backend_name)
+    seen = documents
+    if backend_name == "scalar":  # which is asked for as much as it can do in seconds
+        size = sum(map(prod, param_shapes(config, tokenizer.vocab_size).values()))
+        seen = [document[: SCALAR_WORK // size] for document in documents]
+    check_memory(trained, tokenizer.vocab_size, seen, backend_name)
     state = fresh_state(init_params(config, tokenizer.vocab_size, rng))
-    batches = max(4, 64 // config.batch_size)
+    batches = (len(given) or max(4 * config.batch_size, 64)) // config.batch_size
     return state, [batch(step, documents, tokenizer, config) for step in range(batches)]
 
 

@@ -234,20 +234,33 @@ def bench(options: argparse.Namespace) -> int:
     from microgpt import bench as timing
 
     config = load_config(options.config or DEFAULT_PRESET)
+    dtypes = [typed_flag("dtype", options.dtype)] if options.dtype else timing.DTYPES
+    if options.calls:
+        return _calls(options, config)
+    if options.lengths:
+        return _lengths(options, config, dtypes)
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or BATCH_SIZES]
     cores = typed_flag("cores", options.cores) if options.cores else min(2, os.cpu_count() or 1)
     if options.cores and cores > max(sizes):
         raise MicrogptError(f"--cores {cores}: no batch has a document for each of them")
-    contestants = timing.bench(config, sizes, options.against, cores)
+    threads = None
+    if options.torch_threads:
+        threads = typed_flag("cores", options.torch_threads, "--torch-threads")
+        if "torch" not in options.against:
+            raise MicrogptError("--torch-threads: PyTorch takes no part; add --against torch")
+    contestants = timing.bench(
+        config, sizes, options.against, cores, dtypes=dtypes, torch_threads=threads
+    )
     if options.json:
         print(json.dumps(timing.as_json(contestants), indent=1))
     else:
-        print(timing.table(contestants))
+        print("\n".join([timing.table(contestants), *timing.floors(contestants)]))
         remarks = [
             ", ".join(f"{name}: {value}" for name, value in timing.machine().items()),
             "medians of steps taken in turn; apart: the largest difference of loss, gradient and"
             " update, as a share of the largest number, from those of scalar on the first batch and"
-            " of vectorized, float64 and in one piece, on the others",
+            " of vectorized, float64 and in one piece, on the others; calls: of NumPy, that a step"
+            " of vectorized makes, and what as many empty ones would take",
         ]
         if any(one.partly for one in contestants):
             remarks.append(
@@ -258,6 +271,51 @@ def bench(options: argparse.Namespace) -> int:
             remarks.append("of a program, what is compared is the losses that it prints")
         print("\n".join(fill(remark, 80, break_long_words=False) for remark in remarks))
     return 0 if all(one.right for one in contestants) else 1
+
+
+def _calls(options: argparse.Namespace, config: Config) -> int:
+    """`microgpt bench --calls`"""
+    import json
+    from shutil import get_terminal_size
+
+    from microgpt import bench as timing
+    from microgpt import calls
+
+    _alone(options, "calls", ("lengths", "cores", "against", "torch_threads"))
+    size, *others = options.batch_size or [str(config.batch_size)]
+    if others:
+        raise MicrogptError("--calls: lists one step; give --batch-size once")
+    dtype = typed_flag("dtype", options.dtype or config.dtype)
+    listing = timing.listed(
+        replace(config, batch_size=typed_flag("batch_size", size), dtype=dtype, cores=1)
+    )
+    if options.json:
+        print(json.dumps({"machine": timing.machine(), **calls.as_json(listing)}, indent=1))
+    else:
+        print("\n".join(calls.lines(listing, max(80, get_terminal_size().columns))))
+    return 0
+
+
+def _lengths(options: argparse.Namespace, config: Config, dtypes: Sequence[str]) -> int:
+    """`microgpt bench --lengths`: 1 if something else than the right numbers is computed."""
+    import json
+
+    from microgpt import bench as timing
+
+    _alone(options, "lengths", ("cores", "against", "torch_threads"))
+    longest = typed_flag("block_size", options.lengths, "--lengths")
+    sizes = [typed_flag("batch_size", text) for text in options.batch_size or ["1"]]
+    found = timing.lengths(config, longest, sizes, dtypes)
+    print(json.dumps(timing.as_json(found), indent=1) if options.json
+          else timing.table_of_lengths(found))  # fmt: skip
+    return 0 if all(one.right for one in found) else 1
+
+
+def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> None:
+    """Refuse options that have no meaning beside this one."""
+    for other in others:
+        if getattr(options, other):
+            raise MicrogptError(f"{flag(name)}: does not go with {flag(other)}; leave one out")
 
 
 def _new(options: argparse.Namespace) -> Run:
@@ -373,6 +431,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="torch|FILE.py",
         help="who else takes part; a program is one that reads input.txt and prints each loss, as"
         " the original microgpt.py",
+    )
+    command.add_argument("--torch-threads", metavar="N", help="for torch (default: as it likes)")
+    command.add_argument(
+        "--dtype", metavar="float32|float64", help="one precision only (default: both)"
+    )
+    command.add_argument(
+        "--calls",
+        action="store_true",
+        help="list the calls of NumPy that a step of vectorized consists of, each timed",
+    )
+    command.add_argument(
+        "--lengths",
+        metavar="N",
+        help="time vectorized on documents from 1 to N positions, new and known lengths",
     )
     command.add_argument("--json", action="store_true", help="for other programs")
     return parser

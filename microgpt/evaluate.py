@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from microgpt.backend import Backend
 from microgpt.config import Config
@@ -36,19 +36,20 @@ def evaluation(
     for document in documents:  # before hours are spent on the others
         if not known.issuperset(document[:kept]):
             tokenizer.encode(document[:kept])
-    doc_losses = array("d")
-    by_position: list[array[float]] = []
+    doc_sum, sums, counts = 0.0, np.zeros(kept + 1), np.zeros(kept + 1, int)
     for batch in _batches(sorted(documents, key=len), kept):
-        encoded = [tokenizer.document(document, config.max_tokens) for document in batch]
-        for losses in backend.position_losses(encoded):
-            doc_losses.append(math.fsum(losses) / len(losses))
-            by_position += [array("d") for _ in range(len(losses) - len(by_position))]
-            for position, loss in enumerate(losses):
-                by_position[position].append(loss)
-    return Evaluation(
-        loss=math.fsum(doc_losses) / len(doc_losses),
-        by_position=[(len(losses), math.fsum(losses) / len(losses)) for losses in by_position],
-    )
+        encoded = [tokenizer.document(document, kept + 1) for document in batch]
+        rows = backend.position_losses(encoded)
+        losses = np.concatenate(rows, dtype=float)
+        n = np.array([len(row) for row in rows])
+        starts = n.cumsum() - n
+        positions = np.arange(len(losses)) - starts.repeat(n)
+        doc_sum += float((np.add.reduceat(losses, starts) / n).sum())
+        sums += np.bincount(positions, losses, kept + 1)
+        counts += np.bincount(positions, minlength=kept + 1)
+    reached = counts > 0
+    means = sums[reached] / counts[reached]
+    return Evaluation(doc_sum / len(documents), list(zip(counts[reached].tolist(), means.tolist())))
 
 
 def check_evaluation(
@@ -63,12 +64,8 @@ def check_evaluation(
 def _batches(ordered: Sequence[str], kept: int) -> Iterator[Sequence[str]]:
     """Documents in the order of their length, as many at a time as there is room for."""
     start = 0
-    for end in range(1, len(ordered) + 1):
-        more = end + 1 - start
-        if (
-            end == len(ordered)
-            or more > BATCH
-            or more * (min(len(ordered[end]), kept) + 1) > COLUMNS
-        ):
-            yield ordered[start:end]
-            start = end
+    while start < len(ordered):
+        longest = min(len(ordered[min(start + BATCH, len(ordered)) - 1]), kept) + 1
+        end = start + max(1, min(BATCH, COLUMNS // longest))
+        yield ordered[start:end]
+        start = end

@@ -28,9 +28,11 @@ PROCESS = 35e6  # one more of those that share a batch
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
 
+COLUMNS = 1024  # positions that vectorized works on at once, or those of one document
+
 # what vectorized.sample draws side by side
 SMALL_MODEL = 2**14  # n_embd^2 block_size, up to which that saves time
-CACHED = 2**19  # numbers that the keys and values of all walkers may be
+CACHED = 2**21  # numbers that the keys and values of all walkers may be
 
 # where Linux says what a container may use, in the second and the first version of its groups
 CONTAINER = (
@@ -102,6 +104,8 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
     params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
     sizes = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [1]
     each = B / len(sizes)
+    if not scalar:  # a micro-batch at a time
+        each = min(each, max(COLUMNS, max(sizes)) / sum(sizes))
     batch = max(
         _step(config, vocab_size, max(sizes), max(sizes) ** 2, scalar, itemsize),
         _step(config, vocab_size, each * sum(sizes), each * sum(n * n for n in sizes), scalar,

@@ -19,8 +19,8 @@ from microgpt.config import Config
 from microgpt.errors import MicrogptError
 
 
-def torch_backends() -> dict[str, Callable[[Config, State], Any]]:
-    """The contestants that PyTorch can field.
+def torch_backends(threads: int | None = None) -> dict[str, Callable[[Config, State], Any]]:
+    """The contestants that PyTorch can field, on so many threads or as it finds right.
 
     Raises MicrogptError if it is not installed.
     """
@@ -30,6 +30,8 @@ def torch_backends() -> dict[str, Callable[[Config, State], Any]]:
         raise MicrogptError(
             "--against torch: PyTorch is not installed; pip install torch"
         ) from None
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 1000  # beyond it, "compiled" would be eager
     return {
         "torch": lambda config, state: TorchBackend(torch, config, state, compiled=False),

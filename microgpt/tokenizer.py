@@ -33,7 +33,7 @@ class Tokenizer:
         Raises MicrogptError naming the first character that is not in the vocabulary.
         """
         try:
-            return [self.ids[char] for char in text]
+            return list(map(self.ids.__getitem__, text))
         except KeyError as unknown:
             char = unknown.args[0]
             raise MicrogptError(

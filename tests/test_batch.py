@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -15,17 +14,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import vectorized.arrays
 import vectorized.batch
-import vectorized.sample
-import vectorized.worker
+import vectorized.replay
+from microgpt import memory
 from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
+from microgpt.data import load_documents
 from microgpt.init import init_params
-from microgpt.layout import Tree
+from microgpt.layout import Tree, grow, pick
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.arrays import Array, Shape, Workspace
-from vectorized.batch import SHARED, Batch, Row, pieces, places, together
+from vectorized.batch import empty_batch, fill, micro_batches, pad, rounded
+from vectorized.model import Array, Batch, loss_backward, loss_forward
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights that tell everything apart
@@ -103,10 +102,10 @@ def test_the_losses_of_a_document_are_the_same_in_any_company(
 ) -> None:
     model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
     docs = encoded(texts, preset)
-    together = model.position_losses(docs)
+    together = [list(losses) for losses in model.position_losses(docs)]
     for losses, doc in zip(together, docs, strict=True):
         (alone,) = model.position_losses([doc])
-        assert losses == pytest.approx(alone, rel=1e-14)
+        assert losses == pytest.approx(list(alone), rel=1e-14)
         assert len(losses) == len(doc) - 1
 
 
@@ -128,47 +127,19 @@ def test_the_order_of_a_batch_changes_nothing(
 @given(
     batches=st.lists(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1), min_size=1),
     columns=st.sampled_from([12, 5, 1]),
-    tiled=st.sampled_from([99, 4, 0]),
-    padding=st.sampled_from([2560, 8, 0]),
-    packing=st.sampled_from([1200, 0]),
-    layouts=st.sampled_from([32, 1]),
+    padding=st.sampled_from([1024, 8, 0]),
 )
-@example(
-    batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2],
-    columns=12,
-    tiled=0,
-    padding=9,
-    packing=1200,
-    layouts=32,
-)
-@example(batches=[["ab", "a"], ["abca"]], columns=12, tiled=0, padding=9, packing=0, layouts=32)
-def test_batches_that_are_computed_in_pieces_are_the_batches(
-    preset: str,
-    batches: list[list[str]],
-    columns: int,
-    tiled: int,
-    padding: int,
-    packing: int,
-    layouts: int,
+@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, padding=9)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, padding=9)
+def test_batches_that_are_computed_in_micro_batches_are_the_batches(
+    preset: str, batches: list[list[str]], columns: int, padding: int
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
-    workspace = cut.worker.workspace
-
-    def spoiled(shapes: Sequence[Shape]) -> list[tuple[Tree, Tree]]:
-        """Whatever a batch relies on, another has written over it."""
-        laid = Workspace.arrays(workspace, shapes)
-        workspace.block.fill(np.nan)
-        return laid
-
-    with (
-        patch.object(workspace, "arrays", spoiled),
-        patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding, PACKING=packing),
-        patch.object(vectorized.arrays, "TILED", tiled),
-        patch.object(vectorized.arrays.Workspace, "LAYOUTS", layouts),
-    ):
-        found = [measured(cut, encoded(texts, preset)) for texts in batches]
-    for texts, measures in zip(batches, found):
-        assert_same(measures, measured(whole, encoded(texts, preset)))
+    docs = [encoded(texts, preset) for texts in batches]
+    with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding):
+        found = [measured(cut, batch) for batch in docs]
+    for batch, measures in zip(docs, found):
+        assert_same(measures, measured(whole, batch))
 
 
 @models
@@ -177,56 +148,117 @@ def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
     rng = Random(1)
     docs = encoded(["".join(rng.choices("abc", k=rng.randint(1, 8))) for _ in range(300)], preset)
     with patch.object(vectorized.batch, "COLUMNS", 500):
-        assert len(pieces(docs, CONFIGS[preset])) > 1
+        assert len(micro_batches(docs, CONFIGS[preset])) > 1
         found = measured(model, docs)
     assert_same(found, mean_alone(model, docs))
 
 
-lengths = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=70)
 
 
-def documents(lengths: list[int]) -> list[list[int]]:
+def documents(lengths: Sequence[int]) -> list[list[int]]:
     """Documents of so many positions, each of a token of its own."""
     return [[i] * (n + 1) for i, n in enumerate(lengths)]
 
 
-@given(lengths=lengths, block_size=st.integers(1, 30))
-@example(lengths=[7] * 5 + [2] * 5, block_size=16)
-def test_documents_are_packed_into_rows_as_far_as_there_is_room(
-    lengths: list[int], block_size: int
+def positions(docs: Docs) -> list[int]:
+    return [len(doc) - 1 for doc in docs]
+
+
+@given(lengths=lengths, n_embd=st.integers(1, 40), columns=st.integers(1, 200))
+def test_every_document_is_in_exactly_one_micro_batch(
+    lengths: list[int], n_embd: int, columns: int
 ) -> None:
-    rows = together(documents(lengths), block_size)
-    assert sorted(doc for _, row in rows for doc in row) == documents(lengths)
-    room = min(SHARED, block_size)
-    for i, (taken, row) in enumerate(rows):
-        assert taken == sum(len(doc) - 1 for doc in row)
-        assert len(row) == 1 or taken <= room
-        later = [len(doc) - 1 for _, row in rows[i + 1 :] for doc in row]
-        assert not later or taken + min(later) > room
+    docs, config = documents(lengths), replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
+    with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=200):
+        cut = micro_batches(docs, config)
+    assert all(cut)
+    assert sorted(doc for batch in cut for doc in batch) == docs
 
 
 @given(lengths=lengths, n_embd=st.integers(1, 40))
 @example(lengths=[20, 10, 10, 10, 3], n_embd=1)
-@example(lengths=[17, 16], n_embd=1)
-def test_pieces_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
+@example(lengths=[1] * 40 + [30] * 20, n_embd=40)
+def test_micro_batches_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
     config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200, PACKING=50):
-        cut = pieces(documents(lengths), config)
-    assert sorted(doc for piece in cut for _, row in piece for doc in row) == documents(lengths)
-    packs = (len(lengths) * max(lengths) - sum(lengths)) * n_embd > 50
-    assert packs or all(len(row) == 1 for piece in cut for _, row in piece)
+    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200):
+        cut = micro_batches(documents(lengths), config)
+    tolerated = 200 / n_embd + len(lengths) // 16 * 30  # cuts are made in steps of so many rows
+    for batch in cut:
+        n, T = sorted(positions(batch)), max(positions(batch))
+        assert len(batch) == 1 or len(batch) * T <= 60
+        assert all(count * (T - n[count - 1]) <= tolerated for count in range(1, len(n)))
 
-    def too_much(piece: list[Row]) -> bool:
-        taken = [positions for positions, _ in piece]
-        columns = len(piece) * max(taken)
-        padding = columns - sum(taken)
-        return (
-            columns > 60 or padding > 200 // n_embd or (packs and max(taken) > SHARED >= min(taken))
-        )
 
-    assert not any(too_much(piece) for piece in cut if len(piece) > 1)
-    for one, other in pairwise(cut):  # no cut without need
-        assert too_much([*one, other[0]])
+@given(lengths=lengths, n_embd=st.integers(1, 40))
+@example(lengths=[10, 9, 5], n_embd=1)
+def test_no_cut_is_made_without_need(lengths: list[int], n_embd: int) -> None:
+    config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
+    padding = (len(lengths) * max(lengths) - sum(lengths)) * n_embd
+    with patch.multiple(vectorized.batch, COLUMNS=2100, PADDING=max(1, padding)):
+        assert len(micro_batches(documents(lengths), config)) == 1
+
+
+@pytest.mark.parametrize("n_embd", [16, 64])
+@pytest.mark.parametrize(
+    ("size", "share"), [(1, 0.1), (3, 0.25), (16, 0.4), (64, 0.25), (256, 0.1)]
+)
+def test_few_shapes_occur_and_padding_is_bounded(size: int, share: float, n_embd: int) -> None:
+    names, config = load_documents("names"), replace(load_config(), n_embd=n_embd)
+    rng, shapes, padded, real = Random(1), set(), 0, 0
+    for _ in range(300):
+        docs = [[0] * (len(name) + 2) for name in rng.sample(names, size)]
+        for batch in micro_batches(docs, config):
+            T = rounded(max(positions(batch)), len(batch), config)
+            shapes.add((len(batch), T))
+            padded += len(batch) * T
+            real += sum(positions(batch))
+    assert len(shapes) <= 80
+    assert padded <= (1 + share) * real
+
+
+@given(T=st.integers(1, 5000), beyond=st.integers(0, 300), rows=st.integers(1, 9))
+def test_a_length_is_rounded_up_by_little_and_never_beyond_the_context(
+    T: int, beyond: int, rows: int
+) -> None:
+    config = replace(CONFIGS["microgpt"], block_size=T + beyond)
+    assert T <= rounded(T, rows, config) <= min(T + 1 + T // 8, T + beyond)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_lengths_occur(rows: int) -> None:
+    config = replace(CONFIGS["microgpt"], block_size=4096)
+    assert len({rounded(T, rows, config) for T in range(1, 33)}) <= 32 // (3 - rows)
+    for T in (32, 64, 1024, 2048):
+        assert len({rounded(n, rows, config) for n in range(T + 1, 2 * T + 1)}) <= 16
+
+
+def test_a_batch_is_what_its_documents_say() -> None:
+    tokens, targets, weights = pad([[3, 1, 2, 3], [3, 2]], np.dtype("float32"), of=4)
+    assert tokens.tolist() == [[3, 1, 2], [3, 2, 0]]  # with the last token, whose loss is nobody's
+    assert targets.tolist() == [[1, 2, 3], [2, 0, 0]]
+    assert weights.dtype == "float32"
+    np.testing.assert_allclose(weights, [[1 / 12] * 3, [1 / 4, 0, 0]])
+
+
+@given(before=lengths, lengths=lengths, rows=st.integers(0, 3), longer=st.integers(0, 3))
+@example(before=[9], lengths=[4], rows=0, longer=0)
+def test_nothing_is_left_of_the_batch_before(
+    before: list[int], lengths: list[int], rows: int, longer: int
+) -> None:
+    B, T = max(len(before), len(lengths)) + rows, max(before + lengths) + longer
+    used, fresh = (empty_batch(B, T, np.dtype("float64")) for _ in range(2))
+    if B > 1 or len(before) == 1:
+        fill(used, [[7] * (n + 1) for n in before], 1)
+    for batch in (used, fresh):
+        fill(batch, documents(lengths), 5)
+    for name in Batch._fields:
+        np.testing.assert_array_equal(getattr(used, name), getattr(fresh, name))
+    assert weight_of(fresh) == pytest.approx(len(lengths) / 5)
+
+
+def weight_of(batch: Batch) -> float:
+    return float(batch.weights.sum())
 
 
 def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
@@ -238,24 +270,39 @@ def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
     for b, doc in enumerate(docs):
         n = len(doc) - 1
         tokens[b, :n], targets[b, :n], weights[b, :n] = doc[:-1], doc[1:], 1 / (B * n)
-    inputs, outputs = places(tokens * (B * T)), places(targets * (B * T))
-    return Batch(Shape(B, T), inputs, outputs, weights.reshape(-1), ragged=True)
+    return Batch(tokens, targets, weights)
+
+
+def by_the_text(batch: Batch, backend: Backend, config: Config) -> tuple[float, dict[str, Array]]:
+    """The loss of a batch and its gradients."""
+    named = backend.state().params
+    params = grow({name: np.array(tensor) for name, tensor in named.items()}, config.n_layer)
+    tap, dtap, dparams = (Tree(config.n_layer) for _ in range(3))
+    loss = float(loss_forward(batch, params, config, tap))
+    loss_backward(batch, params, dparams, config, tap, dtap)
+    return loss, {name: pick(dparams, name) for name in named}
 
 
 @models
 @given(texts=texts, seed=st.integers(0, 99))
 @settings(deadline=None)
 def test_more_padding_changes_nothing(preset: str, texts: list[str], seed: int) -> None:
-    config, tokenizer = CONFIGS[preset], TOKENIZERS[preset]
-    model = load("vectorized", config, tokenizer, watch=True)  # which packs nothing
-    docs = encoded(texts, preset)
-    expected = measured(model, docs)
+    config, tokenizer, docs = CONFIGS[preset], TOKENIZERS[preset], encoded(texts, preset)
+    model = load("vectorized", config, tokenizer)
+    batch = padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
+    assert_same(by_the_text(batch, model, config), measured(model, docs))
 
-    def pad(docs: Docs, dtype: np.dtype, of: int) -> Batch:
-        return padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
 
-    with patch.object(vectorized.worker, "pad", pad):
-        assert_same(measured(model, docs), expected)
+@models
+@few
+@given(texts=texts)
+def test_a_recording_for_longer_documents_serves_shorter_ones(
+    preset: str, texts: list[str]
+) -> None:
+    config, docs = CONFIGS[preset], encoded(texts, preset)
+    expected = measured(load("vectorized", config, TOKENIZERS[preset]), docs)
+    with patch.object(vectorized.replay, "rounded", lambda *_: config.block_size):
+        assert_same(measured(load("vectorized", config, TOKENIZERS[preset]), docs), expected)
 
 
 def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -271,43 +318,70 @@ def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, 
     return params
 
 
-@pytest.mark.parametrize(
-    "docs",
-    [
-        [[3, 1, 2, 1, 2, 3], [3, 0, 3]],  # each in a row of its own
-        [[3, 1, 2, 1, 3], [3, 1, 2, 3], [3, 0, 3], [3, 1, 3]],  # two rows of two, one with padding
-    ],
-)
-def test_padding_may_have_a_loss_that_is_not_finite(docs: Docs) -> None:
+def test_padding_may_be_impossible() -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = with_an_impossible_token(config, tokenizer)
     model = load_backend("vectorized", config, fresh_state(params))
-    with patch.object(vectorized.batch, "PACKING", 0):
-        found = measured(model, docs)  # pad() fills up with token 0
-    assert_same(found, mean_alone(model, docs))
+    docs = [[3, 1, 2, 1, 2, 3], [3, 0, 3]]  # padded with token 0
+    assert_same(measured(model, docs), mean_alone(model, docs))
 
 
-@backends
-def test_a_token_of_probability_0_is_refused(backend: str) -> None:
-    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
-    params = with_an_impossible_token(config, tokenizer)
-    model = load_backend(backend, config, fresh_state(params))
-    with pytest.raises(FloatingPointError):
-        model.forward([[3, 1, 2, 0, 3]])
+def exact_losses(logits: Sequence[Sequence[float]], doc: Sequence[int]) -> list[float]:
+    """-log(softmax(logits)[target]) without the softmax, which may be too small for a number."""
+    return [
+        math.log(math.fsum(math.exp(x - max(row)) for x in row)) + max(row) - row[target]
+        for row, target in zip(logits, doc[1:])
+    ]
 
 
-def test_both_backends_say_the_same_of_the_loss_of_an_impossible_token() -> None:
-    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
-    params = with_an_impossible_token(config, tokenizer)
-    outcomes: list[Any] = []
-    for backend in NAMES:
-        model = load_backend(backend, config, fresh_state(params))
-        try:
-            (losses,) = model.position_losses([[3, 1, 2, 0, 3]])
-            outcomes.append([math.isinf(loss) for loss in losses])
-        except FloatingPointError:
-            outcomes.append("refused")
-    assert outcomes[0] == outcomes[1]
+singly_and_doubly = pytest.mark.parametrize(
+    ("dtype", "digits"), [("float64", 1e-12), ("float32", 1e-5)]
+)
+either_way = pytest.mark.parametrize("watch", [False, True])
+
+
+@singly_and_doubly
+@either_way
+def test_the_loss_of_an_impossible_token_is_finite_and_exact(
+    dtype: str, digits: float, watch: bool
+) -> None:
+    config, doc = CONFIGS["microgpt"], [3, 1, 2, 0, 3]
+    state = fresh_state(with_an_impossible_token(config, TOKENIZERS["microgpt"]))
+    expected = exact_losses(load_backend("scalar", config, state).read(doc[:-1]), doc)
+    assert max(expected) > 1000
+    model = load_backend("vectorized", replace(config, dtype=dtype), state, watch)
+    (losses,) = model.position_losses([doc])
+    assert list(losses) == pytest.approx(expected, rel=digits, abs=digits)
+    assert model.forward([doc]) == pytest.approx(sum(expected) / 4, rel=digits)
+
+
+def test_scalar_refuses_a_token_of_probability_0() -> None:
+    config = CONFIGS["microgpt"]
+    state = fresh_state(with_an_impossible_token(config, TOKENIZERS["microgpt"]))
+    model = load_backend("scalar", config, state)
+    for run in (model.forward, model.position_losses):
+        with pytest.raises(FloatingPointError):
+            run([[3, 1, 2, 0, 3]])
+
+
+@either_way
+@pytest.mark.parametrize("factor", [100.0, 1000.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_single_precision_has_a_loss_and_a_gradient_wherever_double_has(
+    seed: int, factor: float, watch: bool
+) -> None:
+    config, tokenizer = replace(CONFIGS["microgpt"], seed=seed), TOKENIZERS["microgpt"]
+    params, docs = init_params(config, tokenizer.vocab_size, Random(seed)), [[3, 1, 2, 0, 3]]
+    params["lm_head"] = [[factor * x for x in row] for row in params["lm_head"]]
+    double, single = (
+        load_backend("vectorized", replace(config, dtype=dtype), fresh_state(params), watch)
+        for dtype in ("float64", "float32")
+    )
+    expected, found = measured(double, docs), measured(single, docs)
+    assert np.ptp(np.asarray(double.read(docs[0]))) > 104  # exp(-104) is 0 in single precision
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    for name, grad in expected[1].items():
+        np.testing.assert_allclose(found[1][name], grad, atol=1e-3 * np.abs(grad).max())
 
 
 @st.composite
@@ -364,7 +438,8 @@ def test_samples_are_the_same_draw_for_draw(
     config, tokenizer = model
     chars = st.sampled_from(sorted(tokenizer.ids.values()))
     prompt = data.draw(st.lists(chars, max_size=config.block_size - 1))
-    with patch.object(vectorized.sample, "most_walkers", lambda config: walkers):
+    cached = walkers * 2 * config.n_layer * config.n_embd * config.block_size
+    with patch.object(memory, "CACHED", cached):
         assert_same_samples(config, tokenizer, seed, num, temperature, prompt)
 
 
@@ -415,15 +490,20 @@ def test_choose_is_random_choices_on_the_same_draws(
         rng = Random()
         with patch.object(rng, "random", lambda: draw):  # noqa: B023
             expected += rng.choices(range(len(weights)), weights)
-    columns = np.array([weights] * len(draws)).T
-    assert choose(columns, np.array(draws)).tolist() == expected
+    cumulative = np.array([weights] * len(draws)).cumsum(axis=1)
+    assert choose(cumulative, np.array(draws)).tolist() == expected
 
 
 @backends
-def test_a_position_whose_loss_is_no_number_is_refused(backend: str) -> None:
+@pytest.mark.parametrize("name", ["wpe", "lm_head", "layer0.mlp_fc2"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused(backend: str, name: str, number: float) -> None:
     config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
     params = init_params(config, tokenizer.vocab_size, Random(config.seed))
-    params["wpe"][1][0] = math.nan
-    model = load_backend(backend, config, fresh_state(params))
-    with pytest.raises(FloatingPointError, match="position"):
-        model.position_losses([[3, 1, 2, 0, 3]])
+    params[name][1] = [number] * len(params[name][1])
+    for watch in {False, backend == "vectorized"}:
+        model = load_backend(backend, config, fresh_state(params), watch)
+        with pytest.raises(FloatingPointError, match="position"):
+            model.position_losses([[3, 1, 2, 0, 3]])
+        with pytest.raises(FloatingPointError):
+            model.forward([[3, 1, 2, 0, 3]])

@@ -20,7 +20,7 @@ from microgpt import bench
 from microgpt.backend import Docs
 from microgpt.cli import main
 from microgpt.config import Config, load_config
-from vectorized.backend import Backend
+from vectorized.backend import Backend, Watched
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_whoever_skips_what_scalar_does_not_see_is_wrong(
     forward = Backend.forward
 
     def first_two(self: Backend, docs: Docs) -> float:
-        return forward(self, docs if self.worker.watch else docs[:2])
+        return forward(self, docs if isinstance(self.worker, Watched) else docs[:2])
 
     monkeypatch.setattr(Backend, "forward", first_two)
     contestants = bench.bench(config, [3], rounds=1)
@@ -137,7 +137,7 @@ def test_whoever_is_right_on_the_first_batch_only_is_wrong(
     first: dict[int, Docs] = {}
 
     def remembered(self: Backend, docs: Docs) -> float:
-        if self.worker.watch:
+        if isinstance(self.worker, Watched):
             return forward(self, docs)
         return forward(self, first.setdefault(id(self), docs))
 

@@ -18,10 +18,20 @@ from crosscheck import compare as comparing
 from crosscheck.__main__ import main
 from crosscheck.cases import Case, case_names, draw_params, load_case, read_case, save_case
 from crosscheck.compare import FLOAT64, Standard, Tolerance, compare
-from crosscheck.defects import PANEL, Verdict, judge, kill_matrix, load_defects, planted
+from crosscheck.defects import (
+    PANEL,
+    Defect,
+    Patch,
+    Verdict,
+    judge,
+    kill_matrix,
+    load_defects,
+    planted,
+)
 from crosscheck.report import WIDTH, as_json, render, ulps
 from crosscheck.trace import Step, trace
 from microgpt.errors import MicrogptError
+from vectorized.batch import micro_batches
 
 DEFECTS = {defect.name: defect for defect in load_defects()}
 
@@ -85,6 +95,29 @@ def test_without_a_defect_nothing_is_caught() -> None:
         assert not compare(
             case, trace(case, "scalar", "float64", 1), trace(case, "vectorized", "float64", 1)
         ).found
+
+
+def test_a_patch_that_does_not_run_is_no_defect_that_was_located() -> None:
+    patch = Patch("vectorized/model.py", "return dy * slope", "return dy * slopes")
+    verdict = judge(
+        Defect("misspelt", "A typing error.", (patch,), "backward/"), ["repeated-token"]
+    )
+    assert not verdict.located
+    assert verdict.first
+    assert verdict.first.problem == "stops with NameError"
+    assert verdict.diagnosis == "name 'slopes' is not defined"
+
+
+def test_the_recorder_has_defects_of_its_own() -> None:
+    recorder = {"vectorized/record.py", "vectorized/replay.py", "vectorized/worker.py"}
+    assert sum(one.patches[0].file in recorder for one in DEFECTS.values()) >= 15
+
+
+def test_the_case_of_micro_batches_is_cut_into_them() -> None:
+    case = load_case("micro-batches")
+    cut = [micro_batches(case.docs(step), case.config) for step in range(len(case.batches))]
+    assert [[len(part) for part in parts] for parts in cut] == [[10, 7, 1], [10, 1]]
+    assert len(cut[0][-1][0]) > len(cut[1][-1][0])  # what was behind the shorter one shows
 
 
 def test_planting_leaves_no_trace() -> None:

@@ -21,7 +21,6 @@ import pytest
 from mutations import made_up
 from safetensors.numpy import save_file
 
-import vectorized.sample
 from crosscheck.__main__ import main as crosscheck
 from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
@@ -542,46 +541,87 @@ def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.Mo
 LONG = "ab" * 600  # longer than any context below
 
 
-@pytest.mark.parametrize(
-    ("backend", "text", "sizes"),
-    [
-        ("scalar", LONG, {"n_embd": "32"}),
-        ("scalar", LONG, {"n_layer": "2", "batch_size": "2"}),
-        ("scalar", LONG, {"block_size": "40"}),
-        ("vectorized", LONG, {"n_embd": "256"}),
-        ("vectorized", LONG, {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
-        ("vectorized", LONG, {"block_size": "600"}),
-        ("vectorized", LONG, {"block_size": "1030", "n_head": "1"}),
-        ("vectorized", "abba", {"batch_size": "2000"}),  # packed, three in a row
-        ("vectorized", LONG, {"num_samples": "200"}),
-        ("vectorized", LONG, {"num_samples": "200", "n_layer": "3", "block_size": "60"}),
-        ("vectorized", LONG, {"num_samples": "1", "n_embd": "256", "block_size": "60"}),
-    ],
-)
-def test_the_estimate_is_of_the_size_of_what_is_taken(
-    backend: str, text: str, sizes: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # what is drawn goes on until the context is full
-    monkeypatch.setattr(vectorized.sample, "choose", lambda _, draws: np.zeros(len(draws), int))
-    config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
-    documents = [LONG, *[text] * (config.batch_size - 1)]
+def train_and_draw(backend: str, config: Config, documents: list[str]) -> None:
+    """Two steps, and samples that go on until the context is full."""
     tokenizer = build_tokenizer("ab", config)
-    estimate = memory.estimate(config, tokenizer.vocab_size, documents, backend)
     docs = [tokenizer.document(document, config.max_tokens) for document in documents]
+    state = fresh_state(init_params(config, tokenizer.vocab_size, Random(1)))
+    model = load_backend(backend, config, state)
+    for _ in range(2):
+        model.forward(docs)
+        model.backward()
+        model.update(0.01)
+    endless = replace(tokenizer, chars=("a",), eos=-1)
+    model.sample(endless, Random(1), config.num_samples, 1.0, [])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"n_embd": "32"}, {"n_layer": "2", "batch_size": "2"}, {"block_size": "40"}], ids=str
+)
+def test_the_estimate_for_scalar_is_of_the_size_of_what_is_taken(sizes: dict[str, str]) -> None:
+    config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
+    documents = [LONG] * config.batch_size
     gc.collect()
     tracemalloc.start()
     try:
-        state = fresh_state(init_params(config, tokenizer.vocab_size, Random(1)))
-        model = load_backend(backend, config, state)
-        for _ in range(2):
-            model.forward(docs)
-            model.backward()
-            model.update(0.01)
-        model.sample(tokenizer, Random(1), config.num_samples, 1.0, [])
+        train_and_draw("scalar", config, documents)
         taken = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert 0.5 < estimate / taken < 2
+    assert 0.5 < memory.estimate(config, 3, documents, "scalar") / taken < 2
+
+
+# what a process takes from here on, in bytes
+TAKEN = """
+import sys
+import numpy as np
+import vectorized.backend
+from test_untrusted import load_config, train_and_draw
+
+def memory(which):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
+
+first, others, *fields = sys.argv[1:]
+config = load_config(overrides=dict(pair.split("=") for pair in fields))
+np.ones((64, 64)).dot(np.ones((64, 1024)))  # BLAS takes its own
+before = memory("VmRSS")
+train_and_draw("vectorized", config, [first, *[others] * (config.batch_size - 1)])
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there does a process know what it took")
+@pytest.mark.parametrize(
+    ("others", "sizes"),
+    [
+        (LONG, {"n_embd": "256"}),
+        (LONG, {"n_layer": "2", "n_embd": "64", "batch_size": "60"}),
+        (LONG, {"block_size": "600"}),
+        (LONG, {"block_size": "1030", "n_head": "1"}),
+        ("abba", {"batch_size": "2000"}),  # in many micro-batches
+        (LONG, {"num_samples": "200"}),
+        (LONG, {"num_samples": "200", "n_layer": "3", "block_size": "60"}),
+        (LONG, {"num_samples": "1", "n_embd": "256", "block_size": "60"}),
+    ],
+    ids=str,
+)
+def test_the_estimate_for_vectorized_is_of_the_size_of_what_is_taken(
+    others: str, sizes: dict[str, str]
+) -> None:
+    sizes = {"block_size": "16", "num_samples": "0", **sizes}
+    config = load_config(overrides=sizes)
+    documents = [LONG, *[others] * (config.batch_size - 1)]
+    fields = [f"{name}={value}" for name, value in sizes.items()]
+    run = subprocess.run(
+        [sys.executable, "-c", TAKEN, LONG, others, *fields],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert 0.5 < memory.estimate(config, 3, documents, "vectorized") / int(run.stdout) < 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="NTFS would really set aside a terabyte")

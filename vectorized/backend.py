@@ -18,12 +18,13 @@ from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, pick, tap_names
+from microgpt.memory import most_walkers
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
-from vectorized.batch import pad
+from vectorized.batch import micro_batches, pad
 from vectorized.flat import Shapes, flatten, model_tree, named_views
 from vectorized.model import Array, loss_backward, loss_forward
-from vectorized.sample import Cache, read, sample
+from vectorized.sample import empty_caches, read, sample, sample_many
 from vectorized.worker import Remote, Worker, deal, shared
 
 
@@ -54,8 +55,10 @@ class Watched:
         adam(self.flat, factor * self.flat_grads, m, v, step, lr_t, self.config)
 
     def losses(self, docs: Docs) -> Array:
-        self.forward(docs, len(docs))
-        losses: Array = self.tap.loss_t
+        tap = Tree(self.config.n_layer)
+        with np.errstate(all="ignore"):
+            loss_forward(pad(docs, self.flat.dtype), self.params, self.config, tap)
+        losses: Array = tap.loss_t
         return losses
 
 
@@ -114,20 +117,31 @@ class Backend:
         self.worker.update(self.m, self.v, self.updates, lr_t)
         self.updates += 1
 
+    def recordings(self, docs: Docs) -> list[tuple[tuple[int, ...], Any]]:
+        """What this process replays in a step on these documents, and for what shape (B, T).
+
+        A recording for each micro-batch, and that of the update, for (), if there has been one.
+        """
+        own, *_ = deal(docs, 1 + len(self.others))
+        steps = [self.worker.replay.training(part) for part in micro_batches(own, self.config)]
+        shaped = [(step.batch.tokens.shape, step.recording) for step in steps]
+        update = self.worker.replay.adam
+        return [*shaped, ((), update)] if update else shaped
+
     def set_grads(self, grads: Tensors) -> None:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
-    def position_losses(self, docs: Docs) -> list[list[float]]:
+    def position_losses(self, docs: Docs) -> list[Array]:
         by_doc = [losses[: len(doc) - 1] for doc, losses in zip(docs, self.worker.losses(docs))]
-        if not all(np.isfinite(losses).all() for losses in by_doc):
+        if not np.isfinite(np.concatenate(by_doc)).all():
             raise FloatingPointError("the loss of a position is not finite")
-        return [losses.tolist() for losses in by_doc]
+        return by_doc
 
     def read(self, tokens: Sequence[int]) -> Array:
-        caches = [Cache() for _ in range(self.config.n_layer)]
+        caches = empty_caches(self.params, self.config)
         with np.errstate(all="ignore"):  # logits that are not finite say it all
             rows = [
-                read(np.array([[token]]), t, self.params, caches, self.config)[0]
+                read(np.array([token]), t, self.params, caches, self.config)[0]
                 for t, token in enumerate(tokens)
             ]
         return np.array(rows)
@@ -135,8 +149,11 @@ class Backend:
     def sample(
         self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
     ) -> list[list[int]]:
+        model = self.params, self.config, tokenizer, rng
         with np.errstate(all="ignore"):
-            return sample(self.params, self.config, tokenizer, rng, num, temperature, prompt)
+            if most_walkers(self.config) > 1:
+                return sample_many(*model, num, temperature, prompt)
+            return [sample(*model, temperature, prompt) for _ in range(num)]
 
     def state(self) -> State:
         params, m, v = (named_views(flat, self.shapes) for flat in (self.flat, self.m, self.v))

@@ -20,9 +20,9 @@ import numpy as np
 
 from microgpt.backend import Docs
 from microgpt.config import Config
+from microgpt.memory import COLUMNS
 from vectorized.model import Array, Batch
 
-COLUMNS = 1024  # positions of a micro-batch at most, unless it is one document
 PADDING = 1024  # numbers, positions times n_embd, that take as long as one more micro-batch
 
 

@@ -143,15 +143,18 @@ def attention_backward(
     v_heads = split_heads(tap.v, config)  # (B, U, H, D)
     # residual
     # forward: attn_res = attn_wo . attn_out + x
-    dtap.attn_out, dw.attn_wo = linear_backward(dattn_res, tap.attn_out, w.attn_wo)
+    dattn_out, dw.attn_wo = linear_backward(dattn_res, tap.attn_out, w.attn_wo)  # (B, T, C), (C, C)
+    dtap.attn_out = dattn_out  # (B, T, C)
     # what it sees there, heads side by side
     # forward: attn_out = attn_weights . v
-    dout_heads = split_heads(dtap.attn_out, config)  # (B, T, H, D)
-    dattn_weights = dtap.attn_weights = einsum("bthd,buhd->bhtu", dout_heads, v_heads)
+    dout_heads = split_heads(dattn_out, config)  # (B, T, H, D)
+    dattn_weights = einsum("bthd,buhd->bhtu", dout_heads, v_heads)  # (B, H, T, U)
+    dtap.attn_weights = dattn_weights  # (B, H, T, U)
     dv_heads = einsum("bthd,bhtu->buhd", dout_heads, tap.attn_weights)  # (B, U, H, D)
     # how much each head looks at each position up to this one
     # forward: attn_weights = softmax(attn_logits)
-    dattn_logits = dtap.attn_logits = softmax_backward(dattn_weights, tap.attn_weights)
+    dattn_logits = softmax_backward(dattn_weights, tap.attn_weights)  # (B, H, T, U)
+    dtap.attn_logits = dattn_logits  # (B, H, T, U)
     # forward: attn_logits = q . k / sqrt(D) + mask
     dscores = dattn_logits / config.head_dim**0.5  # (B, H, T, U)
     dq_heads = einsum("bhtu,buhd->bthd", dscores, k_heads)  # (B, T, H, D)
@@ -185,14 +188,16 @@ def mlp_backward(
     """dx = rmsnorm_backward(mlp_fc1^T . activation_backward(mlp_fc2^T . dmlp_res)) + dmlp_res"""
     # residual
     # forward: mlp_res = mlp_fc2 . mlp_act + x
-    dmlp_act, dw.mlp_fc2 = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2)
+    dmlp_act, dw.mlp_fc2 = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2)  # (B, T, F), (C, F)
     dtap.mlp_act = dmlp_act  # (B, T, F)
     # forward: mlp_act = activation(mlp_pre)
-    dmlp_pre = dtap.mlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)
+    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)  # (B, T, F)
+    dtap.mlp_pre = dmlp_pre  # (B, T, F)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
-    dtap.mlp_norm, dw.mlp_fc1 = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1)
+    dmlp_norm, dw.mlp_fc1 = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1)  # (B, T, C), (F, C)
+    dtap.mlp_norm = dmlp_norm  # (B, T, C)
     # forward: mlp_norm = rmsnorm(x), and x goes on to the residual
-    return rmsnorm_backward(dtap.mlp_norm, tap.mlp_norm, tap.mlp_scale) + dmlp_res  # (B, T, C)
+    return rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale) + dmlp_res  # (B, T, C)
 
 
 def gpt_forward(
@@ -302,7 +307,8 @@ def loss_backward(
     """
     T = batch.tokens.shape[1]
     dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (B, T)
-    dlogits = dtap.logits = cross_entropy_backward(batch.weights, tap.probs, batch.targets)
+    dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets)  # (B, T, V)
+    dtap.logits = dlogits  # (B, T, V)
     gpt_backward(dlogits, batch.tokens, slice(T), params, dparams, config, tap, dtap)
 
 
@@ -318,12 +324,12 @@ def mean(x: Array) -> Array:
 
 def split_heads(x: Array, config: Config) -> Array:
     """The channels of each head by themselves."""
-    return x.reshape(*x.shape[:2], config.n_head, config.head_dim)  # (B, T, C) -> (B, T, H, D)
+    return x.reshape(*x.shape[:2], config.n_head, config.head_dim)  # (.., C) -> (.., H, D)
 
 
 def merge_heads(x: Array) -> Array:
     """The channels of all heads side by side."""
-    return x.reshape(*x.shape[:2], -1)  # (B, T, H, D) -> (B, T, C)
+    return x.reshape(*x.shape[:2], -1)  # (.., H, D) -> (.., C)
 
 
 def causal_mask(T: int, dtype: Any) -> Array:

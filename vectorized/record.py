@@ -2,8 +2,8 @@
 
 A function of the text is called with arrays that have a shape and no numbers. NumPy hands every
 operation on them to the recorder, which writes down a list of calls (function, arrays in, array
-out) and decides where each result lies. A step of training puts its tokens into place and runs
-down the list. What the recorder does on the way from the text to the list:
+out). A step of training puts its tokens into place and runs down the list. On the way from the
+text to the list:
 
 memory order   The last axis of a result lies slowest, documents and positions fastest. Sums over
                channels then add rows, and a linear layer is one product w . x of matrices.
@@ -14,7 +14,7 @@ look-ups       The gradient of a small table is a product with a one-hot matrix.
 products       q, k and v are one product, and so are their gradients: see `merged_products`.
 memory         Results share memory when their lives do not overlap: see `place`.
 
-What the list cannot repeat is refused with a RecordingError that names the line of the text: a
+What a list cannot repeat is refused with a RecordingError that names the line of the text: a
 decision that depends on the numbers in an array, or an operation that is not known here.
 """
 
@@ -37,12 +37,26 @@ from microgpt.errors import MicrogptError
 from vectorized.model import Array
 
 Ints = tuple[int, ...]
-Bound = tuple[Callable[..., Any], tuple[Any, ...]]
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
 EXPANDED = 2**14  # numbers up to which a mask is expanded to the shape of what it is added to
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 ALIGN = 64  # bytes of a cache line
+
+# How the list calls what is not a ufunc. A method is faster than NumPy's function of that name.
+BOUND: dict[str, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "dot": lambda a, b, out: (a.dot, (b, out)),
+    "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
+    "sum": lambda x, out: (np.add.reduce, (x, 0, None, out)),
+    "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
+    "maximum": lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # out needs its name
+    "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
+    "put": lambda at, values, out: (out.__setitem__, (at, values)),
+    "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
+    "copy": lambda x, out: (out.__setitem__, (..., x)),
+    "fill": lambda value, out: (out.fill, (value,)),
+}
+ROOTS = {2: (np.square,), 0.5: (np.sqrt,), -0.5: (np.sqrt, np.reciprocal)}  # faster than powers
 
 
 class RecordingError(MicrogptError):
@@ -59,23 +73,32 @@ class Line(NamedTuple):
 class Buffer:
     """The memory of one result. Its place is decided when the recording ends."""
 
-    def __init__(self, array: Array) -> None:
-        self.array = array  # keeps an address of its own for each buffer; is never touched
+    __slots__ = ("address", "array", "group", "home", "offset", "zero")
+
+    def __init__(self, array: Array, zero: bool = False) -> None:
+        self.array = array  # gives each buffer an address of its own; is never touched
         self.address = address(array)
         self.home: Array | None = None  # the caller's array, if the result has to lie there
         self.offset = 0  # in the block of memory otherwise
         self.group = [self]  # buffers that lie side by side, in this order
-        self.zero = False  # zeros, as long as no call has had to write them
+        self.zero = zero  # zeros, as long as no call has had to write them
 
 
 class Call:
     """One call of the list. The last operand is written."""
 
+    __slots__ = ("elementwise", "f", "inputs", "line", "operands")
+
     def __init__(self, f: Any, operands: Sequence[Any], line: Line) -> None:
-        self.f = f  # a ufunc, or one of the functions at the end of this file
+        self.f = f  # a ufunc, or a name in BOUND
         self.operands = list(operands)
+        self.inputs = [x for x in operands[:-1] if isinstance(x, Traced)]
         self.line = line
-        self.elementwise = isinstance(f, np.ufunc) or f in (copy, larger)
+        self.elementwise = isinstance(f, np.ufunc) or f in ("maximum", "copy")
+
+    @property
+    def out(self) -> Any:
+        return self.operands[-1]
 
 
 class Number:
@@ -85,14 +108,11 @@ class Number:
         self.find = find
 
 
-def _number_operation(operation: Callable[[float, float], float], swap: bool) -> Any:
+def _number_operation(f: Callable[[float, float], float], swap: bool) -> Any:
     def combined(self: Number, other: Any) -> Any:
         if isinstance(other, Traced):
             return NotImplemented
-        find = other.find if isinstance(other, Number) else lambda: other
-        if swap:
-            return Number(lambda: operation(find(), self.find()))
-        return Number(lambda: operation(self.find(), find()))
+        return Number(lambda: f(other, self.find()) if swap else f(self.find(), other))
 
     return combined
 
@@ -105,29 +125,26 @@ for _name in ("add", "sub", "mul", "truediv", "pow"):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
+    __slots__ = ("buffer", "dtype", "ndim", "recorder", "rows", "shape", "tail", "view")
+
     def __init__(
         self, recorder: Recorder, view: Array, buffer: Buffer | None, rows: Array | None = None
     ) -> None:
         self.recorder = recorder
         self.view = view  # of the buffer's array; without a buffer, of an array that exists
         self.buffer = buffer
-        self.tail = buffer  # the last of the buffers that a merged product spans
+        self.tail = buffer  # the last buffer, where the view spans several of a group
         self.rows = rows  # (.., n) equal rows, of which the view shows one: (.., 1)
-        self.shape = view.shape
-        self.ndim = view.ndim
-        self.dtype = view.dtype
-        self._address: int | None = None
+        self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
 
     @property
     def address(self) -> int:
         """Where this array begins."""
-        if self._address is None:
-            self._address = address(self.view)
-        return self._address
+        return address(self.view)
 
     @property
     def fixed(self) -> bool:
-        """Whether the memory of this array is the caller's."""
+        """Whether this memory is the caller's."""
         return self.buffer is None or self.buffer.home is not None
 
     @property
@@ -135,9 +152,28 @@ class Traced(NDArrayOperatorsMixin):
         """Whether this is all of a result."""
         return self.buffer is not None and self.view.nbytes == self.buffer.array.nbytes
 
+    @property
+    def T(self) -> Traced:
+        return self.like(self.view.T)
+
     def like(self, view: Array) -> Traced:
         """Another view of the same memory."""
         return Traced(self.recorder, view, self.buffer)
+
+    def reshape(self, *shape: int) -> Traced:
+        return self.recorder.reshaped(self, self.view, shape)
+
+    def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        return self.recorder.reduced(self, "sum", axis, keepdims, 1.0)
+
+    def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        return self.recorder.reduced(self, "sum", axis, keepdims, 1 / self.shape[-1])
+
+    def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        return self.recorder.reduced(self, "max", axis, keepdims)
+
+    def __len__(self) -> int:
+        return len(self.view)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         (out,) = kwargs.pop("out", (None,))
@@ -153,7 +189,8 @@ class Traced(NDArrayOperatorsMixin):
         if f is np.einsum and len(args) == 3 and not kwargs:
             return self.recorder.einsum(*args)
         if f is np.zeros_like and not kwargs:
-            return self.recorder.zeros(args[0].shape)
+            array = np.empty(args[0].shape, self.recorder.dtype)
+            return Traced(self.recorder, array, Buffer(array, zero=True))
         raise self.recorder.refusal(f"numpy.{f.__name__} with these arguments")
 
     def __getattr__(self, name: str) -> Any:
@@ -164,27 +201,6 @@ class Traced(NDArrayOperatorsMixin):
 
     __array__ = __bool__ = __complex__ = __contains__ = __float__ = __index__ = _no_numbers
     __int__ = __iter__ = _no_numbers
-
-    @property
-    def T(self) -> Traced:
-        return self.like(self.view.T)
-
-    def __len__(self) -> int:
-        return len(self.view)
-
-    def reshape(self, *shape: int) -> Traced:
-        return self.recorder.reshaped(self, self.view, shape)
-
-    def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        if axis == 0 and not keepdims:
-            return self.recorder.sum_of_documents(self)
-        return self.recorder.sum_of_last(self, axis, keepdims, 1.0)
-
-    def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        return self.recorder.sum_of_last(self, axis, keepdims, 1 / self.shape[-1])
-
-    def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        return self.recorder.max_of_last(self, axis, keepdims)
 
     def __getitem__(self, key: Any) -> Traced:
         keys = key if isinstance(key, tuple) else (key,)
@@ -208,7 +224,7 @@ class Recorder:
         self.calls: list[Call] = []
         self.marks = [0]  # where the parts of the list begin
         self.numbers: list[tuple[Array, Callable[[], float]]] = []
-        self.known: dict[Any, Any] = {}  # constants, and results that the text asks for again
+        self.known: dict[Any, Any] = {}  # constants, and results that are asked for again
 
     def hold(self, array: Array) -> Traced:
         """An array that exists, for the text to work on: parameters, tokens."""
@@ -220,21 +236,17 @@ class Recorder:
 
     def put(self, result: Any, place: Array) -> None:
         """Have a result computed in an array that exists, or copied there if it cannot be."""
-        if (
-            isinstance(result, Traced)
-            and result.whole
-            and not result.fixed
-            and result.view.strides == place.strides
-        ):
-            self._write_zeros(result)
-            result.buffer.home = place  # type: ignore[union-attr]
-        else:
-            self.assign(self.hold(place), result)
+        if getattr(result, "whole", False) and result.view.strides == place.strides:
+            if not result.fixed:
+                self._write_zeros(result)
+                result.buffer.home = place
+                return
+        self.assign(self.hold(place), result)
 
     def recording(self) -> Recording:
         """What has been written down."""
         parts = [self.calls[start:end] for start, end in pairwise([*self.marks, len(self.calls)])]
-        parts = [merged_products(part) for part in parts]
+        parts = [merged_products(part) for part in without_unused(parts)]
         return Recording(parts, place([call for part in parts for call in part]), self.numbers)
 
     def refusal(self, what: str) -> RecordingError:
@@ -251,24 +263,23 @@ class Recorder:
         if ufunc is np.divide and (plain or isinstance(y, Number)):
             ufunc, inputs = np.multiply, (x, 1 / y)
         elif ufunc is np.power and plain and y in ROOTS:
-            for ufunc in ROOTS[y]:
-                x = self._on_rows(ufunc, (x,))
+            for root in ROOTS[y]:
+                x = self._on_rows(root, (x,))
             return x
         elif ufunc is np.maximum and plain and y == 0:
-            relu = self.known[larger, x.address] = self._apply(larger, inputs)
+            relu = self.known["relu", x.address] = self._apply("maximum", inputs)
             return relu
         elif ufunc is np.greater and plain and y == 0:  # relu(x) > 0 says the same, and frees x
-            inputs = (self.known.get((larger, x.address), x), y)
+            inputs = (self.known.get(("relu", x.address), x), y)
         if len(inputs) == 2 and out is None:
             return self._on_rows(ufunc, inputs)
         return self._apply(ufunc, inputs, out)
 
     def _on_rows(self, ufunc: Any, inputs: Sequence[Any]) -> Traced:
-        """The result for all equal rows, if all arrays in have such rows."""
+        """The result for all equal rows, if all arrays have such rows."""
         if any(isinstance(x, Traced) and x.rows is None for x in inputs):
             return self._apply(ufunc, inputs)
-        inputs = [x.like(x.rows) if isinstance(x, Traced) else x for x in inputs]
-        out = self._apply(ufunc, inputs)
+        out = self._apply(ufunc, [x.like(x.rows) if isinstance(x, Traced) else x for x in inputs])
         return Traced(self, out.view[..., :1], out.buffer, out.view)
 
     def _apply(self, f: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
@@ -280,8 +291,8 @@ class Recorder:
         if out is not None:
             self._emit(f, *operands, out)
             return out
-        like = (x for x in operands if isinstance(x, Traced) and x.shape == shape)
-        out = self._new(shape, like=next(like, None))
+        alike = (x for x in operands if isinstance(x, Traced) and x.shape == shape)
+        out = self._new(shape, like=next(alike, None))
         for i, x in enumerate(operands):
             if isinstance(x, np.ndarray) and x.ndim and out.view.size <= EXPANDED:
                 operands[i] = np.empty_like(out.view)
@@ -289,7 +300,7 @@ class Recorder:
         self._emit(f, *operands, out)
         if out.ndim > 2 and out.view.flags.c_contiguous and shape[-1] > 1:  # rows of a table
             rows, out = out, self._new(shape)
-            self._emit(copy, rows, out)
+            self._emit("copy", rows, out)
         return out
 
     def _operand(self, x: Any) -> Any:
@@ -303,25 +314,21 @@ class Recorder:
         return self._constant(("number", x), lambda: x)
 
     def assign(self, place: Traced, value: Any) -> None:
-        """place[:] = value; a result of the last call is computed there to begin with."""
+        """place[:] = value; the result of the last call is computed there to begin with."""
         last = self.calls[-1] if self.calls else None
-        if last and last.operands[-1] is value and (last.elementwise or last.f is sum_rows):
-            self.calls.pop()
-            self._write_zeros(place)
+        self._write_zeros(place)
+        if last and last.out is value and (last.elementwise or last.f == "sum"):
+            self.calls.remove(last)
             inputs = [self._early(x, place) for x in last.operands[:-1]]
             self.calls.append(Call(last.f, [*inputs, place], last.line))
         else:
-            self._write_zeros(place)
-            self._emit(copy, value, place)
+            self._emit("copy", value, place)
 
     def _early(self, x: Any, place: Traced) -> Any:
         """In `place[:] = a * place + y`, have a * place computed in place as well."""
         for call in reversed(self.calls):
-            if any(
-                isinstance(y, Traced) and y.address == place.address and y.shape == place.shape
-                for y in call.operands
-            ):
-                if call.operands[-1] is x and call.elementwise:
+            if any(y.address == place.address for y in [*call.inputs, call.out]):
+                if call.out is x and call.elementwise and x.shape == place.shape:
                     call.operands[-1] = place
                     return place
                 break
@@ -329,55 +336,48 @@ class Recorder:
 
     # --- sums, maxima, products
 
-    def sum_of_last(self, x: Traced, axis: int | None, keepdims: bool, weight: float) -> Traced:
-        """weight * x.sum(axis=-1, keepdims=True)"""
+    def reduced(
+        self, x: Traced, f: str, axis: int | None, keepdims: bool, weight: float = 1.0
+    ) -> Traced:
+        """The sum times a weight, or the maximum: over the last axis, or the sum over the first."""
+        if f == "sum" and axis == 0 and not keepdims and weight == 1:
+            out = self._new(x.shape[1:]) if len(x) > 1 else x[0]
+            if len(x) > 1:
+                self._emit("sum", x, out)
+            return out
         if axis != -1 or not keepdims:
-            raise self.refusal("a sum over this axis")
+            raise self.refusal(f"a {f} over this axis")
         columns = self.matrix(x)  # (n, N)
         n, N = columns.shape
-        if n * n * N > EQUAL_ROWS:
-            out = self._new((*x.shape[:-1], 1))
-            ones = self._constant(("ones", n, weight), lambda: np.full(n, weight))
-            self._emit(dot, self.hold(ones), columns, self._flat(out))
-            return out
-        out = self._new(x.shape, like=x)
-        ones = self._constant(("rows", n, weight), lambda: np.full((n, n), weight))
-        self._emit(dot, self.hold(ones), columns, self.matrix(out))
-        return Traced(self, out.view[..., :1], out.buffer, out.view)
-
-    def sum_of_documents(self, x: Traced) -> Traced:
-        """x.sum(axis=0)"""
-        if len(x) == 1:
-            return x[0]
-        out = self._new(x.shape[1:])
-        self._emit(sum_rows, x, out)
-        return out
-
-    def max_of_last(self, x: Traced, axis: int | None, keepdims: bool) -> Traced:
-        """x.max(axis=-1, keepdims=True)"""
-        if axis != -1 or not keepdims:
-            raise self.refusal("a maximum over this axis")
+        if f == "sum" and n * n * N <= EQUAL_ROWS:
+            out = self._new(x.shape, like=x)
+            ones = self._constant(("rows", n, weight), lambda: np.full((n, n), weight))
+            self._emit("dot", self.hold(ones), columns, self.matrix(out))
+            return Traced(self, out.view[..., :1], out.buffer, out.view)
         out = self._new((*x.shape[:-1], 1))
-        self._emit(max_rows, self.matrix(x), self._flat(out))
+        if f == "sum":
+            ones = self._constant(("ones", n, weight), lambda: np.full(n, weight))
+            self._emit("dot", self.hold(ones), columns, self.flat(out))
+        else:
+            self._emit("max", columns, self.flat(out))
         return out
 
-    def matmul(self, x: Traced, w: Traced) -> Traced:
+    def matmul(self, x: Any, w: Any) -> Traced:
         """x @ w, computed as w^T . x^T: (.., k), (k, n) -> (.., n)"""
         if not isinstance(x, Traced) or not isinstance(w, Traced) or w.ndim != 2 or x.ndim < 2:
             raise self.refusal("this product")
         out = self._new((*x.shape[:-1], w.shape[1]))
-        self._emit(dot, w.T, self.matrix(x), self.matrix(out))
+        self._emit("dot", w.T, self.matrix(x), self.matrix(out))
         return out
 
     def einsum(self, letters: str, a: Traced, b: Traced) -> Traced:
         """A product of two matrices, for every index that all three arrays have."""
-        inputs, to = letters.split("->")
-        of_a, of_b = inputs.split(",")
+        of_a, of_b, to = letters.replace("->", ",").split(",")
         size = {**dict(zip(of_a, a.shape)), **dict(zip(of_b, b.shape))}
         every, summed, rows, columns, order = _plan(of_a, of_b, to)
         out = self._new([size[letter] for letter in to], order)
         if not to:
-            self._emit(dot, self._flat(a), self._flat(b), out)
+            self._emit("dot", self.flat(a), self.flat(b), out)
             return out
 
         def matrices(x: Traced, of: str, left: str, right: str) -> Traced:
@@ -388,50 +388,43 @@ class Recorder:
         if rows and to[order[-1]] in rows:  # what lies fastest in the result are its columns
             a, b, of_a, of_b, rows, columns = b, a, of_b, of_a, columns, rows
         left, right = matrices(a, of_a, rows, summed), matrices(b, of_b, summed, columns)
-        self._emit(matmul if every else dot, left, right, matrices(out, to, rows, columns))
+        self._emit("matmul" if every else "dot", left, right, matrices(out, to, rows, columns))
         return out
 
     # --- look-ups
-
-    def zeros(self, shape: Ints) -> Traced:
-        """np.zeros(shape)"""
-        array = np.empty(shape, self.dtype)
-        out = Traced(self, array, Buffer(array))
-        out.buffer.zero = True  # type: ignore[union-attr]
-        return out
 
     def gather(self, x: Traced, keys: tuple[Any, ...]) -> Traced:
         """x[keys]: a row of a table for every position, or one number for each."""
         index = keys[-1]
         if len(keys) > 1:
             out = self._new(index.shape, (0, 1))
-            self._emit(take, self._memory(x), self._flat_index(x, keys), self._flat(out))
+            self._emit("take", self._memory(x), self._flat_index(x, keys), self.flat(out))
         else:
             width = x.shape[1]
             out = self._new((*index.shape, width), (*range(index.ndim), index.ndim))
-            self._emit(take, x, self._flat(index), self.reshaped(out, out.view, (-1, width)))
+            self._emit("take", x, self.flat(index), self.reshaped(out, out.view, (-1, width)))
         return out
 
     def scatter(self, x: Traced, keys: tuple[Any, ...], value: Traced) -> None:
         """x[keys] = value, one number for every position"""
-        self._emit(put, self._flat_index(x, keys), self._flat(value), self._memory(x))
+        self._emit("put", self._flat_index(x, keys), self.flat(value), self._memory(x))
 
     def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
         """np.add.at(table, index, values), a row for every position"""
-        rows = self.matrix(values).T  # (N, C)
-        n = len(table)
+        rows, n = self.matrix(values).T, len(table)  # (N, C)
         if n > ONE_HOT:
             self._write_zeros(table)
-            self._emit(add_at, self._flat(index), rows, table)
+            self._emit("add_at", self.flat(index), rows, table)
             return
+        eye = self.hold(self._constant(("eye", n), lambda: np.eye(n)))
         one_hot = self._new((len(rows), n), (0, 1))
-        self._emit(take, self.hold(self._constant(("eye", n), lambda: np.eye(n))), self._flat(index), one_hot)
+        self._emit("take", eye, self.flat(index), one_hot)
         if table.buffer is not None and table.buffer.zero:
             table.buffer.zero = False
-            self._emit(dot, one_hot.T, rows, table)
+            self._emit("dot", one_hot.T, rows, table)
         else:
             sums = self._new(table.shape, (0, 1))
-            self._emit(dot, one_hot.T, rows, sums)
+            self._emit("dot", one_hot.T, rows, sums)
             self._emit(np.add, table, sums, table)
 
     def _flat_index(self, x: Traced, keys: tuple[Any, ...]) -> Traced:
@@ -440,7 +433,7 @@ class Recorder:
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
         if (key := (index.address, *strides, last)) not in self.known:
             self.known[key] = out = self._new((index.view.size,), (0,), dtype=np.intp)
-            self._emit(np.multiply, self._flat(index), np.array(last), out)
+            self._emit(np.multiply, self.flat(index), np.array(last), out)
             first = sum(k * stride for k, stride in zip(rest, strides))
             self._emit(np.add, out, np.ravel(first), out)
         found: Traced = self.known[key]
@@ -455,16 +448,15 @@ class Recorder:
         like: Traced | None = None,
         dtype: Any = None,
     ) -> Traced:
-        """A result; order: its axes from the slowest to the fastest, the last axis slowest unless
-        told otherwise, or the order of another array."""
+        """A result. order: its axes, the slowest first; without one, it lies like another array,
+        or its last axis lies slowest."""
         if like is not None:
-            array = view = np.empty_like(like.view, self.dtype)
-        else:
-            n = len(shape)
-            order = (n - 1, *range(n - 1))[:n] if order is None else order
-            array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-            view = array.transpose(_inverse(order))
-        return Traced(self, view, Buffer(array))
+            view = np.empty_like(like.view, self.dtype)
+            return Traced(self, view, Buffer(view))
+        n = len(shape)
+        order = (n - 1, *range(n - 1))[:n] if order is None else order
+        array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
+        return Traced(self, array.transpose(_inverse(order)), Buffer(array))
 
     def _constant(self, key: Any, value: Callable[[], Any]) -> Array:
         if key not in self.known:
@@ -477,11 +469,12 @@ class Recorder:
         last = x.ndim - 1
         return self.reshaped(x, x.view.transpose(last, *range(last)), (x.shape[-1], -1))
 
-    def _flat(self, x: Traced) -> Traced:
+    def flat(self, x: Traced) -> Traced:
+        """All elements in one axis: (N,)"""
         return self.reshaped(x, x.view, (-1,))
 
     def _memory(self, x: Traced) -> Traced:
-        """A result as it lies, with a single axis."""
+        """A result as it lies, in one axis."""
         if not x.whole:
             raise self.refusal("an index into a part of an array")
         return x.like(x.buffer.array.ravel("K"))  # type: ignore[union-attr]
@@ -494,19 +487,29 @@ class Recorder:
         return x.like(out)
 
     def _write_zeros(self, x: Traced) -> None:
-        """Write the zeros of zeros_like, which are read or overwritten in part."""
+        """Write the zeros of zeros_like, which are read, or overwritten in part."""
         if x.buffer is not None and x.buffer.zero:
             x.buffer.zero = False
-            self._emit(fill, 0.0, x.like(x.buffer.array))
+            self._emit("fill", 0.0, x.like(x.buffer.array))
 
     def _emit(self, f: Any, *operands: Any) -> None:
-        for x in operands[:-1]:
-            if isinstance(x, Traced):
-                self._write_zeros(x)
-        self.calls.append(Call(f, operands, _line()))
+        call = Call(f, operands, _line())
+        for x in call.inputs:
+            self._write_zeros(x)
+        self.calls.append(call)
 
 
-ROOTS = {2: (np.square,), 0.5: (np.sqrt,), -0.5: (np.sqrt, np.reciprocal)}  # faster than powers
+def without_unused(parts: list[list[Call]]) -> list[list[Call]]:
+    """The calls whose results are read, or lie where the caller wants them."""
+    read: set[Buffer | None] = set()
+    kept: list[list[Call]] = []
+    for part in reversed(parts):
+        kept.insert(0, [])
+        for call in reversed(part):
+            if call.out.fixed or call.out.buffer in read:
+                read.update(x.buffer for x in call.inputs)
+                kept[0].insert(0, call)
+    return kept
 
 
 def merged_products(calls: list[Call]) -> list[Call]:
@@ -516,36 +519,33 @@ def merged_products(calls: list[Call]) -> list[Call]:
     dq . x^T, dk . x^T, dv . x^T         -> (dq, dk, dv) . x^T
     wq^T . dq + wk^T . dk + wv^T . dv    -> (wq, wk, wv)^T . (dq, dk, dv)
     """
-    read: dict[Buffer, list[int]] = {}  # by which calls
+    read: dict[Any, list[int]] = {}  # by which calls a buffer is read
     for i, call in enumerate(calls):
-        for x in call.operands[:-1]:
-            if isinstance(x, Traced) and x.buffer is not None:
-                read.setdefault(x.buffer, []).append(i)
+        for x in call.inputs:
+            read.setdefault(x.buffer, []).append(i)
     merged: dict[int, Call] = dict(enumerate(calls))
     same_right: dict[Any, int] = {}  # the last product with this right operand
-    written: dict[Buffer, int] = {}  # the product that writes a buffer
+    written: dict[Any, int] = {}  # the product that writes a buffer
     for i, call in enumerate(calls):
-        if call.f is dot and call.operands[-1].ndim == 2:
+        if call.f == "dot" and call.out.ndim == 2:
             left, right, out = call.operands
             key = right.address, right.shape, right.view.strides
             earlier = merged.get(j := same_right.get(key, -1))
             same_right[key] = written[out.buffer] = i
-            if earlier and min(read.get(earlier.operands[-1].buffer, [i])) >= i:
-                both = side_by_side((earlier.operands[0], left), (earlier.operands[-1], out))
-                if both:
+            if earlier and min(read.get(earlier.out.buffer, [i])) >= i:
+                if both := side_by_side((earlier.operands[0], left), (earlier.out, out)):
                     del merged[j]
-                    merged[i] = Call(dot, [both[0], right, both[1]], call.line)
-        elif call.f is np.add and isinstance(call.operands[0], Traced):
-            at = [written.get(getattr(x, "buffer", None), -1) for x in call.operands[:2]]
+                    merged[i] = Call("dot", [both[0], right, both[1]], call.line)
+        elif call.f is np.add and len(call.inputs) == 2:
+            at = [written.get(x.buffer, -1) for x in call.inputs]
             terms = [merged[j] for j in at if j in merged]
-            if len(terms) < 2 or any(len(read[term.operands[-1].buffer]) > 1 for term in terms):
+            if len(terms) < 2 or any(len(read[term.out.buffer]) > 1 for term in terms):
                 continue
             (left1, right1, _), (left2, right2, _) = (term.operands for term in terms)
             if both := side_by_side((left1.T, left2.T), (right1, right2)):
                 del merged[at[0]], merged[at[1]]
-                out = call.operands[-1]
-                out = out if out.ndim == 2 else out.recorder.matrix(out)
-                merged[i] = Call(dot, [both[0].T, both[1], out], call.line)
+                out = call.out if call.out.ndim == 2 else call.out.recorder.matrix(call.out)
+                merged[i] = Call("dot", [both[0].T, both[1], out], call.line)
                 written[out.buffer] = i
     return [merged[i] for i in sorted(merged)]
 
@@ -554,32 +554,30 @@ def side_by_side(*pairs: tuple[Traced, Traced]) -> list[Traced]:
     """Each pair of matrices as one, the second below the first; empty if one pair cannot lie so."""
     if not all(_can_follow(x, y) for x, y in pairs):
         return []
-    return [_joined(x, y) for x, y in pairs]
+    both = []
+    for x, y in pairs:
+        if x.buffer and y.buffer and not x.fixed and y.buffer not in x.buffer.group:
+            x.buffer.group += [y.buffer]
+            y.buffer.group = x.buffer.group
+        both.append(x.like(as_strided(x.view, (len(x) + len(y), x.shape[1]))))
+        both[-1].tail = y.tail
+    return both
 
 
 def _can_follow(x: Traced, y: Traced) -> bool:
     """Whether the rows of y come after those of x in memory, or can be placed there."""
-    flags = x.view.flags, y.view.flags
-    if x.shape[1] != y.shape[1] or not all(flag.c_contiguous for flag in flags):
+    contiguous = x.view.flags.c_contiguous and y.view.flags.c_contiguous
+    if x.shape[1] != y.shape[1] or not contiguous:
         return False
     if x.fixed or y.fixed:
-        return x.fixed and y.fixed and _begin(x) + x.view.nbytes == _begin(y)
+        first, second = (z.view if z.buffer is None else z.buffer.home for z in (x, y))
+        if first is None or second is None:
+            return False
+        return address(first) + x.view.nbytes == address(second)
     group = x.tail.group  # type: ignore[union-attr]
-    after = group[group.index(x.tail) + 1 :]
-    return y.whole and (after[0] is y.buffer if after else y.buffer.group == [y.buffer] != group)
-
-
-def _begin(x: Traced) -> int:
-    return x.address if x.buffer is None else address(x.buffer.home)  # type: ignore[arg-type]
-
-
-def _joined(x: Traced, y: Traced) -> Traced:
-    if not x.fixed and y.buffer not in x.buffer.group:
-        x.buffer.group += [y.buffer]
-        y.buffer.group = x.buffer.group
-    both = x.like(as_strided(x.view, (len(x) + len(y), x.shape[1])))
-    both.tail = y.tail
-    return both
+    after = group[group.index(x.tail) + 1 :]  # type: ignore[arg-type]
+    alone = y.buffer.group == [y.buffer] != group  # type: ignore[union-attr]
+    return y.whole and (after[0] is y.buffer if after else alone)
 
 
 def place(calls: Sequence[Call]) -> int:
@@ -591,52 +589,44 @@ def place(calls: Sequence[Call]) -> int:
     used: list[set[int]] = []  # by each call: the groups of buffers
     last: dict[int, int] = {}  # the last call that uses a group
     for i, call in enumerate(calls):
-        operands = (x for x in call.operands if isinstance(x, Traced) and not x.fixed)
-        used.append({id(x.buffer.group) for x in operands})
+        used.append({id(x.buffer.group) for x in [*call.inputs, call.out] if not x.fixed})
         last.update(dict.fromkeys(used[-1], i))
     places: dict[int, tuple[int, int]] = {}  # the start and end of each group
     taken: list[tuple[int, int]] = []  # those in use, in order
-    end_of_block = 0
     for i, call in enumerate(calls):
-        out = call.operands[-1]
-        if not out.fixed and id(out.buffer.group) not in places:
-            group = out.buffer.group
-            inherited = next((x for x in call.operands[:-1] if _inherits(out, x, call, i, last)), None)
-            if inherited is not None:
-                start, end = places[id(inherited.buffer.group)]
-                last[id(inherited.buffer.group)] = -1
+        if not call.out.fixed and id(group := call.out.buffer.group) not in places:
+            for x in call.inputs:
+                if _inherits(call, x) and last[id(x.buffer.group)] == i:  # type: ignore[union-attr]
+                    heir = id(x.buffer.group)  # type: ignore[union-attr]
+                    places[id(group)], last[heir] = places[heir], -1
+                    break
             else:
-                size = sum(buffer.array.nbytes for buffer in group)
-                start = 0
+                size, start = sum(buffer.array.nbytes for buffer in group), 0
                 for other in taken:
                     if start + size <= other[0]:
                         break
                     start = max(start, other[1])
-                end = start + size + -size % ALIGN
-                insort(taken, (start, end))
-            places[id(group)] = start, end
-            end_of_block = max(end_of_block, end)
+                places[id(group)] = start, start + size + -size % ALIGN
+                insort(taken, places[id(group)])
+            start = places[id(group)][0]
             for buffer in group:
                 buffer.offset = start
                 start += buffer.array.nbytes
         for group_id in used[i]:
             if last[group_id] == i:
                 taken.remove(places[group_id])
-    return end_of_block
+    return max((end for _, end in places.values()), default=0)
 
 
-def _inherits(out: Traced, x: Any, call: Call, i: int, last: dict[int, int]) -> bool:
-    """Whether the call can write its result over this operand."""
+def _inherits(call: Call, x: Traced) -> bool:
+    """Whether the call can write its result over this operand, if no later call reads it."""
     return (
         call.elementwise
-        and isinstance(x, Traced)
-        and not x.fixed
-        and last[id(x.buffer.group)] == i
         and x.whole
-        and out.whole
-        and len(x.buffer.group) == len(out.buffer.group) == 1
-        and x.view.strides == out.view.strides
-        and x.view.nbytes == out.view.nbytes
+        and not x.fixed
+        and call.out.whole
+        and len(x.buffer.group) == len(call.out.buffer.group) == 1  # type: ignore[union-attr]
+        and (x.shape, x.view.strides) == (call.out.shape, call.out.view.strides)
     )
 
 
@@ -652,135 +642,68 @@ class Recording:
         self.parts = parts
         self.nbytes = nbytes  # of the block of memory that its results share
         self.numbers = numbers
+        self.lines = [[(getattr(c.f, "__name__", c.f), c.line) for c in part] for part in parts]
 
     def bind(self, block: Array) -> None:
         """Give the calls their memory."""
         self.runs = [[_bound(call, block) for call in part] for part in self.parts]
-        self.lines = [[(call.f.__name__, call.line) for call in part] for part in self.parts]
+        self.size = sum(map(len, self.runs))  # calls
         self.parts = []
-
-    @property
-    def size(self) -> int:
-        """How many calls the list has."""
-        return sum(map(len, self.runs))
 
     def run(self, part: int) -> None:
         """Run a part of the list."""
-        for place, find in self.numbers:
-            place[()] = find()
+        for number, find in self.numbers:
+            number[()] = find()
         for f, arguments in self.runs[part]:
             f(*arguments)
 
 
-def _bound(call: Call, block: Array) -> Bound:
+def _bound(call: Call, block: Array) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The function and its arguments, in memory that exists."""
-    forms = [(x.shape, x.strides) for x in map(_array, call.operands)]
+    arrays = [x.view if isinstance(x, Traced) else np.asarray(x) for x in call.operands]
+    forms = [(x.shape, x.strides) for x in arrays]
     if call.elementwise:
         forms = _fused(tuple(forms))
-    views = [_in_memory(x, block, *form) for x, form in zip(call.operands, forms)]
-    if isinstance(call.f, np.ufunc):
-        return call.f, tuple(views)
-    bound: Bound = call.f(*views)
-    return bound
-
-
-def _array(x: Any) -> Any:
-    return x.view if isinstance(x, Traced) else np.asarray(x)
+    views = tuple(_in_memory(x, block, *form) for x, form in zip(call.operands, forms))
+    return BOUND[call.f](*views) if call.f in BOUND else (call.f, views)
 
 
 @lru_cache(maxsize=4096)
 def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
     """Shapes and strides of the same elements with as few axes as possible, the slowest first."""
     shape, out = forms[-1]
-    strides = []
+    strides = []  # of every operand as if it had all axes of the result, 0 where it is broadcast
     for own_shape, own in forms:
-        broadcast = [0 if n == 1 else stride for n, stride in zip(own_shape, own)]
-        strides.append([0] * (len(shape) - len(own)) + broadcast)
+        own = tuple(0 if n == 1 else stride for n, stride in zip(own_shape, own))
+        strides.append((0,) * (len(shape) - len(own)) + own)
     sizes: list[int] = []
     steps: list[list[int]] = []
     for axis in sorted(range(len(shape)), key=lambda axis: -out[axis]):
         step = [own[axis] for own in strides]
-        if shape[axis] == 1:
-            continue
         if steps and all(slow == fast * shape[axis] for slow, fast in zip(steps[-1], step)):
             sizes[-1] *= shape[axis]
             steps[-1] = step
-        else:
+        elif shape[axis] > 1:
             sizes.append(shape[axis])
             steps.append(step)
     fused = list(zip(*steps)) or [()] * len(forms)
     return [
-        (tuple(sizes), own) if any(n > 1 for n in own_shape) else ((), ())
+        (tuple(sizes), own) if prod(own_shape) > 1 else ((), ())
         for (own_shape, _), own in zip(forms, fused)
     ]
 
 
 def _in_memory(x: Any, block: Array, shape: Ints, strides: Ints) -> Any:
+    """An operand where it lies."""
     if not isinstance(x, Traced):
         return as_strided(x, shape, strides) if isinstance(x, np.ndarray) and x.ndim else x
     if x.buffer is None:
-        return x.view if x.view.strides == strides else as_strided(x.view, shape, strides)
-    start = x.address - x.buffer.address
+        same = (x.shape, x.view.strides) == (shape, strides)
+        return x.view if same else as_strided(x.view, shape, strides)
+    start = 0 if x.whole else x.address - x.buffer.address
     if x.buffer.home is not None:
-        return as_strided(x.buffer.home.reshape(-1)[start // x.dtype.itemsize :], shape, strides)
+        return as_strided(x.buffer.home.ravel()[start // x.dtype.itemsize :], shape, strides)
     return np.ndarray(shape, x.dtype, block.data, x.buffer.offset + start, strides)
-
-
-# --- what the list calls besides ufuncs: each function returns what to call, and with what.
-# Methods of arrays are faster than NumPy's functions of the same name.
-
-
-def dot(a: Array, b: Array, out: Array) -> Bound:
-    """out = a . b"""
-    return a.dot, (b, out)
-
-
-def matmul(a: Array, b: Array, out: Array) -> Bound:
-    """out = a @ b, a product of matrices for each index of the axes before"""
-    return np.matmul, (a, b, out)
-
-
-def sum_rows(x: Array, out: Array) -> Bound:
-    """out = x.sum(axis=0)"""
-    return np.add.reduce, (x, 0, None, out)
-
-
-def max_rows(x: Array, out: Array) -> Bound:
-    """out = x.max(axis=0)"""
-    return np.maximum.reduce, (x, 0, None, out)
-
-
-def larger(x: Array, y: Array, out: Array) -> Bound:
-    """out = maximum(x, y)"""
-    return partial(np.maximum, out=out), (x, y)  # maximum's third argument needs its name
-
-
-def take(table: Array, index: Array, out: Array) -> Bound:
-    """out = table[index]"""
-    return table.take, (index, 0, out, "clip")  # "clip" spares a copy; indices are never too large
-
-
-def put(index: Array, values: Array, out: Array) -> Bound:
-    """out[index] = values"""
-    return out.__setitem__, (index, values)
-
-
-def add_at(index: Array, rows: Array, out: Array) -> Bound:
-    """out[index] += rows, as often as an index occurs"""
-    return np.add.at, (out, index, rows)
-
-
-def copy(x: Array, out: Array) -> Bound:
-    """out[...] = x"""
-    return out.__setitem__, (..., x)
-
-
-def fill(value: float, out: Array) -> Bound:
-    """out[...] = value"""
-    return out.fill, (value,)
-
-
-# --- small things
 
 
 def address(array: Array) -> int:
@@ -812,7 +735,7 @@ def _inverse(order: Ints) -> Ints:
 @lru_cache(maxsize=64)
 def _plan(of_a: str, of_b: str, to: str) -> tuple[str, str, str, str, Ints]:
     """The letters that an einsum has everywhere, sums over, has in a and the result, in b and the
-    result; and the axes of the result from the slowest to the fastest.
+    result; and the axes of the result, the slowest first.
 
     b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
     """

@@ -1,18 +1,14 @@
 """Sampling in arrays, with a key/value cache.
 
-Same as scalar:         the documents, draw for draw.
-Different from scalar:  one document after another -> walkers side by side.
-
-One document after another, each starts in the random stream where the one before it stopped, and
-where that is, nobody knows beforehand. So a walker starts at every place in the stream; when all
-have arrived, the documents are those met by going from end to start to end.
+Same as scalar:         `sample`, and every draw that it makes.
+Different from scalar:  growing lists of keys and values -> a cache (B, U, C) for each layer;
+                        `sample_many`, many documents at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -24,30 +20,62 @@ from vectorized.model import Array, gpt_forward, softmax_forward
 
 
 class Cache:
-    """The keys and values (B, U, C) of one layer, for all positions up to now."""
+    """The keys and values of one layer: (B, U, C), at the U positions read so far."""
 
-    def __init__(self) -> None:
-        self.keys: Any = None
-        self.values: Any = None
+    def __init__(self, B: int, config: Config, dtype: np.dtype) -> None:
+        self.keys = self.values = np.empty((B, 0, config.n_embd), dtype)  # (B, U, C), U = 0
 
     def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Keys and values with those of the next positions behind them."""
-        if self.keys is None:
-            self.keys, self.values = k, v
-        else:
-            self.keys = np.concatenate((self.keys, k), axis=1)
-            self.values = np.concatenate((self.values, v), axis=1)
+        """All keys and values, those of the next position (B, 1, C) behind the others."""
+        self.keys = np.concatenate((self.keys, k), axis=1)  # (B, U, C)
+        self.values = np.concatenate((self.values, v), axis=1)  # (B, U, C)
         return self.keys, self.values
 
+    def select(self, rows: Array) -> None:
+        """Go on with the keys and values of these rows."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
-def read(tokens: Array, start: int, params: Tree, caches: list[Cache], config: Config) -> Array:
-    """The logits (B, V) that follow the next tokens (B, 1) of documents, at this position."""
+
+def empty_caches(params: Tree, config: Config) -> list[Cache]:
+    """The caches of one document that has not been read yet."""
+    return [Cache(1, config, params.wte.dtype) for _ in range(config.n_layer)]
+
+
+def read(tokens: Array, t: int, params: Tree, caches: Sequence[Cache], config: Config) -> Array:
+    """The logits (B, V) after the tokens (B,) at position t."""
     tap = Tree(config.n_layer)
-    logits = gpt_forward(tokens, slice(start, start + 1), params, caches, 0.0, config, tap)
-    return logits[:, -1]
+    positions = slice(t, t + 1)
+    logits = gpt_forward(tokens[:, None], positions, params, caches, 0.0, config, tap)  # (B, 1, V)
+    return logits[:, 0]
 
 
 def sample(
+    params: Tree,
+    config: Config,
+    tokenizer: Tokenizer,
+    rng: Random,
+    temperature: float,
+    prompt: Sequence[int],
+) -> list[int]:
+    """next token ~ softmax(logits / temperature), until the closing token or the context is full
+
+    Returns the prompt and what was drawn after it, without BOS and closing token.
+    """
+    caches = empty_caches(params, config)
+    tokens = [tokenizer.bos, *prompt]
+    for position in range(config.block_size):
+        (logits,) = read(np.array(tokens[-1:]), position, params, caches, config)  # (V,)
+        if position < len(prompt):
+            continue  # still reading
+        probs = softmax_forward(logits.astype(float) / temperature)  # (V,); float32 might overflow
+        token = rng.choices(range(tokenizer.vocab_size), weights=probs.tolist())[0]
+        if token == tokenizer.eos:
+            break
+        tokens.append(token)
+    return tokens[1:]
+
+
+def sample_many(
     params: Tree,
     config: Config,
     tokenizer: Tokenizer,
@@ -56,66 +84,69 @@ def sample(
     temperature: float,
     prompt: Sequence[int],
 ) -> list[list[int]]:
-    """next token ~ softmax(logits / temperature), until the closing token or the context is full
+    """The documents that `sample` would return, called num times.
 
-    Returns the prompt and what was drawn after it, without BOS and closing token, num times.
+    A document begins in the stream of random numbers where the one before it ended, which is known
+    only when that one is complete. So a document is drawn from every place in the stream at once,
+    and those are kept that begin where another one ended.
     """
     longest = config.block_size - len(prompt)
-    most = most_walkers(config)
     samples: list[list[int]] = []
     while len(samples) < num:
-        walkers = min(most, (num - len(samples)) * (longest // 2 + 1))
-        here = rng.getstate()
-        draws = np.array([rng.random() for _ in range(walkers + longest)])
-        drawn = walk(params, config, tokenizer, draws, walkers, temperature, prompt)
+        places = min(most_walkers(config), (num - len(samples)) * (longest // 2 + 1))
+        before = rng.getstate()
+        draws = np.array([rng.random() for _ in range(places + longest)])
+        drawn = draw(params, config, tokenizer, draws, places, temperature, prompt)
         place = 0
-        while place < walkers and len(samples) < num:
+        while place < places and len(samples) < num:
             text = [token for token in drawn[place].tolist() if token != tokenizer.eos]
             samples.append([*prompt, *text])
             place += min(len(text) + 1, longest)  # the closing token took a draw too
-        rng.setstate(here)
+        rng.setstate(before)
         for _ in range(place):
             rng.random()
     return samples
 
 
-def walk(
+def draw(
     params: Tree,
     config: Config,
     tokenizer: Tokenizer,
     draws: Array,
-    walkers: int,
+    places: int,
     temperature: float,
     prompt: Sequence[int],
 ) -> Array:
-    """The tokens that each walker draws, its first with draws[walker], its next with the next one.
+    """A document from each of the first places in the stream of draws.
 
-    Returns (walkers, longest), filled up with the closing token.
+    Documents that have the same text so far share a row of the batch. Returns the tokens (places,
+    longest), filled up with the closing token.
     """
-    longest = config.block_size - len(prompt)
-    caches = [Cache() for _ in range(config.n_layer)]
+    longest, V = config.block_size - len(prompt), tokenizer.vocab_size
+    caches = empty_caches(params, config)
     for t, token in enumerate([tokenizer.bos, *prompt]):
-        logits = read(np.array([[token]]), t, params, caches, config)
-    logits = np.repeat(logits, walkers, axis=0)
-    for cache in caches:
-        cache.keys, cache.values = (np.repeat(x, walkers, axis=0) for x in (cache.keys, cache.values))
-    drawn = np.full((walkers, longest), tokenizer.eos)
-    awake = np.arange(walkers)
+        logits = read(np.array([token]), t, params, caches, config)  # (R, V), R = 1
+    drawn = np.full((places, longest), tokenizer.eos)
+    place = np.arange(places)  # of the documents that go on
+    row = np.zeros(places, int)  # of the batch, for each of them
     for i in range(longest):
-        probs = softmax_forward(logits.astype(float) * temperature**-1)
-        tokens = choose(probs, draws[awake + i])
-        drawn[awake, i] = tokens
+        probs = softmax_forward(logits.astype(float) / temperature)  # (R, V)
+        tokens = choose(probs.cumsum(axis=1)[row], draws[place + i])
+        drawn[place, i] = tokens
         going = tokens != tokenizer.eos
-        awake, tokens = awake[going], tokens[going]
-        if i + 1 == longest or not len(awake):
+        place, text = place[going], row[going] * V + tokens[going]  # the texts, by number
+        if i + 1 == longest or not len(place):
             break
+        occurs = np.zeros(len(probs) * V, bool)
+        occurs[text] = True
+        row = (occurs.cumsum() - 1)[text]
+        rows, next_tokens = np.divmod(np.flatnonzero(occurs), V)  # (R,), one for each new text
         for cache in caches:
-            cache.keys, cache.values = cache.keys[going], cache.values[going]
-        logits = read(tokens[:, None], len(prompt) + 1 + i, params, caches, config)
+            cache.select(rows)
+        logits = read(next_tokens, len(prompt) + 1 + i, params, caches, config)  # (R, V)
     return drawn
 
 
-def choose(probs: Array, draws: Array) -> Array:
+def choose(cumulative: Array, draws: Array) -> Array:
     """The index that random.choices would return for each row and its draw: (W, V) -> (W,)."""
-    cumulative = probs.cumsum(axis=1)
     return (cumulative[:, :-1] <= draws[:, None] * cumulative[:, -1:]).sum(axis=1)
