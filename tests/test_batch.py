@@ -173,7 +173,7 @@ def test_every_document_is_in_exactly_one_micro_batch(
     with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=200):
         cut = micro_batches(docs, config)
     assert all(cut)
-    assert sorted(doc for batch in cut for doc in batch) == docs
+    assert sorted(list(doc) for batch in cut for doc in batch) == docs
 
 
 @given(lengths=lengths, n_embd=st.integers(1, 40))

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from microgpt import bench, calls
+from microgpt import bench, calls, memory
 from microgpt.cli import main
 from microgpt.config import Config, load_config
+from microgpt.data import load_documents
+from microgpt.errors import MicrogptError
 from microgpt.opponents import torch_backends
 from vectorized.backend import Backend
 from vectorized.worker import Worker
@@ -308,3 +310,16 @@ def test_torch_gets_the_threads_that_it_is_given(
     assert main([*command, "--torch-threads", "2", "--dtype", "float64"]) == 0
     assert given[1] == {"dtypes": ["float64"], "torch_threads": 2}
     assert capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_is_timed_of_which_scalar_has_memory_for_a_few_tokens_only(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = replace(config, batch_size=1, num_samples=0)
+    whole = memory.estimate(single, 10, load_documents(config.dataset), "scalar")
+    monkeypatch.setattr(memory, "machine_memory", lambda: whole * 0.9)
+    with pytest.raises(MicrogptError, match="with the scalar backend"):
+        bench.bench(config, [1], rounds=1)
+    monkeypatch.setattr(bench, "SCALAR_WORK", 10_000)  # two tokens
+    assert {one.name for one in bench.bench(config, [1], rounds=1)} == {"vectorized"}

@@ -111,7 +111,8 @@ def test_a_recording_computes_what_the_text_does(
     expected = measured(text, docs)
     taps = text.taps()
     assume(all(min_size(taps[f"layer{i}.mlp_pre"]) > 1e-5 for i in range(config.n_layer)))
-    with patch.multiple(vectorized.record, ALIGN=64, **dict.fromkeys(limits, 0)):
+    none: dict[str, Any] = dict.fromkeys(limits, 0)
+    with patch.multiple(vectorized.record, ALIGN=64, **none):
         found = measured(load(config, size=size), docs)
     assert_close(found, expected, 1e-12 if config.dtype == "float64" else 2e-4)
 
@@ -394,19 +395,23 @@ def test_a_text_is_recorded_as_it_computes_or_refused(text: Callable[[Any, Any],
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-OPERATIONS: list[Callable[[Any, Any, Any], Any]] = [
-    lambda x, y, w: x + y,
-    lambda x, y, w: x * y,
-    lambda x, y, w: x / (y * y + 1.0),
-    lambda x, y, w: x @ w,
-    lambda x, y, w: x @ w.T,
-    lambda x, y, w: 0.3 - x,
-    lambda x, y, w: np.maximum(x, 0.0),
-    lambda x, y, w: (x > 0.0) * y,
-    lambda x, y, w: (x * x + 1.0) ** -0.5,
-    lambda x, y, w: x - (x * y).mean(axis=-1, keepdims=True),
-    lambda x, y, w: x - x.max(axis=-1, keepdims=True) - (y + 0.0).sum(axis=-1, keepdims=True),
-    lambda x, y, w: x @ np.einsum("bti,bto->io", x * 0.1, y),
+OPERATIONS: list[Callable[..., Any]] = [
+    lambda x, y, w, v: x + y,
+    lambda x, y, w, v: x * y,
+    lambda x, y, w, v: x / (y * y + 1.0),
+    lambda x, y, w, v: x @ w,
+    lambda x, y, w, v: x @ v,
+    lambda x, y, w, v: x @ w.T,
+    lambda x, y, w, v: ((z := x @ w) + y @ v) * z,
+    lambda x, y, w, v: ((z := x @ w.T) * 2.0 + x @ v.T) * z,
+    lambda x, y, w, v: x @ w + y @ v,
+    lambda x, y, w, v: 0.3 - x,
+    lambda x, y, w, v: np.maximum(x, 0.0),
+    lambda x, y, w, v: (x > 0.0) * y,
+    lambda x, y, w, v: (x * x + 1.0) ** -0.5,
+    lambda x, y, w, v: x - (x * y).mean(axis=-1, keepdims=True),
+    lambda x, y, w, v: x - x.max(axis=-1, keepdims=True) - (y + 0.0).sum(axis=-1, keepdims=True),
+    lambda x, y, w, v: x @ np.einsum("bti,bto->io", x * 0.1, y),
 ]
 steps = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 9), st.integers(0, 9))
 
@@ -416,20 +421,24 @@ steps = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 9), st.integers(0,
     returned=st.sets(st.integers(0, 9), min_size=1, max_size=3),
     shape=st.sampled_from([(2, 3, 4), (1, 3, 4), (3, 1, 2), (2, 2, 1), (1, 1, 1)]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_any_order_of_operations_is_recorded_as_it_computes(
     steps: list[tuple[Any, int, int]], returned: set[int], shape: tuple[int, int, int]
 ) -> None:
-    def text(x: Any, y: Any, w: Any) -> list[Any]:
+    n = shape[-1]
+
+    def text(x: Any, y: Any, both: Any) -> list[Any]:
         known = [x * 1.0, y * 1.0]
         for operation, i, j in steps:
-            known.append(operation(known[i % len(known)], known[j % len(known)], w))
+            operands = known[i % len(known)], known[j % len(known)]
+            known.append(operation(*operands, both[:n], both[n:]))
         return [known[2 + i] for i in {i % len(steps) for i in returned}]
 
     rng = np.random.default_rng(1)
-    x, y, w = rng.normal(size=shape), rng.normal(size=shape), rng.normal(size=(shape[-1],) * 2)
-    for found, expected in zip(replayed(text, x, y, w), text(x, y, w)):
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    arrays = [rng.normal(size=size) for size in (shape, shape, (2 * n, n))]
+    for found, expected in zip(replayed(text, *arrays), text(*arrays)):
+        largest = float(np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * largest)
 
 
 def test_a_line_of_the_model_that_is_refused_is_named() -> None:

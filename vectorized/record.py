@@ -247,7 +247,13 @@ class Recorder:
         """What has been written down."""
         parts = [self.calls[start:end] for start, end in pairwise([*self.marks, len(self.calls)])]
         parts = [merged_products(part) for part in without_unused(parts)]
-        return Recording(parts, place([call for part in parts for call in part]), self.numbers)
+        nbytes = place([call for part in parts for call in part])
+        for call in self.calls:  # no circles of references, so that memory is free at once
+            for x in [*call.inputs, call.out]:
+                if x.buffer is not None:
+                    x.buffer.group = []
+        self.calls, self.known = [], {}
+        return Recording(parts, nbytes, self.numbers)
 
     def refusal(self, what: str) -> RecordingError:
         """The error for something that a list of calls cannot repeat."""

@@ -64,7 +64,7 @@ def sample(
     caches = empty_caches(params, config)
     tokens = [tokenizer.bos, *prompt]
     for position in range(config.block_size):
-        (logits,) = read(np.array(tokens[-1:]), position, params, caches, config)  # (V,)
+        (logits,) = read(np.array([tokens[position]]), position, params, caches, config)  # (V,)
         if position < len(prompt):
             continue  # still reading
         probs = softmax_forward(logits.astype(float) / temperature)  # (V,); float32 might overflow
