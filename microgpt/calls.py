@@ -22,6 +22,7 @@ from microgpt.backend import Docs
 
 Run = Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]  # calls and their arguments
 
+PASSES = ("forward", "backward")  # the parts of a recording
 SECONDS = 1.0  # that the replays take
 REPLAYS = 11, 1000  # at least, at most
 FIRSTS = 3  # first steps, each with a backend of its own
@@ -126,9 +127,8 @@ def listed(label: str, fresh: Callable[[], Any], docs: Docs) -> Listing:
             again.append(both_passes())
             backend.update(0.0)
             steps.append(perf_counter() - start)
-            with np.errstate(all="ignore"):
-                for (_, _, recording, i), replayed in zip(kinds, replays):
-                    replayed.append(_stamps(recording.runs[i]))
+            for (_, _, recording, i), replayed in zip(kinds, replays):
+                replayed.append(_stamps(recording.runs[i]))
     finally:
         gc.enable()
     parts = []
@@ -140,9 +140,6 @@ def listed(label: str, fresh: Callable[[], Any], docs: Docs) -> Listing:
         parts.append(Part(part, shape, calls))
     recording_took = max(0.0, median(firsts) - median(again))
     return Listing(label, parts, median(steps), empty_call(), recording_took)
-
-
-PASSES = ("forward", "backward")
 
 
 def _call(f: Any, arguments: Sequence[Any], name: str, line: Any, seconds: float) -> Call:

@@ -305,7 +305,10 @@ def _lengths(options: argparse.Namespace, config: Config, dtypes: Sequence[str])
     _alone(options, "lengths", ("cores", "against", "torch_threads"))
     longest = typed_flag("block_size", options.lengths, "--lengths")
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or ["1"]]
-    found = timing.lengths(config, longest, sizes, dtypes)
+    try:
+        found = timing.lengths(config, longest, sizes, dtypes)
+    except MicrogptError as error:  # of memory, perhaps
+        raise MicrogptError(str(error).replace("--block-size", "--lengths")) from None
     print(json.dumps(timing.as_json(found), indent=1) if options.json
           else timing.table_of_lengths(found))  # fmt: skip
     return 0 if all(one.right for one in found) else 1

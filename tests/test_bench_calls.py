@@ -241,10 +241,11 @@ def test_lengths_are_spread_evenly_and_new_ones_timed_apart_from_known_ones(
     assert one.shapes == len({shape for docs in one.batches
                               for shape, _ in one.backend.recordings(docs) if shape})  # fmt: skip
     assert one.shapes == 8
-    took = iter([0.0, 80.0, 100.0, 108.0, 200.0, 216.0])  # three rounds of eight steps
-    monkeypatch.setattr(bench, "perf_counter", lambda: next(took))
+    took = [10.0] * 8 + [0.5, 9.0] * 4 + [9.0, 1.5] * 4  # three rounds of eight steps
+    times = iter([time for seconds in took for time in (0.0, seconds)])
+    monkeypatch.setattr(bench, "perf_counter", lambda: next(times))
     bench._meet(one)
-    assert (one.first, one.seconds) == (10.0, [1.0, 2.0])
+    assert (one.first, one.seconds) == (10.0, [1.0])
     row = bench.table_of_lengths([one]).splitlines()[1].split()
     assert row[:7] == ["vectorized", "float64", "1", "1,000,000", "10,000,000", "90%", "8"]
 
@@ -282,6 +283,8 @@ def test_whoever_is_wrong_on_documents_of_many_lengths_has_no_speed(
         ("--lengths 9 --cores 2", "--lengths: does not go with --cores"),
         ("--lengths 0", "--lengths: expected 1 or more, got 0"),
         ("--lengths many", "--lengths: expected a whole number, got 'many'"),
+        ("--lengths 1000000000000000", "--lengths 1,000,000,000,000,000: with the vectorized"),
+        ("--lengths 1000000", "; lower --lengths"),
         ("--torch-threads 1", "--torch-threads: PyTorch takes no part; add --against torch"),
         ("--against torch --torch-threads 0", "--torch-threads: expected 1 or more, got 0"),
     ],
@@ -292,6 +295,18 @@ def test_what_does_not_go_together_is_refused_in_one_line(
     assert main(["bench", *options.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("what", ["--calls", "--lengths=9"])
+def test_a_model_that_cannot_be_trained_is_refused(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    file = tmp_path / "wild.yaml"
+    file.write_text(f"dataset: {config.dataset}\ninit_std: 1.0e+200\n", encoding="utf-8")
+    assert main(["bench", "--config", str(file), what]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this model cannot be trained: " in line
 
 
 def test_torch_gets_the_threads_that_it_is_given(

@@ -528,5 +528,5 @@ def test_the_recorded_update_is_adam(fields: dict[str, float], rows: int, dtype:
         replay.update(ours_m, ours_v, 3 * step, lr_t, factor)
         adam(params, np.dtype(dtype).type(factor) * grads, m, v, 3 * step, lr_t, config)
         for found, expected in ((ours, params), (ours_m, m), (ours_v, v)):
-            eps = np.finfo(dtype).eps
+            eps = float(np.finfo(dtype).eps)
             np.testing.assert_allclose(found, expected, rtol=eps, atol=eps)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import operator
 import sys
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -50,6 +51,7 @@ BOUND: dict[str, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "sum": lambda x, out: (np.add.reduce, (x, 0, None, out)),
     "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
     "maximum": lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # out needs its name
+    "minimum": lambda x, y, out: (partial(np.minimum, out=out), (x, y)),
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
     "put": lambda at, values, out: (out.__setitem__, (at, values)),
     "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
@@ -68,6 +70,9 @@ class Line(NamedTuple):
 
     file: str
     number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}"
 
 
 class Buffer:
@@ -94,7 +99,7 @@ class Call:
         self.operands = list(operands)
         self.inputs = [x for x in operands[:-1] if isinstance(x, Traced)]
         self.line = line
-        self.elementwise = isinstance(f, np.ufunc) or f in ("maximum", "copy")
+        self.elementwise = isinstance(f, np.ufunc) or f in ("maximum", "minimum", "copy")
 
     @property
     def out(self) -> Any:
@@ -117,6 +122,12 @@ def _number_operation(f: Callable[[float, float], float], swap: bool) -> Any:
     return combined
 
 
+def _number_decision(*_: Any) -> Any:
+    raise RecordingError(f"{_line()}: a decision that depends on a number of one run")
+
+
+for _name in ("bool", "eq", "ne", "lt", "le", "gt", "ge", "float", "int", "neg"):
+    setattr(Number, f"__{_name}__", _number_decision)
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(Number, f"__{_name}__", _number_operation(getattr(operator, _name), False))
     setattr(Number, f"__r{_name}__", _number_operation(getattr(operator, _name), True))
@@ -210,6 +221,7 @@ class Traced(NDArrayOperatorsMixin):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         keys = key if isinstance(key, tuple) else (key,)
+        self.rows = None  # only one of them would be written
         if any(isinstance(k, Traced) for k in keys):
             self.recorder.scatter(self, keys, value)
         else:
@@ -246,7 +258,7 @@ class Recorder:
     def recording(self) -> Recording:
         """What has been written down."""
         parts = [self.calls[start:end] for start, end in pairwise([*self.marks, len(self.calls)])]
-        parts = [merged_products(part) for part in without_unused(parts)]
+        parts = [merged_products(without_copies(part)) for part in without_unused(parts)]
         nbytes = place([call for part in parts for call in part])
         for call in self.calls:  # no circles of references, so that memory is free at once
             for x in [*call.inputs, call.out]:
@@ -257,8 +269,7 @@ class Recorder:
 
     def refusal(self, what: str) -> RecordingError:
         """The error for something that a list of calls cannot repeat."""
-        line = _line()
-        return RecordingError(f"{line.file}:{line.number}: {what} cannot be recorded")
+        return RecordingError(f"{_line()}: {what} cannot be recorded")
 
     # --- element by element
 
@@ -272,11 +283,13 @@ class Recorder:
             for root in ROOTS[y]:
                 x = self._on_rows(root, (x,))
             return x
-        elif ufunc is np.maximum and plain and y == 0:
-            relu = self.known["relu", x.address] = self._apply("maximum", inputs)
-            return relu
+        elif ufunc in (np.maximum, np.minimum):
+            ufunc = ufunc.__name__
         elif ufunc is np.greater and plain and y == 0:  # relu(x) > 0 says the same, and frees x
             inputs = (self.known.get(("relu", x.address), x), y)
+        if ufunc == "maximum" and plain and y == 0 and out is None:
+            relu = self.known["relu", x.address] = self._apply(ufunc, inputs)
+            return relu
         if len(inputs) == 2 and out is None:
             return self._on_rows(ufunc, inputs)
         return self._apply(ufunc, inputs, out)
@@ -295,6 +308,7 @@ class Recorder:
             if isinstance(x, Traced) and x.rows is not None and x.rows.shape == shape:
                 operands[i] = x.like(x.rows)
         if out is not None:
+            self._overwrite(out)
             self._emit(f, *operands, out)
             return out
         alike = (x for x in operands if isinstance(x, Traced) and x.shape == shape)
@@ -320,25 +334,15 @@ class Recorder:
         return self._constant(("number", x), lambda: x)
 
     def assign(self, place: Traced, value: Any) -> None:
-        """place[:] = value; the result of the last call is computed there to begin with."""
-        last = self.calls[-1] if self.calls else None
-        self._write_zeros(place)
-        if last and last.out is value and (last.elementwise or last.f == "sum"):
-            self.calls.remove(last)
-            inputs = [self._early(x, place) for x in last.operands[:-1]]
-            self.calls.append(Call(last.f, [*inputs, place], last.line))
-        else:
-            self._emit("copy", value, place)
+        """place[:] = value"""
+        self._overwrite(place)
+        self._emit("copy", self._operand(value), place)
 
-    def _early(self, x: Any, place: Traced) -> Any:
-        """In `place[:] = a * place + y`, have a * place computed in place as well."""
-        for call in reversed(self.calls):
-            if any(y.address == place.address for y in [*call.inputs, call.out]):
-                if call.out is x and call.elementwise and x.shape == place.shape:
-                    call.operands[-1] = place
-                    return place
-                break
-        return x
+    def _overwrite(self, place: Traced) -> None:
+        """Get ready for a call that writes into an array that the text has a name for."""
+        self._write_zeros(place)
+        place.rows = None
+        self.known = {key: known for key, known in self.known.items() if key[0] != "relu"}
 
     # --- sums, maxima, products
 
@@ -356,7 +360,7 @@ class Recorder:
         columns = self.matrix(x)  # (n, N)
         n, N = columns.shape
         if f == "sum" and n * n * N <= EQUAL_ROWS:
-            out = self._new(x.shape, like=x)
+            out = self._new(x.shape)
             ones = self._constant(("rows", n, weight), lambda: np.full((n, n), weight))
             self._emit("dot", self.hold(ones), columns, self.matrix(out))
             return Traced(self, out.view[..., :1], out.buffer, out.view)
@@ -412,14 +416,20 @@ class Recorder:
         return out
 
     def scatter(self, x: Traced, keys: tuple[Any, ...], value: Traced) -> None:
-        """x[keys] = value, one number for every position"""
-        self._emit("put", self._flat_index(x, keys), self.flat(value), self._memory(x))
+        """x[keys] = value: a row of a table for every position, or one number for each."""
+        self._overwrite(x)
+        if len(keys) > 1:
+            self._emit("put", self._flat_index(x, keys), self.flat(value), self._memory(x))
+        else:
+            self._emit("put", self.flat(keys[0]), self.matrix(value).T, x)
 
     def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
         """np.add.at(table, index, values), a row for every position"""
+        if not all(isinstance(x, Traced) for x in (table, index, values)):
+            raise self.refusal("np.add.at into an array that is not like another (np.zeros_like)")
         rows, n = self.matrix(values).T, len(table)  # (N, C)
         if n > ONE_HOT:
-            self._write_zeros(table)
+            self._overwrite(table)
             self._emit("add_at", self.flat(index), rows, table)
             return
         eye = self.hold(self._constant(("eye", n), lambda: np.eye(n)))
@@ -515,6 +525,35 @@ def without_unused(parts: list[list[Call]]) -> list[list[Call]]:
             if call.out.fixed or call.out.buffer in read:
                 read.update(x.buffer for x in call.inputs)
                 kept[0].insert(0, call)
+    return kept
+
+
+def without_copies(calls: list[Call]) -> list[Call]:
+    """What is only copied to another place is computed there: in `place[:] = a * place + y`, the
+    sum, and the product as well if it is element-wise and the place is not read in between."""
+    read = Counter(x.buffer for call in calls for x in call.inputs)
+    kept: list[Call] = []
+
+    def moves(x: Any, call: Call, place: Traced) -> bool:
+        """Whether this call computes x, which is read once, and can do so in that place."""
+        computed = call.out is x and x.whole and not x.fixed and read[x.buffer] == 1
+        return computed and x.shape == place.shape and (call.elementwise or call.f == "sum")
+
+    for call in calls:
+        place, at = call.out, len(kept) - 1
+        while at > 0 and kept[at].f == "fill":  # zeros around the place
+            at -= 1
+        if call.f == "copy" and at >= 0 and moves(call.operands[0], kept[at], place):
+            call = kept.pop(at)
+            call.operands[-1] = place
+            for i, x in enumerate(call.operands[:-1]):
+                for earlier in reversed(kept):
+                    if any(y.address == place.address for y in [*earlier.inputs, earlier.out]):
+                        if earlier.elementwise and moves(x, earlier, place):
+                            earlier.operands[-1] = call.operands[i] = place
+                        break
+            call = Call(call.f, call.operands, call.line)
+        kept.append(call)
     return kept
 
 
