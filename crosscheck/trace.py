@@ -122,7 +122,7 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
     except FloatingPointError as error:
         raise failure or error from None
     try:
-        by_position = pair.trained.position_losses(docs)
+        by_position = [list(row) for row in pair.trained.position_losses(docs)]
     except FloatingPointError:
         by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
     keep("eval", {"loss_t": _padded(by_position)})

@@ -601,7 +601,7 @@ print(memory("VmHWM") - before)
         (1200, {"block_size": "1030", "n_head": "1"}),
         (4, {"batch_size": "2000"}),  # in many micro-batches
         (1200, {"num_samples": "200"}),
-        (1200, {"num_samples": "200", "n_layer": "3", "block_size": "60"}),
+        (1200, {"num_samples": "50", "n_layer": "3", "block_size": "60"}),
         (1200, {"num_samples": "1", "n_embd": "256", "block_size": "60"}),
     ],
     ids=str,

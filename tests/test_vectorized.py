@@ -498,7 +498,7 @@ def test_memory_is_within_one_and_a_half_times_what_training_needs(
     config = load_config(overrides=sizes)
     T, V, C, H = config.block_size, 27, config.n_embd, config.n_head
     batch = micro_batches([[1] * (T + 1 - i % 2) for i in range(config.batch_size)], config)
-    N = max(len(docs) * T for docs in batch)  # one after the other, in the same memory
+    N = max(len(docs) * (len(docs[-1]) - 1) for docs in batch)  # one by one, in the same memory
     params = sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values())
     # of each block the three inputs of its norms and products, q, k, v, the attention weights, and
     # the activation and its slope

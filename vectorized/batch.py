@@ -13,7 +13,6 @@ Different from scalar:  one document after another -> side by side, each positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.memory import COLUMNS
-from vectorized.model import Array, Batch
+from vectorized.model import Batch
 
 PADDING = 1024  # numbers, positions times n_embd, that take as long as one more micro-batch
 
@@ -58,11 +57,7 @@ def rounded(T: int, rows: int, config: Config) -> int:
 
 def empty_batch(B: int, T: int, dtype: np.dtype) -> Batch:
     """The arrays of a batch, for `fill`."""
-    both = np.zeros((B, T + 1), int)
-    tokens, targets = both[:, :-1], both[:, 1:]  # of a single document, a token lies in both
-    if B > 1:
-        tokens, targets = tokens.copy(), targets.copy()
-    return Batch(tokens, targets, np.zeros((B, T), dtype))
+    return Batch(np.zeros((B, T), int), np.zeros((B, T), int), np.zeros((B, T), dtype))
 
 
 def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
@@ -81,13 +76,11 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
     """Put documents into the arrays of a batch, which may have room for more and longer ones."""
     tokens, targets, weights = batch
     B, T = tokens.shape
-    if B == 1:  # the same as below, in fewer calls
+    if B == 1:  # the same as below, in less time
         (doc,) = docs
-        n = len(doc) - 1
-        tokens.base[0, : n + 1] = doc
-        tokens.base[0, n + 1 :] = 0
-        weights[0, :n] = 1 / (of * n)
-        weights[0, n:] = 0
+        end = len(doc) - 1
+        tokens[0, :end], targets[0, :end], weights[0, :end] = doc[:-1], doc[1:], 1 / (of * end)
+        tokens[0, end:], targets[0, end:], weights[0, end:] = 0, 0, 0
         return
     n = np.array([len(doc) - 1 for doc in docs] + [-1] * (B - len(docs)))[:, None]  # (B, 1)
     t = np.arange(T + 1)  # (T + 1,)

@@ -164,7 +164,7 @@ class Traced(NDArrayOperatorsMixin):
         return self.buffer is not None and self.view.nbytes == self.buffer.array.nbytes
 
     @property
-    def T(self) -> Traced:
+    def T(self) -> Traced:  # noqa: N802, as arrays have it
         return self.like(self.view.T)
 
     def like(self, view: Array) -> Traced:
@@ -238,7 +238,7 @@ class Recorder:
         self.numbers: list[tuple[Array, Callable[[], float]]] = []
         self.known: dict[Any, Any] = {}  # constants, and results that are asked for again
 
-    def hold(self, array: Array) -> Traced:
+    def hold(self, array: Array) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
         return Traced(self, array, None)
 
@@ -248,12 +248,12 @@ class Recorder:
 
     def put(self, result: Any, place: Array) -> None:
         """Have a result computed in an array that exists, or copied there if it cannot be."""
-        if getattr(result, "whole", False) and result.view.strides == place.strides:
-            if not result.fixed:
-                self._write_zeros(result)
-                result.buffer.home = place
-                return
-        self.assign(self.hold(place), result)
+        whole = isinstance(result, Traced) and result.whole and not result.fixed
+        if whole and result.view.strides == place.strides:
+            self._write_zeros(result)
+            result.buffer.home = place
+        else:
+            self.assign(self.hold(place), result)
 
     def recording(self) -> Recording:
         """What has been written down."""
@@ -298,7 +298,8 @@ class Recorder:
         """The result for all equal rows, if all arrays have such rows."""
         if any(isinstance(x, Traced) and x.rows is None for x in inputs):
             return self._apply(ufunc, inputs)
-        out = self._apply(ufunc, [x.like(x.rows) if isinstance(x, Traced) else x for x in inputs])
+        wide = [x.like(x.rows) if isinstance(x, Traced) else x for x in inputs]  # type: ignore[arg-type]
+        out = self._apply(ufunc, wide)
         return Traced(self, out.view[..., :1], out.buffer, out.view)
 
     def _apply(self, f: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
@@ -577,10 +578,11 @@ def merged_products(calls: list[Call]) -> list[Call]:
             key = right.address, right.shape, right.view.strides
             earlier = merged.get(j := same_right.get(key, -1))
             same_right[key] = written[out.buffer] = i
-            if earlier and min(read.get(earlier.out.buffer, [i])) >= i:
-                if both := side_by_side((earlier.operands[0], left), (earlier.out, out)):
-                    del merged[j]
-                    merged[i] = Call("dot", [both[0], right, both[1]], call.line)
+            if earlier is None or min(read.get(earlier.out.buffer, [i])) < i:
+                continue
+            if both := side_by_side((earlier.operands[0], left), (earlier.out, out)):
+                del merged[j]
+                merged[i] = Call("dot", [both[0], right, both[1]], call.line)
         elif call.f is np.add and len(call.inputs) == 2:
             at = [written.get(x.buffer, -1) for x in call.inputs]
             terms = [merged[j] for j in at if j in merged]
@@ -753,7 +755,7 @@ def _in_memory(x: Any, block: Array, shape: Ints, strides: Ints) -> Any:
 
 def address(array: Array) -> int:
     """Where an array begins in memory."""
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    return array.__array_interface__["data"][0]
 
 
 def _line() -> Line:

@@ -97,7 +97,9 @@ class Replay:
 
     def _record_update(self, m: Array, v: Array) -> Recording:
         recorder = Recorder(self.flat.dtype)
-        step, lr_t, factor = (Number(lambda i=i: self.numbers[i]) for i in range(3))
+        step: Any = Number(lambda: self.numbers[0])
+        lr_t: Any = Number(lambda: self.numbers[1])
+        factor = Number(lambda: self.numbers[2])
         for start in range(0, len(self.flat), CHUNK):
             part = slice(start, start + CHUNK)
             params, grads, m_, v_ = (
