@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,7 +66,11 @@ def _batches(ordered: Sequence[str], kept: int) -> Iterator[Sequence[str]]:
     """Documents in the order of their length, as many at a time as there is room for."""
     start = 0
     while start < len(ordered):
-        longest = min(len(ordered[min(start + BATCH, len(ordered)) - 1]), kept) + 1
-        end = start + max(1, min(BATCH, COLUMNS // longest))
-        yield ordered[start:end]
-        start = end
+
+        def columns(rows: int, start: int = start) -> int:
+            return rows * (min(len(ordered[start + rows - 1]), kept) + 1)
+
+        most = range(1, min(BATCH, len(ordered) - start) + 1)
+        rows = max(1, bisect_right(most, COLUMNS, key=columns))
+        yield ordered[start : start + rows]
+        start += rows

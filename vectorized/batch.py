@@ -50,7 +50,7 @@ def _cut(docs: Docs, rows: int, price: float) -> list[Docs]:
 
 def rounded(T: int, rows: int, config: Config) -> int:
     """A length not below T, so that few occur: of those up to 32 all, or every second one for a
-    single row; above, eight for each doubling."""
+    single row; above, sixteen for each doubling."""
     step = max(1 if rows > 1 else 2, 1 << (T - 1).bit_length() >> 5)
     return min(-(-T // step) * step, config.block_size)
 

@@ -154,6 +154,11 @@ class Traced(NDArrayOperatorsMixin):
         return address(self.view)
 
     @property
+    def form(self) -> tuple[int, Ints, Ints]:
+        """Address, shape and strides."""
+        return self.address, self.shape, self.view.strides
+
+    @property
     def fixed(self) -> bool:
         """Whether this memory is the caller's."""
         return self.buffer is None or self.buffer.home is not None
@@ -286,9 +291,9 @@ class Recorder:
         elif ufunc in (np.maximum, np.minimum):
             ufunc = ufunc.__name__
         elif ufunc is np.greater and plain and y == 0:  # relu(x) > 0 says the same, and frees x
-            inputs = (self.known.get(("relu", x.address), x), y)
+            inputs = (self.known.get(("relu", *x.form), x), y)
         if ufunc == "maximum" and plain and y == 0 and out is None:
-            relu = self.known["relu", x.address] = self._apply(ufunc, inputs)
+            relu = self.known[("relu", *x.form)] = self._apply(ufunc, inputs)
             return relu
         if len(inputs) == 2 and out is None:
             return self._on_rows(ufunc, inputs)
@@ -386,6 +391,8 @@ class Recorder:
         of_a, of_b, to = letters.replace("->", ",").split(",")
         size = {**dict(zip(of_a, a.shape)), **dict(zip(of_b, b.shape))}
         every, summed, rows, columns, order = _plan(of_a, of_b, to)
+        if set(of_a + of_b) != set(every + summed + rows + columns):
+            raise self.refusal(f"numpy.einsum({letters!r})")
         out = self._new([size[letter] for letter in to], order)
         if not to:
             self._emit("dot", self.flat(a), self.flat(b), out)
@@ -521,12 +528,12 @@ def without_unused(parts: list[list[Call]]) -> list[list[Call]]:
     read: set[Buffer | None] = set()
     kept: list[list[Call]] = []
     for part in reversed(parts):
-        kept.insert(0, [])
+        kept.append([])
         for call in reversed(part):
             if call.out.fixed or call.out.buffer in read:
                 read.update(x.buffer for x in call.inputs)
-                kept[0].insert(0, call)
-    return kept
+                kept[-1].append(call)
+    return [part[::-1] for part in kept[::-1]]
 
 
 def without_copies(calls: list[Call]) -> list[Call]:
@@ -575,9 +582,8 @@ def merged_products(calls: list[Call]) -> list[Call]:
     for i, call in enumerate(calls):
         if call.f == "dot" and call.out.ndim == 2:
             left, right, out = call.operands
-            key = right.address, right.shape, right.view.strides
-            earlier = merged.get(j := same_right.get(key, -1))
-            same_right[key] = written[out.buffer] = i
+            earlier = merged.get(j := same_right.get(right.form, -1))
+            same_right[right.form] = written[out.buffer] = i
             if earlier is None or min(read.get(earlier.out.buffer, [i])) < i:
                 continue
             if both := side_by_side((earlier.operands[0], left), (earlier.out, out)):
@@ -589,9 +595,11 @@ def merged_products(calls: list[Call]) -> list[Call]:
             if len(terms) < 2 or any(len(read[term.out.buffer]) > 1 for term in terms):
                 continue
             (left1, right1, _), (left2, right2, _) = (term.operands for term in terms)
+            out = call.out if call.out.ndim == 2 else call.out.recorder.matrix(call.out)
+            if not out.view.flags.c_contiguous:
+                continue
             if both := side_by_side((left1.T, left2.T), (right1, right2)):
                 del merged[at[0]], merged[at[1]]
-                out = call.out if call.out.ndim == 2 else call.out.recorder.matrix(call.out)
                 merged[i] = Call("dot", [both[0].T, both[1], out], call.line)
                 written[out.buffer] = i
     return [merged[i] for i in sorted(merged)]

@@ -20,7 +20,7 @@ from vectorized.flat import Shapes, named_views
 from vectorized.model import Array, Batch, loss_backward, loss_forward
 from vectorized.record import ALIGN, Number, Recorder, Recording, address
 
-CALLS = 20_000  # of all recordings that are kept, some 12 MB
+CALLS = 10_000  # of all recordings that are kept, some 14 MB
 CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments stay in the cache
 ROOM = 4  # times the memory of the first recording, for later ones; untouched pages take none
 
@@ -121,14 +121,14 @@ class Replay:
     def _kept(self, record: Callable[[int, int], Step], B: int, n: int) -> Step:
         """The recording for B documents of up to n tokens."""
         key = record.__name__, B, rounded(n, B, self.config)
-        step = self.kept.get(key)
+        step = self.kept.pop(key, None)
         if step is None:
             step = record(*key[1:])
             self._bound(step.recording)
-            self.kept[key] = step
             self.calls += step.recording.size
-            while self.calls > CALLS:
+            while self.calls > CALLS and self.kept:
                 self.calls -= self.kept.pop(next(iter(self.kept))).recording.size
+        self.kept[key] = step
         return step
 
     def _bound(self, recording: Recording) -> Recording:
