@@ -81,7 +81,8 @@ def ending(progress: Progress, vocab_size: int) -> str:
 
 def meaning(loss: float, vocab_size: int) -> str:
     """One sentence on what a loss says."""
+    choices = f"{math.exp(loss):.1f}" if loss < 20 else f"e^{loss:.0f}"
     return (
-        f"The next token is as uncertain as a fair choice among {math.exp(loss):.1f}"
+        f"The next token is as uncertain as a fair choice among {choices}"
         f" instead of all {vocab_size}."
     )

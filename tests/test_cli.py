@@ -590,6 +590,11 @@ def plain_losses(held: Checkpoint, text: str) -> np.ndarray:
 SEEN = ["a", "emma", "ana", "evangeline", "m", "vivian", "noam", "emma"]
 
 
+def test_a_large_loss_is_told_as_a_power() -> None:
+    assert "among 2.7 instead" in report.meaning(1.0, 27)
+    assert "among e^2000 instead" in report.meaning(2000.0, 27)
+
+
 def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]]]:
     """Of SEEN: the mean over documents, and by position how many reach it and their mean."""
     rows = [plain_losses(held, text) for text in SEEN]

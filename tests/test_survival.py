@@ -319,7 +319,7 @@ def test_a_signal_before_or_after_training_ends_a_run_at_once(
     out = tmp_path / "run"
     target = {
         "documents": "microgpt.train.load_documents",
-        "samples": "vectorized.backend.sample",
+        "samples": "vectorized.backend.sample_many",
     }[place]
     with patch(target, lambda *_: os.kill(os.getpid(), signal.SIGHUP)):
         assert faults.microgpt([*start, "--out", str(out)]) == 129
@@ -737,12 +737,12 @@ def test_no_checkpoint_has_a_number_that_is_not_finite(
 def test_an_overflow_is_traced_to_the_first_tap_and_no_parameter(
     start: list[str], tmp_path: Path
 ) -> None:
-    line = one_line(quiet([*start, "--init-std", "1e4", "--out", str(tmp_path / "run")]))
-    assert "step 1: the loss is inf; first not finite: tap loss_t, parameter none;" in line
-    assert line.endswith("try a smaller --init-std than 10000.0")
+    line = one_line(quiet([*start, "--init-std", "1e154", "--out", str(tmp_path / "run")]))
+    assert "step 1: the loss is nan; first not finite: tap layer0.attn_logits, parameter no" in line
+    assert line.endswith("try a smaller --init-std than 1e+154")
 
 
-def test_a_batch_in_pieces_is_traced_as_well(start: list[str], tmp_path: Path) -> None:
+def test_a_batch_in_micro_batches_is_traced_as_well(start: list[str], tmp_path: Path) -> None:
     large = [*start, "--batch-size", "200", "--out", str(tmp_path / "run")]
     with spoiled("vectorized", "update", 6, no_number):
         line = one_line(quiet(large))

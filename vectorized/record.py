@@ -241,7 +241,8 @@ class Recorder:
         self.calls: list[Call] = []
         self.marks = [0]  # where the parts of the list begin
         self.numbers: list[tuple[Array, Callable[[], float]]] = []
-        self.known: dict[Any, Any] = {}  # constants, and results that are asked for again
+        self.known: dict[Any, Any] = {}  # constants and flat indices
+        self.relus: dict[Any, tuple[Traced, Traced]] = {}  # x and maximum(x, 0), by the form of x
 
     def hold(self, array: Array) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
@@ -269,7 +270,7 @@ class Recorder:
             for x in [*call.inputs, call.out]:
                 if x.buffer is not None:
                     x.buffer.group = []
-        self.calls, self.known = [], {}
+        self.calls, self.known, self.relus = [], {}, {}
         return Recording(parts, nbytes, self.numbers)
 
     def refusal(self, what: str) -> RecordingError:
@@ -282,6 +283,7 @@ class Recorder:
         """A ufunc, or what does the same in less time."""
         x, y = inputs[0], inputs[-1]
         plain = isinstance(y, (int, float))
+        relu = x.form if plain and y == 0 and isinstance(x, Traced) else None
         if ufunc is np.divide and (plain or isinstance(y, Number)):
             ufunc, inputs = np.multiply, (x, 1 / y)
         elif ufunc is np.power and plain and y in ROOTS:
@@ -290,20 +292,23 @@ class Recorder:
             return x
         elif ufunc in (np.maximum, np.minimum):
             ufunc = ufunc.__name__
-        elif ufunc is np.greater and plain and y == 0:  # relu(x) > 0 says the same, and frees x
-            inputs = (self.known.get(("relu", *x.form), x), y)
-        if ufunc == "maximum" and plain and y == 0 and out is None:
-            relu = self.known[("relu", *x.form)] = self._apply(ufunc, inputs)
-            return relu
+        elif ufunc is np.greater and relu:  # relu(x) > 0 where x > 0, and x can be forgotten
+            inputs = (self.relus.get(relu, (x, x))[1], y)
+        if ufunc == "maximum" and relu and out is None:
+            self.relus[relu] = x, self._apply(ufunc, inputs)
+            return self.relus[relu][1]
         if len(inputs) == 2 and out is None:
             return self._on_rows(ufunc, inputs)
         return self._apply(ufunc, inputs, out)
 
     def _on_rows(self, ufunc: Any, inputs: Sequence[Any]) -> Traced:
         """The result for all equal rows, if all arrays have such rows."""
-        if any(isinstance(x, Traced) and x.rows is None for x in inputs):
-            return self._apply(ufunc, inputs)
-        wide = [x.like(x.rows) if isinstance(x, Traced) else x for x in inputs]  # type: ignore[arg-type]
+        wide = list(inputs)
+        for i, x in enumerate(inputs):
+            if isinstance(x, Traced):
+                if x.rows is None:
+                    return self._apply(ufunc, inputs)
+                wide[i] = x.like(x.rows)
         out = self._apply(ufunc, wide)
         return Traced(self, out.view[..., :1], out.buffer, out.view)
 
@@ -348,7 +353,9 @@ class Recorder:
         """Get ready for a call that writes into an array that the text has a name for."""
         self._write_zeros(place)
         place.rows = None
-        self.known = {key: known for key, known in self.known.items() if key[0] != "relu"}
+        for form, arrays in list(self.relus.items()):
+            if place.buffer in [x.buffer for x in arrays]:
+                del self.relus[form]
 
     # --- sums, maxima, products
 
