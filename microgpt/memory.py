@@ -28,7 +28,7 @@ PROCESS = 35e6  # one more of those that share a batch
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
 
-COLUMNS = 1024  # positions that vectorized works on at once, or those of one document
+COLUMNS = 512  # positions that vectorized works on at once, or those of one document
 
 # what vectorized.sample draws side by side
 SMALL_MODEL = 2**14  # n_embd^2 block_size, up to which that saves time
