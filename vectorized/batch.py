@@ -73,7 +73,7 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
 
 
 def fill(batch: Batch, docs: Docs, of: int) -> None:
-    """Put documents into the arrays of a batch, which may have room for more and longer ones."""
+    """Put documents into the arrays of a batch, which may have room for longer ones."""
     tokens, targets, weights = batch
     B, T = tokens.shape
     if B == 1:  # the same as below, in less time
@@ -82,9 +82,10 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
         tokens[0, :end], targets[0, :end], weights[0, :end] = doc[:-1], doc[1:], 1 / (of * end)
         tokens[0, end:], targets[0, end:], weights[0, end:] = 0, 0, 0
         return
-    n = np.array([len(doc) - 1 for doc in docs] + [-1] * (B - len(docs)))[:, None]  # (B, 1)
+    n = np.array([len(doc) - 1 for doc in docs])[:, None]  # (B, 1)
     t = np.arange(T + 1)  # (T + 1,)
     both = np.zeros((B, T + 1), int)
-    both[t <= n] = np.fromiter(chain.from_iterable(docs), int)
+    inside = t <= n  # (B, T + 1)
+    both[inside] = np.fromiter(chain.from_iterable(docs), int)
     tokens[:], targets[:] = both[:, :-1], both[:, 1:]
-    np.divide(t[:-1] < n, of * n, out=weights)
+    np.divide(inside[:, 1:], of * n, out=weights)
