@@ -488,7 +488,7 @@ print(memory("VmHWM") - before)
     "sizes",
     [
         {"n_embd": "384", "n_layer": "2", "dtype": "float32"},
-        {"n_embd": "64", "n_layer": "3", "batch_size": "256"},
+        {"n_embd": "96", "n_layer": "3", "batch_size": "256"},
         {"n_embd": "64", "n_layer": "2", "block_size": "64", "batch_size": "32"},
     ],
 )
