@@ -30,12 +30,15 @@ def micro_batches(docs: Docs, config: Config) -> list[Docs]:
     if len(docs) == 1:
         return [docs]
     ordered = sorted(docs, key=len)
-    rows = max(1, len(docs) // 16)  # micro-batches have multiples of so many, as far as it goes
+    rows = max(1, len(docs) // 16)  # cut at multiples of this, so that few shapes occur
     return _cut(ordered, rows, PADDING / config.n_embd)
 
 
 def _cut(docs: Docs, rows: int, price: float) -> list[Docs]:
-    """Cut where it saves most padding, if that is more than the price, and cut the parts again."""
+    """Cut where it saves most padding, if that is more than the price; then cut the parts again.
+
+    Parts that remain have at most COLUMNS positions, or are one document.
+    """
     T = len(docs[-1]) - 1
     saved, at = 0.0, 0
     for count in range(rows, len(docs), rows):
@@ -49,8 +52,8 @@ def _cut(docs: Docs, rows: int, price: float) -> list[Docs]:
 
 
 def rounded(T: int, rows: int, config: Config) -> int:
-    """A length not below T, so that few occur: of those up to 32 all, or every second one for a
-    single row; above, sixteen for each doubling."""
+    """T rounded up, so that few lengths occur: up to 32 to a multiple of 1 (one row: of 2), above
+    to one of sixteen lengths for each doubling; at most block_size."""
     step = max(1 if rows > 1 else 2, 1 << (T - 1).bit_length() >> 5)
     return min(-(-T // step) * step, config.block_size)
 
@@ -65,7 +68,7 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
 
     of    how many documents the whole batch has, if these are a part of it
 
-    Behind a document that is shorter than others there is token 0.
+    A shorter document is padded with token 0: weight 0, and the mask hides it from earlier tokens.
     """
     batch = empty_batch(len(docs), max(map(len, docs)) - 1, dtype)
     fill(batch, docs, of or len(docs))

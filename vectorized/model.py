@@ -6,8 +6,8 @@ Different from scalar:  position loop -> T axis; growing key/value list -> causa
 
 Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
 the derivative of the loss with respect to y. At the end of a line: (its shape).
-B = documents, T = positions, U = positions looked at, C = n_embd, H = n_head, D = C / H channels a
-head, F = 4 C, V = vocabulary, `..` = any axes. In einsum the same letters name the axes.
+B = documents, T = positions, U = positions looked at (T in training), C = n_embd, H = n_head,
+D = C / H channels a head, F = 4 C, V = vocabulary, `..` = any axes. In einsum, lower case.
 `tap.name = ...` keeps what was computed under its name, and there the backward pass reads it.
 """
 
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     tokens: Array  # (B, T)
     targets: Array  # (B, T), the token after each
-    weights: Array  # (B, T), each position's share of the loss: 1 / (documents n), 0 for padding
+    weights: Array  # (B, T), factor of loss_t: 1 / (documents * its positions), 0 in padding
 
 
 def linear_forward(x: Array, w: Array) -> Array:
@@ -61,7 +61,7 @@ def softmax_backward(dy: Array, y: Array) -> Array:
     """dx = y * (dy - sum(dy * y))
 
     forward: y_i = e_i / sum_j e_j, e_i = exp(x_i - max(x)). So dy_i / dx_j = y_i ([i = j] - y_j):
-    when one input rises every output gives way, hence the sum. The max divides numerator and
+    when x_j rises, y_j rises and the other y_i fall, hence the sum. The max divides numerator and
     denominator alike and has no part in it.
     """
     return y * (dy - total(dy * y))  # (.., n), (.., n) -> (.., n)
@@ -104,8 +104,8 @@ def attention_forward(
 ) -> Array:
     """attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x)
 
-    cache    keys and values of the positions before these, when sampling; None in training, where
-             all positions are here, and the mask hides from each those that come after it
+    cache    keys and values of the earlier positions, when sampling; None in training
+    mask     0 where position t may look at position u, else -inf; 0.0 when sampling
     """
     # queries, keys and values
     tap.attn_norm, tap.attn_scale = rmsnorm_forward(x, config.norm_eps)  # (B, T, C), (B, T, 1)
@@ -251,8 +251,8 @@ def gpt_backward(
         dtap.emb_norm = dres  # (B, T, C)
         demb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (B, T, C)
     dtap.emb = demb  # (B, T, C)
-    # forward: emb = wte[token] + wpe[position]. A token that occurs twice receives twice; and where
-    # wte is lm_head as well, this comes on top of what it has received as that.
+    # forward: emb = wte[token] + wpe[position]. Each occurrence of a token adds to its row of dwte.
+    # If wte is also lm_head, dwte starts from dlm_head.
     dwte = dlm_head if config.tie_lm_head else np.zeros_like(params.wte)  # (V, C)
     np.add.at(dwte, tokens, demb)
     dwpe = np.zeros_like(params.wpe)  # (block_size, C)

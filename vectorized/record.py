@@ -8,8 +8,8 @@ text to the list:
 memory order   The last axis of a result lies slowest, documents and positions fastest. Sums over
                channels then add rows, and a linear layer is one product w . x of matrices.
 few axes       Element-wise calls see views with as few axes as memory allows.
-sums           A sum over the last axis is a product with ones. A small sum is computed as n equal
-               rows, so that nothing is broadcast to the n rows afterwards.
+sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
+               of ones: its n result rows are equal, and later calls need no broadcast.
 look-ups       The gradient of a small table is a product with a one-hot matrix.
 products       q, k and v are one product, and so are their gradients: see `merged_products`.
 memory         Results share memory when their lives do not overlap: see `place`.
@@ -44,13 +44,13 @@ EXPANDED = 2**14  # numbers up to which a mask is expanded to the shape of what 
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 ALIGN = 64  # bytes of a cache line
 
-# How the list calls what is not a ufunc. A method is faster than NumPy's function of that name.
+# How the list calls these operations. A method of an array is faster than NumPy's function.
 BOUND: dict[str, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "dot": lambda a, b, out: (a.dot, (b, out)),
     "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
     "sum": lambda x, out: (np.add.reduce, (x, 0, None, out)),
     "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
-    "maximum": lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # out needs its name
+    "maximum": lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # positional: deprecated
     "minimum": lambda x, y, out: (partial(np.minimum, out=out), (x, y)),
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
     "put": lambda at, values, out: (out.__setitem__, (at, values)),
@@ -58,7 +58,11 @@ BOUND: dict[str, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "copy": lambda x, out: (out.__setitem__, (..., x)),
     "fill": lambda value, out: (out.fill, (value,)),
 }
-ROOTS = {2: (np.square,), 0.5: (np.sqrt,), -0.5: (np.sqrt, np.reciprocal)}  # faster than powers
+POWERS = {
+    2: (np.square,),
+    0.5: (np.sqrt,),
+    -0.5: (np.sqrt, np.reciprocal),
+}  # and how they are computed
 
 
 class RecordingError(MicrogptError):
@@ -145,7 +149,7 @@ class Traced(NDArrayOperatorsMixin):
         self.view = view  # of the buffer's array; without a buffer, of an array that exists
         self.buffer = buffer
         self.tail = buffer  # the last buffer, where the view spans several of a group
-        self.rows = rows  # (.., n) equal rows, of which the view shows one: (.., 1)
+        self.rows = rows  # (.., n): n equal rows, and view is the first, (.., 1); else None
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
 
     @property
@@ -183,7 +187,8 @@ class Traced(NDArrayOperatorsMixin):
         return self.recorder.reduced(self, "sum", axis, keepdims, 1.0)
 
     def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        return self.recorder.reduced(self, "sum", axis, keepdims, 1 / self.shape[-1])
+        n = self.view.size if axis is None else self.shape[axis]
+        return self.recorder.reduced(self, "sum", axis, keepdims, 1 / n)
 
     def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
         return self.recorder.reduced(self, "max", axis, keepdims)
@@ -253,7 +258,7 @@ class Recorder:
         self.marks.append(len(self.calls))
 
     def put(self, result: Any, place: Array) -> None:
-        """Have a result computed in an array that exists, or copied there if it cannot be."""
+        """Let the call write its result to an existing array; if it cannot, copy the result."""
         whole = isinstance(result, Traced) and result.whole and not result.fixed
         if whole and result.view.strides == place.strides:
             self._write_zeros(result)
@@ -286,13 +291,13 @@ class Recorder:
         relu = x.form if plain and y == 0 and isinstance(x, Traced) else None
         if ufunc is np.divide and (plain or isinstance(y, Number)):
             ufunc, inputs = np.multiply, (x, 1 / y)
-        elif ufunc is np.power and plain and y in ROOTS:
-            for root in ROOTS[y]:
+        elif ufunc is np.power and plain and y in POWERS:
+            for root in POWERS[y]:
                 x = self._on_rows(root, (x,))
             return x
         elif ufunc in (np.maximum, np.minimum):
             ufunc = ufunc.__name__
-        elif ufunc is np.greater and relu:  # relu(x) > 0 where x > 0, and x can be forgotten
+        elif ufunc is np.greater and relu:  # x > 0 where relu(x) > 0: x need not stay in memory
             inputs = (self.relus.get(relu, (x, x))[1], y)
         if ufunc == "maximum" and relu and out is None:
             self.relus[relu] = x, self._apply(ufunc, inputs)
@@ -394,7 +399,7 @@ class Recorder:
         return out
 
     def einsum(self, letters: str, a: Traced, b: Traced) -> Traced:
-        """A product of two matrices, for every index that all three arrays have."""
+        """One matrix product for each value of the indices that a, b and the result share."""
         of_a, of_b, to = letters.replace("->", ",").split(",")
         size = {**dict(zip(of_a, a.shape)), **dict(zip(of_b, b.shape))}
         every, summed, rows, columns, order = _plan(of_a, of_b, to)
@@ -462,11 +467,11 @@ class Recorder:
         """Where x[keys] are in the memory of x: the sum of keys times strides."""
         *rest, index = keys
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
-        if (key := (index.address, *strides, last)) not in self.known:
+        first = np.ravel(sum(k * stride for k, stride in zip(rest, strides)))
+        if (key := (index.address, last, first.tobytes())) not in self.known:
             self.known[key] = out = self._new((index.view.size,), (0,), dtype=np.intp)
             self._emit(np.multiply, self.flat(index), np.array(last), out)
-            first = sum(k * stride for k, stride in zip(rest, strides))
-            self._emit(np.add, out, np.ravel(first), out)
+            self._emit(np.add, out, first, out)
         found: Traced = self.known[key]
         return found
 
@@ -518,7 +523,7 @@ class Recorder:
         return x.like(out)
 
     def _write_zeros(self, x: Traced) -> None:
-        """Write the zeros of zeros_like, which are read, or overwritten in part."""
+        """Fill a zeros_like with zeros before a call reads it or writes only a part of it."""
         if x.buffer is not None and x.buffer.zero:
             x.buffer.zero = False
             self._emit("fill", 0.0, x.like(x.buffer.array))
@@ -544,13 +549,13 @@ def without_unused(parts: list[list[Call]]) -> list[list[Call]]:
 
 
 def without_copies(calls: list[Call]) -> list[Call]:
-    """What is only copied to another place is computed there: in `place[:] = a * place + y`, the
-    sum, and the product as well if it is element-wise and the place is not read in between."""
+    """A call whose result is only copied writes to the target of the copy. In `p[:] = a * p + y`
+    that is the sum, and also the product if no call between the two uses p."""
     read = Counter(x.buffer for call in calls for x in call.inputs)
     kept: list[Call] = []
 
     def moves(x: Any, call: Call, place: Traced) -> bool:
-        """Whether this call computes x, which is read once, and can do so in that place."""
+        """Whether this call computes x, which is read once, and can write it to that place."""
         computed = call.out is x and x.whole and not x.fixed and read[x.buffer] == 1
         return computed and x.shape == place.shape and (call.elementwise or call.f == "sum")
 
@@ -560,20 +565,29 @@ def without_copies(calls: list[Call]) -> list[Call]:
             at -= 1
         if call.f == "copy" and at >= 0 and moves(call.operands[0], kept[at], place):
             call = kept.pop(at)
-            call.operands[-1] = place
-            for i, x in enumerate(call.operands[:-1]):
+            operands = [*call.operands[:-1], place]
+            for i, x in enumerate(operands[:-1]):
+                if any(_overlap(y, place) for y in operands[:-1]):
+                    break  # the call itself reads the place
                 for earlier in reversed(kept):
-                    if any(y.address == place.address for y in [*earlier.inputs, earlier.out]):
-                        if earlier.elementwise and moves(x, earlier, place):
-                            earlier.operands[-1] = call.operands[i] = place
+                    if earlier.elementwise and moves(x, earlier, place):
+                        earlier.operands[-1] = operands[i] = place
+                    if any(_overlap(y, place) for y in earlier.operands):
                         break
-            call = Call(call.f, call.operands, call.line)
+            call = Call(call.f, operands, call.line)
         kept.append(call)
     return kept
 
 
+def _overlap(x: Any, y: Traced) -> bool:
+    """Whether two arrays may share memory."""
+    if not isinstance(x, Traced) or x.buffer is not y.buffer:
+        return False
+    return x.buffer is not None or np.may_share_memory(x.view, y.view)
+
+
 def merged_products(calls: list[Call]) -> list[Call]:
-    """Products with an operand in common become one, if their other matrices can lie side by side.
+    """Merge products that share an operand, or are added, if their other matrices are adjacent.
 
     wq . x, wk . x, wv . x               -> (wq, wk, wv) . x
     dq . x^T, dk . x^T, dv . x^T         -> (dq, dk, dv) . x^T
@@ -613,7 +627,7 @@ def merged_products(calls: list[Call]) -> list[Call]:
 
 
 def side_by_side(*pairs: tuple[Traced, Traced]) -> list[Traced]:
-    """Each pair of matrices as one, the second below the first; empty if one pair cannot lie so."""
+    """Each pair as one matrix, first above second; empty if a pair cannot be adjacent in memory."""
     if not all(_can_follow(x, y) for x, y in pairs):
         return []
     both = []
@@ -796,8 +810,8 @@ def _inverse(order: Ints) -> Ints:
 
 @lru_cache(maxsize=64)
 def _plan(of_a: str, of_b: str, to: str) -> tuple[str, str, str, str, Ints]:
-    """The letters that an einsum has everywhere, sums over, has in a and the result, in b and the
-    result; and the axes of the result, the slowest first.
+    """Four groups of letters: in a, b and the result; in a and b only (summed); in a and the
+    result (rows); in b and the result (columns). And the axes of the result, the slowest first.
 
     b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
     """

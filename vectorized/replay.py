@@ -22,7 +22,7 @@ from vectorized.record import ALIGN, Number, Recorder, Recording, address
 
 CALLS = 10_000  # of all recordings that are kept, some 14 MB
 CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments stay in the cache
-ROOM = 4  # times the memory of the first recording, for later ones; untouched pages take none
+ROOM = 4  # a new block is so many times the recording it is made for; untouched pages take none
 
 
 class Step:
@@ -34,7 +34,7 @@ class Step:
         self.recording = recording
 
     def forward(self, docs: Docs, of: int) -> float:
-        """The loss of these documents, times their share in a batch of so many."""
+        """The mean losses of these documents, added up, / `of` (documents of the whole batch)."""
         fill(self.batch, docs, of)
         self.recording.run(0)
         return float(self.result)
@@ -63,7 +63,7 @@ class Replay:
         return self._kept(self._record_training, len(docs), max(map(len, docs)) - 1)
 
     def losses(self, docs: Docs) -> Array:
-        """The loss of every position: (B, T), or more where documents are fewer or shorter."""
+        """The loss of every position: a row for each document, T rounded up, padding included."""
         step = self._kept(self._record_losses, len(docs), max(map(len, docs)) - 1)
         fill(step.batch, docs, len(docs))
         step.recording.run(0)
@@ -119,7 +119,7 @@ class Replay:
         return recorder, batch, params, Tree(self.config.n_layer)
 
     def _kept(self, record: Callable[[int, int], Step], B: int, n: int) -> Step:
-        """The recording for B documents of up to n tokens."""
+        """The step for B documents of up to n positions (n + 1 tokens)."""
         key = record.__name__, B, rounded(n, B, self.config)
         step = self.kept.pop(key, None)
         if step is None:
@@ -137,7 +137,7 @@ class Replay:
             self.kept.clear()  # they work in the old block
             self.calls = 0
             self.adam = None
-            self.block = np.empty(0, np.uint8)  # which is gone before there is a larger one
+            self.block = np.empty(0, np.uint8)  # free the old block before making a larger one
             self.block = np.empty(ROOM * recording.nbytes + ALIGN, np.uint8)
         recording.bind(self.block[-address(self.block) % ALIGN :])
         return recording

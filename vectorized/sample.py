@@ -86,9 +86,9 @@ def sample_many(
 ) -> list[list[int]]:
     """The documents that `sample` would return, called num times.
 
-    A document begins in the stream of random numbers where the one before it ended, which is known
-    only when that one is complete. So a document is drawn from every place in the stream at once,
-    and those are kept that begin where another one ended.
+    A document begins in the stream of random numbers where the last one ended, so its place is not
+    known in advance. `draw` draws one from every place; kept are those that begin where the last
+    kept one ended.
     """
     longest = config.block_size - len(prompt)
     samples: list[list[int]] = []

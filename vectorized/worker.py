@@ -1,7 +1,7 @@
 """Who works on a batch: this process, and on several cores others beside it.
 
 Same as scalar:         the loss and the gradient of a batch are means over its documents.
-Different from scalar:  one document after another -> shares of a batch, worked through in pieces.
+Different from scalar:  one document after another -> shares of a batch, in micro-batches.
 
 NumPy holds Python's lock for most of the time that a small array takes, so cores are used by
 processes. They read the parameters where they lie, in memory that they share, and each writes its
@@ -51,7 +51,7 @@ class Worker:
         self.last: Step | None = None  # whose backward pass is still to come
 
     def forward(self, docs: Docs, of: int) -> float:
-        """The loss of these documents, times their share in a batch of so many.
+        """The mean losses of these documents, added up, / `of` (documents of the whole batch).
 
         Of all micro-batches but the last, the backward pass is run at once: its arrays are in the
         cache, and the next micro-batch needs their memory.
@@ -92,10 +92,10 @@ class Worker:
 
 
 class Line:
-    """One end of a pipe between two processes, where a message is met awake if it comes soon.
+    """One end of a pipe between two processes. receive() polls for AWAKE seconds, then sleeps.
 
-    To wake takes a good part of what a small batch does. But if the last message was late, another
-    program may have the core that the next should come from, and is not to be kept from it.
+    Waking up takes a good part of the time of a small batch. After a late message receive() does
+    not poll: another program may need the core.
     """
 
     def __init__(self, pipe: Connection) -> None:
@@ -113,14 +113,14 @@ class Line:
     def receive(self) -> Any:
         began = perf_counter()
         while self.soon and not self.arrived(0) and perf_counter() < began + AWAKE:
-            os.sched_yield()  # this core to whoever else would have it
+            os.sched_yield()  # let other processes use this core
         message = self.pipe.recv_bytes()
         self.soon = perf_counter() < began + AWAKE
         return pickle.loads(message)
 
 
 class Remote:
-    """A Worker in a process of its own. It begins when told to, and waits for nobody after that."""
+    """A Worker in its own process. begin() starts forward and backward, which run unasked."""
 
     def __init__(self, config: Config, shapes: Shapes, memory: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -136,14 +136,13 @@ class Remote:
         with _deaf():
             process.start()
         theirs.close()
-        # It has nothing of its own to lose, and ends with this object, or with this process before
-        # multiprocessing waits for it (0: among the first of what it does at the end); if this
-        # process is killed, when the pipe ends.
+        # Kill the process when this object is deleted, or at exit before multiprocessing joins it
+        # (0: early at exit). If this process is killed, the pipe closes and serve() returns.
         multiprocessing.util.Finalize(self, process.kill, exitpriority=0)
 
     def begin(self, docs: Docs, of: int) -> None:
         """Find the loss and the gradient of these documents."""
-        while self.answers:  # to a batch whose gradient nobody wanted
+        while self.answers:  # left from a batch whose backward() was not called
             self._receive()
         with suppress(BrokenPipeError):  # there will be no answer, and that is dealt with
             self.line.send((docs, of))
@@ -163,7 +162,7 @@ class Remote:
         except (EOFError, ConnectionResetError, BrokenPipeError):
             raise LostHelpError(
                 "--cores: a process that worked on a share of the batch has ended, for want of"
-                " memory or because somebody ended it; go on with fewer cores"
+                " memory or because it was killed; go on with fewer cores"
                 if self.started
                 else "cores: a process that was to share the batch has not started; a script that"
                 " asks for one needs `if __name__ == '__main__':`"
@@ -174,10 +173,10 @@ class Remote:
 
 
 def serve(pipe: Connection, config: Config, shapes: Shapes, memory: Any, grads: Any) -> None:
-    """What the other process does until nobody asks any more."""
+    """Runs in the other process: forward and backward for each message, until the pipe closes."""
     flat, flat_grads = (np.frombuffer(numbers, config.dtype) for numbers in (memory, grads))
     worker, line = Worker(config, shapes, flat, flat_grads), Line(pipe)
-    with suppress(EOFError, OSError, MemoryError):  # whoever asks will miss the answer
+    with suppress(EOFError, OSError, MemoryError):  # the parent will miss the answer
         while True:
             line.send(worker.forward(*line.receive()))
             worker.backward()
@@ -185,7 +184,7 @@ def serve(pipe: Connection, config: Config, shapes: Shapes, memory: Any, grads: 
 
 
 def deal(docs: Docs, shares: int) -> list[Docs]:
-    """As many shares of a batch, alike in what there is to do, the first no smaller than others.
+    """Deal documents into shares of about equal work; the first share is the largest.
 
     Where there are fewer documents than shares, the last ones are empty.
     """
@@ -202,7 +201,7 @@ def shared(size: int) -> Any:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """A process started in here never hears of Ctrl-C and the like: who started it ends it."""
+    """A process started here ignores Ctrl-C, SIGTERM and SIGHUP; its parent ends it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
