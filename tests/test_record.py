@@ -361,11 +361,50 @@ def adds_products(x: Any, y: Any) -> Any:
     return x @ w + x @ v + y @ w + (x @ w) * y
 
 
+def averages_documents(x: Any, y: Any) -> Any:
+    return x[..., :1].mean(axis=0) + y[0, :, :1]
+
+
 SHORT = [
     changes_after_relu, takes_a_part_after_relu, reads_what_it_has_assigned, averages_what_is_given,
     sums_over_one_alone, reads_zeros, adds_in_place, reshapes, divides, takes_powers, multiplies,
-    adds_products,
+    adds_products, averages_documents,
 ]  # fmt: skip
+
+
+def decays(p: Any) -> None:
+    p[:] = p - 0.01 * p
+
+
+def adds_itself(p: Any) -> None:
+    p[:] = 3 * p + p
+
+
+def multiplies_with_itself(p: Any) -> None:
+    p[:] = (p - 1) * p
+
+
+def adds_its_neighbour(p: Any) -> None:
+    p[1:] = 2 * p[1:] + p[:-1]
+
+
+def adds_two_of_its_products(p: Any) -> None:
+    p[:] = p * 2 + p * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [decays, adds_itself, multiplies_with_itself, adds_its_neighbour, adds_two_of_its_products],
+)
+def test_an_array_that_is_assigned_to_is_read_before(text: Callable[[Any], None]) -> None:
+    expected, found = np.arange(1.0, 7.0), np.arange(1.0, 7.0)
+    text(expected)
+    recorder = Recorder("float64")
+    text(recorder.hold(found))
+    recording = recorder.recording()
+    recording.bind(np.empty(recording.nbytes, np.uint8))
+    recording.run(0)
+    np.testing.assert_array_equal(found, expected)
 
 
 def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
@@ -393,6 +432,19 @@ def test_a_text_is_recorded_as_it_computes_or_refused(text: Callable[[Any, Any],
         return
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_one_index_into_two_rows_is_two_places() -> None:
+    b, t = np.ogrid[:2, :3]
+    index = np.array([[0, 1, 2], [3, 2, 1]])
+
+    def text(x: Any, index: Any) -> Any:
+        z = x * 1.0
+        return z[b, t, index] - z[0 * b, t, index]
+
+    x = np.arange(24.0).reshape(2, 3, 4)
+    (found,) = replayed(text, x, index)
+    np.testing.assert_array_equal(found, text(x, index))
 
 
 OPERATIONS: list[Callable[..., Any]] = [
