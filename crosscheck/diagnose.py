@@ -395,8 +395,10 @@ def weighting(pair: Pair) -> str:
         "sum over documents in place of their mean": 1 / n,
         "sum over all tokens": np.ones(B),
     }
-    if pair.phase == "unwatched":
-        sizes = [len(part) for part in _micro_batches(pair)]
+    sizes = [len(part) for part in _micro_batches(pair)] if pair.phase == "unwatched" else []
+    if sizes and sum(sizes) != B:
+        return f"the micro-batches hold {sum(sizes)} of {B} documents"
+    if sizes:
         size = np.empty(B)  # of the micro-batch that a document is in
         size[np.argsort(n, kind="stable")] = np.repeat(sizes, sizes)
         of_loss_t |= {

@@ -62,12 +62,13 @@ def test_in_micro_batches(
 ) -> None:
     """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
     small arrays."""
-    from vectorized import batch, record  # here, since a defect may be planted in them
+    from vectorized import batch, record, replay  # here, since a defect may be planted in them
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "COLUMNS", columns)
         patch.setattr(batch, "PADDING", padding)
         if not lowered:
+            patch.setattr(replay, "CHUNK", 100)  # parameters that Adam updates at a time
             for trick in ("EQUAL_ROWS", "EXPANDED", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before

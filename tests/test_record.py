@@ -365,10 +365,29 @@ def averages_documents(x: Any, y: Any) -> Any:
     return x[..., :1].mean(axis=0) + y[0, :, :1]
 
 
+def changes_a_view_of_a_mean(x: Any, y: Any) -> Any:
+    m = x.mean(axis=-1, keepdims=True)
+    part = m[..., :1]
+    part += y[..., :1]
+    return x - m
+
+
+def scales_the_sum_over_one_document(x: Any, y: Any) -> Any:
+    one = x[:1] * y[:1]
+    s = one.sum(axis=0)
+    s *= 10.0
+    return one + s
+
+
+def reverses(x: Any, y: Any) -> Any:
+    return (x * y)[:, ::-1] + y
+
+
 SHORT = [
     changes_after_relu, takes_a_part_after_relu, reads_what_it_has_assigned, averages_what_is_given,
     sums_over_one_alone, reads_zeros, adds_in_place, reshapes, divides, takes_powers, multiplies,
-    adds_products, averages_documents,
+    adds_products, averages_documents, changes_a_view_of_a_mean, scales_the_sum_over_one_document,
+    reverses,
 ]  # fmt: skip
 
 
@@ -576,7 +595,7 @@ def test_the_recorded_update_is_adam(fields: dict[str, float], rows: int, dtype:
     for step in range(4):  # each from the same numbers, or rounding would add up
         ours[:], ours_m[:], ours_v[:] = params, m, v
         ours_grads[:] = grads[:] = rng.normal(size=4 * rows)
-        lr_t, factor = 0.1 / (step + 1), 0.9 - step / 10 if config.grad_clip else 1.0
+        lr_t, factor = 0.1 / (step + 1), 1.0 - step / 10 if config.grad_clip else 1.0
         replay.update(ours_m, ours_v, 3 * step, lr_t, factor)
         adam(params, np.dtype(dtype).type(factor) * grads, m, v, 3 * step, lr_t, config)
         for found, expected in ((ours, params), (ours_m, m), (ours_v, v)):

@@ -82,7 +82,7 @@ class Line(NamedTuple):
 class Buffer:
     """The memory of one result. Its place is decided when the recording ends."""
 
-    __slots__ = ("address", "array", "group", "home", "offset", "zero")
+    __slots__ = ("address", "array", "changed", "group", "home", "offset", "zero")
 
     def __init__(self, array: Array, zero: bool = False) -> None:
         self.array = array  # gives each buffer an address of its own; is never touched
@@ -91,6 +91,7 @@ class Buffer:
         self.offset = 0  # in the block of memory otherwise
         self.group = [self]  # buffers that lie side by side, in this order
         self.zero = zero  # zeros, as long as no call has had to write them
+        self.changed = False  # whether the text has written into it
 
 
 class Call:
@@ -140,7 +141,7 @@ for _name in ("add", "sub", "mul", "truediv", "pow"):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "dtype", "ndim", "recorder", "rows", "shape", "tail", "view")
+    __slots__ = ("_rows", "buffer", "dtype", "ndim", "recorder", "shape", "tail", "view")
 
     def __init__(
         self, recorder: Recorder, view: Array, buffer: Buffer | None, rows: Array | None = None
@@ -149,8 +150,14 @@ class Traced(NDArrayOperatorsMixin):
         self.view = view  # of the buffer's array; without a buffer, of an array that exists
         self.buffer = buffer
         self.tail = buffer  # the last buffer, where the view spans several of a group
-        self.rows = rows  # (.., n): n equal rows, and view is the first, (.., 1); else None
+        self._rows = rows
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
+
+    @property
+    def rows(self) -> Array | None:
+        """(.., n): n equal rows, and view is the first, (.., 1); else None."""
+        changed = self.buffer is not None and self.buffer.changed
+        return None if changed else self._rows
 
     @property
     def address(self) -> int:
@@ -227,11 +234,13 @@ class Traced(NDArrayOperatorsMixin):
         keys = key if isinstance(key, tuple) else (key,)
         if any(isinstance(k, Traced) for k in keys):
             return self.recorder.gather(self, keys)
-        return self.like(self.view[key])
+        part = self.like(self.view[key])
+        if min(part.view.strides, default=0) < 0:
+            raise self.recorder.refusal("an array in reverse order")
+        return part
 
     def __setitem__(self, key: Any, value: Any) -> None:
         keys = key if isinstance(key, tuple) else (key,)
-        self.rows = None  # only one of them would be written
         if any(isinstance(k, Traced) for k in keys):
             self.recorder.scatter(self, keys, value)
         else:
@@ -357,7 +366,8 @@ class Recorder:
     def _overwrite(self, place: Traced) -> None:
         """Get ready for a call that writes into an array that the text has a name for."""
         self._write_zeros(place)
-        place.rows = None
+        if place.buffer is not None:
+            place.buffer.changed = True  # equal rows would not all be written
         for form, arrays in list(self.relus.items()):
             if place.buffer in [x.buffer for x in arrays]:
                 del self.relus[form]
@@ -369,9 +379,8 @@ class Recorder:
     ) -> Traced:
         """The sum times a weight, or the maximum: over the last axis, or the sum over the first."""
         if f == "sum" and axis == 0 and not keepdims and weight == 1:
-            out = self._new(x.shape[1:]) if len(x) > 1 else x[0]
-            if len(x) > 1:
-                self._emit("sum", x, out)
+            out = self._new(x.shape[1:])
+            self._emit(*("sum", x) if len(x) > 1 else ("copy", x[0]), out)
             return out
         if axis != -1 or not keepdims:
             raise self.refusal(f"a {f} over this axis")
