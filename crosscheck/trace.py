@@ -11,7 +11,7 @@ eval/loss_t        the loss of every position, as it is computed where nothing i
 read/logits        the logits of the first document, read token by token as when sampling
 backward/d<tap>    the derivative of the loss with respect to each, in reverse order
 gradient/d<p>      the same for each parameter
-unwatched/loss     the loss as training computes it, where nobody asks for what lies in between
+unwatched/loss     the loss as training computes it, by the recorded calls
 unwatched/d<p>     and its derivatives
 adam_m/<p>         Adam's m after the step
 adam_v/<p>         Adam's v after the step
