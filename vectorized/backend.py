@@ -50,8 +50,7 @@ class Watched:
         for name, grad in self.grads.items():
             grad[:] = pick(dparams, name)
 
-    def update(self, m: Array, v: Array, step: int, lr_t: float) -> None:
-        factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
+    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
         adam(self.flat, factor * self.flat_grads, m, v, step, lr_t, self.config)
 
     def losses(self, docs: Docs) -> Array:
@@ -114,7 +113,8 @@ class Backend:
             self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
-        self.worker.update(self.m, self.v, self.updates, lr_t)
+        factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
+        self.worker.update(self.m, self.v, self.updates, lr_t, factor)
         self.updates += 1
 
     def recordings(self, docs: Docs) -> list[tuple[tuple[int, ...], Any]]:

@@ -28,7 +28,6 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.errors import LostHelpError
-from vectorized.adam import clip
 from vectorized.batch import micro_batches
 from vectorized.flat import Shapes
 from vectorized.model import Array
@@ -80,9 +79,8 @@ class Worker:
         if self.summed:
             self.flat_grads += self.flat_sum
 
-    def update(self, m: Array, v: Array, step: int, lr_t: float) -> None:
-        """An update by Adam with the gradient in flat_grads."""
-        factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
+    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
+        """An update by Adam with the gradient in flat_grads, times a factor."""
         self.replay.update(m, v, step, lr_t, factor)
 
     def losses(self, docs: Docs) -> Array:
