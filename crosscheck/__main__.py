@@ -14,8 +14,8 @@ from typing import NoReturn
 import numpy as np
 
 from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
-from crosscheck.compare import FLOAT32_MEASURED
 from crosscheck.report import as_json, render, summary
+from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
 from microgpt.backend import NAMES
 from microgpt.checkpoint import save_params

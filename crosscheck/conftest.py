@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.compare import FLOAT64, Outcome, Standard, Tally, float32
+from crosscheck.compare import Outcome, Tally
 from crosscheck.report import as_json, render, summary
+from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import Step, trace
 from microgpt.backend import NAMES
 from microgpt.errors import MicrogptError

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import Case, load_case
-from crosscheck.compare import compare, compare_taught, float32
+from crosscheck.compare import compare, compare_taught
 from crosscheck.conftest import Choice
+from crosscheck.tolerance import float32
 from crosscheck.trace import PHASES, Step, keys, real, split_key, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import load_config

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.compare import FLOAT64, Tally
+from crosscheck.compare import Tally
+from crosscheck.tolerance import FLOAT64
 from crosscheck.trace import Array
 from crosscheck.witness import as_direction, complex_step, difference
 from microgpt.backend import fresh_state, load_backend

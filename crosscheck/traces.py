@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from crosscheck.cases import Case, case_names, load_case
-from crosscheck.compare import FLOAT64, Outcome, compare_step, explained, float32
+from crosscheck.compare import Outcome, compare_step, explained
+from crosscheck.tolerance import FLOAT64, float32
 from crosscheck.trace import Array, Step, keys, split_key
 from microgpt.checkpoint import DAMAGED, TensorFile, write_tensors
 from microgpt.config import stored_config

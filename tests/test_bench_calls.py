@@ -257,7 +257,9 @@ def test_whoever_is_wrong_on_documents_of_many_lengths_has_no_speed(
 ) -> None:  # fmt: skip
     update = Worker.update
     monkeypatch.setattr(
-        Worker, "update", lambda self, m, v, step, lr_t: update(self, m, v, step, lr_t / 2)
+        Worker,
+        "update",
+        lambda self, m, v, step, lr_t, factor: update(self, m, v, step, lr_t / 2, factor),
     )
     file = tmp_path / "small.yaml"
     file.write_text(f"dataset: {config.dataset}\n", encoding="utf-8")

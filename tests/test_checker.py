@@ -17,7 +17,7 @@ import pytest
 from crosscheck import compare as comparing
 from crosscheck.__main__ import main
 from crosscheck.cases import Case, case_names, draw_params, load_case, read_case, save_case
-from crosscheck.compare import FLOAT64, Standard, Tolerance, compare
+from crosscheck.compare import compare
 from crosscheck.defects import (
     PANEL,
     Defect,
@@ -29,6 +29,7 @@ from crosscheck.defects import (
     planted,
 )
 from crosscheck.report import WIDTH, as_json, render, ulps
+from crosscheck.tolerance import FLOAT64, Standard, Tolerance
 from crosscheck.trace import Step, trace
 from microgpt.errors import MicrogptError
 from vectorized.batch import micro_batches
