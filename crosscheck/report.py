@@ -8,6 +8,7 @@ import struct
 import textwrap
 from typing import Any
 
+from crosscheck import trace
 from crosscheck.compare import Disagreement, Tally
 from crosscheck.trace import PHASES, split_key
 
@@ -20,9 +21,7 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
     rows: list[tuple[str, str]] = []
     if found.shape is not None:
-        at = ", ".join(
-            f"{axis}={i}" for axis, i in zip(axes(found.key, len(found.shape)), found.index)
-        )
+        at = ", ".join(f"{axis}={i}" for axis, i in zip(axes(found.key), found.index))
         difference = abs(found.candidate - found.reference)
         relative = difference / abs(found.reference) if found.reference else math.inf
         rows += [
@@ -77,14 +76,12 @@ def as_json(found: Disagreement) -> dict[str, Any]:
     return {name: plain(value) for name, value in fields.items()}
 
 
-def axes(key: str, dimensions: int) -> tuple[str, ...]:
-    """What the indices of a tensor count."""
-    phase, name = split_key(key)
-    if phase in ("forward", "backward"):
-        if name.endswith((".attn_logits", ".attn_weights")):
-            return ("b", "h", "t", "u")
-        return ("b", "t", "c")[:dimensions]
-    return ("row", "column")[:dimensions]
+def axes(key: str) -> tuple[str, ...]:
+    """What the indices of a tensor are called."""
+    letters = trace.axes(key)
+    if len(letters) < 2 or letters[0] in ("B", "T"):
+        return tuple("c" if letter in "CFV" else letter.lower() for letter in letters)
+    return "row", "column"
 
 
 def ulps(a: float, b: float) -> str:

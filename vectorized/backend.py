@@ -17,8 +17,9 @@ import numpy as np
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.layout import Tree, pick, tap_names
+from microgpt.layout import Tree, pick
 from microgpt.memory import most_walkers
+from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
 from vectorized.batch import micro_batches, pad
@@ -175,11 +176,11 @@ class Backend:
         real = batch.weights > 0  # (B, T)
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, U)
         named: dict[str, Array] = {}
-        for name in tap_names(self.config):
+        for name, entry in table(self.config).items():
             tap = np.asarray(pick(taps, name), self.flat.dtype)
-            if name.endswith((".attn_logits", ".attn_weights")):
+            if "U" in entry.axes:
                 tap = np.where(looked_at, tap, 0.0)
-            elif name != "loss":
+            elif "T" in entry.axes:
                 tap = np.where(real.reshape(B, T, *[1] * (tap.ndim - 2)), tap, 0.0)
             named[name] = tap
         return named
