@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from microgpt.config import Config
+if TYPE_CHECKING:
+    from microgpt.config import Config
 
 
 class Param(NamedTuple):
@@ -60,6 +61,19 @@ LAYER_PARAMS = (
     Param("mlp_fc1", "F C"),
     Param("mlp_fc2", "C F"),
 )
+
+
+class Activation(NamedTuple):
+    """A function of x and its derivative, as Python writes them: the words are the arithmetic."""
+
+    value: str
+    slope: str
+
+
+ACTIVATIONS = {
+    "relu": Activation("relu(x)", "(x > 0)"),
+    "squared_relu": Activation("relu(x) ** 2", "2 * relu(x)"),
+}
 
 # fmt: off
 EMBEDDING = (
