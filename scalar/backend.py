@@ -9,7 +9,7 @@ from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import Tree, grow, pick, tap_names
+from microgpt.layout import Tree, grow, pick, tap_names, written
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
 from scalar.model import Matrix, gpt, loss
@@ -108,7 +108,7 @@ class Backend:
         T = max(map(len, self.doc_taps))
         *names, _ = tap_names(self.config)
         batched: Nested = {}
-        for name in names:
+        for name in written(self.doc_taps[0][0], names):  # none that was never written
             docs = [[_numbers(pick(tap, name), field) for tap in taps] for taps in self.doc_taps]
             if name.endswith((".attn_logits", ".attn_weights")):
                 batched[name] = [
@@ -125,8 +125,8 @@ class Backend:
 
 
 def _numbers(tap: Any, field: str) -> Any:
-    """A Value's number, or those of a nested list of Values."""
-    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field)
+    """A Value's number, or those of a nested list of Values; None for what is no Value."""
+    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field, None)
 
 
 def _padded(items: list[Any], length: int, nothing: Any) -> list[Any]:
