@@ -16,7 +16,7 @@ from crosscheck.lines import function_of, lines_of
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
-from crosscheck.trace import Array, Step, keys, real, split_key, taught
+from crosscheck.trace import Array, Step, axes, keys, real, split_key, taught
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
@@ -340,11 +340,11 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
     no weight of a softmax over a single position. Of token ids, the first.
     """
     wrong = shares > 1
-    phase, name = split_key(key)
+    phase, _ = split_key(key)
     near = wrong
     if phase not in COUNTED:
         typical = wrong & (np.abs(reference) >= TYPICAL * np.median(np.abs(reference[wrong])))
-        if name.endswith((".attn_logits", ".attn_weights")) and wrong[:, :, 1:].any():
+        if "U" in axes(key) and wrong[:, :, 1:].any():
             typical[:, :, 0] = False
         chosen = typical if typical.any() else wrong
         near = chosen & (shares >= NEAR * shares[chosen].max())

@@ -8,6 +8,7 @@ import struct
 import textwrap
 from typing import Any
 
+from crosscheck import trace
 from crosscheck.compare import CHOICE, Disagreement, Tally
 from crosscheck.trace import PHASES, split_key
 
@@ -63,9 +64,7 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
     if found.texts:
         return list(found.texts)
     _, name = split_key(found.key)
-    at = ", ".join(
-        f"{axis}={i}" for axis, i in zip(axes(found.key, len(found.shape or ())), found.index)
-    )
+    at = ", ".join(f"{axis}={i}" for axis, i in zip(axes(found.key), found.index))
     difference = abs(found.candidate - found.reference)
     relative = difference / abs(found.reference) if found.reference else math.inf
     exceeding = f"{found.exceeding:,} of {found.elements:,} elements"
@@ -120,14 +119,12 @@ def as_json(found: Disagreement) -> dict[str, Any]:
     return {name: plain(value) for name, value in fields.items()}
 
 
-def axes(key: str, dimensions: int) -> tuple[str, ...]:
-    """What the indices of a tensor count."""
-    phase, name = split_key(key)
-    if phase in ("forward", "backward"):
-        if name.endswith((".attn_logits", ".attn_weights")):
-            return ("b", "h", "t", "u")
-        return ("b", "t", "c")[:dimensions]
-    return ("row", "column")[:dimensions]
+def axes(key: str) -> tuple[str, ...]:
+    """What the indices of a tensor are called."""
+    letters = trace.axes(key)
+    if len(letters) < 2 or letters[0] in ("B", "T"):
+        return tuple("c" if letter in "CFV" else letter.lower() for letter in letters)
+    return "row", "column"
 
 
 def ulps(a: float, b: float) -> str:

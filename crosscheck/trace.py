@@ -37,6 +37,7 @@ from crosscheck.sides import IncompleteError, as_array, marked_memory, stop_of
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.layout import param_shapes, tap_names
+from microgpt.taps import axes_of, shape_of, sizes
 from microgpt.train import learning_rate
 
 Array = NDArray[Any]
@@ -61,6 +62,7 @@ PHASES = {
     "params": "parameters after the step",
     "sample": "documents drawn",
 }
+DERIVED = ("backward", "gradient", "unwatched")  # phases whose names begin with d
 
 
 def trace(
@@ -200,7 +202,7 @@ def _watch(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None, record: S
             keep("unwatched", gradients(backend), prefix="d")
     for backend in dict.fromkeys((pair.watched, pair.trained)):
         if grads:
-            backend.set_grads(grads)
+            backend.set_grads({name: grads[name] for name in before.params})
         backend.update(lr_t)
     after = pair.trained.state()
     keep("adam_m", after.m)
@@ -272,19 +274,36 @@ def _padded(rows: list[list[float]]) -> Array:
     return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
 
 
+def axes(key: str) -> tuple[str, ...]:
+    """What the indices of a tensor count, in letters; () for a single number."""
+    phase, name = split_key(key)
+    if phase in ("batch", "sample"):
+        return "B", "T"
+    if phase == "read":  # of the first document
+        return "T", "V"
+    return axes_of(name.removeprefix("d") if phase in DERIVED else name)
+
+
+def expected_shape(key: str, case: Case, tokens: Array) -> tuple[int, ...] | None:
+    """The shape that a tensor should have; None where it depends on what was drawn."""
+    phase, _ = split_key(key)
+    B, columns = tokens.shape
+    if phase in ("batch", "sample"):
+        return (B, columns) if phase == "batch" else None
+    T = int((tokens[0] >= 0).sum()) - 1 if phase == "read" else columns - 1
+    return shape_of(axes(key), sizes(case.config, case.tokenizer.vocab_size, B, T))
+
+
 def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
     """Which elements of a tensor there are: not those of padding, nor of positions to come."""
-    phase, name = split_key(key)
-    if phase not in ("forward", "eval", "backward") or name.endswith("loss"):
-        return np.ones(shape, bool)
+    there, letters = np.ones(shape, bool), axes(key)
     positions = tokens[:, 1:] >= 0  # (B, T)
     B, T = positions.shape
-    if shape[:1] != (B,):
-        return np.ones(shape, bool)
-    if name.endswith((".attn_logits", ".attn_weights")):
-        looked_at = np.tril(np.ones((T, T), bool)) & positions[:, None, :, None]  # (B, 1, T, T)
-        return np.broadcast_to(looked_at, shape)
-    return np.broadcast_to(positions.reshape(B, T, *[1] * (len(shape) - 2)), shape)
+    if split_key(key)[0] in ("batch", "sample") or letters[:1] != ("B",) or shape[:1] != (B,):
+        return there
+    if "U" in letters:
+        return there & np.tril(np.ones((T, T), bool)) & positions[:, None, :, None]  # (B, H, T, U)
+    return there & positions.reshape(B, T, *[1] * (len(shape) - 2))
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -18,8 +18,9 @@ import numpy as np
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.layout import Tree, tap_names, written
+from microgpt.layout import Tree, written
 from microgpt.memory import most_walkers
+from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
 from vectorized.batch import micro_batches, pad
@@ -190,13 +191,14 @@ class Backend:
         B, T = self.worker.batch.tokens.shape
         real = np.arange(T) < self.worker.lengths[:, None]  # (B, T)
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, U)
-        named = written(taps, tap_names(self.config))
+        entries = table(self.config)
+        named = written(taps, entries)
         for name, tap in named.items():
             with suppress(TypeError, ValueError):
                 array = np.asarray(tap, self.flat.dtype)
-                if name.endswith((".attn_logits", ".attn_weights")):
+                if "U" in entries[name].axes:
                     array = np.where(looked_at, array, 0.0)
-                elif name != "loss":
+                elif "T" in entries[name].axes:
                     array = np.where(real.reshape(B, T, *[1] * (array.ndim - 2)), array, 0.0)
                 named[name] = array
         return named
