@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microgpt.train import Run
 
 PORTION = 1000  # samples drawn before the first of them is printed
+PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 SIGNALLED = 128  # and the signal's number, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -217,30 +218,44 @@ def _check_numbers(backend: Backend, tokenizer: Tokenizer) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`microgpt eval`: prints the loss, by position and over all."""
+    import json
+
     from microgpt import report
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
-    from microgpt.data import load_documents
-    from microgpt.evaluate import check_evaluation, evaluation
+    from microgpt.evaluate import check_evaluation, chosen, evaluation
 
     held = load_checkpoint(options.checkpoint)
     config = held.config
-    dataset = options.dataset or config.dataset
-    documents = load_documents(dataset)
+    dataset, part, documents = chosen(held, options.dataset, options.part)
     check_evaluation(options.backend, documents, held.tokenizer, config)
     backend = load_backend(options.backend, _reading(config, options.backend), held.state)
+    progress = report.Evaluating(len(documents))
     try:
-        result = evaluation(backend, documents, held.tokenizer, config)
+        result = evaluation(backend, documents, held.tokenizer, config, progress.update)
     except ArithmeticError as error:
         raise MicrogptError(
             f"{dataset}: {error}; the model gives one of its characters no chance at all"
         ) from None
+    finally:
+        progress.close()
     V = held.tokenizer.vocab_size
-    print(f"{'position':>8}  {'documents':>9}  {'loss':>7}")
-    for position, (count, loss) in enumerate(result.by_position, 1):
-        print(f"{position:8}  {count:9,}  {loss:7.4f}")
+    if options.json:
+        said = {
+            "dataset": dataset,
+            "part": part,
+            "kind": config.documents,
+            "documents": len(documents),
+        }
+        print(json.dumps({**said, **report.evaluated(result, V)}, indent=1))
+        return 0
+    count = f"{len(documents):,} {config.documents_are}"
+    print(f"{Path(dataset).name}, {PARTS[part]}: {count}")
+    print(f"{'position':>8}  {config.documents_are:>9}  {'loss':>7}")
+    for position, (reach, loss) in enumerate(result.by_position, 1):
+        print(f"{position:8}  {reach:9,}  {loss:7.4f}")
     print(
-        f"loss {result.loss:.4f}, mean over {len(documents):,} documents;"
+        f"loss {result.loss:.4f}, mean over {count};"
         f" knowing nothing would be ln {V} = {math.log(V):.4f}\n" + report.meaning(result.loss, V)
     )
     return 0
@@ -433,8 +448,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "eval", evaluate, "measure a trained model's loss")
     _add_checkpoint(command)
-    command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, or a text file"
-                         " (default: the run's)")  # fmt: skip
+    command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, pride, or a text"
+                         " file (default: the run's)")  # fmt: skip
+    command.add_argument(
+        "--part",
+        metavar="|".join(PARTS),
+        help="of the run's data set (default: what was held out, if anything was, else all)",
+    )
+    command.add_argument("--json", action="store_true", help="for other programs")
 
     command = commands.add_parser(
         "bench",

@@ -73,14 +73,18 @@ class Config:
     seed: int = _field("of the one random stream", least=0)
     dataset: str = _field("names, makemore, pride, or a text file")
     documents: str = _field(
-        "its lines, or windows of the context all over it", choices=("lines", "windows")
+        "its lines, or windows of the context all over it",
+        choices=("lines", "windows"),
+        before="lines",
     )
     held_out: int = _field("documents kept from training, to measure with", least=0)
     # how it runs
     cores: int = _field("processes that share a batch", least=1, most=256)
     max_seconds: float = _field("stop training after so many; 0: never", least=0)
     checkpoint_every: int = _field("steps between checkpoints; 0: at the end", least=0)
-    eval_every: int = _field("steps between losses of what is held out; 0: at the end", least=0)
+    eval_every: int = _field(
+        "steps between losses of what is held out; 0: at the end", least=0, before=0
+    )
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
     temperature: float = _field("divides the logits before sampling", above=0)

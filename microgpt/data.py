@@ -99,6 +99,16 @@ def nth(documents: Sequence[str] | Windows, i: int) -> str:
     return documents[i] if isinstance(documents, Windows) else documents[i % len(documents)]
 
 
+def in_order(training: list[str] | Windows) -> list[str]:
+    """The documents that training draws from, once each; windows one after another."""
+    return cut(training.text, training.n) if isinstance(training, Windows) else training
+
+
+def digest(documents: list[str]) -> str:
+    """The SHA-256 of documents in their order."""
+    return _sha256("\n".join(documents).encode())
+
+
 def read_documents(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, stripped, without the blank ones.
 

@@ -12,6 +12,7 @@ from microgpt.errors import printable
 from microgpt.windows import Windows
 
 if TYPE_CHECKING:
+    from microgpt.evaluate import Evaluation
     from microgpt.train import Run
 
 RECENT = 100  # how many losses the closing figure is the mean of
@@ -50,12 +51,12 @@ class Progress:
         now = perf_counter()
         if self.bar is not None:
             if now > self.flushed + REFRESH or step == self.steps:
-                self.bar.set_postfix_str(f"loss {self.mean():.4f}", refresh=False)
+                self.bar.set_postfix_str(f"loss {figure(self.mean())}", refresh=False)
                 self.flushed = now
             self.bar.update()
         late = self.bar is None and not self.asked and now > self.printed + SILENCE
         if late or (self.every and (step % self.every == 0 or step in (1, self.steps))):
-            self.say(step, f"loss {loss:.4f}")
+            self.say(step, f"loss {figure(loss)}")
         if self.bar is None and now > self.flushed + FLUSH:
             sys.stdout.flush()
             self.flushed = now
@@ -63,7 +64,7 @@ class Progress:
     def measured(self, step: int, loss: float) -> None:
         """After a step at which the loss of what is held out was measured."""
         if not self.quiet:
-            self.say(step, f"held out {loss:.4f}")
+            self.say(step, f"held out {figure(loss)}")
 
     def say(self, step: int, what: str) -> None:
         """One line, above the bar if there is one."""
@@ -84,6 +85,11 @@ class Progress:
             self.bar.close()
 
 
+def figure(loss: float) -> str:
+    """A loss as it is printed."""
+    return f"{loss:.4f}" if loss < 1e6 else f"{loss:.3g}"
+
+
 def bar(file: TextIO, total: int, unit: str, initial: int = 0) -> Any:
     """A bar with rate and time left if the file is a terminal, else None."""
     if not file.isatty():
@@ -94,7 +100,7 @@ def bar(file: TextIO, total: int, unit: str, initial: int = 0) -> Any:
 
 
 class Evaluating:
-    """The progress of an evaluation, beside its result: a bar on a terminal, a line now and then."""
+    """The progress of an evaluation on stderr: a bar on a terminal, else a line now and then."""
 
     def __init__(self, documents: int) -> None:
         self.documents = documents
@@ -171,11 +177,23 @@ def ending(progress: Progress, vocab_size: int) -> str:
     steps = len(progress.recent)
     over = f"the last {steps} steps" if steps > 1 else "the last step"
     return (
-        f"loss {loss:.4f}, mean of {over}; knowing nothing would be"
+        f"loss {figure(loss)}, mean of {over}; knowing nothing would be"
         f" ln {vocab_size} = {uniform:.4f}\n{meaning(loss, vocab_size)}\n"
         f"{progress.done:,} steps in {progress.seconds:.2f} s,"
         f" {1000 * progress.seconds / progress.done:.3f} ms a step"
     )
+
+
+def evaluated(result: Evaluation, vocab_size: int) -> dict[str, Any]:
+    """An evaluation for other programs."""
+    return {
+        "loss": result.loss,
+        "uniform": math.log(vocab_size),
+        "by_position": [
+            {"position": position, "documents": reach, "loss": loss}
+            for position, (reach, loss) in enumerate(result.by_position, 1)
+        ],
+    }
 
 
 def meaning(loss: float, vocab_size: int) -> str:

@@ -1,8 +1,8 @@
 """The run directory: what is in it, who may write to it, and what is to be believed of it.
 
 config.yaml              the configuration, complete
-metrics.jsonl            one object per step: step (from 1), loss, lr, seconds (that this step took);
-                         where it was measured, held_out: the loss of what training does not see
+metrics.jsonl            one object per step: step (from 1), loss, lr, seconds (that this step took)
+                         and where measured: held_out, the loss of what training does not see
 checkpoint.safetensors   see microgpt.checkpoint
 samples.txt              what the trained model wrote, one document per line; written last
 run.lock                 there while a run writes to the directory, with the name of its process

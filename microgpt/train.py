@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from microgpt.checkpoint import (
     save_checkpoint,
 )
 from microgpt.config import TINIEST, Config, checked, flag
-from microgpt.data import load_documents, located, nth, parts
+from microgpt.data import digest, load_documents, located, nth, parts
 from microgpt.errors import LostHelpError, MicrogptError
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
@@ -395,8 +394,3 @@ def suspect(config: Config, step: int) -> tuple[str, int, float]:
         name = likeliest
     usual, direction = USUAL[name]
     return name, direction, usual if orders[name] > 1 else getattr(config, name) / 10**direction
-
-
-def digest(documents: list[str]) -> str:
-    """The SHA-256 of documents in their order."""
-    return hashlib.sha256("\n".join(documents).encode()).hexdigest()
