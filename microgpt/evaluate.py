@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import numpy as np
 
 from microgpt.backend import Backend
+from microgpt.checkpoint import Checkpoint
 from microgpt.config import Config
+from microgpt.data import digest, in_order, load_documents, parts
+from microgpt.errors import MicrogptError, shortened
 from microgpt.memory import check_memory
 from microgpt.tokenizer import Tokenizer
 
@@ -26,9 +30,15 @@ class Evaluation:
 
 
 def evaluation(
-    backend: Backend, documents: Sequence[str], tokenizer: Tokenizer, config: Config
+    backend: Backend,
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    config: Config,
+    progress: Callable[[int], object] = id,
 ) -> Evaluation:
     """Show every document to the model once; nothing is learned.
+
+    progress    is told how many documents are done, after each batch
 
     Raises MicrogptError naming the first character that the model never saw.
     """
@@ -37,6 +47,7 @@ def evaluation(
     for document in documents:  # before hours are spent on the others
         if not known.issuperset(document[:kept]):
             tokenizer.encode(document[:kept])
+    done = 0
     doc_sum, sums, counts = 0.0, np.zeros(kept + 1), np.zeros(kept + 1, int)
     for batch in _batches(sorted(documents, key=len), kept):
         encoded = [tokenizer.document(document, kept + 1) for document in batch]
@@ -48,9 +59,43 @@ def evaluation(
         doc_sum += float((np.add.reduceat(losses, starts) / n).sum())
         sums += np.bincount(positions, losses, kept + 1)
         counts += np.bincount(positions, minlength=kept + 1)
+        done += len(batch)
+        progress(done)
     reached = counts > 0
     means = sums[reached] / counts[reached]
     return Evaluation(doc_sum / len(documents), list(zip(counts[reached].tolist(), means.tolist())))
+
+
+def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str, str, list[str]]:
+    """The data set, its part and the documents to measure a model with.
+
+    dataset    another one than the run's
+    part       held-out, training or all; where none is named, what was held out, if anything was
+
+    Raises MicrogptError if there is no such part.
+    """
+    config = held.config
+    part = part or ("held-out" if config.held_out and not dataset else "all")
+    if part not in ("held-out", "training", "all"):
+        raise MicrogptError(f"--part: expected held-out, training or all, got {shortened(part)}")
+    if part != "all" and dataset:
+        raise MicrogptError(f"--part {part}: is of the run's own data set; leave out --dataset")
+    if part == "held-out" and not config.held_out:
+        raise MicrogptError("--part held-out: this run held nothing out; measure all")
+    name = dataset or config.dataset
+    documents = load_documents(name, config.documents)
+    if part != "all":
+        Random(config.seed).shuffle(documents)
+        if digest(documents) != held.documents:
+            raise MicrogptError(
+                f"{name}: has changed since the model was trained, so what was held out is not"
+                " known; choose --dataset FILE or --part all"
+            )
+        training, held_out = parts(documents, config)
+        documents = held_out if part == "held-out" else in_order(training)
+    elif config.documents == "windows":
+        documents = in_order(parts(documents, replace(config, held_out=0))[0])
+    return name, part, documents
 
 
 def check_evaluation(

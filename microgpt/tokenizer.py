@@ -22,6 +22,9 @@ class Tokenizer:
     bos: int
     eos: int
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size} tokens: {shortened(''.join(self.chars))})"
+
     @property
     def vocab_size(self) -> int:
         """V: the characters and what opens and closes a document."""
