@@ -24,7 +24,7 @@ from crosscheck.trace import Array, Pair, Step, real, suited, trace_step
 from microgpt.backend import State, Tensors, fresh_state, load_backend
 from microgpt.checkpoint import load_checkpoint
 from microgpt.config import DEFAULT_PRESET, Config, load_config
-from microgpt.data import load_documents
+from microgpt.data import digest, load_documents, nth, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import pick
@@ -33,7 +33,7 @@ from microgpt.pages.pictures import heat
 from microgpt.pages.sources import Line, Source, side_by_side, upside_down
 from microgpt.taps import Tap, axes_of, consumers, params, taps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from microgpt.train import batch, digest, learning_rate
+from microgpt.train import batch, learning_rate
 from scalar.backend import Backend as Scalar
 from scalar.value import Value
 
@@ -728,20 +728,20 @@ def _trained(config: Config, steps: int, known: str) -> tuple[Tokenizer, State, 
     known    the digest of the documents that the run was trained on, if there was one
     """
     rng = Random(config.seed)
-    documents = load_documents(config.dataset)
+    documents = load_documents(config.dataset, config.documents)
     rng.shuffle(documents)
     if known and digest(documents) != known:
         raise MicrogptError(f"{config.dataset}: has changed since the run; leave --step out")
     tokenizer = build_tokenizer("".join(documents), config)
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend("vectorized", replace(config, cores=1), fresh_state(params))
-    training = documents[: len(documents) - config.held_out]
+    training, _ = parts(documents, config)
     with np.errstate(all="ignore"):
         for step in range(steps):
             backend.forward(batch(step, training, tokenizer, config))
             backend.backward()
             backend.update(learning_rate(step, config))
-    return tokenizer, backend.state(), training[steps * config.batch_size % len(training)]
+    return tokenizer, backend.state(), nth(training, steps * config.batch_size)
 
 
 def _known_document(config: Config, tokenizer: Tokenizer) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from microgpt import __version__
@@ -146,7 +147,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    print(f"everything is in {run.out}")
+    print(f"everything is in {run.out}; to look at it: microgpt report {quote(str(run.out))}")
     return 0
 
 
@@ -316,6 +317,16 @@ def atlas(options: argparse.Namespace) -> int:
 
     step = typed_flag("steps", options.step, "--step") if options.step is not None else None
     _written(options.out, drawn.of_run(options.run_directory, options.text, step), write)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`microgpt report`: writes a page about one or several runs."""
+    with _extra():
+        from microgpt.pages import run_report
+        from microgpt.pages.page import write
+
+    _written(options.out, run_report.report(options.runs), write)
     return 0
 
 
@@ -493,6 +504,9 @@ def _parser() -> argparse.ArgumentParser:
         "--text", metavar="TEXT", help="the document (default: emma; with --step, that step's)"
     )
     command.add_argument("--step", metavar="N", help="before and after this step of the run")
+
+    command = _page(commands, "report", report, "draw how runs went, and where they differ")
+    command.add_argument("runs", nargs="+", type=_directory, metavar="RUN", help="a run directory")
 
     command = commands.add_parser(
         "bench",
