@@ -89,15 +89,17 @@ def compare(
     candidate: Iterable[Step],
     standard: Standard = FLOAT64,
     names: Sequence[str] = (),
+    after: int = 0,
 ) -> Outcome:
     """Hold the steps of two traces against each other, up to the first one that differs.
 
     names    of the two implementations, if they can be asked for more than their traces say
+    after    how many steps came before these
     """
     outcome = Outcome(case.name)
     before: tuple[Step, Step] | None = None
     both = _until_stopped(reference), _until_stopped(candidate)
-    for number in count(1):
+    for number in count(after + 1):
         (ours, our_stop), (theirs, their_stop) = (next(steps, (None, None)) for steps in both)
         if ours is None and theirs is None:
             break
