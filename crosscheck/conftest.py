@@ -17,7 +17,7 @@ from crosscheck.causes import Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity
 from crosscheck.lessons import Lessons
 from crosscheck.processes import cores, in_processes
-from crosscheck.report import as_json, headline, render, summary
+from crosscheck.report import as_json, headline, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from microgpt.backend import NAMES
@@ -429,14 +429,18 @@ class Session:
         first = cause.first
         place = f"case {first.case}, step {first.step}"
         if number >= SHOWN:
-            return [f"cause {number + 1} of {of}: {place}: {first.headline} (-v shows the report)"]
+            return wrapped(
+                f"cause {number + 1} of {of}: {place}: {first.headline} (-v shows the report)"
+            )
         lines = [""]
         if first.report == self.announced:
             title = "one cause" if of == 1 else f"cause 1 of {of}"
-            lines.append(f"{title}, reported above: {place}: {first.headline}")
+            lines += wrapped(f"{title}, reported above: {place}: {first.headline}")
         else:
             lines += [f"cause {number + 1} of {of}:"] * (of > 1) + first.report.splitlines()
-        return lines + [f"  {line}" for line in self._consequences(cause) if line]
+        for line in self._consequences(cause):
+            lines += wrapped(line, "  ", "  ")
+        return lines
 
     def _consequences(self, cause: Cause) -> tuple[str, str]:
         return shared(cause, self.left.runs, _loaded), also(cause)
