@@ -353,7 +353,9 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
     phase, _ = split_key(key)
     near = wrong
     if phase not in COUNTED:
-        typical = wrong & (np.abs(reference) >= TYPICAL * np.median(np.abs(reference[wrong])))
+        sizes = np.abs(reference)
+        some = wrong & (sizes > 0)
+        typical = some & (sizes >= TYPICAL * np.median(sizes[some])) if some.any() else wrong.copy()
         if "U" in axes(key) and wrong[:, :, 1:].any():
             typical[:, :, 0] = False
         chosen = typical if typical.any() else wrong
