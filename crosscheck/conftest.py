@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.compare import Outcome, Tally
+from crosscheck.noise import noise
 from crosscheck.report import as_json, render, summary
-from crosscheck.tolerance import FLOAT64, Standard, float32
+from crosscheck.tolerance import Standard, float32, float64
 from crosscheck.trace import Step, trace
 from microgpt.backend import NAMES
 from microgpt.errors import MicrogptError
@@ -38,9 +40,11 @@ class Choice:
         case = load_case(name)
         return case if self.seed is None else with_params(case, draw_params(case, self.seed))
 
-    def standard(self, case: Case) -> Standard:
-        """What the candidate is held to."""
-        return float32(case) if self.dtype == "float32" else FLOAT64
+    def standard(self, case: Case, lessons: Sequence[Step]) -> Standard:
+        """What the candidate is held to, for a case whose steps the reference has run freely."""
+        if self.dtype == "float32":
+            return float32(case)
+        return float64(noise(case, self.reference, lessons))
 
 
 @dataclass
@@ -137,6 +141,17 @@ def case(choice: Choice, case_name: str) -> Case:
 def lessons(choice: Choice, case_name: str) -> tuple[Step, ...]:
     """The steps of the case as the reference computes them, once for all tests."""
     return _steps(choice, case_name)
+
+
+@pytest.fixture
+def standard(choice: Choice, case_name: str) -> Standard:
+    """What the candidate is held to in this case."""
+    return _standard(choice, case_name)
+
+
+@cache
+def _standard(choice: Choice, case_name: str) -> Standard:
+    return choice.standard(choice.case(case_name), _steps(choice, case_name))
 
 
 @cache

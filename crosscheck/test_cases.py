@@ -12,7 +12,7 @@ import pytest
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import compare, compare_taught
 from crosscheck.conftest import Choice
-from crosscheck.tolerance import float32
+from crosscheck.tolerance import Standard, float32
 from crosscheck.trace import PHASES, Step, keys, real, split_key, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import load_config
@@ -26,16 +26,20 @@ FREE_LOSS = 1e-12  # 1e-14 is exceeded by no run we know of
 FREE_PARAMS = 1e-10
 
 
-def test_free_running(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
+def test_free_running(
+    case: Case, lessons: tuple[Step, ...], choice: Choice, standard: Standard, settle: Any
+) -> None:
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
-    settle(compare(case, lessons, trace(case, choice.candidate, "float64", choice.steps)))
+    settle(compare(case, lessons, trace(case, choice.candidate, "float64", choice.steps), standard))
 
 
-def test_taught(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
+def test_taught(
+    case: Case, lessons: tuple[Step, ...], choice: Choice, standard: Standard, settle: Any
+) -> None:
     """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
-    settle(compare_taught(case, lessons, choice.candidate, choice.standard(case)))
+    settle(compare_taught(case, lessons, choice.candidate, standard))
 
 
 def test_in_single_precision(
@@ -59,6 +63,7 @@ def test_in_micro_batches(
     lowered: bool,
     lessons: tuple[Step, ...],
     choice: Choice,
+    standard: Standard,
     settle: Any,
 ) -> None:
     """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
@@ -74,19 +79,29 @@ def test_in_micro_batches(
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             few = min(3, choice.steps)
-            settle(compare(case, lessons[:few], trace(case, choice.candidate, "float64", few)))
+            settle(
+                compare(
+                    case, lessons[:few], trace(case, choice.candidate, "float64", few), standard
+                )
+            )
         else:
-            settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
+            settle(compare_taught(case, lessons[:2], choice.candidate, standard))
 
 
-def test_on_two_cores(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
+def test_on_two_cores(
+    case: Case, lessons: tuple[Step, ...], choice: Choice, standard: Standard, settle: Any
+) -> None:
     """A batch that two processes share is the same batch."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
         few = min(3, choice.steps)
-        settle(compare(shared, lessons[:few], trace(shared, choice.candidate, "float64", few)))
+        settle(
+            compare(
+                shared, lessons[:few], trace(shared, choice.candidate, "float64", few), standard
+            )
+        )
     else:
-        settle(compare_taught(shared, lessons[:1], choice.candidate, choice.standard(case)))
+        settle(compare_taught(shared, lessons[:1], choice.candidate, standard))
 
 
 def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:
