@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from crosscheck.cases import Case, load_case
 from crosscheck.compare import compare, compare_taught
 from crosscheck.conftest import Choice
 from crosscheck.tolerance import Standard, float32
-from crosscheck.trace import PHASES, Step, keys, real, split_key, trace
+from crosscheck.trace import PHASES, Step, backward_order, keys, real, split_key, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import load_config
 from microgpt.data import load_documents
@@ -81,7 +82,10 @@ def test_in_micro_batches(
             few = min(3, choice.steps)
             settle(
                 compare(
-                    case, lessons[:few], trace(case, choice.candidate, "float64", few), standard
+                    case,
+                    lessons[:few],
+                    islice(trace(case, choice.candidate, "float64", choice.steps), few),
+                    standard,
                 )
             )
         else:
@@ -97,7 +101,10 @@ def test_on_two_cores(
         few = min(3, choice.steps)
         settle(
             compare(
-                shared, lessons[:few], trace(shared, choice.candidate, "float64", few), standard
+                shared,
+                lessons[:few],
+                islice(trace(shared, choice.candidate, "float64", choice.steps), few),
+                standard,
             )
         )
     else:
@@ -145,9 +152,9 @@ def test_nothing_is_left_out(choice: Choice) -> None:
         "eval/loss_t",
         "read/logits",
         *[f"backward/d{name}" for name in reversed(taps)],
-        *[f"gradient/d{name}" for name in params],
+        *[f"gradient/d{name}" for name in backward_order(params)],
         "unwatched/loss",
-        *[f"unwatched/d{name}" for name in params],
+        *[f"unwatched/d{name}" for name in backward_order(params)],
         *[
             f"{phase}/{name}"
             for phase in ("adam_m", "adam_v", "update", "params")
