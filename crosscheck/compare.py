@@ -71,8 +71,8 @@ class Tally:
         self.steps += other.steps
         self.tensors += other.tensors
         self.elements += other.elements
-        for phase, count in other.excused.items():
-            self.excused[phase] = self.excused.get(phase, 0) + count
+        for phase, number in other.excused.items():
+            self.excused[phase] = self.excused.get(phase, 0) + number
         if other.worst > self.worst:
             self.worst, self.worst_key = other.worst, other.worst_key
 

@@ -44,7 +44,7 @@ class Choice:
         """What the candidate is held to, for a case whose steps the reference has run freely."""
         if self.dtype == "float32":
             return float32(case)
-        return float64(noise(case, self.reference, lessons))
+        return float64(noise(case, lessons) if self.reference == "scalar" else ())
 
 
 @dataclass

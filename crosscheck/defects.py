@@ -23,7 +23,9 @@ import yaml
 
 from crosscheck.cases import load_case
 from crosscheck.compare import Disagreement, compare, compare_taught
+from crosscheck.noise import noise
 from crosscheck.report import WIDTH
+from crosscheck.tolerance import Standard, float64
 from crosscheck.trace import Step, split_key, trace
 from microgpt.config import FIXTURES
 
@@ -121,6 +123,7 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
 
     As for a user, scalar is the reference and vectorized the candidate, whichever has the defect.
     """
+    allowed = {name: standard(name) for name in panel}  # by scalar/ as it is without the defect
     with planted(defect.patches), np.errstate(all="ignore"):
         for name in sorted(panel, key=lambda name: name != defect.case):
             case = load_case(name)
@@ -129,13 +132,13 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
             steps = _recorded(trace(case, defect.package, "float64", STEPS), faulty)
             sides = (steps, sound) if defect.package == "scalar" else (sound, steps)
             try:
-                found = compare(case, *sides).found
+                found = compare(case, *sides, allowed[name]).found
             except Exception as error:  # no tensor differs, so only `first: $` expects this
                 stopped = f"stops with {type(error).__name__}"
                 return Verdict(defect, Disagreement(name, 1, "", stopped, diagnosis=str(error)))
             if found:
                 reference = faulty if defect.package == "scalar" else sound
-                alone = compare_taught(case, reference, "vectorized").found
+                alone = compare_taught(case, reference, "vectorized", allowed[name]).found
                 return Verdict(
                     defect,
                     found[0],
@@ -156,6 +159,12 @@ def lessons(case_name: str, backend: str) -> tuple[Step, ...]:
     """The trace of the implementation without the defect."""
     case = load_case(case_name)
     return tuple(trace(case, backend, "float64", STEPS))
+
+
+@cache
+def standard(case_name: str) -> Standard:
+    """What is allowed in a case, by the noise of scalar/ without the defect."""
+    return float64(noise(load_case(case_name), lessons(case_name, "scalar")))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 
 from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
-from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted
+from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted, standard
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
 
@@ -76,7 +76,7 @@ def all_mutants() -> Iterator[Mutant]:
 def survivors(report: bool = True) -> tuple[list[Mutant], int]:
     """The mutants that no case catches, and how many there were."""
     for name in case_names():
-        lessons(name, "scalar")  # before the processes are forked, once for all
+        standard(name)  # before the processes are forked, once for all
     mutants = list(all_mutants())
     found = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -125,7 +125,8 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
                 vars(record).update(EQUAL_ROWS=0, EXPANDED=0, ONE_HOT=0)
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")
-                if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:
+                found = trace(case, "vectorized", "float64", len(steps))
+                if compare(case, steps, found, standard(name)).found:
                     return True
     return False
 
@@ -135,8 +136,8 @@ def _differs_on_cores(defect: Defect) -> bool:
     with planted(defect.patches):
         case, steps = load_case("ragged-batch"), lessons("ragged-batch", "scalar")
         shared = replace(case, config=replace(case.config, cores=3))
-        found = compare(case, steps, trace(shared, "vectorized", "float64", len(steps))).found
-    return bool(found)
+        found = trace(shared, "vectorized", "float64", len(steps))
+        return bool(compare(case, steps, found, standard("ragged-batch")).found)
 
 
 def _mutant(file: str, operator: str, source: str, mutated: str) -> Mutant:

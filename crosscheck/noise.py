@@ -1,18 +1,23 @@
-"""What rounding may do to each tensor of a case: the reference's own answer to a perturbation.
+"""What rounding may do to each tensor of a case, measured on the reference.
 
-The reference runs once more, with every number that a step is given (parameters, Adam's moments,
-the gradient that Adam takes) moved by one unit in the last place, up or down. How far a tensor
-moves by that is its noise. Sums in another order, or another exp, move it about as far.
+scalar/ runs once more, and every number that it is given or computes, forward and backward, is
+moved by one unit in the last place, up or down at random. How far a tensor moves by that is its
+noise. Sums in another order, or another exp, move it about as far.
 
 One run may leave an element where it was by accident, so an element's noise is no less than the
 root mean square of its row, and than a tenth of that of the tensor, and than its own last place.
 Adam's v is a square and spans many orders of magnitude: its noise is that of its root.
+
+Source: Parker, "Monte Carlo arithmetic: exploiting randomness in floating-point arithmetic" (1997).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from itertools import cycle, islice
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -26,12 +31,13 @@ Noise = Mapping[str, Array]  # by key
 ULP = 2.0**-52
 SHARE = 0.1  # of the tensor's root mean square
 SQUARES = ("entry_v", "adam_v")
+FACTORS = 99_991  # random ones, which are used again and again; a prime number
 
 
-def noise(case: Case, backend_name: str, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
-    """The noise of each tensor of a trace, step by step; the implementation must be the trace's.
+def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
+    """The noise of each tensor of a trace that scalar/ has run freely, a mapping for every step.
 
-    Empty from the step on that lacks what it began with, or that the implementation cannot run.
+    Shorter where a step lacks what it began with, or scalar/ does not get through.
     """
     rng = np.random.default_rng(seed)
 
@@ -39,14 +45,16 @@ def noise(case: Case, backend_name: str, steps: Sequence[Step], seed: int = 0) -
         numbers = {name: np.array(tensor, "float64") for name, tensor in tensors.items()}
         return {name: x + ULP * x * rng.choice((-1, 1), x.shape) for name, x in numbers.items()}
 
-    config = suited(case.config, backend_name, "float64")
+    config = suited(case.config, "scalar", "float64")
     found: list[Noise] = []
-    with suppress(KeyError, ArithmeticError), np.errstate(all="ignore"):
-        state = State(*(part(steps[0], phase) for phase in ("entry", "entry_m", "entry_v")), 0)
+    with suppress(Exception), np.errstate(all="ignore"):
+        params, m, v = (part(steps[0], phase) for phase in ("entry", "entry_m", "entry_v"))
+        state = State(params, m, v, 0)
         for number, step in enumerate(steps):
             start = State(moved(state.params), moved(state.m), moved(state.v), number)
-            backend = load_backend(backend_name, config, start, watch=True)
-            backend.forward([row[row >= 0].tolist() for row in step["batch/tokens"]])
+            backend = load_backend("scalar", config, start, watch=True)
+            with _rounding_at_random(rng):
+                backend.forward([row[row >= 0].tolist() for row in step["batch/tokens"]])
             backend.backward()
             again = _keyed("entry/", start.params)
             again |= _keyed("entry_m/", start.m) | _keyed("entry_v/", start.v)
@@ -64,16 +72,39 @@ def noise(case: Case, backend_name: str, steps: Sequence[Step], seed: int = 0) -
             after |= _keyed("params/", state.params)
             for name in start.params:
                 after[f"update/{name}"] = after[f"params/{name}"] - again[f"entry/{name}"]
-            found.append({**_elsewhere(now, step), **_moves(step, after)})
+            found.append(_with_second_ways({**now, **_moves(step, after)}, step))
     return found
 
 
-def _keyed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Array]:
+@contextmanager
+def _rounding_at_random(rng: np.random.Generator) -> Iterator[None]:
+    """Within this context, every Value and local derivative is moved by one unit, up or down.
+
+    A graph that was built here has moved derivatives when it runs backward later.
+    """
+    Value = import_module("scalar.value").Value
+    factors = cycle((1 + ULP * rng.choice((-1, 1), FACTORS)).tolist())
+    exact = Value.__init__
+
+    def rounded(self: Any, data: float, children: Any = (), local_grads: Any = ()) -> None:
+        self.data = data * next(factors)
+        self.grad = 0.0
+        self._children = children
+        self._local_grads = tuple(map(mul, local_grads, islice(factors, len(local_grads))))
+
+    Value.__init__ = rounded
+    try:
+        yield
+    finally:
+        Value.__init__ = exact
+
+
+def _keyed(prefix: str, tensors: Mapping[str, Any]) -> Step:
     return {f"{prefix}{name}": np.array(tensor) for name, tensor in tensors.items()}
 
 
-def _moves(step: Step, again: Step) -> dict[str, Array]:
-    """The noise of tensors of a step, from what they are when it is perturbed."""
+def _moves(step: Step, again: Step) -> Step:
+    """The noise of tensors of a step, from what they are with every number moved."""
     found = {}
     for key in again.keys() & step.keys():
         phase, name = split_key(key)
@@ -86,17 +117,16 @@ def _moves(step: Step, again: Step) -> dict[str, Array]:
     return found
 
 
-def _elsewhere(found: Mapping[str, Array], step: Step) -> Noise:
+def _with_second_ways(found: Step, step: Step) -> Noise:
     """The noise, also of what is computed a second time in another way."""
-    aliases = {
-        "eval/loss_t": found.get("forward/loss_t"),
-        "unwatched/loss": found.get("forward/loss"),
-        **{f"unwatched/d{name}": x for name, x in part(found, "gradient", "d").items()},
-    }
+    second = {f"unwatched/d{name}": x for name, x in part(found, "gradient", "d").items()}
+    for key, same in {"eval/loss_t": "forward/loss_t", "unwatched/loss": "forward/loss"}.items():
+        if same in found:
+            second[key] = found[same]
     if "forward/logits" in found:
         positions = int((step["batch/tokens"][0] >= 0).sum()) - 1
-        aliases["read/logits"] = found["forward/logits"][0, :positions]
-    return {**found, **{key: x for key, x in aliases.items() if x is not None}}
+        second["read/logits"] = found["forward/logits"][0, :positions]
+    return {**found, **second}
 
 
 def _smoothed(moves: Array, there: Array) -> Array:

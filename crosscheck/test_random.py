@@ -40,7 +40,7 @@ def test_random_models(choice: Choice, settle: Any) -> None:
             lessons = list(trace(case, choice.reference, "float64", len(case.batches)))
         except FloatingPointError:
             hypothesis.reject()  # a probability of 0, whose logarithm neither side has
-        outcome = compare_taught(case, lessons, choice.candidate, choice.standard(case))
+        outcome = compare_taught(case, lessons, choice.candidate, choice.standard(case, lessons))
         if outcome.found:
             if choice.save_case:
                 save_case(case, choice.save_case)  # the last one to fail is the smallest
