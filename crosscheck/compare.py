@@ -84,6 +84,7 @@ class Outcome:
     case: str
     tally: Tally = field(default_factory=Tally)
     found: list[Disagreement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out
 
 
 def compare(

@@ -130,9 +130,9 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
             sound = lessons(name, "vectorized" if defect.package == "scalar" else "scalar")
             faulty: list[Step] = []
             steps = _recorded(trace(case, defect.package, "float64", STEPS), faulty)
-            sides = (steps, sound) if defect.package == "scalar" else (sound, steps)
+            ours, theirs = (steps, sound) if defect.package == "scalar" else (sound, steps)
             try:
-                found = compare(case, *sides, allowed[name]).found
+                found = compare(case, ours, theirs, allowed[name]).found
             except Exception as error:  # no tensor differs, so only `first: $` expects this
                 stopped = f"stops with {type(error).__name__}"
                 return Verdict(defect, Disagreement(name, 1, "", stopped, diagnosis=str(error)))
@@ -222,46 +222,48 @@ def _path(fullname: str) -> str:
     return str(ROOT / fullname.replace(".", "/")) + ".py"
 
 
-def kill_matrix(verdicts: Sequence[Verdict]) -> str:
-    """Which defect was caught by which comparison, where it was seen first, and what was said."""
-    marks = {
-        "F": "forward",
-        "B": "backward",
-        "G": "gradient",
-        "T": "unwatched",
-        "M": "adam_m",
-        "V": "adam_v",
-        "U": "update",
-        "S": "sample",
-    }
-    lines = [
-        "Caught by  F forward taps and loss, B backward taps, G parameter gradients,",
-        "           T training unwatched, M Adam's m, V Adam's v, U update,",
-        "           S samples drawn; lower case: also from the reference's gradients,",
-        "           so that the fault is Adam's own",
-        "",
-    ]
-    for verdict in verdicts:
-        seen = ""
-        for letter, phase in marks.items():
-            if phase in verdict.caught_by:
-                alone = phase in verdict.caught_alone and letter in "MVU"
-                seen += letter.lower() if alone else letter
-            else:
-                seen += "."
-        first = verdict.first.key or verdict.first.problem if verdict.first else "NOT CAUGHT"
-        wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
-        lines.append(f"{verdict.defect.name:37} {seen} {first}{wrong}")
-        lines += textwrap.wrap(
-            verdict.diagnosis, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8
-        )
+LEGEND = """\
+Caught by  F forward taps and loss, B backward taps, G parameter gradients,
+           T training unwatched, M Adam's m, V Adam's v, U update,
+           S samples drawn; lower case: also from the reference's gradients,
+           so that the fault is Adam's own
+"""
+MARKS = {
+    "F": "forward",
+    "B": "backward",
+    "G": "gradient",
+    "T": "unwatched",
+    "M": "adam_m",
+    "V": "adam_v",
+    "U": "update",
+    "S": "sample",
+}
+
+
+def row(verdict: Verdict) -> str:
+    """By which comparison a defect was caught, where it was seen first, and what was said."""
+    seen = ""
+    for letter, phase in MARKS.items():
+        alone = phase in verdict.caught_alone and letter in "MVU"
+        mark = letter.lower() if alone else letter
+        seen += mark if phase in verdict.caught_by else "."
+    first = verdict.first.key or verdict.first.problem if verdict.first else "NOT CAUGHT"
+    wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
+    lines = [f"{verdict.defect.name:37} {seen} {first}{wrong}"]
+    indent = " " * 8
+    lines += textwrap.wrap(
+        verdict.diagnosis, WIDTH, initial_indent=indent, subsequent_indent=indent
+    )
+    return "\n".join(lines)
+
+
+def total(verdicts: Sequence[Verdict]) -> str:
+    """How many defects were caught, located and explained."""
     caught = sum(verdict.first is not None for verdict in verdicts)
     located = sum(verdict.located for verdict in verdicts)
     promised = [verdict for verdict in verdicts if verdict.defect.says]
     understood = sum(verdict.understood for verdict in promised)
-    lines += [
-        "",
+    return (
         f"{caught} of {len(verdicts)} caught, {located} located,"
-        f" {understood} of {len(promised)} promised diagnoses given",
-    ]
-    return "\n".join(lines)
+        f" {understood} of {len(promised)} promised diagnoses given"
+    )
