@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from crosscheck.cases import Case
+from crosscheck.noise import Noise, noise
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.trace import Step, part, trace
 from microgpt.backend import State
@@ -25,6 +27,7 @@ class Lessons:
         self.case, self.reference, self.steps = case, reference, steps
         self.folder, self.name = folder, name
         self.known: list[tuple[Step, Stop | None]] = []
+        self.measured: Sequence[Noise] | None = None
         self.rest: Iterator[Step] | None = None  # computes the step after those that are known
 
     def __iter__(self) -> Iterator[Step]:
@@ -39,6 +42,20 @@ class Lessons:
     def first(self, steps: int) -> Iterator[Step]:
         """The first so many steps."""
         return islice(self, steps)
+
+    @property
+    def noise(self) -> Sequence[Noise]:
+        """The noise of each step, if the reference is scalar."""
+        path = self.folder / f"{self.name}-noise"
+        if self.measured is None and path.exists():
+            self.measured = pickle.loads(path.read_bytes())
+        if self.measured is None:
+            steps: list[Step] = []
+            with suppress(IncompleteError):
+                steps.extend(self)
+            self.measured = noise(self.case, steps) if self.reference == "scalar" else []
+            write_whole(path, pickle.dumps(self.measured))
+        return self.measured
 
     def _next(self) -> tuple[Step, Stop | None]:
         path = self.folder / f"{self.name}-{len(self.known)}"

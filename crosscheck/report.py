@@ -10,6 +10,7 @@ from typing import Any
 
 from crosscheck import trace
 from crosscheck.compare import CHOICE, Disagreement, Tally
+from crosscheck.tolerance import RTOL
 from crosscheck.trace import PHASES, split_key
 
 WIDTH = 80
@@ -143,8 +144,11 @@ def _ordinal(x: float) -> int:
 
 def summary(tally: Tally, comparisons: int) -> str:
     """What was compared."""
-    return (
+    counted = [f"{count:,} {PHASES[phase]}" for phase, count in tally.excused.items()]
+    lines = [
         f"{comparisons} comparisons over {tally.steps:,} steps: {tally.tensors:,} tensors,"
-        f" {tally.elements:,} elements\nthe worst used {tally.worst:.2g} of the allowed error"
-        f" ({tally.worst_key})"
-    )
+        f" {tally.elements:,} elements",
+        f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})",
+        f"excused, being farther apart than {RTOL:g} of their size: {', '.join(counted) or 'none'}",
+    ]
+    return "\n".join(wrapped for line in lines for wrapped in textwrap.wrap(line, WIDTH) or [""])

@@ -32,21 +32,25 @@ FREE_PARAMS = 1e-10
 @pytest.mark.about("first steps")
 def test_first_step(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
     """The first step of every case, before all that takes longer. test_taught counts it."""
-    settle(_taught(case, lessons.first(1), choice, choice.standard(case)), counted=False)
+    settle(_taught(case, lessons.first(1), choice, choice.coarse(case)), counted=False)
 
 
 @pytest.mark.about("steps one by one")
-def test_taught(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
+def test_taught(
+    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+) -> None:
     """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
-    settle(_taught(case, lessons, choice, choice.standard(case)))
+    settle(_taught(case, lessons, choice, standard))
 
 
 @pytest.mark.about("running freely")
-def test_free_running(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
+def test_free_running(
+    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+) -> None:
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
-    settle(_free(case, lessons, choice, choice.steps))
+    settle(_free(case, lessons, choice, standard, choice.steps))
 
 
 @pytest.mark.about("float32")
@@ -70,6 +74,7 @@ def test_in_micro_batches(
     lowered: bool,
     lessons: Lessons,
     choice: Choice,
+    standard: Standard,
     settle: Any,
 ) -> None:
     """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
@@ -84,25 +89,28 @@ def test_in_micro_batches(
             for trick in ("EQUAL_ROWS", "EXPANDED", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
-            settle(_free(case, lessons, choice, min(3, choice.steps)))
+            settle(_free(case, lessons, choice, standard, min(3, choice.steps)))
         else:
-            settle(_taught(case, lessons.first(2), choice, choice.standard(case)))
+            settle(_taught(case, lessons.first(2), choice, standard))
 
 
 @pytest.mark.about("two processes")
-def test_on_two_cores(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
+def test_on_two_cores(
+    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+) -> None:
     """A batch that two processes share is the same batch."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
-        settle(_free(shared, lessons, choice, min(3, choice.steps)))
+        settle(_free(shared, lessons, choice, standard, min(3, choice.steps)))
     else:
-        settle(_taught(shared, lessons.first(1), choice, choice.standard(case)))
+        settle(_taught(shared, lessons.first(1), choice, standard))
 
 
-def _free(case: Case, lessons: Lessons, choice: Choice, steps: int) -> Outcome:
+def _free(case: Case, lessons: Lessons, choice: Choice, standard: Standard, steps: int) -> Outcome:
     """The first steps, each side from where its own step before ended."""
     theirs = islice(trace(case, choice.candidate, "float64", choice.steps), steps)
-    return compare(case, lessons.first(steps), theirs, names=(choice.reference, choice.candidate))
+    names = choice.reference, choice.candidate
+    return compare(case, lessons.first(steps), theirs, standard, names)
 
 
 def _taught(case: Case, lessons: Iterable[Step], choice: Choice, standard: Standard) -> Outcome:

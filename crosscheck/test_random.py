@@ -45,7 +45,7 @@ def test_random_models(choice: Choice, settle: Any) -> None:
             if error.stop.not_finite:
                 hypothesis.reject()  # a probability of 0, whose logarithm neither side has
             lessons = [error.step]
-        standard = choice.standard(case)
+        standard = choice.standard(case, lessons)
         outcome = compare_taught(case, lessons, choice.candidate, standard, choice.reference)
         if outcome.found:
             smallest[:] = [(case, outcome)]  # the last one to fail
