@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
+from crosscheck.compare import Outcome
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
@@ -177,6 +178,8 @@ def diff(options: argparse.Namespace) -> int:
     only = [pattern for text in options.only or ["*"] for pattern in text.split(",")]
     outcome = diff(options.reference, options.candidate, only)
     first = outcome.found[0] if outcome.found else None
+    if options.html:
+        _draw(options, outcome)
     if options.json:
         report = {
             "compared": dataclasses.asdict(outcome.tally),
@@ -192,6 +195,18 @@ def diff(options: argparse.Namespace) -> int:
     else:
         print(summary(outcome.tally, 1))
     return 1 if first else 0
+
+
+def _draw(options: argparse.Namespace, outcome: Outcome) -> None:
+    """The map of two traces as a page."""
+    try:
+        from crosscheck.html import of_traces, write
+    except ModuleNotFoundError as error:
+        raise MicrogptError(
+            f"--html: the library {error.name} is not there; install what pages need with:"
+            " python -m pip install jinja2 pygments"
+        ) from None
+    write(options.html, of_traces(outcome, options.reference.stem, options.candidate.stem))
 
 
 def params(options: argparse.Namespace) -> int:
@@ -277,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("candidate", type=Path)
     one.add_argument("--only", action="append", metavar="PATTERNS", help="of phase/name, such as"
                      " 'gradient/*' or 'gradient/*,forward/loss'; may be given again")  # fmt: skip
+    one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
     one.add_argument("--json", action="store_true", help="for other programs")
 
     command("float32", float32)

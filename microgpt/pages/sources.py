@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from functools import cache, cached_property
 from pathlib import Path
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pygments.lexers import PythonLexer
 from pygments.token import (
     Comment,
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 Simple = ast.Assign | ast.AugAssign | ast.Expr | ast.Return
 TREES = ("tap", "dtap", "tap_i", "dtap_i", "dw", "dparams")
 STREAM = ("res", "dres")  # the residual stream, under one name in every layer
+
+LEXER = PythonLexer(stripnl=False)
 
 # what a token looks like: the style sheet has a colour for each
 LOOKS: tuple[tuple[_TokenType, str], ...] = (
@@ -54,6 +56,17 @@ class Row:
     right: list[Line]
 
 
+def highlighted(code: str) -> Markup:
+    """A line of code by itself."""
+    tokens = LEXER.get_tokens(code)
+    return Markup().join(_coloured(kind, text) for kind, text in tokens if text != "\n")
+
+
+def _coloured(kind: _TokenType, text: str) -> Markup:
+    look = next((look for parent, look in LOOKS if _is(kind, parent)), "")
+    return Markup('<i class="{}">{}</i>').format(look, text) if look else escape(text)
+
+
 def _is(kind: _TokenType, parent: _TokenType) -> bool:
     """Whether a token's type is another, or one of its subtypes."""
     return kind[: len(parent)] == parent
@@ -77,7 +90,7 @@ class Source:
     def _tokens(self) -> list[list[tuple[_TokenType, str]]]:
         """The tokens of every line."""
         lines: list[list[tuple[_TokenType, str]]] = [[]]
-        for kind, text in PythonLexer(stripnl=False).get_tokens(self.text):
+        for kind, text in LEXER.get_tokens(self.text):
             for i, part in enumerate(text.split("\n")):
                 if i:
                     lines.append([])
@@ -92,14 +105,11 @@ class Source:
     def _highlighted(self, number: int, links: Mapping[str, str]) -> Markup:
         found, before = Markup(), ""
         for kind, text in self._tokens[number - 1]:
-            look = next((look for parent, look in LOOKS if _is(kind, parent)), "")
             link = links.get(before + text) or (links.get(text) if before != "." else None)
             if link and _is(kind, Name):
                 found += Markup('<a href="#{}">{}</a>').format(link, text)
-            elif look:
-                found += Markup('<i class="{}">{}</i>').format(look, text)
             else:
-                found += Markup("{}").format(text)
+                found += _coloured(kind, text)
             if text == "." and before.split(".")[0] in TREES:
                 before += "."
             else:
