@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-selenium = pytest.importorskip("selenium", reason="the browser is driven by selenium, in `dev`")
+pytest.importorskip("selenium", reason="the browser is driven by selenium, in `dev`")
 pytest.importorskip("jinja2", reason="pages need the extra `pages`")
 
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
@@ -341,12 +341,11 @@ def test_a_picture_is_drawn_in_its_colours(browser: Chrome, pages: Any) -> None:
 SCREENSHOTS = os.environ.get("MICROGPT_SCREENSHOTS")  # a folder to look at the pages in
 
 
-@pytest.mark.skipif(not SCREENSHOTS, reason="MICROGPT_SCREENSHOTS names no folder for them")
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", PAGES)
-def test_screenshots(browser: Chrome, pages: Any, name: str, width: int, dark: bool) -> None:
-    shown(browser, pages(name), width, dark)
+@pytest.mark.parametrize("name", PAGES if SCREENSHOTS else [])
+def test_screenshots(browser: Chrome, pages: Any, name: str) -> None:
     folder = Path(SCREENSHOTS or "")
     folder.mkdir(parents=True, exist_ok=True)
-    browser.save_screenshot(str(folder / f"{name}-{width}-{'dark' if dark else 'light'}.png"))
+    for width in WIDTHS:
+        for scheme in ("light", "dark"):
+            shown(browser, pages(name), width, scheme == "dark")
+            browser.save_screenshot(str(folder / f"{name}-{width}-{scheme}.png"))
