@@ -6,7 +6,7 @@ At every border (files, comparisons) they go by their full names ("wte", "layer0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from microgpt.config import Config
@@ -50,6 +50,12 @@ def pick(root: Tree, name: str) -> Any:
     """The tensor of the tree that bears this full name."""
     node, last = _holder(root, name)
     return getattr(node, last)
+
+
+def written(root: Tree, names: Iterable[str]) -> dict[str, Any]:
+    """The tensors of these full names, as far as they have been put into the tree."""
+    held = {name: _holder(root, name) for name in names}
+    return {name: getattr(*node) for name, node in held.items() if hasattr(*node)}
 
 
 def _holder(root: Tree, name: str) -> tuple[Tree, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import Tree, grow, pick
+from microgpt.layout import Tree, grow, pick, written
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
@@ -107,10 +107,9 @@ class Backend:
         if not self.doc_taps:
             raise FloatingPointError("the forward pass has not been finished")
         T = max(map(len, self.doc_taps))
-        *entries, _ = table(self.config).values()
         batched: Nested = {}
-        for entry in entries:
-            name = entry.name
+        for name in written(self.doc_taps[0][0], table(self.config)):  # `loss` is in none
+            entry = table(self.config)[name]
             docs = [[_numbers(pick(tap, name), field) for tap in taps] for taps in self.doc_taps]
             if "U" in entry.axes:
                 batched[name] = [
@@ -127,8 +126,8 @@ class Backend:
 
 
 def _numbers(tap: Any, field: str) -> Any:
-    """A Value's number, or those of a nested list of Values."""
-    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field)
+    """A Value's number, or those of a nested list of Values; None for what is no Value."""
+    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field, None)
 
 
 def _padded(items: list[Any], length: int, nothing: Any) -> list[Any]:
