@@ -28,6 +28,7 @@ from crosscheck.report import WIDTH
 from crosscheck.tolerance import Standard, float64
 from crosscheck.trace import Step, split_key, trace
 from microgpt.config import FIXTURES
+from microgpt.strict_yaml import Loader
 
 ROOT = FIXTURES.parent
 # between them, these cases reach every line that a defect is planted in
@@ -101,7 +102,7 @@ class Verdict:
 def load_defects() -> list[Defect]:
     """All of them."""
     with open(FIXTURES / "defects.yaml", encoding="utf-8") as file:
-        entries: list[dict[str, Any]] = yaml.safe_load(file)
+        entries: list[dict[str, Any]] = yaml.load(file.read(), Loader)
     return [
         Defect(
             name=entry["name"],
