@@ -16,7 +16,7 @@ from crosscheck.lines import function_of, lines_of
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
-from crosscheck.trace import Array, Step, axes, keys, real, split_key, taught
+from crosscheck.trace import Array, Step, axes, expected_shape, keys, real, split_key, taught
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
@@ -93,15 +93,17 @@ def compare(
     candidate: Iterable[Step],
     standard: Standard = FLOAT64,
     names: Sequence[str] = (),
+    after: int = 0,
 ) -> Outcome:
     """Hold the steps of two traces against each other, up to the first one that differs.
 
     names    of the two implementations, if they can be asked for more than their traces say
+    after    how many steps came before these
     """
     outcome = Outcome(case.name)
     before: tuple[Step, Step] | None = None
     both = _until_stopped(reference), _until_stopped(candidate)
-    for number in count(1):
+    for number in count(after + 1):
         (ours, our_stop), (theirs, their_stop) = (next(steps, (None, None)) for steps in both)
         if ours is None and theirs is None:
             break
@@ -301,11 +303,19 @@ def _compare_tensor(
     ours, theirs = reference[key], candidate[key]
     for side, tensor in zip(SIDES, (ours, theirs)):
         if tensor.dtype.kind == "O":
-            problem = f"{tensor[()]}, in the {side}"
-            return Disagreement(case.name, step, key, problem, at_fault=side)
+            problem, words = f"{tensor[()]}, in the {side}", ""
+            if "U" in axes(key) and "ragged" in problem:
+                words = (
+                    "positions look at more than there are up to them: one list takes the keys or"
+                    " values of several layers or documents"
+                )
+            return Disagreement(case.name, step, key, problem, at_fault=side, diagnosis=words)
     if ours.shape != theirs.shape:
-        problem = f"has shape {theirs.shape}, and should have {ours.shape}"
-        return Disagreement(case.name, step, key, problem)
+        wanted = expected_shape(key, case, reference["batch/tokens"])
+        side, wrong = ("reference", ours) if theirs.shape == wanted else ("candidate", theirs)
+        right = theirs if side == "reference" else ours
+        problem = f"has shape {wrong.shape} in the {side}, and should have {right.shape}"
+        return Disagreement(case.name, step, key, problem, at_fault=side)
     phase, _ = split_key(key)
     if phase not in (*COUNTED, "eval") and theirs.dtype != standard.dtype and theirs.ndim:
         problem = f"is {theirs.dtype}, and {standard.dtype} was promised"
@@ -351,7 +361,9 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
     phase, _ = split_key(key)
     near = wrong
     if phase not in COUNTED:
-        typical = wrong & (np.abs(reference) >= TYPICAL * np.median(np.abs(reference[wrong])))
+        sizes = np.abs(reference)
+        some = wrong & (sizes > 0)
+        typical = some & (sizes >= TYPICAL * np.median(sizes[some])) if some.any() else wrong.copy()
         if "U" in axes(key) and wrong[:, :, 1:].any():
             typical[:, :, 0] = False
         chosen = typical if typical.any() else wrong
@@ -362,10 +374,13 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
 def simplicity(case: Case, step: int) -> tuple[int, ...]:
     """Layers, documents, positions, heads and channels of a step: the fewer, the simpler.
 
+    With a single position, attention has nothing to choose from, and shows little: after the rest.
+
     step    counted from 1
     """
     docs, config = case.docs(max(step, 1) - 1), case.config
-    return config.n_layer, len(docs), max(map(len, docs)) - 1, config.n_head, config.n_embd
+    T = max(map(len, docs)) - 1
+    return config.n_layer, T == 1, len(docs), T, config.n_head, config.n_embd
 
 
 def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:

@@ -43,10 +43,10 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
         rows.append(
             ("agreed", f"{len(compared)} tensors before it, the last {split_key(compared[-1])[1]}")
         )
-    lines = [f"{', '.join(where)}:", *_wrapped(headline(found, reference, candidate))]
+    lines = [f"{', '.join(where)}:", *wrapped(headline(found, reference, candidate))]
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
-        lines += _wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
+        lines += wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
     return "\n".join(lines)
 
 
@@ -93,14 +93,14 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
     ]
     if stop.line:
         within = f"  (in {stop.function})" if stop.function else ""
-        rows.append(("its line", f"{stop.line} {stop.text}{within}"))
+        rows.append(("its line", f"{stop.line} {stop.text.partition('  # ')[0]}{within}"))
     if stop.last:
         empty = ", which is None: a function returned nothing" if stop.empty else ""
         rows.append(("got to", f"{stop.last}, the last tap that it wrote{empty}"))
     return rows
 
 
-def _wrapped(text: str, first: str = "", then: str = "") -> list[str]:
+def wrapped(text: str, first: str = "", then: str = "") -> list[str]:
     """The text in lines of at most WIDTH."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=then, break_on_hyphens=False

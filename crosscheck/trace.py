@@ -70,7 +70,7 @@ def trace(
 ) -> Iterator[Step]:
     """The steps of a case, each from where the one before it ended, as they are asked for.
 
-    Documents are drawn in the first step and in the last.
+    Documents are drawn in a model's first step, and in the last of these.
 
     start    the state to begin from, if not the case's own parameters before any update
 
@@ -84,7 +84,7 @@ def trace(
         with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
             pair = pair or Pair(backend_name, config, state)
         record = trace_step(pair, docs, learning_rate(step, config))
-        if step in (first, first + steps - 1):
+        if step in (0, first + steps - 1):
             with stopping(record, backend_name, config):
                 record = {**record, **drawn(case, pair.trained, step)}
         yield record
