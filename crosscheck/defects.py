@@ -124,9 +124,10 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
 
     As for a user, scalar is the reference and vectorized the candidate, whichever has the defect.
     """
-    allowed = {name: standard(name) for name in panel}  # by scalar/ as it is without the defect
+    names = dict.fromkeys([*filter(None, [defect.case]), *panel])
+    allowed = {name: standard(name) for name in names}  # by scalar/ as it is without the defect
     with planted(defect.patches), np.errstate(all="ignore"):
-        for name in sorted(panel, key=lambda name: name != defect.case):
+        for name in names:
             case = load_case(name)
             sound = lessons(name, "vectorized" if defect.package == "scalar" else "scalar")
             faulty: list[Step] = []
