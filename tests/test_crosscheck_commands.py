@@ -139,7 +139,8 @@ def test_every_line_of_the_text_that_computes_has_domain_mutants() -> None:
     text = (ROOT / "vectorized" / "model.py").read_text(encoding="utf-8").splitlines()
     computing = {n for n, line in enumerate(text, 1) if re.search(r"[*/+@(].*  # \(", line)}
     assert len(computing) > 60
-    assert len(computing - mutated) <= 2, [text[n - 1] for n in computing - mutated]
+    # the mask, the ReLU, the heads' channels: nothing there to drop or to exchange
+    assert len(computing - mutated) <= 3, [text[n - 1] for n in computing - mutated]
 
 
 def test_a_mutant_is_caught_and_a_harmless_one_survives() -> None:
