@@ -337,7 +337,7 @@ def test_a_trace_that_differs_is_reported(
     words = capsys.readouterr().out
     assert "step 2" in words
     assert "dlayer0.attn_wq" in words
-    assert "a constant factor of 2" in words
+    assert "doubled" in words
     assert main(["diff", str(a), str(b), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["disagreement"]["key"] == key
     for broken in (a.read_bytes()[:-5], b"nonsense"):
