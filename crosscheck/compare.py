@@ -17,6 +17,7 @@ from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
 from crosscheck.trace import Array, Step, axes, expected_shape, keys, real, split_key, taught
+from crosscheck.where import where
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
@@ -249,6 +250,9 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
+    if first.shape is not None:
+        words = _where(case, first, ours, theirs, standard)
+        first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
         words, texts = parted(case, first.key, ours, theirs, names)
         first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
@@ -260,6 +264,14 @@ def explained(
             function=function_of(first.key, case.config, side),
         )
     return first
+
+
+def _where(case: Case, found: Disagreement, ours: Step, theirs: Step, standard: Standard) -> str:
+    """Which elements are wrong, in words, if that is a pattern."""
+    a, b, tokens = ours[found.key], theirs[found.key], ours["batch/tokens"]
+    there = real(found.key, a.shape, tokens)
+    wrong = standard.tolerance(found.step, found.key).shares(a, b) > 1
+    return where(case, found.key, wrong & there, there & ((a != 0) | (b != 0)), tokens)
 
 
 def behind_element(
