@@ -250,7 +250,7 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
-    if first.shape is not None:
+    if first.shape is not None and split_key(first.key)[0] not in COUNTED:
         words = _where(case, first, ours, theirs, standard)
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
