@@ -18,9 +18,11 @@ from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
 from crosscheck.trace import Array, Step, axes, expected_shape, keys, real, split_key, taught
+from crosscheck.where import where
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
+WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which they are kept
 TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
 NEAR = 0.5  # of the largest share: such elements count as ties
 CHOICE = "the first near the largest share of what is allowed, among typical ones"
@@ -213,6 +215,9 @@ def compare_step(
 def _not_reached(key: str, step: Step, order: Sequence[str]) -> bool:
     """Whether a side that has stopped did so before it came to this tensor."""
     phase, _ = split_key(key)
+    phases = {split_key(one)[0] for one in step}
+    if phase in WATCHED and phases & {*WATCHED[WATCHED.index(phase) + 1 :], "gradient"}:
+        return False  # what follows has been kept, so this phase was at its end
     held = [order.index(one) for one in step if split_key(one)[0] == phase]
     return key not in step and order.index(key) > max(held, default=-1)
 
@@ -254,6 +259,9 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
+    if first.shape is not None and split_key(first.key)[0] not in COUNTED:
+        words = _where(case, first, ours, theirs, standard)
+        first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
         words, texts = parted(case, first.key, ours, theirs, names)
         first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
@@ -265,6 +273,14 @@ def explained(
             function=function_of(first.key, case.config, side),
         )
     return first
+
+
+def _where(case: Case, found: Disagreement, ours: Step, theirs: Step, standard: Standard) -> str:
+    """Which elements are wrong, in words, if that is a pattern."""
+    a, b, tokens = ours[found.key], theirs[found.key], ours["batch/tokens"]
+    there = real(found.key, a.shape, tokens)
+    wrong = standard.tolerance(found.step, found.key).shares(a, b) > 1
+    return where(case, found.key, wrong & there, there & ((a != 0) | (b != 0)), tokens)
 
 
 def behind_element(

@@ -21,7 +21,7 @@ from crosscheck.processes import cores, in_processes
 from crosscheck.report import as_json, headline, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
-from crosscheck.trace import Step
+from crosscheck.trace import PHASES, Step, split_key
 from microgpt.backend import NAMES
 from microgpt.errors import MicrogptError
 from microgpt.whereabouts import described, refuse_another_copy
@@ -271,7 +271,12 @@ def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
     What is held to other bounds than the rest is not counted with them.
     """
 
-    def settle(outcome: Outcome, counted: bool = True, more: str = "") -> None:
+    def settle(
+        outcome: Outcome,
+        counted: bool = True,
+        more: str = "",
+        labels: tuple[str, str] = choice.labels,
+    ) -> None:
         failed = outcome.found[0].step if outcome.found else 0
         left.runs.append(Run(left.about, outcome.case, outcome.tally.steps, failed))
         if pytestconfig.getoption("--html"):
@@ -279,7 +284,7 @@ def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
 
             left.parts.append(asdict(part(outcome, left.about)))
         if outcome.found:
-            left.findings.append(_finding(outcome.found[0], choice, left.about, more))
+            left.findings.append(_finding(outcome.found[0], labels, left.about, more))
             pytest.fail(left.findings[-1].headline, pytrace=False)
         if counted:
             left.tallies.append(replace(outcome.tally))
@@ -287,15 +292,15 @@ def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
     return settle
 
 
-def _finding(found: Disagreement, choice: Choice, about: str, more: str = "") -> Finding:
+def _finding(found: Disagreement, labels: tuple[str, str], about: str, more: str = "") -> Finding:
     return Finding(
         about=about,
         case=found.case,
         step=found.step,
         key=found.key,
-        headline=headline(found, *choice.labels),
+        headline=headline(found, *labels),
         diagnosis=found.diagnosis,
-        report=render(found, *choice.labels) + more,
+        report=render(found, *labels) + more,
         stopped=f"{found.stop.line} {found.stop.error}" if found.stop and not found.key else "",
         fields=as_json(found),
     )
@@ -319,7 +324,7 @@ def pytest_runtest_makereport(
         labels = item.config.stash[CHOICE].labels
         at_fault = "reference" if stop.side == labels[0] else "candidate"
         found = replace(found, at_fault=at_fault)
-        left.findings.append(_finding(found, item.config.stash[CHOICE], left.about))
+        left.findings.append(_finding(found, labels, left.about))
         report.longrepr = left.findings[-1].headline
     if call.when != "teardown":
         report.crosscheck = json.dumps(asdict(left))  # type: ignore[attr-defined]
@@ -456,7 +461,8 @@ class Session:
     def _lines(self, cause: Cause, number: int, of: int) -> list[str]:
         """A cause in the summary."""
         first = cause.first
-        place = f"case {first.case}, step {first.step}"
+        phase = PHASES.get(split_key(first.key)[0], "")
+        place = ", ".join(filter(None, (f"case {first.case}", f"step {first.step}", phase)))
         if number >= SHOWN:
             return wrapped(
                 f"cause {number + 1} of {of}: {place}: {first.headline} (-v shows the report)"
