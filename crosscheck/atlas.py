@@ -40,7 +40,7 @@ from scalar.value import Value
 TEXT = "emma"
 MOST = 4_000_000  # products in scalar's graph: weights times positions
 SHOWN = 16  # additions of a derivative that are listed
-NUMBERS = 30_000  # numbers of all taps that are written out, twice; of more, the first rows
+NUMBERS = 12_000  # numbers of all taps that are written out, twice; of more, the first rows
 LETTERS = {  # what an axis counts: one, and several
     "B": ("document", "documents"),
     "T": ("position", "positions"),
@@ -491,8 +491,7 @@ class Atlas:
         scale = max(self._scale(key), float(np.abs(after).max()))
         change = float(np.abs(after - before).max())
         return [
-            ("before the update", self._pictures(key, before, scale), scale),
-            ("after it", self._pictures(key, after, scale), scale),
+            ("after the update", self._pictures(key, after, scale), scale),
             ("the change", self._pictures(key, after - before, change), change),
         ]
 
