@@ -29,6 +29,7 @@ from crosscheck.trace import Step, trace
 from microgpt.backend import fresh_state
 from microgpt.cli import main
 from microgpt.config import load_config
+from microgpt.errors import MicrogptError
 from microgpt.pages import pictures, run_report
 from microgpt.pages.sources import Source, side_by_side, upside_down
 from microgpt.taps import taps
@@ -303,6 +304,13 @@ def test_what_cannot_be_drawn_is_told_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "atlas.html").exists()
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_takes_the_memory() -> None:
+    config = load_config(overrides={"n_embd": "256", "n_layer": "4"})
+    case = Case("large", "", config, "ab", [["ab"]])
+    with pytest.raises(MicrogptError, match="take a shorter --text, or a smaller model"):
+        atlas_of(with_params(case, {"wte": np.zeros((3000, 256))}))
 
 
 @pytest.mark.parametrize("command", [["atlas"], ["report", "nowhere"]])
