@@ -32,7 +32,7 @@ from microgpt.config import load_config
 from microgpt.errors import MicrogptError
 from microgpt.pages import pictures, run_report
 from microgpt.pages.sources import Source, side_by_side, upside_down
-from microgpt.taps import taps
+from microgpt.taps import consumers, taps
 
 LARGEST_ATLAS, LARGEST_MAP = 2_000_000, 1_000_000
 SCALAR, VECTORIZED = Source("scalar/model.py"), Source("vectorized/model.py")
@@ -102,6 +102,10 @@ def test_a_large_matrix_keeps_its_largest_numbers() -> None:
     levels, _ = pixels(pictures.heat(matrix, 3.0))
     assert levels.shape == (pictures.LARGEST, 2)
     assert levels.min() == 0
+    there = np.arange(1000)[:, None] < [1000, 0]
+    levels, _ = pixels(pictures.heat(matrix, 3.0, there))
+    assert (levels[:, 1] == pictures.ABSENT).all()
+    assert (levels[:, 0] == pictures.LEVELS).all()
 
 
 def test_a_curve_of_many_steps_keeps_its_means_and_its_ends() -> None:
@@ -187,7 +191,8 @@ def test_what_the_consumers_send_back_adds_up_to_the_derivative(name: str) -> No
         key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
         parts = made.graph.parts[stop.id[1:]]
         np.testing.assert_allclose(sum(parts.values()), step[key], rtol=1e-9, atol=1e-12)
-        assert {part.name for part in stop.parts} == {f"d{name}" for name in parts}
+        users = {user.name for user, _ in consumers(case.config)[stop.id[1:]]}
+        assert {part.name for part in stop.parts} == {f"d{user}" for user in users}
         assert sum(part.value for part in stop.parts) == pytest.approx(stop.element.scalar)
         assert sum(part.count for part in stop.parts) == len(stop.additions) + stop.more
         if not stop.more:
