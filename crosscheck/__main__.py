@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
-from crosscheck.kit import STAGES
+from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
@@ -123,7 +123,7 @@ def kit(options: argparse.Namespace) -> int:
     """Write what a port in another language needs: a guide, and the inputs of the cases."""
     from crosscheck.kit import write_kit
 
-    written = write_kit(options.folder, options.case or case_names(), options.answers)
+    written = write_kit(options.folder, options.case or kit_cases(), options.answers)
     print(f"{len(written)} files in {options.folder}; begin with {written[0]}")
     return 0
 
@@ -136,7 +136,7 @@ def port(options: argparse.Namespace) -> int:
         raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
     result = climb(
         command_line(options.program),
-        options.case or case_names(),
+        options.case or kit_cases(),
         options.stage or STAGES,
         options.dtype,
         options.reference,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crosscheck.cases import Case, load_case
+from crosscheck.cases import Case, case_names, load_case
 from crosscheck.trace import Array, Step, keys, part, split_key, trace
 from microgpt.checkpoint import write_tensors
 from microgpt.data import write_whole, writing
@@ -20,10 +20,11 @@ from microgpt.train import learning_rate
 
 GUIDE = Path(__file__).with_name("GUIDE.md")
 TOKENS = "batch/tokens"
+START = "one-document"  # the case without anything special
 STEPS = 3  # of every case
 LATER = {"decay-and-clip": 2}  # the first step, if not 1: Adam's moments at entry are not zero
 ACTIVATIONS = ("relu", "squared_relu")  # their places are their numbers
-REQUIRED = ("forward", "backward", "gradient", "adam_m", "adam_v", "params")
+REQUIRED = ("forward", "backward", "gradient", "adam_m", "adam_v", "params")  # of a whole port
 STAGES = (
     "embedding",
     "norm",
@@ -38,10 +39,14 @@ STAGES = (
     "several steps",
 )
 PHASES = {  # the stages of what is no tap of the forward pass
+    "eval": "loss",
+    "read": "loss",
     "backward": "backward",
     "gradient": "gradients",
+    "unwatched": "gradients",
     "adam_m": "Adam",
     "adam_v": "Adam",
+    "update": "Adam",
     "params": "Adam",
 }
 TAPS = {  # the stages of the taps outside the layers; of layer 0, by their last name
@@ -64,6 +69,11 @@ def stage(key: str) -> str:
     if dot and layer != "layer0":
         return "layers"
     return TAPS.get(tap, "MLP" if tap.startswith("mlp_") else "attention")
+
+
+def kit_cases() -> list[str]:
+    """The cases in the order in which a port meets them: the first is the one to start with."""
+    return sorted(case_names(), key=lambda name: name != START)
 
 
 def expected_keys(case: Case) -> list[str]:

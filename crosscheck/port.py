@@ -201,7 +201,7 @@ def _steps(
     """
     steps, single = reference_steps(case, reference), dtype == "float32"
     for run in [{number: step} for number, step in steps.items()] if single else [steps]:
-        written = _written(case, run, program, time_limit)
+        written = _written(case, run, program, dtype, time_limit)
         start = run[min(run)]
         state = {key: x.astype(dtype) for key, x in start.items() if split_key(key)[0] in ENTRY}
         before: tuple[Step, Step] | None = None
@@ -302,7 +302,7 @@ def _first_difference(
 
 
 def _written(
-    case: Case, steps: Mapping[int, Step], program: Sequence[str], time_limit: float
+    case: Case, steps: Mapping[int, Step], program: Sequence[str], dtype: str, time_limit: float
 ) -> dict[int, Step]:
     """What the program writes for the steps of a case, by their numbers.
 
@@ -325,6 +325,9 @@ def _written(
             raise PortError(f"wrote {shortened(name)}, which is no name of a tensor here{hint}")
         number, key = names[name]
         written[number][key] = tensor
+    kinds = {tensor.dtype.name for tensor in tensors.values()}
+    if kinds == {"float32"} and dtype != "float32":
+        raise PortError("its file holds float32 numbers; hold them to that with --dtype float32")
     return written
 
 

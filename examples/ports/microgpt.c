@@ -3,15 +3,18 @@
        cc -O2 -o microgpt microgpt.c -lm
        ./microgpt NAME.in.safetensors NAME.out.safetensors
 
-   Reads a model and batches, trains on them, and writes all that it computed on the way: taps, their
-   derivatives, gradients, Adam's moments, parameters. The files are those of crosscheck/GUIDE.md.
+   Reads a model and batches, trains on them, and writes all that it computed on the way: taps,
+   their derivatives, gradients, Adam's moments, parameters. The files are those of
+   crosscheck/GUIDE.md.
 
    Same as scalar/model.py: the functions, their order, their equations, the names in between.
-   Different: every f_forward has its f_backward directly beneath, the forward pass read upside down.
-   dy stands for the derivative of the loss with respect to y; derivatives are added to what is there.
+   Different: every f_forward has its f_backward directly beneath, the forward pass read upside
+   down. dy stands for the derivative of the loss with respect to y; derivatives are added to what
+   is there.
 
    B = documents, T = positions, C = n_embd, H = n_head, D = C / H channels a head, F = 4 C,
-   V = vocabulary, L = layers. At the end of a line: [its shape]. A row r = b T + t is one position. */
+   V = vocabulary, L = layers. At the end of a line: [its shape]. A row r = b T + t is one
+   position. */
 
 #include <math.h>
 #include <stdarg.h>

@@ -8,7 +8,8 @@
 //
 // Same as scalar/model.py: the functions, their order, their equations, the names in between.
 // Different: every fForward has its fBackward directly beneath, the forward pass read upside down.
-// dy stands for the derivative of the loss with respect to y; derivatives are added to what is there.
+// dy stands for the derivative of the loss with respect to y; derivatives are added to what is
+// there.
 //
 // B = documents, T = positions, C = n_embd, H = n_head, D = C / H channels a head, F = 4 C,
 // V = vocabulary, L = layers. At the end of a line: [its shape]. A row r = b T + t is one position.
@@ -86,9 +87,8 @@ function tapShapes(config, B, T) {
   const shapes = { emb: [B, T, C] };
   if (config.norm_embedding) shapes.emb_norm = [B, T, C];
   for (let i = 0; i < L; i++) {
-    for (const name of ["attn_norm", "q", "k", "v", "attn_out", "attn_res", "mlp_norm", "mlp_res"]) {
-      shapes[`layer${i}.${name}`] = [B, T, C];
-    }
+    const narrow = ["attn_norm", "q", "k", "v", "attn_out", "attn_res", "mlp_norm", "mlp_res"];
+    for (const name of narrow) shapes[`layer${i}.${name}`] = [B, T, C];
     for (const name of ["attn_logits", "attn_weights"]) shapes[`layer${i}.${name}`] = [B, H, T, T];
     for (const name of ["mlp_pre", "mlp_act"]) shapes[`layer${i}.${name}`] = [B, T, 4 * C];
   }
