@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from crosscheck.cases import Case, case_names, load_case
+from crosscheck.compare import simplicity
 from crosscheck.trace import Array, Step, keys, part, split_key, trace
 from microgpt.checkpoint import write_tensors
 from microgpt.data import write_whole, writing
+from microgpt.taps import ACTIVATIONS
 from microgpt.train import learning_rate
 
 GUIDE = Path(__file__).with_name("GUIDE.md")
 TOKENS = "batch/tokens"
-START = "one-document"  # the case without anything special
 STEPS = 3  # of every case
 LATER = {"decay-and-clip": 2}  # the first step, if not 1: Adam's moments at entry are not zero
-ACTIVATIONS = ("relu", "squared_relu")  # their places are their numbers
 REQUIRED = ("forward", "backward", "gradient", "adam_m", "adam_v", "params")  # of a whole port
 STAGES = (
     "embedding",
@@ -72,8 +72,8 @@ def stage(key: str) -> str:
 
 
 def kit_cases() -> list[str]:
-    """The cases in the order in which a port meets them: the first is the one to start with."""
-    return sorted(case_names(), key=lambda name: name != START)
+    """The cases in the order in which a port meets them, the simplest first."""
+    return sorted(case_names(), key=lambda name: simplicity(load_case(name), 1))
 
 
 def expected_keys(case: Case) -> list[str]:
@@ -100,7 +100,7 @@ def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
         "eos": tokenizer.eos,
         "norm_embedding": config.norm_embedding,
         "tie_lm_head": config.tie_lm_head,
-        "activation": ACTIVATIONS.index("squared_relu" if config.squared_relu else "relu"),
+        "activation": list(ACTIVATIONS).index(config.activation),
         **{name: getattr(config, name) for name in ("norm_eps", "beta1", "beta2", "adam_eps")},
         "weight_decay": config.weight_decay,
         "grad_clip": config.grad_clip,

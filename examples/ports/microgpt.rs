@@ -12,7 +12,8 @@
 //! down. dy stands for the derivative of the loss with respect to y.
 //!
 //! B = documents, T = positions, C = n_embd, H = n_head, D = C / H channels a head, F = 4 C,
-//! V = vocabulary, L = layers. At the end of a line: [its shape]. A row r = b T + t is one position.
+//! V = vocabulary, L = layers. At the end of a line: [its shape]. A row r = b T + t is one
+//! position.
 
 #![allow(non_snake_case)]
 
@@ -438,7 +439,8 @@ fn mlp_backward(
 ) -> Vec<f64> {
     // residual
     // forward: mlp_res = mlp_fc2 . mlp_act + x
-    let dmlp_act = linear_backward(dmlp_res, tap.mlp_act.row(r), &w.mlp_fc2, &mut dw.mlp_fc2); // [F]
+    let mlp_act = tap.mlp_act.row(r);
+    let dmlp_act = linear_backward(dmlp_res, mlp_act, &w.mlp_fc2, &mut dw.mlp_fc2); // [F]
     // forward: mlp_act = activation(mlp_pre)
     let dmlp_pre = activation_backward(&dmlp_act, tap.mlp_pre.row(r), c.activation); // [F]
     // forward: mlp_pre = mlp_fc1 . mlp_norm
@@ -632,8 +634,8 @@ fn train(input: &str, output: &str) -> Result<(), String> {
     for step in first..first + steps {
         let tokens = find(&given, &format!("step{step}/batch/tokens"))?;
         let (B, T) = (tokens.shape[0], tokens.shape[1] - 1);
-        let doc = |b| tokens.row(b).iter().filter(|id| **id >= 0.0).map(|id| *id as usize).collect();
-        let docs: Vec<Vec<usize>> = (0..B).map(doc).collect();
+        let ids = |b| tokens.row(b).iter().filter(|id| **id >= 0.0).map(|id| *id as usize);
+        let docs: Vec<Vec<usize>> = (0..B).map(|b| ids(b).collect()).collect();
         let (mut tap, mut dtap) = (Tap::zeros(&c, B, T), Tap::zeros(&c, B, T));
         let mut dparams = Params::zeros(&c);
         loss_forward(&docs, T, &params, &c, &mut tap);
