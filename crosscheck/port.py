@@ -409,7 +409,9 @@ def _check_format(path: Path) -> None:
     end = 0
     for begin, stop, name in spans:
         if begin != end:
-            raise PortError(f"its file has {name!r} begin at {begin:,}, and should at {end:,}")
+            raise PortError(
+                f"its file has {shortened(name)} begin at {begin:,}, and should at {end:,}"
+            )
         end = stop
     if end != size - 8 - length:
         cut = ": cut short?" if end > size - 8 - length else ""

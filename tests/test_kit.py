@@ -24,7 +24,7 @@ ENTRY = re.compile(
 TENSORS = {
     "b": np.arange(6.0).reshape(2, 3),
     "a": np.array([1, -1]),
-    "single/x": np.array(0.5, "float32"),
+    "aa/x": np.array(0.5, "float32"),
     "c.d": np.array(2.5),
 }
 METADATA = {"z": 'a "quoted" {text}', "a": "caf\u00e9 \\ \n"}
@@ -64,7 +64,7 @@ def test_the_header_has_the_form_that_is_promised(tmp_path: Path) -> None:
         '"a":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
         '"b":{"dtype":"F64","shape":[2,3],"data_offsets":[16,64]},'
         '"c.d":{"dtype":"F64","shape":[],"data_offsets":[64,72]},'
-        '"single/x":{"dtype":"F32","shape":[],"data_offsets":[72,76]}}'
+        '"aa/x":{"dtype":"F32","shape":[],"data_offsets":[72,76]}}'
     )
 
 

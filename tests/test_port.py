@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from crosscheck.__main__ import main
 from crosscheck.kit import STAGES, write_kit
-from crosscheck.port import Climb, climb, command_line
+from crosscheck.port import Climb, PortError, climb, command_line, read_output
 from microgpt.errors import MicrogptError
 
 CASES = ["single-character", "two-layers"]
@@ -290,6 +291,25 @@ def test_a_gap_between_two_tensors_is_named(program: Callable[..., list[str]]) -
         return len(text).to_bytes(8, "little") + text + file[8 + length :] + bytes(8)
 
     assert "begin at" in problem(run(program(change=gap), ["single-character"]))
+
+
+def test_a_header_with_random_faults_is_refused_in_one_line_or_read(
+    answers: dict[str, Tensors], tmp_path: Path
+) -> None:
+    whole, rng = save(answers[CASES[0]]), Random(1)
+    length, path = int.from_bytes(whole[:8], "little"), tmp_path / "out"
+    lines = []
+    for _ in range(200):
+        file, at = bytearray(whole), rng.randrange(8 + length)
+        faults = (b"", b"9" * 6000, b"[" * 3000, b"1e999", b"-1", b'"', b"\xff", b"\\u0000")
+        file[at : at + rng.randrange(9)] = rng.choice(faults)
+        path.write_bytes(file)
+        try:
+            read_output(path)
+        except PortError as error:
+            lines.append(str(error))
+    assert len(lines) > 150
+    assert all(len(line) < 400 and "\n" not in line for line in lines)
 
 
 def test_with_all_a_program_that_fails_once_goes_on_with_the_other_cases(
