@@ -14,9 +14,11 @@ import numpy as np
 
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import simplicity
+from crosscheck.sides import IncompleteError
 from crosscheck.trace import Array, Step, keys, part, split_key, trace
 from microgpt.checkpoint import write_tensors
 from microgpt.data import write_whole, writing
+from microgpt.errors import MicrogptError
 from microgpt.taps import ACTIVATIONS
 from microgpt.train import learning_rate
 
@@ -83,11 +85,19 @@ def expected_keys(case: Case) -> list[str]:
 
 
 def reference_steps(case: Case, reference: str) -> dict[int, Step]:
-    """The steps that a port is asked for, by number, as an implementation of ours computes them."""
+    """The steps that a port is asked for, by number, as an implementation of ours computes them.
+
+    Raises MicrogptError if it stops, as at numbers that are not finite.
+    """
     first = LATER.get(case.name, 1)
     last = first + STEPS - 1
     steps = enumerate(trace(case, reference, "float64", last), 1)
-    return dict(islice(steps, first - 1, last))
+    try:
+        return dict(islice(steps, first - 1, last))
+    except IncompleteError as error:
+        raise MicrogptError(
+            f"case {case.name}: {reference} itself stops with {error.stop.error}"
+        ) from None
 
 
 def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:

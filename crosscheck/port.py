@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import Disagreement, Outcome, compare_step, explained
@@ -172,10 +173,12 @@ def climb(
 
     Unless told to go on, stop at the first failure of the program, or else at the first stage that
     is wrong in any case.
+
+    Raises MicrogptError if the cases have none of the stages, so that nothing would be compared.
     """
     rungs = {name: Rung(name) for name in STAGES if name in stages}
     result = Climb(list(rungs.values()))
-    for name in names:
+    for name in tqdm(names, unit="case", leave=False, disable=None):
         case = load_case(name)
         try:
             for taken in _steps(case, program, dtype, reference, time_limit):
@@ -184,6 +187,8 @@ def climb(
             result.problems.append(f"case {case.name}: {printable(str(error))}")
             if not go_on:
                 return Climb([], result.problems)
+    if not result.climbed and not result.problems:
+        raise MicrogptError(f"no case of these has tensors of the stage {', '.join(rungs)}")
     wrong = [i for i, rung in enumerate(result.rungs) if rung.wrong]
     if wrong and not go_on:
         for rung in result.rungs[wrong[0] + 1 :]:
@@ -313,7 +318,7 @@ def _written(
         out = Path(folder) / f"{case.name}.out.safetensors"
         write_tensors(given, inputs(case, dict(steps)))
         words = [word.replace("{in}", str(given)).replace("{out}", str(out)) for word in program]
-        _run([program[0], *words[1:]], time_limit, Path(folder) / "said")
+        _run(words, time_limit, Path(folder) / "said")
         tensors = read_output(out)
     known = keys(case.config, case.tokenizer.vocab_size)
     names = {f"step{number}/{key}": (number, key) for number in steps for key in known}

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from crosscheck.__main__ import main
+from crosscheck.cases import load_case, save_case, with_params
 from crosscheck.kit import STAGES, write_kit
 from crosscheck.port import Climb, PortError, climb, command_line, read_output
 from microgpt.errors import MicrogptError
@@ -324,6 +325,21 @@ def test_with_all_a_program_that_fails_once_goes_on_with_the_other_cases(
 
 
 # The command line
+
+
+def test_stages_that_no_case_has_are_refused(program: Callable[..., list[str]]) -> None:
+    with pytest.raises(MicrogptError, match="no case of these has tensors of the stage layers"):
+        run(program(), ["single-character"], stages=["layers"])
+
+
+def test_a_case_that_the_reference_cannot_compute_is_refused(
+    program: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    case = load_case("single-character")
+    params = {name: np.array(matrix) * 1e200 for name, matrix in case.params.items()}
+    save_case(with_params(case, params), tmp_path / "infinite.yaml")
+    with pytest.raises(MicrogptError, match="case infinite: vectorized itself stops with"):
+        run(program(), [str(tmp_path / "infinite.yaml")])
 
 
 @pytest.mark.parametrize(
