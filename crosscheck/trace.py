@@ -122,10 +122,10 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
     except FloatingPointError as error:
         raise failure or error from None
     try:
-        by_position = [list(row) for row in pair.trained.position_losses(docs)]
+        by_position = np.array(pair.trained.position_losses(docs))
     except FloatingPointError:
-        by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
-    keep("eval", {"loss_t": _padded(by_position)})
+        by_position = np.full((len(docs), max(map(len, docs)) - 1), math.nan)
+    keep("eval", {"loss_t": by_position})
     keep("read", {"logits": pair.watched.read(docs[0][:-1])})
     for backend in (pair.trained, pair.watched):
         backend.backward()
@@ -187,11 +187,6 @@ def padded_tokens(docs: Docs) -> Array:
     """(B, T + 1) token ids, -1 where a document has ended."""
     longest = max(map(len, docs))
     return np.array([[*tokens, *[-1] * (longest - len(tokens))] for tokens in docs])
-
-
-def _padded(rows: list[list[float]]) -> Array:
-    longest = max(map(len, rows))
-    return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
 
 
 def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
