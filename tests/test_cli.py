@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import yaml
 
-from microgpt import cli, data, evaluate, report, train
+from microgpt import cli, data, download, evaluate, report, train
 from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
@@ -815,7 +815,7 @@ def test_an_absent_network_gets_one_line_and_touches_nothing(
     def urlopen(*arguments: object, **more: object) -> None:
         raise trouble
 
-    monkeypatch.setattr(data, "urlopen", urlopen)
+    monkeypatch.setattr(download, "urlopen", urlopen)
     monkeypatch.setenv("MICROGPT_CACHE", str(here / "cache"))
     assert microgpt("train", "--dataset", "makemore") == 2
     (line,) = capsys.readouterr().err.splitlines()
