@@ -85,7 +85,7 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
         tokens[:, :n], targets[:, :n], weights[:, :n] = both[:, :-1], both[:, 1:], 1 / (of * n)
         tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
         return
-    n = np.fromiter(map(len, docs), int, B)[:, None] - 1  # (B, 1)
+    n = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
     t = np.arange(T + 1)  # (T + 1,)
     both = np.zeros((B, T + 1), int)
     inside = t <= n  # (B, T + 1)
