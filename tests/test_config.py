@@ -45,10 +45,12 @@ LATER_ADDITIONS: dict[str, Any] = {  # off in both
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "grad_clip": 0.0,
+    "documents": "lines",
     "held_out": 0,
     "cores": 1,
     "max_seconds": 0.0,
     "checkpoint_every": 0,
+    "eval_every": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "microgpt": {
@@ -124,7 +126,7 @@ def test_block_size_counts_positions_or_tokens(preset: str, max_tokens: int) -> 
         ("vocabulary", "bos-eos-chars", "bos-eos-chars"),
         ("dtype", "float32", "float32"),
         ("dataset", "12", "12"),
-        ("seed", "-1", -1),
+        ("seed", "0", 0),
         ("beta1", "0", 0.0),
         ("num_samples", "0", 0),
     ],
@@ -249,6 +251,7 @@ def test_a_size_is_positive(name: str, text: str) -> None:
         ("init_std", "-0.1", "0 or more, got -0.1"),
         ("init_std_residual", "-0.1", "0 or more, got -0.1"),
         ("num_samples", "-1", "0 or more, got -1"),
+        ("seed", "-5", "0 or more, got -5: Python's random draws alike from -5 and 5"),
         ("temperature", "nan", "a finite number, got nan"),
         ("beta1", "nan", "a finite number, got nan"),
         ("learning_rate", "inf", "a finite number, got inf"),
