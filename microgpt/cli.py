@@ -179,16 +179,11 @@ def sample(options: argparse.Namespace) -> int:
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.memory import check_memory
+    from microgpt.tokenizer import prompt_ids
 
     held = load_checkpoint(options.checkpoint)
     config, tokenizer = held.config, held.tokenizer
-    prompt = tokenizer.encode(options.prompt)
-    if len(prompt) >= config.block_size:
-        raise MicrogptError(
-            f"--prompt: {len(prompt)} characters leave no room in a context of"
-            f" {config.block_size} positions, of which BOS takes one;"
-            f" {config.block_size - 1 or 'none'} would do"
-        )
+    prompt = prompt_ids(options.prompt, tokenizer, config, "--prompt")
     temperature = config.temperature
     if options.temperature is not None:
         temperature = typed_flag("temperature", options.temperature)

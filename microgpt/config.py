@@ -199,7 +199,7 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
             line = on_line(raw, name)
             raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}{line}")
-    return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
+    return {name: typed(name, value, f"{where}: {name}") for name, value in raw.items()}
 
 
 def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
@@ -221,7 +221,7 @@ def typed_flag(name: str, text: str, where: str = "") -> Any:
     value: Any = text
     with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
         value = kind(text) if kind is not bool else {"true": True, "false": False}[text]
-    return _typed(name, value, where or flag(name))
+    return typed(name, value, where or flag(name))
 
 
 def flag(name: str) -> str:
@@ -274,7 +274,8 @@ def on_line(raw: Mapping[Any, Any], key: Any) -> str:
     return f" (line {line})" if line else ""
 
 
-def _typed(name: str, value: Any, where: str) -> Any:
+def typed(name: str, value: Any, where: str) -> Any:
+    """The value of a field that came from outside, if its type and range are right."""
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
     if type(value) is int and abs(value) > LARGEST:
