@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def test_there_are_these_presets_and_the_default_is_the_original() -> None:
-    assert presets() == [*PRESETS, "names-fast"]
+    assert presets() == [*PRESETS, "names-fast", "text"]
     assert load_config() == load_config("microgpt")
 
 
@@ -293,7 +293,7 @@ def test_an_unknown_preset_is_refused_with_the_names_of_all(source: str) -> None
         load_config(source)
     assert str(refusal.value) == (
         f"--config: there is no preset and no file {source!r};"
-        " the presets are microgpt, microgpt-243, names-fast"
+        " the presets are microgpt, microgpt-243, names-fast, text"
     )
 
 

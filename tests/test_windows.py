@@ -52,6 +52,14 @@ def figures(out: str) -> list[dict[str, Any]]:
 # which windows
 
 
+def test_a_preset_learns_a_book_in_windows() -> None:
+    config = load_config("text")
+    training, held_out = parts(load_documents(config.dataset, config.documents), config)
+    assert isinstance(training, Windows)
+    assert 0.09 < len(held_out) / (len(held_out) + training.per_epoch) < 0.11
+    assert config.steps * config.batch_size > 20 * training.per_epoch
+
+
 @given(length=st.integers(1, 60), n=st.integers(1, 12), epoch=st.integers(0, 3))
 def test_the_windows_of_an_epoch_stand_side_by_side_each_once(
     length: int, n: int, epoch: int
