@@ -184,10 +184,10 @@ def _watch(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None, record: S
                 keep("read", {"logits": backend.read(docs[0][:-1])})
             if trained:
                 try:
-                    by_position = [list(row) for row in backend.position_losses(docs)]
+                    by_position = np.array(backend.position_losses(docs))
                 except FloatingPointError:
-                    by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
-                keep("eval", {"loss_t": _padded(by_position)})
+                    by_position = np.full((len(docs), max(map(len, docs)) - 1), math.nan)
+                keep("eval", {"loss_t": by_position})
             try:
                 backend.backward()
             except Exception:
@@ -267,11 +267,6 @@ def padded_tokens(docs: Docs) -> Array:
     """(B, T + 1) token ids, -1 where a document has ended."""
     longest = max(map(len, docs))
     return np.array([[*tokens, *[-1] * (longest - len(tokens))] for tokens in docs])
-
-
-def _padded(rows: list[list[float]]) -> Array:
-    longest = max(map(len, rows))
-    return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
 
 
 def axes(key: str) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class Backend(Protocol):
     def position_losses(self, docs: Docs) -> Sequence[Sequence[float]]:
         """-log p(next token) at every position of every document; nothing is learned.
 
-        A row for each document, as long as it has positions; the next call may overwrite it.
+        A row for each document, (B, T), with zeros after its last position.
 
         Raises FloatingPointError if one is not finite.
         """

@@ -230,13 +230,14 @@ def flag(name: str) -> str:
 
 
 def _read_source(source: str) -> dict[Any, Any]:
-    path = CONFIGS / f"{source}.yaml" if source in presets() else Path(source)
-    if not os.path.isfile(path):
+    if source in presets():
+        return {"preset": source}
+    if not os.path.isfile(source):
         raise MicrogptError(
             f"--config: there is no preset and no file {source!r};"
             f" the presets are {', '.join(presets())}"
         )
-    return read_yaml(path)
+    return read_yaml(Path(source))
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:

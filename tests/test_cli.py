@@ -26,12 +26,13 @@ import numpy as np
 import pytest
 import yaml
 
-from microgpt import cli, data, evaluate, report, train
+from microgpt import cli, data, download, evaluate, report, train
 from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
 from microgpt.config import FIELDS, flag, load_config
 from microgpt.rundir import RUN_FILES
+from microgpt.tokenizer import build_tokenizer
 
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Rewrite = Callable[[Path, Path, Edit], None]
@@ -605,11 +606,11 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
 
 
 @pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize("batch", [3, 256])
+@pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
-    backend: str, batch: int, small: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, columns: int, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "BATCH", batch)
+    monkeypatch.setattr(evaluate, "COLUMNS", columns)
     held = load_checkpoint(small)
     loss, by_position = expected_evaluation(held)
     result = evaluate.evaluation(
@@ -620,6 +621,19 @@ def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
     expected_counts, expected_means = zip(*by_position)
     assert counts == expected_counts == (8, 8, 6, 6, 5)
     np.testing.assert_allclose(means, expected_means, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
+@pytest.mark.parametrize("longest", [2, 3, 5, 9])
+def test_documents_of_one_length_have_the_same_tokens_as_by_themselves(
+    preset: str, longest: int
+) -> None:
+    chars = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))  # ids beyond 0xD800
+    tokenizer = build_tokenizer(chars, load_config(preset))
+    documents = ["abc", "\u4e2d\U00010fffA", chars[-3:]]
+    found = evaluate.encoded(documents, tokenizer, longest)
+    assert isinstance(found, np.ndarray)
+    assert found.tolist() == [tokenizer.document(document, longest) for document in documents]
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -811,7 +825,7 @@ def test_an_absent_network_gets_one_line_and_touches_nothing(
     def urlopen(*arguments: object, **more: object) -> None:
         raise trouble
 
-    monkeypatch.setattr(data, "urlopen", urlopen)
+    monkeypatch.setattr(download, "urlopen", urlopen)
     monkeypatch.setenv("MICROGPT_CACHE", str(here / "cache"))
     assert microgpt("train", "--dataset", "makemore") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -138,11 +138,13 @@ class Backend:
     def set_grads(self, grads: Tensors) -> None:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
-    def position_losses(self, docs: Docs) -> list[Array]:
-        by_doc = [losses[: len(doc) - 1] for doc, losses in zip(docs, self.worker.losses(docs))]
-        if not np.isfinite(np.concatenate(by_doc)).all():
+    def position_losses(self, docs: Docs) -> Array:
+        n = np.fromiter(map(len, docs), int, len(docs))[:, None] - 1  # (B, 1)
+        T = n.max()
+        losses = np.where(np.arange(T) < n, self.worker.losses(docs)[:, :T], 0.0)  # (B, T)
+        if not np.isfinite(losses).all():
             raise FloatingPointError("the loss of a position is not finite")
-        return by_doc
+        return losses
 
     def read(self, tokens: Sequence[int]) -> Array:
         caches = empty_caches(self.params, self.config)
