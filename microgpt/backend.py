@@ -29,6 +29,12 @@ class State:
     v: Tensors  # and of its square
     updates: int  # how many updates led here
 
+    def __repr__(self) -> str:
+        numbers = sum(len(matrix) * len(matrix[0]) for matrix in self.params.values())
+        return (
+            f"State({numbers:,} parameters in {len(self.params)} tensors, {self.updates} updates)"
+        )
+
 
 def fresh_state(params: Tensors) -> State:
     """The state before the first update: these parameters, and moments of zero."""

@@ -66,6 +66,9 @@ class Checkpoint:
     rng: Random
     documents: str  # the SHA-256 of the data set
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.state!r}, vocabulary {self.tokenizer.vocab_size})"
+
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, whole or not at all.
@@ -142,8 +145,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if os.path.isdir(path):
         path = path / FILE_NAME
-    file = TensorFile(path)
-    metadata = file.metadata
+    try:
+        file = TensorFile(path)
+        metadata = file.metadata
+    except NoTensorsError:
+        metadata = {}
     if metadata.get("format") != FORMAT:
         raise MicrogptError(
             f"{path}: not a checkpoint of microgpt; expected a {FILE_NAME} or a run directory"
@@ -200,6 +206,10 @@ def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
     return {name: tensors[name] for name in shapes}
 
 
+class NoTensorsError(MicrogptError):
+    """A file of another kind."""
+
+
 class TensorFile:
     """A safetensors file of which nothing but the header has been read.
 
@@ -226,9 +236,10 @@ class TensorFile:
                 raise MicrogptError(f"{self.path}: the tensor {name!r} is missing")
             found, has = self.layouts[name]
             if (found, has) != (dtype, shape):
+                types = ("", "") if found == dtype else (f"{found} ", f"{dtype} ")
                 raise MicrogptError(
-                    f"{self.path}: the tensor {name!r} is {found} {has},"
-                    f" and its configuration asks for {dtype} {shape}"
+                    f"{self.path}: the tensor {name!r} is {types[0]}{has},"
+                    f" and its configuration asks for {types[1]}{shape}"
                 )
         surplus = self.layouts.keys() - shapes.keys()
         if surplus:
@@ -257,6 +268,8 @@ class TensorFile:
         """Headers are read whole by safetensors, and take ten times their size in memory."""
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if file.read(1) not in (b"{", b""):
+                raise NoTensorsError(f"{self.path}: not a safetensors file")
             data = os.fstat(file.fileno()).st_size - 8 - length
         if length > LARGEST_HEADER + 4 * max(0, data):
             raise ValueError(f"a header of {length:,} bytes")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microgpt.train import Run
 
 PORTION = 1000  # samples drawn before the first of them is printed
+PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 SIGNALLED = 128  # and the signal's number, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -102,26 +103,28 @@ def train(options: argparse.Namespace) -> int:
     """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
     from microgpt.signals import at_once
 
+    log_every(options)
     with at_once(), _resumed(options) if options.resume else _new(options) as run:
         if run.lock.left_by:
             left_by = _one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
         try:
-            return _train(run)
+            return _train(run, options)
         except KeyboardInterrupt:
             _say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
             raise
 
 
-def _train(run: Run) -> int:
+def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt import report
     from microgpt.rundir import write_samples
 
     config, tokenizer = run.config, run.tokenizer
-    print(report.beginning(config, len(run.documents), tokenizer.vocab_size, run.num_params))
-    progress = report.Progress(run.step, config.steps)
+    if not options.quiet:
+        print(report.beginning(run))
+    progress = report.Progress(run.step, config.steps, log_every(options), options.quiet)
     try:
-        finished = run.train(progress.update)
+        finished = run.train(progress.update, progress.measured)
     finally:
         progress.close()
     if not finished:
@@ -132,46 +135,55 @@ def _train(run: Run) -> int:
         return SIGNALLED + run.signal
     if run.step < config.steps:
         print(f"time is up after step {run.step:,} of {config.steps:,}; {run.how_to_resume}")
-    if progress.done:
-        print(report.ending(progress, tokenizer.vocab_size))
+    said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
     if run.held_out:
-        print(_loss_of_held_out(run))
+        said.append(_loss_of_held_out(run))
     _check_numbers(run.backend, tokenizer)
     documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
     samples = [tokenizer.decode(ids) for ids in documents]
-    write_samples(run.out, samples)
-    for i, sample in enumerate(samples, 1):
-        print(f"sample {i:2}: {printable(sample)}")
+    windows = config.documents == "windows"
+    write_samples(run.out, samples, f"{report.DASHES}\n" if windows else "")
+    said += [report.numbered(samples, windows)] if samples else []
+    if not options.quiet:
+        print("\n".join(said))
     print(f"everything is in {run.out}")
     return 0
+
+
+def log_every(options: argparse.Namespace) -> int:
+    """Steps between lines of progress; 0: as fits."""
+    if options.log_every is None:
+        return 0
+    if options.quiet:
+        raise MicrogptError("--log-every: does not go with --quiet; leave one out")
+    every: int = typed_flag("steps", options.log_every, "--log-every")
+    return every
 
 
 def _loss_of_held_out(run: Run) -> str:
     from microgpt.evaluate import evaluation
 
-    kept = f"on {len(run.held_out):,} documents kept from training"
+    kept = f"on {len(run.held_out):,} {run.config.documents_are} kept from training"
     try:
         loss = evaluation(run.backend, run.held_out, run.tokenizer, run.config).loss
     except ArithmeticError as error:
         return f"no loss {kept}: {error}"
-    return f"loss {loss:.4f} {kept}"
+    best = min(run.best or (loss, run.step), (loss, run.step))
+    more = f", best {best[0]:.4f} at step {best[1]:,}" if run.best else ""
+    return f"loss {loss:.4f} {kept}{more}"
 
 
 def sample(options: argparse.Namespace) -> int:
-    """`microgpt sample`: prints one sample per line."""
+    """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
+    from microgpt import report
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.memory import check_memory
+    from microgpt.tokenizer import prompt_ids
 
     held = load_checkpoint(options.checkpoint)
     config, tokenizer = held.config, held.tokenizer
-    prompt = tokenizer.encode(options.prompt)
-    if len(prompt) >= config.block_size:
-        raise MicrogptError(
-            f"--prompt: {len(prompt)} characters leave no room in a context of"
-            f" {config.block_size} positions, of which BOS takes one;"
-            f" {config.block_size - 1 or 'none'} would do"
-        )
+    prompt = prompt_ids(options.prompt, tokenizer, config, "--prompt")
     temperature = config.temperature
     if options.temperature is not None:
         temperature = typed_flag("temperature", options.temperature)
@@ -183,9 +195,13 @@ def sample(options: argparse.Namespace) -> int:
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
     _check_numbers(backend, tokenizer)
+    windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
-        for ids in backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt):
-            print(printable(tokenizer.decode(ids)))
+        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt)
+        for i, ids in enumerate(drawn, num - left):
+            if windows and i:
+                print(report.DASHES)
+            print(report.shown(tokenizer.decode(ids), windows))
     return 0
 
 
@@ -197,30 +213,44 @@ def _check_numbers(backend: Backend, tokenizer: Tokenizer) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`microgpt eval`: prints the loss, by position and over all."""
+    import json
+
     from microgpt import report
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
-    from microgpt.data import load_documents
-    from microgpt.evaluate import check_evaluation, evaluation
+    from microgpt.evaluate import check_evaluation, chosen, evaluation
 
     held = load_checkpoint(options.checkpoint)
     config = held.config
-    dataset = options.dataset or config.dataset
-    documents = load_documents(dataset)
+    dataset, part, documents = chosen(held, options.dataset, options.part)
     check_evaluation(options.backend, documents, held.tokenizer, config)
     backend = load_backend(options.backend, _reading(config, options.backend), held.state)
+    progress = report.Evaluating(len(documents))
     try:
-        result = evaluation(backend, documents, held.tokenizer, config)
+        result = evaluation(backend, documents, held.tokenizer, config, progress.update)
     except ArithmeticError as error:
         raise MicrogptError(
             f"{dataset}: {error}; the model gives one of its characters no chance at all"
         ) from None
+    finally:
+        progress.close()
     V = held.tokenizer.vocab_size
-    print(f"{'position':>8}  {'documents':>9}  {'loss':>7}")
-    for position, (count, loss) in enumerate(result.by_position, 1):
-        print(f"{position:8}  {count:9,}  {loss:7.4f}")
+    if options.json:
+        said = {
+            "dataset": dataset,
+            "part": part,
+            "kind": config.documents,
+            "documents": len(documents),
+        }
+        print(json.dumps({**said, **report.evaluated(result, V)}, indent=1))
+        return 0
+    count = f"{len(documents):,} {config.documents_are}"
+    print(f"{Path(dataset).name}, {PARTS[part]}: {count}")
+    print(f"{'position':>8}  {config.documents_are:>9}  {'loss':>7}")
+    for position, (reach, loss) in enumerate(result.by_position, 1):
+        print(f"{position:8}  {reach:9,}  {loss:7.4f}")
     print(
-        f"loss {result.loss:.4f}, mean over {len(documents):,} documents;"
+        f"loss {result.loss:.4f}, mean over {count};"
         f" knowing nothing would be ln {V} = {math.log(V):.4f}\n" + report.meaning(result.loss, V)
     )
     return 0
@@ -386,6 +416,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--overwrite", action="store_true", help="replace the run that --out DIR holds"
     )
+    command.add_argument(
+        "--log-every", metavar="N", help="steps between lines of progress (default: as fits)"
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="print nothing but where everything is"
+    )
     fields = command.add_argument_group(
         "configuration", "Each option replaces a field of the preset or file."
     )
@@ -407,8 +443,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "eval", evaluate, "measure a trained model's loss")
     _add_checkpoint(command)
-    command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, or a text file"
-                         " (default: the run's)")  # fmt: skip
+    command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, pride, or a text"
+                         " file (default: the run's)")  # fmt: skip
+    command.add_argument(
+        "--part",
+        metavar="|".join(PARTS),
+        help="of the run's data set (default: what was held out, if anything was, else all)",
+    )
+    command.add_argument("--json", action="store_true", help="for other programs")
 
     command = commands.add_parser(
         "bench",

@@ -70,13 +70,21 @@ class Config:
     beta2: float = _field("Adam's decay of the mean square", least=0, below=1)
     adam_eps: float = _field("Adam's epsilon", above=0)
     dtype: str = _field("precision of vectorized", choices=("float64", "float32"))
-    seed: int = _field("of the one random stream")
+    seed: int = _field("of the one random stream", least=0)
+    dataset: str = _field("names, makemore, pride, or a text file")
+    documents: str = _field(
+        "its lines, or windows of the context all over it",
+        choices=("lines", "windows"),
+        before="lines",
+    )
     held_out: int = _field("documents kept from training, to measure with", least=0)
-    dataset: str = _field("names, makemore, or a text file with one document per line")
     # how it runs
     cores: int = _field("processes that share a batch", least=1, most=256)
     max_seconds: float = _field("stop training after so many; 0: never", least=0)
     checkpoint_every: int = _field("steps between checkpoints; 0: at the end", least=0)
+    eval_every: int = _field(
+        "steps between losses of what is held out; 0: at the end", least=0, before=0
+    )
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
     temperature: float = _field("divides the logits before sampling", above=0)
@@ -90,6 +98,16 @@ class Config:
     def max_tokens(self) -> int:
         """The longest document that is seen whole, BOS and the closing token included."""
         return self.block_size + 1 if self.crop == "positions" else self.block_size
+
+    @property
+    def documents_are(self) -> str:
+        """What a document is called where it is counted."""
+        return "windows" if self.documents == "windows" else "documents"
+
+    @property
+    def window(self) -> int:
+        """How many characters of a text are seen at once, after BOS."""
+        return self.max_tokens - 1
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -181,7 +199,7 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
             line = on_line(raw, name)
             raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}{line}")
-    return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
+    return {name: typed(name, value, f"{where}: {name}") for name, value in raw.items()}
 
 
 def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
@@ -203,7 +221,7 @@ def typed_flag(name: str, text: str, where: str = "") -> Any:
     value: Any = text
     with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
         value = kind(text) if kind is not bool else {"true": True, "false": False}[text]
-    return _typed(name, value, where or flag(name))
+    return typed(name, value, where or flag(name))
 
 
 def flag(name: str) -> str:
@@ -257,7 +275,8 @@ def on_line(raw: Mapping[Any, Any], key: Any) -> str:
     return f" (line {line})" if line else ""
 
 
-def _typed(name: str, value: Any, where: str) -> Any:
+def typed(name: str, value: Any, where: str) -> Any:
+    """The value of a field that came from outside, if its type and range are right."""
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
     if type(value) is int and abs(value) > LARGEST:
@@ -278,7 +297,8 @@ def _typed(name: str, value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise MicrogptError(f"{where}: expected a finite number, got {value}")
     if limits["least"] is not None and value < limits["least"]:
-        raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}")
+        why = ": Python's random draws alike from -5 and 5" if name == "seed" else ""
+        raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}{why}")
     if limits["above"] is not None and value <= limits["above"]:
         raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")
     if isinstance(value, float) and name == "temperature" and value < TINIEST:

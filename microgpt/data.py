@@ -1,4 +1,4 @@
-"""Data sets: texts with one document per line."""
+"""Data sets: texts with one document per line, or a text that is learned in windows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
-from microgpt.config import FIXTURES
+from microgpt.config import FIXTURES, Config
 from microgpt.errors import MicrogptError
 from microgpt.memory import check_file
+from microgpt.windows import Windows, check_window, cut
 
 NAMES = FIXTURES / "data" / "names.txt"
+PRIDE = FIXTURES / "data" / "pride.txt"
+EMBEDDED = {"names": NAMES, "pride": PRIDE}
 
 # the list that the original program downloads
 MAKEMORE_URL = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
@@ -23,31 +27,72 @@ MAKEMORE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8c
 MAKEMORE_BYTES = 228_145
 
 
-def load_documents(dataset: str) -> list[str]:
-    """The documents of `names`, `makemore` or a UTF-8 text file, in the order of the file.
+def load_documents(dataset: str, documents: str = "lines") -> list[str]:
+    """The documents of a data set, in the order of the file; of windows, its text as the only one.
 
-    Lines are stripped and blank ones dropped; repeated ones stay.
+    dataset      names, pride, makemore, or a UTF-8 text file
+    documents    lines, stripped, without the blank ones, or windows
 
     Raises MicrogptError if the file cannot be read as text, or holds no document.
     """
-    if dataset == "names":
-        return read_documents(NAMES)
+    read = read_documents if documents == "lines" else read_text
+    if dataset in EMBEDDED:
+        return read(EMBEDDED[dataset])
     if dataset == "makemore":
-        return read_documents(makemore())
+        return read(makemore())
     if not os.path.isfile(dataset):
         kind = "is a folder, not a" if os.path.isdir(dataset) else "names no data set and no"
         if os.path.exists(dataset) and not os.path.isdir(dataset):
             kind = "is a device or a pipe, not a"
         raise MicrogptError(
             f"--dataset: {dataset!r} {kind} file;"
-            " expected names, makemore, or the path of a text file with one document per line"
+            f" expected {', '.join(EMBEDDED)}, makemore, or the path of a text file"
         )
-    return read_documents(Path(dataset))
+    return read(Path(dataset))
 
 
 def located(dataset: str) -> str:
     """The same data set, from whichever folder one asks."""
-    return dataset if dataset in ("names", "makemore") else os.path.abspath(dataset)
+    return dataset if dataset in (*EMBEDDED, "makemore") else os.path.abspath(dataset)
+
+
+def parts(documents: list[str], config: Config) -> tuple[list[str] | Windows, list[str]]:
+    """What training sees of the shuffled documents, and the last ones, which it does not.
+
+    Raises MicrogptError if nothing would be left to train on.
+    """
+    left = len(documents) - config.held_out
+    if config.documents == "lines":
+        if left < 1:
+            raise MicrogptError(
+                f"--held-out {config.held_out}: the data set has {len(documents):,}"
+                " documents, and none would be left to train on"
+            )
+        return documents[:left], documents[left:]
+    (text,), n = documents, config.window
+    check_window(text, n, config.dataset)
+    left = len(text) - config.held_out * n
+    if left < n:
+        raise MicrogptError(
+            f"--held-out {config.held_out}: the text has {len(text) // n:,} windows of {n}"
+            " characters, and none would be left to train on"
+        )
+    return Windows(text[:left], n, config.seed), cut(text[left:], n)
+
+
+def nth(documents: Sequence[str] | Windows, i: int) -> str:
+    """The document that training sees as its i-th: lines come round and round."""
+    return documents[i] if isinstance(documents, Windows) else documents[i % len(documents)]
+
+
+def in_order(training: list[str] | Windows) -> list[str]:
+    """The documents that training draws from, once each; windows one after another."""
+    return cut(training.text, training.n) if isinstance(training, Windows) else training
+
+
+def digest(documents: list[str]) -> str:
+    """The SHA-256 of documents in their order."""
+    return sha256_of("\n".join(documents).encode())
 
 
 def read_documents(path: Path) -> list[str]:
@@ -55,18 +100,34 @@ def read_documents(path: Path) -> list[str]:
 
     Lines end as on any system, and nowhere else that Unicode takes for a line's end.
     """
+    with _text(path) as file:
+        documents = [document for line in file if (document := line.strip())]
+    if not documents:
+        raise MicrogptError(f"{path}: no documents; expected one on each line")
+    return documents
+
+
+def read_text(path: Path) -> list[str]:
+    """The whole of a UTF-8 text file, as the one document in a list; lines end in \\n."""
+    with _text(path) as file:
+        text = file.read()
+    if not text.strip():
+        raise MicrogptError(f"{path}: there is no text in it")
+    return [text]
+
+
+@contextlib.contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 text file, open. What cannot be read becomes a MicrogptError."""
     try:
         check_file(path, lines=True)
         with open(path, encoding="utf-8-sig") as file:
-            documents = [document for line in file if (document := line.strip())]
+            yield file
     except UnicodeDecodeError:
         number = _first_line_that_is_not_utf_8(path)
         raise MicrogptError(f"{path}: line {number} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
-    if not documents:
-        raise MicrogptError(f"{path}: no documents; expected one on each line")
-    return documents
 
 
 def _first_line_that_is_not_utf_8(path: Path) -> int:

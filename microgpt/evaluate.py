@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import cast
 
 import numpy as np
 
 from microgpt.backend import Backend, Docs
+from microgpt.checkpoint import Checkpoint
 from microgpt.config import Config
+from microgpt.data import digest, in_order, load_documents, parts
+from microgpt.errors import MicrogptError, shortened
 from microgpt.memory import check_memory
 from microgpt.tokenizer import Tokenizer
 
@@ -25,9 +29,15 @@ class Evaluation:
 
 
 def evaluation(
-    backend: Backend, documents: Sequence[str], tokenizer: Tokenizer, config: Config
+    backend: Backend,
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    config: Config,
+    progress: Callable[[int], object] = id,
 ) -> Evaluation:
     """Show every document to the model once; nothing is learned.
+
+    progress    is told how many documents are done, after each batch
 
     Raises MicrogptError naming the first character that the model never saw.
     """
@@ -45,7 +55,8 @@ def evaluation(
         losses = np.asarray(backend.position_losses(docs), float)  # (B, T), padded with zeros
         doc_sum += float((losses.sum(axis=1) / n[rows]).sum())
         sums[: n[start]] += losses.sum(axis=0)
-        start = rows.stop
+        start = min(rows.stop, len(documents))
+        progress(start)
     counts = len(n) - np.searchsorted(n[::-1], np.arange(n[0]), "right")  # documents that reach it
     means = sums[: n[0]] / counts
     return Evaluation(doc_sum / len(n), list(zip(counts.tolist(), means.tolist())))
@@ -61,6 +72,38 @@ def encoded(documents: Sequence[str], tokenizer: Tokenizer, longest: int) -> Doc
     tokens[:, 0] = tokenizer.bos
     tokens[:, 1:-1] = ids.reshape(len(documents), -1)
     return cast("Docs", tokens[:, :longest])
+
+
+def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str, str, list[str]]:
+    """The data set, its part and the documents to measure a model with.
+
+    dataset    another one than the run's
+    part       held-out, training or all; where none is named, what was held out, if anything was
+
+    Raises MicrogptError if there is no such part.
+    """
+    config = held.config
+    part = part or ("held-out" if config.held_out and not dataset else "all")
+    if part not in ("held-out", "training", "all"):
+        raise MicrogptError(f"--part: expected held-out, training or all, got {shortened(part)}")
+    if part != "all" and dataset:
+        raise MicrogptError(f"--part {part}: is of the run's own data set; leave out --dataset")
+    if part == "held-out" and not config.held_out:
+        raise MicrogptError("--part held-out: this run held nothing out; measure all")
+    name = dataset or config.dataset
+    documents = load_documents(name, config.documents)
+    if part != "all":
+        Random(config.seed).shuffle(documents)
+        if digest(documents) != held.documents:
+            raise MicrogptError(
+                f"{name}: has changed since the model was trained, so what was held out is not"
+                " known; choose --dataset FILE or --part all"
+            )
+        training, held_out = parts(documents, config)
+        documents = held_out if part == "held-out" else in_order(training)
+    elif config.documents == "windows":
+        documents = in_order(parts(documents, replace(config, held_out=0))[0])
+    return name, part, documents
 
 
 def check_evaluation(

@@ -2,6 +2,7 @@
 
 config.yaml              the configuration, complete
 metrics.jsonl            one object per step: step (from 1), loss, lr, seconds (that this step took)
+                         and where measured: held_out, the loss of what training does not see
 checkpoint.safetensors   see microgpt.checkpoint
 samples.txt              what the trained model wrote, one document per line; written last
 run.lock                 there while a run writes to the directory, with the name of its process
@@ -140,6 +141,8 @@ def holds_run(out: Path) -> bool:
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Raises TakenError if a directory holds a run that is not to be replaced."""
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise TakenError(f"--out {out}: is a file; name a directory, which need not exist yet")
     if holds_run(out) and not overwrite:
         raise TakenError(
             f"--out {out}: holds a run already; choose another directory, continue that run with"
@@ -161,6 +164,18 @@ def claim(out: Path, overwrite: bool) -> RunLock:
     with released_on_error(lock):
         check_free(out, overwrite)
     return lock
+
+
+def discard(lock: RunLock) -> None:
+    """Remove a run, and its directory and that of all runs if there is nothing else in them."""
+    tidy(lock.out)
+    for run_file in RUN_FILES:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.out / run_file)
+    lock.release()
+    for folder in (lock.out, lock.out.parent):
+        with contextlib.suppress(OSError):  # it holds other things
+            folder.rmdir()
 
 
 def claim_free(first: Path) -> RunLock:
@@ -205,12 +220,14 @@ class Metrics:
         with contextlib.suppress(OSError):  # what a checkpoint counts on was synced before
             self.file.close()
 
-    def write(self, step: int, loss: float, lr_t: float, seconds: float) -> None:
+    def write(
+        self, step: int, loss: float, lr_t: float, seconds: float, held_out: float | None
+    ) -> None:
         """Add the line of a step, counted from 1."""
+        more = "" if held_out is None else f', "held_out": {held_out!r}'
+        line = f'"step": {step}, "loss": {loss!r}, "lr": {lr_t!r}, "seconds": {seconds:.9f}{more}'
         with writing(self.path):
-            self.file.write(
-                f'{{"step": {step}, "loss": {loss!r}, "lr": {lr_t!r}, "seconds": {seconds:.9f}}}\n'
-            )
+            self.file.write(f"{{{line}}}\n")
 
     def sync(self) -> None:
         """See every line onto the disk.
@@ -253,6 +270,13 @@ def metrics_until(out: Path, updates: int) -> bytes:
     return b"".join(line + b"\n" for line in lines[: len(steps)])
 
 
+def best_held_out(lines: bytes) -> tuple[float, int] | None:
+    """The lowest loss of what is held out in these lines of metrics, and its step, if there is."""
+    measured = (json.loads(line) for line in lines.splitlines() if b'"held_out"' in line)
+    found = [(entry.get("held_out"), entry["step"]) for entry in measured]
+    return min((pair for pair in found if isinstance(pair[0], float)), default=None)
+
+
 def _step(line: bytes) -> int | None:
     try:
         step = json.loads(line)["step"]
@@ -272,9 +296,9 @@ def write_config(out: Path, config: Config) -> None:
     write_whole(out / CONFIG, text.encode())
 
 
-def write_samples(out: Path, samples: list[str]) -> None:
-    """samples.txt: one sample per line."""
-    write_whole(out / SAMPLES, "".join(f"{sample}\n" for sample in samples).encode())
+def write_samples(out: Path, samples: list[str], between: str = "") -> None:
+    """samples.txt: one sample per line, or where they have several, with a line between them."""
+    write_whole(out / SAMPLES, between.join(f"{sample}\n" for sample in samples).encode())
 
 
 def remove_samples(out: Path) -> None:

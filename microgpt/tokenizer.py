@@ -22,6 +22,9 @@ class Tokenizer:
     bos: int
     eos: int
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size} tokens: {shortened(''.join(self.chars))})"
+
     @property
     def vocab_size(self) -> int:
         """V: the characters and what opens and closes a document."""
@@ -53,6 +56,17 @@ class Tokenizer:
         """The text of ids. BOS, where it does not close a document, is written <BOS>."""
         text = {i: char for char, i in self.ids.items()}
         return "".join([text.get(i, "<BOS>") for i in ids])
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer, config: Config, where: str) -> list[int]:
+    """The ids of a text that samples begin with; refused if it leaves no room for more."""
+    ids = tokenizer.encode(prompt)
+    if len(ids) >= config.block_size:
+        raise MicrogptError(
+            f"{where}: {len(ids)} characters leave no room in a context of {config.block_size}"
+            f" positions, of which BOS takes one; {config.block_size - 1 or 'none'} would do"
+        )
+    return ids
 
 
 def build_tokenizer(chars: Iterable[str], config: Config) -> Tokenizer:

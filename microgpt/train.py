@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from microgpt.checkpoint import (
     not_finite,
     save_checkpoint,
 )
-from microgpt.config import Config, checked
-from microgpt.data import load_documents, located
+from microgpt.config import TINIEST, Config, checked, flag
+from microgpt.data import digest, load_documents, located, nth, parts
 from microgpt.errors import LostHelpError, MicrogptError
+from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.memory import check_memory
@@ -33,9 +33,11 @@ from microgpt.rundir import (
     SAMPLES,
     Metrics,
     RunLock,
+    best_held_out,
     check_free,
     claim,
     claim_free,
+    discard,
     metrics_until,
     released_on_error,
     remove_samples,
@@ -45,6 +47,7 @@ from microgpt.rundir import (
 )
 from microgpt.signals import between_steps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
+from microgpt.windows import Windows
 
 # what --resume may change: nothing that the model or the order of the data depends on (where the
 # data set lies may change, what is in it may not)
@@ -52,14 +55,30 @@ RESUMABLE = (
     "dataset",
     "steps",
     "learning_rate",
+    "weight_decay",
+    "grad_clip",
+    "adam_eps",
     "cores",
     "max_seconds",
     "checkpoint_every",
+    "eval_every",
     "num_samples",
     "temperature",
 )
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
+Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out
+
+# What may make a run diverge: a value that does well, and -1 where it is smaller ones that do harm.
+USUAL = {
+    "init_std": (0.08, 1),
+    "learning_rate": (0.01, 1),
+    "weight_decay": (0.1, 1),
+    "adam_eps": (1e-8, -1),
+    "norm_eps": (1e-5, -1),
+}
+BEFORE_STEP_1 = ("init_std", "norm_eps")  # the likeliest first
+LATER = ("learning_rate", "weight_decay", "adam_eps", "norm_eps", "init_std")
 
 
 @dataclass
@@ -73,16 +92,19 @@ class Run:
     rng: Random  # as the initialisation left it: the samples are drawn from here on
     lock: RunLock  # on the run's directory
     step: int = 0  # how many steps are done
-    saved: int = -1  # how many of them the checkpoint has had
+    best: tuple[float, int] | None = None  # the lowest loss of what is held out, and its step
+    numbered: bool = False  # whether the directory's name was not asked for
+    saved: int = -1  # how many steps the checkpoint has had
     signal: int = 0  # the signal that ended training early
+    remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
 
-    def train(self, progress: Progress) -> bool:
+    def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
         """Run the steps that are left, or as many as max_seconds allows. False if a signal came.
 
         A checkpoint has its steps in metrics.jsonl before it takes the place of the one before.
 
         Raises MicrogptError if a number is not finite or a file cannot be written; the checkpoint
-        before stays as it is.
+        before stays as it is. A directory that was numbered is removed if that is all it has.
         """
         try:
             with (
@@ -90,13 +112,17 @@ class Run:
                 between_steps() as received,
                 np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
             ):
-                self._steps(progress, metrics, received)
+                self._steps(progress, measured, metrics, received)
         except MicrogptError as error:
+            if self.numbered and self.saved == 0 and self.lock.stands:
+                discard(self.lock)
             raise MicrogptError(f"{error}{self._what_is_left()}") from None
         self.signal = received[0] if received else 0
         return not received
 
-    def _steps(self, progress: Progress, metrics: Metrics, received: list[int]) -> None:
+    def _steps(
+        self, progress: Progress, measured: Measured, metrics: Metrics, received: list[int]
+    ) -> None:
         every = self.config.checkpoint_every
         deadline = perf_counter() + (self.config.max_seconds or math.inf)
         while self.step < self.config.steps and not received:
@@ -111,11 +137,14 @@ class Run:
                 raise
             self.step += 1
             seconds = perf_counter() - start
-            metrics.write(self.step, loss, lr_t, seconds)
+            held_out = self._measure()
+            metrics.write(self.step, loss, lr_t, seconds, held_out)
             if every and self.step % every == 0:
                 self._save(metrics)
             try:
                 progress(self.step, loss, seconds)
+                if held_out is not None:
+                    measured(self.step, held_out)
             except OSError:  # nobody reads the progress any more
                 if not received:
                     self._save(metrics)
@@ -133,6 +162,18 @@ class Run:
             raise self._diverged(self.step + 1, what) from None
         return loss
 
+    def _measure(self) -> float | None:
+        """The loss of what is held out, after every so many steps; None if it is not finite."""
+        every = self.config.eval_every
+        if not (every and self.held_out and self.step % every == 0):
+            return None
+        try:
+            loss = evaluation(self.backend, self.held_out, self.tokenizer, self.config).loss
+        except ArithmeticError:
+            return None
+        self.best = min(self.best or (loss, self.step), (loss, self.step))
+        return loss
+
     def _save(self, metrics: Metrics) -> None:
         if self.saved != self.step:
             metrics.sync()
@@ -147,10 +188,10 @@ class Run:
         self.saved = self.step
 
     def _diverged(self, step: int, what: str) -> MicrogptError:
-        if self.step == 0:
-            advice = f"try a smaller --init-std than {self.config.init_std}"
-        else:
-            advice = f"try a smaller --learning-rate than {self.config.learning_rate}"
+        name, direction, better = suspect(self.config, self.step)
+        self.remedy = f"{flag(name)} {better:g}" if name in RESUMABLE else None
+        than = f"{'smaller' if direction > 0 else 'larger'} {flag(name)} than"
+        advice = f"try a {than} {getattr(self.config, name):g}, such as {better:g}"
         return MicrogptError(f"step {step}: {what}; {advice}")
 
     def _first_not_finite(self, docs: Docs) -> str:
@@ -165,14 +206,17 @@ class Run:
         )
 
     def _what_is_left(self) -> str:
-        if self.step == 0 or not self.lock.stands or not (self.out / FILE_NAME).is_file():
+        if self.step == 0 or self.remedy is None:
+            return ""
+        if not self.lock.stands or not (self.out / FILE_NAME).is_file():
             return ""
         return f"; the checkpoint of step {self.saved} is kept: {self.how_to_resume}"
 
     @property
     def how_to_resume(self) -> str:
         """What to type to go on from the last checkpoint."""
-        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}"
+        remedy = f" {self.remedy}" if self.remedy else ""
+        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}{remedy}"
 
     @property
     def out(self) -> Path:
@@ -187,12 +231,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.digest = digest(self.documents)
-        self.training = self.documents[: len(self.documents) - self.config.held_out]
+        self.training, self.held_out = parts(self.documents, self.config)
 
-    @property
-    def held_out(self) -> list[str]:
-        """The documents that training does not see."""
-        return self.documents[len(self.training) :]
+    def __repr__(self) -> str:
+        return f"Run({self.out}, step {self.step} of {self.config.steps})"
 
     @property
     def num_params(self) -> int:
@@ -221,18 +263,23 @@ def new_run(
     if out is not None:
         check_free(out, overwrite)
     rng = Random(config.seed)
-    documents = load_documents(config.dataset)
+    documents = load_documents(config.dataset, config.documents)
     config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
     check_memory(config, tokenizer.vocab_size, documents, backend_name)
+    parts(documents, config)
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend(backend_name, config, fresh_state(params))
-    _check_held_out(config, documents)
     lock = claim_free(Path("runs") / name) if out is None else claim(out, overwrite)
     with released_on_error(lock):
-        run = Run(config, tokenizer, documents, backend, rng, lock)
-        _begin(run, b"")
+        run = Run(config, tokenizer, documents, backend, rng, lock, numbered=out is None)
+        try:
+            _begin(run, b"")
+        except MicrogptError:
+            if run.numbered:
+                discard(lock)
+            raise
     return run
 
 
@@ -262,18 +309,18 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
             )
-        _check_held_out(config, documents)
         check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
         backend = load_backend(backend_name, config, held.state)
         lines = metrics_until(out, updates)
-        run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates)
+        best = best_held_out(lines)
+        run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates, best)
         _begin(run, lines)
     return run
 
 
 def _documents(config: Config, out: Path) -> list[str]:
     try:
-        return load_documents(config.dataset)
+        return load_documents(config.dataset, config.documents)
     except MicrogptError as error:
         raise MicrogptError(
             f"the run in {out} began with another place for its data; say where it is now with"
@@ -294,14 +341,6 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
     return checked({**dataclasses.asdict(config), **changes})
 
 
-def _check_held_out(config: Config, documents: list[str]) -> None:
-    if config.held_out >= len(documents):
-        raise MicrogptError(
-            f"--held-out {config.held_out}: the data set has {len(documents):,}"
-            " documents, and none would be left to train on"
-        )
-
-
 def _begin(run: Run, metrics: bytes) -> None:
     """Make the directory that of this run. After a kill in between, --resume does the rest."""
     tidy(run.out)  # first: what a killed run left may be what fills the disk
@@ -311,11 +350,13 @@ def _begin(run: Run, metrics: bytes) -> None:
     remove_samples(run.out)
 
 
-def batch(step: int, documents: list[str], tokenizer: Tokenizer, config: Config) -> list[list[int]]:
-    """The tokens of this step's documents: the next batch_size ones, round and round."""
+def batch(
+    step: int, documents: Sequence[str] | Windows, tokenizer: Tokenizer, config: Config
+) -> list[list[int]]:
+    """The tokens of this step's documents: the next batch_size ones."""
     first = step * config.batch_size
     return [
-        tokenizer.document(documents[(first + i) % len(documents)], config.max_tokens)
+        tokenizer.document(nth(documents, first + i), config.max_tokens)
         for i in range(config.batch_size)
     ]
 
@@ -337,6 +378,19 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate
 
 
-def digest(documents: list[str]) -> str:
-    """The SHA-256 of documents in their order."""
-    return hashlib.sha256("\n".join(documents).encode()).hexdigest()
+def suspect(config: Config, step: int) -> tuple[str, int, float]:
+    """The option that made a run diverge, as it seems: -1 if it is too small, and a better value.
+
+    It is the learning rate, or before the first update the initial weights, unless another is out
+    by two orders of magnitude and by more than those.
+    """
+    orders = {
+        name: direction * math.log10(max(getattr(config, name), TINIEST) / usual)
+        for name, (usual, direction) in USUAL.items()
+    }
+    likeliest, *others = LATER if step else BEFORE_STEP_1
+    name = max(others, key=orders.__getitem__)
+    if orders[name] < max(2, orders[likeliest]):
+        name = likeliest
+    usual, direction = USUAL[name]
+    return name, direction, usual if orders[name] > 1 else getattr(config, name) / 10**direction

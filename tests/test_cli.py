@@ -194,7 +194,7 @@ def test_the_first_revision_is_a_preset(here: Path, capsys: pytest.CaptureFixtur
         [],
         ["--batch-size", "4"],
         ["--config", "microgpt-243", "--batch-size", "2"],
-        ["--init-std-residual", "0", "--seed", "-7"],
+        ["--init-std-residual", "0", "--seed", "7"],
     ],
 )
 def test_the_backend_changes_nothing_else(
@@ -648,6 +648,7 @@ def test_eval_prints_the_loss_by_position_and_against_knowing_nothing(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert printed.out.splitlines() == [
+        "seen.txt, all: 8 documents",
         "position  documents     loss",
         *(
             f"{position:8}  {count:9}  {mean:7.4f}"
@@ -679,7 +680,7 @@ def test_documents_cropped_by_tokens_have_a_position_less(
     assert microgpt("train", *first, "--out", "run") == 0
     capsys.readouterr()
     assert microgpt("eval", "run") == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-2]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:-2]]
     assert [row[:2] for row in rows] == [["1", "9"], ["2", "9"], ["3", "8"], ["4", "8"]]
 
 
@@ -744,7 +745,13 @@ BAD_INPUT = [
     ("train --dataset latin.txt", "latin.txt: line 2 is not UTF-8 text; save it as UTF-8"),
     ("train --dataset ''", "--dataset: ''"),
     (f"train --dataset {LONG}", ""),
-    ("train --out words.txt", "words.txt"),
+    ("train --out words.txt", "--out words.txt: is a file; name a directory"),
+    ("train --seed -5", "--seed: expected 0 or more, got -5: Python's random draws alike from"),
+    ("sample run --seed -5", "--seed: expected 0 or more, got -5: Python's random draws alike"),
+    ("train --log-every 0", "--log-every: expected 1 or more, got 0"),
+    ("train --log-every 5 --quiet", "--log-every: does not go with --quiet; leave one out"),
+    ("train --documents words", "--documents: expected lines or windows, got 'words'"),
+    ("train --dataset words.txt --documents windows", "words.txt: has 9 characters, fewer than a"),
     ("train --out words.txt/run", "words.txt/run"),
     ("train --out run", "--out run: holds a run already"),
     (f"train --out {LONG}", ""),
@@ -757,11 +764,11 @@ BAD_INPUT = [
     ("sample missing", "missing: there is no such file"),
     ("sample 'missing\nhere'", "there is no such file"),
     ("sample folder", "checkpoint.safetensors: there is no such file"),
-    ("sample words.txt", "words.txt: not a readable safetensors file"),
+    ("sample words.txt", "words.txt: not a checkpoint of microgpt; expected a checkpoint.saf"),
     ("sample cut", "cut: not a readable safetensors file"),
     ("sample tensors", "tensors: not a checkpoint of microgpt"),
     ("sample version", "version: a checkpoint of version '1', and this program reads version '2'"),
-    ("sample shape", "shape: the tensor 'wpe' is float64 (13, 4)"),
+    ("sample shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
     (f"sample {LONG}", ""),
     ("sample run --prompt emmq", "the character 'q' (U+0071) in 'emmq' is not in the vocabulary"),
     ("sample run --prompt \u00fc", "(U+00FC)"),
@@ -777,11 +784,14 @@ BAD_INPUT = [
     ("eval missing", "missing: there is no such file"),
     ("eval cut", "cut: not a readable safetensors file"),
     ("eval version", "version: a checkpoint of version '1'"),
-    ("eval shape", "shape: the tensor 'wpe' is float64 (13, 4)"),
+    ("eval shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
     ("eval run --dataset missing.txt", "'missing.txt' names no data set and no file"),
     ("eval run --dataset empty.txt", "empty.txt: no documents"),
     ("eval run --dataset latin.txt", "latin.txt: line 2 is not UTF-8 text"),
     ("eval run --dataset unseen.txt", "the character 'q' (U+0071) in 'quinn' is not in the"),
+    ("eval run --part some", "--part: expected held-out, training or all, got 'some'"),
+    ("eval run --part held-out", "--part held-out: this run held nothing out; measure all"),
+    ("eval run --part training --dataset words.txt", "--part training: is of the run's own data"),
     ("eval run --backend torch", "unknown backend 'torch'; expected scalar or vectorized"),
 ]
 

@@ -101,11 +101,13 @@ def test_a_missing_file_is_refused_with_what_is_expected(tmp_path: Path) -> None
         load_documents(missing)
     message = str(refusal.value)
     assert message.startswith(f"--dataset: {missing!r} names no data set and no file;")
-    assert "expected names, makemore, or the path of a text file" in message
+    assert "expected names, pride, makemore, or the path of a text file" in message
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MicrogptError, match="is a folder, not a file; expected names, makemore"):
+    with pytest.raises(
+        MicrogptError, match="is a folder, not a file; expected names, pride, makemore"
+    ):
         load_documents(str(tmp_path))
 
 
