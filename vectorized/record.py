@@ -731,7 +731,8 @@ class Recording:
 
     def bind(self, block: Array) -> None:
         """Give the calls their memory."""
-        self.runs = [[_bound(call, block) for call in part] for part in self.parts]
+        views: dict[Any, Array] = {}  # NumPy is faster where input and output are one object
+        self.runs = [[_bound(call, block, views) for call in part] for part in self.parts]
         self.size = sum(map(len, self.runs))  # calls
         self.parts = []
 
@@ -743,14 +744,21 @@ class Recording:
             f(*arguments)
 
 
-def _bound(call: Call, block: Array) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _bound(
+    call: Call, block: Array, known: dict[Any, Array]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The function and its arguments, in memory that exists."""
     arrays = [x.view if isinstance(x, Traced) else np.asarray(x) for x in call.operands]
     forms = [(x.shape, x.strides) for x in arrays]
     if call.elementwise:
         forms = _fused(tuple(forms))
-    views = tuple(_in_memory(x, block, *form) for x, form in zip(call.operands, forms))
-    return BOUND[call.f](*views) if call.f in BOUND else (call.f, views)
+    views = []
+    for x, form in zip(call.operands, forms):
+        view = _in_memory(x, block, *form)
+        if isinstance(view, np.ndarray):
+            view = known.setdefault((address(view), view.shape, view.strides, view.dtype), view)
+        views.append(view)
+    return BOUND[call.f](*views) if call.f in BOUND else (call.f, tuple(views))
 
 
 @lru_cache(maxsize=4096)
