@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import count
 
 import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.diagnose import diagnose
-from crosscheck.explain import expression, shown
+from crosscheck.explain import Expression, expression, shown
+from crosscheck.lines import function_of, lines_of
+from crosscheck.samples import parted
+from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
-from crosscheck.trace import Array, Step, real, split_key, taught
+from crosscheck.trace import Array, Step, axes, keys, real, split_key, taught
 
+SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
+TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
+NEAR = 0.5  # of the largest share: such elements count as ties
+CHOICE = "the first near the largest share of what is allowed, among typical ones"
 KINK = 1e-9  # a ReLU input this close to 0 may fall on either side by rounding alone
 
 
@@ -40,7 +47,12 @@ class Disagreement:
     expected: float = 0.0  # what they come to
     at_fault: str = ""  # "reference" or "candidate": whose number is not what its operands say
     diagnosis: str = ""  # what it looks like, where that is known
+    where: str = ""  # which elements are wrong, where that is a pattern
     phases: tuple[str, ...] = ()  # all in which this step differs
+    texts: tuple[tuple[str, str], ...] = ()  # of token ids: what they say, label and text
+    lines: tuple[str, ...] = ()  # where both texts compute it
+    function: str = ""  # of the side at fault
+    stop: Stop | None = None  # how a side ended before this step's end
 
 
 @dataclass
@@ -76,19 +88,28 @@ def compare(
     reference: Iterable[Step],
     candidate: Iterable[Step],
     standard: Standard = FLOAT64,
+    names: Sequence[str] = (),
 ) -> Outcome:
-    """Hold the steps of two traces against each other, up to the first one that differs."""
+    """Hold the steps of two traces against each other, up to the first one that differs.
+
+    names    of the two implementations, if they can be asked for more than their traces say
+    """
     outcome = Outcome(case.name)
     before: tuple[Step, Step] | None = None
-    for number, (ours, theirs) in enumerate(zip_longest(reference, candidate), 1):
+    both = _until_stopped(reference), _until_stopped(candidate)
+    for number in count(1):
+        (ours, our_stop), (theirs, their_stop) = (next(steps, (None, None)) for steps in both)
+        if ours is None and theirs is None:
+            break
         if ours is None or theirs is None:
             side = "reference" if ours is None else "candidate"
             problem = f"is missing: the {side} stops after step {number - 1}"
             outcome.found.append(Disagreement(case.name, number, "", problem))
             return outcome
-        compare_step(case, number, ours, theirs, standard, outcome)
+        stops = our_stop, their_stop
+        compare_step(case, number, ours, theirs, standard, outcome, stops)
         if outcome.found:
-            outcome.found[0] = explained(case, outcome.found, ours, theirs, before, standard)
+            outcome.found[0] = explained(case, outcome.found, ours, theirs, before, standard, names)
             return outcome
         outcome.tally.steps += 1
         before = ours, theirs
@@ -98,12 +119,38 @@ def compare(
 
 
 def compare_taught(
-    case: Case, lessons: Iterable[Step], candidate: str, standard: Standard = FLOAT64
+    case: Case,
+    lessons: Iterable[Step],
+    candidate: str,
+    standard: Standard = FLOAT64,
+    reference: str = "",
 ) -> Outcome:
     """Hold an implementation against a trace, each step from where the trace has it begin."""
     drawn = "sample/documents"  # not a part of the step
-    kept = [{key: step[key] for key in step if key != drawn} for step in lessons]
-    return compare(case, kept, taught(case, candidate, standard.dtype, kept), standard)
+    stops: list[Stop | None] = []
+    kept: list[Step] = []
+    for step, stop in _until_stopped(lessons):
+        kept.append({key: step[key] for key in step if key != drawn})
+        stops.append(stop)
+
+    def again() -> Iterator[Step]:
+        for step, stop in zip(kept, stops):
+            if stop:
+                raise IncompleteError(step, stop)
+            yield step
+
+    names = (reference, candidate) if reference else ()
+    begun = [step for step in kept if "entry/wte" in step]
+    return compare(case, again(), taught(case, candidate, standard.dtype, begun), standard, names)
+
+
+def _until_stopped(steps: Iterable[Step]) -> Iterator[tuple[Step, Stop | None]]:
+    """The steps; and where a side stops, what there is of the last one."""
+    try:
+        for step in steps:
+            yield step, None
+    except IncompleteError as error:
+        yield error.step, error.stop
 
 
 def compare_step(
@@ -113,18 +160,50 @@ def compare_step(
     candidate: Step,
     standard: Standard,
     outcome: Outcome,
+    stops: tuple[Stop | None, Stop | None] = (None, None),
 ) -> None:
     """Hold all tensors of a step against each other; note the first to differ in each phase."""
     agreed: list[str] = []
     noted: set[str] = set()
-    for key in [*reference, *[key for key in candidate if key not in reference]]:
+    there = {*reference, *candidate}
+    order = [key for key in keys(case.config, case.tokenizer.vocab_size) if key in there]
+    for key in order:
         phase, _ = split_key(key)
+        if any(
+            stop and _not_reached(key, side, order)
+            for side, stop in zip((reference, candidate), stops)
+        ):
+            continue
         found = _compare_tensor(case, step, key, reference, candidate, standard, outcome.tally)
         if found is None:
             agreed.append(key)
         elif phase not in noted:
             noted.add(phase)
             outcome.found.append(replace(found, agreed=tuple(agreed)))
+    ended = next((stop for stop in stops if stop), None)
+    if ended and not outcome.found:
+        at_fault = SIDES[stops.index(ended)]
+        kind, _, words = ended.error.partition(": ")
+        outcome.found.append(
+            Disagreement(
+                case.name,
+                step,
+                "",
+                f"stops with {kind}",
+                at_fault=at_fault,
+                agreed=tuple(agreed),
+                diagnosis=words,
+            )
+        )
+    if ended:
+        outcome.found[0] = replace(outcome.found[0], stop=ended)
+
+
+def _not_reached(key: str, step: Step, order: Sequence[str]) -> bool:
+    """Whether a side that has stopped did so before it came to this tensor."""
+    phase, _ = split_key(key)
+    held = [order.index(one) for one in step if split_key(one)[0] == phase]
+    return key not in step and order.index(key) > max(held, default=-1)
 
 
 def explained(
@@ -134,6 +213,7 @@ def explained(
     theirs: Step,
     before: tuple[Step, Step] | None,
     standard: Standard,
+    names: Sequence[str] = (),
 ) -> Disagreement:
     """The first disagreement of a step, with the expression behind it and a diagnosis.
 
@@ -141,34 +221,57 @@ def explained(
     against the other. Where a step, or the one before it, is too incomplete for that, without.
 
     before    the two steps before these
+    names     of the two implementations, if they can be asked for more than their traces say
     """
-    first = replace(found[0], phases=tuple(split_key(one.key)[0] for one in found))
+    first = replace(found[0], phases=tuple(split_key(one.key)[0] for one in found if one.key))
     if first.shape is not None:
         follows = _follows(case, first, ours, standard), _follows(case, first, theirs, standard)
         if follows[0] is not None and follows[1] is not None and follows[0] != follows[1]:
             first = replace(first, at_fault="candidate" if follows[0] else "reference")
     sound, faulty = (theirs, ours) if first.at_fault == "reference" else (ours, theirs)
-    with suppress(KeyError, IndexError):
+    incomplete = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+    with suppress(*incomplete):
         behind = None
         if first.shape is not None:
-            behind = expression(case, first.step, first.key, first.index, sound)
+            behind = behind_element(case, first.step, first.key, first.index, sound)
         if behind:
             operands = {name: shown(value) for name, value in behind.operands.items()}
             first = replace(
                 first, formula=behind.formula, operands=operands, expected=float(behind.value)
             )
     earlier = before[sound is theirs] if before else None
-    with suppress(KeyError, IndexError):
+    with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
-        first = replace(first, diagnosis=words)
+        first = replace(first, diagnosis=words or first.diagnosis)
+    if first.shape is not None and split_key(first.key)[0] in COUNTED:
+        words, texts = parted(case, first.key, ours, theirs, names)
+        first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
+    if first.key:
+        side = dict(zip(SIDES, names)).get(first.at_fault, "")
+        first = replace(
+            first,
+            lines=lines_of(first.key, case.config),
+            function=function_of(first.key, case.config, side),
+        )
     return first
+
+
+def behind_element(
+    case: Case, number: int, key: str, index: tuple[int, ...], step: Step
+) -> Expression | None:
+    """The expression behind an element, or None where there is none."""
+    if key == "read/logits":
+        t, i = index
+        formula = f"logits[b=0, t={t}, c={i}] of the forward pass, which reads the same tokens"
+        return Expression(formula, {}, float(step["forward/logits"][0, t, i]))
+    return expression(case, number, key, index, step)
 
 
 def _follows(case: Case, found: Disagreement, step: Step, standard: Standard) -> bool | None:
     """Whether an element is what its own operands come to; None where they cannot be had."""
     try:
-        behind = expression(case, found.step, found.key, found.index, step)
-    except (KeyError, IndexError, ArithmeticError, ValueError):
+        behind = behind_element(case, found.step, found.key, found.index, step)
+    except (KeyError, IndexError, ArithmeticError, ValueError, TypeError):
         return None
     if behind is None:
         return None
@@ -188,8 +291,13 @@ def _compare_tensor(
 ) -> Disagreement | None:
     if key not in reference or key not in candidate:
         side = "candidate" if key in reference else "reference"
-        return Disagreement(case.name, step, key, f"is missing in the {side}")
+        problem = f"was never written by the {side}"
+        return Disagreement(case.name, step, key, problem, at_fault=side)
     ours, theirs = reference[key], candidate[key]
+    for side, tensor in zip(SIDES, (ours, theirs)):
+        if tensor.dtype.kind == "O":
+            problem = f"{tensor[()]}, in the {side}"
+            return Disagreement(case.name, step, key, problem, at_fault=side)
     if ours.shape != theirs.shape:
         problem = f"has shape {theirs.shape}, and should have {ours.shape}"
         return Disagreement(case.name, step, key, problem)
@@ -201,14 +309,14 @@ def _compare_tensor(
     tolerance = standard.tolerances[phase]
     shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
     if not (shares <= 1).all():
-        index = np.unravel_index(np.argmax(shares > 1), shares.shape)
+        index = exhibit(key, ours, shares)
         return Disagreement(
             case.name,
             step,
             key,
             "disagrees",
             shape=ours.shape,
-            index=tuple(map(int, index)),
+            index=index,
             reference=float(ours[index]),
             candidate=float(theirs[index]),
             tolerance=tolerance,
@@ -223,6 +331,33 @@ def _compare_tensor(
     if shares.max() > tally.worst:
         tally.worst, tally.worst_key = float(shares.max()), key
     return None
+
+
+def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
+    """The index of the element that is shown of those that exceed what is allowed.
+
+    The first near the largest share, among typical elements: none that is small by accident, and
+    no weight of a softmax over a single position. Of token ids, the first.
+    """
+    wrong = shares > 1
+    phase, _ = split_key(key)
+    near = wrong
+    if phase not in COUNTED:
+        typical = wrong & (np.abs(reference) >= TYPICAL * np.median(np.abs(reference[wrong])))
+        if "U" in axes(key) and wrong[:, :, 1:].any():
+            typical[:, :, 0] = False
+        chosen = typical if typical.any() else wrong
+        near = chosen & (shares >= NEAR * shares[chosen].max())
+    return tuple(map(int, np.unravel_index(np.argmax(near), near.shape)))
+
+
+def simplicity(case: Case, step: int) -> tuple[int, ...]:
+    """Layers, documents, positions, heads and channels of a step: the fewer, the simpler.
+
+    step    counted from 1
+    """
+    docs, config = case.docs(max(step, 1) - 1), case.config
+    return config.n_layer, len(docs), max(map(len, docs)) - 1, config.n_head, config.n_embd
 
 
 def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:

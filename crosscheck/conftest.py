@@ -17,6 +17,7 @@ from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import Step, trace
 from microgpt.backend import NAMES
 from microgpt.errors import MicrogptError
+from microgpt.whereabouts import described, refuse_another_copy
 
 STEPS = 5
 
@@ -71,6 +72,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    try:
+        refuse_another_copy()
+    except MicrogptError as error:
+        raise pytest.UsageError(str(error)) from None
     option = config.getoption
     reference, candidate, dtype = option("--reference"), option("--backend"), option("--dtype")
     for name in (reference, candidate):
@@ -97,6 +102,10 @@ def pytest_configure(config: pytest.Config) -> None:
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
     config.stash[RECORD] = Record([], [], [])
+
+
+def pytest_report_header() -> str:
+    return f"crosscheck of {described()}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

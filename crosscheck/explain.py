@@ -144,7 +144,7 @@ def _attn_out(p: Place) -> Expression:
 
 def _mlp_act(p: Place) -> Expression:
     x = p["forward/mlp_pre"][p.index]
-    squared = p.case.config.squared_relu
+    squared = p.case.config.activation == "squared_relu"
     relu = max(x, 0.0)
     formula = "relu(mlp_pre) ** 2" if squared else "relu(mlp_pre)"
     return Expression(formula, {"mlp_pre": x}, relu**2 if squared else relu)
@@ -197,7 +197,7 @@ def _linear_back(weight: str, outside: str) -> Any:
 
 def _dmlp_pre(p: Place) -> Expression:
     dy, x = p["backward/dmlp_act"][p.index], p["forward/mlp_pre"][p.index]
-    if p.case.config.squared_relu:
+    if p.case.config.activation == "squared_relu":
         formula, slope = "dmlp_act 2 relu(mlp_pre)", 2 * max(x, 0.0)
     else:
         formula, slope = "dmlp_act where mlp_pre > 0, else 0", float(x > 0)

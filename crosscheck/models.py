@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from crosscheck.cases import Case
 from microgpt.config import config_from
+from microgpt.taps import ACTIVATIONS
 
 REASON = "drawn at random"
 
@@ -32,7 +33,7 @@ def cases(draw: Any) -> Case:
             "vocabulary": draw(st.sampled_from(["chars-bos", "bos-eos-chars"])),
             "crop": crop,
             "norm_embedding": draw(st.booleans(), label="norm_embedding"),
-            "squared_relu": draw(st.booleans(), label="squared_relu"),
+            "activation": draw(st.sampled_from([*ACTIVATIONS]), label="activation"),
             "tie_lm_head": draw(st.booleans(), label="tie_lm_head"),
             "norm_eps": draw(st.sampled_from([1e-5, 1e-2, 1e-8]), label="norm_eps"),
             "init_std": draw(st.sampled_from([0.3, 0.08, 0.02, 1e-3, 1.0]), label="init_std"),

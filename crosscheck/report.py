@@ -8,7 +8,8 @@ import struct
 import textwrap
 from typing import Any
 
-from crosscheck.compare import Disagreement, Tally
+from crosscheck import trace
+from crosscheck.compare import CHOICE, Disagreement, Tally
 from crosscheck.trace import PHASES, split_key
 
 WIDTH = 80
@@ -16,53 +17,93 @@ WIDTH = 80
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:
     """A disagreement in a few lines: what, where, by how much, what is behind it, what agreed."""
-    phase, name = split_key(found.key)
+    phase, _ = split_key(found.key)
+    names = {"reference": reference, "candidate": candidate}
     where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
-    rows: list[tuple[str, str]] = []
-    if found.shape is not None:
-        at = ", ".join(
-            f"{axis}={i}" for axis, i in zip(axes(found.key, len(found.shape)), found.index)
-        )
-        difference = abs(found.candidate - found.reference)
-        relative = difference / abs(found.reference) if found.reference else math.inf
-        rows += [
-            ("first at", f"{name}[{at}] of {found.shape}" if at else name),
-            (reference, f"{found.reference!r}"),
-            (candidate, f"{found.candidate!r}"),
-            (
-                "difference",
-                f"{difference:.3g} absolute, {relative:.3g} relative,"
-                f" {ulps(found.reference, found.candidate)} ulp",
-            ),
-            ("allowed", str(found.tolerance)),
-            ("exceeded by", f"{found.exceeding:,} of {found.elements:,} elements"),
-        ]
+    rows = _difference(found, reference, candidate) if found.shape is not None else []
     if found.formula:
         rows.append(("should be", f"{found.formula} = {found.expected:.6g}"))
         rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
-    if found.at_fault:
-        side = reference if found.at_fault == "reference" else candidate
-        rows.append(("at fault", f"{side}: its number is not what its own operands come to"))
-    if found.diagnosis:
+    if found.at_fault and found.shape is not None:
+        reason = "its number is not what its own operands come to"
+        rows.append(("at fault", f"{names[found.at_fault]}: {reason}"))
+    if found.diagnosis and found.key:
         rows.append(("looks like", found.diagnosis))
-    if found.phases:
+    if found.where:
+        rows.append(("wrong in", found.where))
+    rows += [("computed at" if not i else "", line) for i, line in enumerate(found.lines)]
+    if found.function:
+        rows.append(("look at", found.function))
+    rows += _stop(found)
+    if len(found.phases) > 1:
         rows.append(("differs in", ", ".join(PHASES[phase] for phase in found.phases)))
     compared = [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
     if compared:
         rows.append(
             ("agreed", f"{len(compared)} tensors before it, the last {split_key(compared[-1])[1]}")
         )
+    lines = [f"{', '.join(where)}:", *_wrapped(headline(found, reference, candidate))]
     width = max((len(label) for label, _ in rows), default=0)
-    lines = [f"{', '.join(where)}:", f"{name} {found.problem}".strip()]
     for label, text in rows:
-        lines += textwrap.wrap(
-            text,
-            WIDTH,
-            initial_indent=f"  {label:{width}}  ",
-            subsequent_indent=" " * (width + 4),
-            break_on_hyphens=False,
-        )
+        lines += _wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
     return "\n".join(lines)
+
+
+def headline(found: Disagreement, reference: str, candidate: str) -> str:
+    """What is wrong, in a few words."""
+    names = {"reference": reference, "candidate": candidate}
+    name = split_key(found.key)[1] or (names.get(found.at_fault, "") if found.stop else "")
+    problem = found.problem
+    for side, label in names.items():
+        problem = problem.replace(f"the {side}", label)
+    return f"{name} {problem}".strip()
+
+
+def _difference(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:
+    """Rows on the element that is shown, or on the texts that token ids stand for."""
+    if found.texts:
+        return list(found.texts)
+    _, name = split_key(found.key)
+    at = ", ".join(f"{axis}={i}" for axis, i in zip(axes(found.key), found.index))
+    difference = abs(found.candidate - found.reference)
+    relative = difference / abs(found.reference) if found.reference else math.inf
+    exceeding = f"{found.exceeding:,} of {found.elements:,} elements"
+    sizes = f"{difference:.3g} absolute, {relative:.3g} relative"
+    rows = [
+        ("at", f"{name}[{at}] of {found.shape}" if at else name),
+        (reference, f"{found.reference!r}"),
+        (candidate, f"{found.candidate!r}"),
+        ("difference", f"{sizes}, {ulps(found.reference, found.candidate)} ulp"),
+        ("allowed", str(found.tolerance)),
+        ("exceeded by", exceeding + (f"; shown is {CHOICE}" if found.exceeding > 1 else "")),
+    ]
+    if math.isnan(found.candidate) != math.isnan(found.reference):
+        rows.append(("nan", "memory that is never written holds nan here, so that it shows"))
+    return rows
+
+
+def _stop(found: Disagreement) -> list[tuple[str, str]]:
+    """Rows on how a side ended the step."""
+    stop = found.stop
+    if not stop:
+        return []
+    rows = [
+        ("then" if found.key else "error", f"{stop.side} stops: " * bool(found.key) + stop.error)
+    ]
+    if stop.line:
+        within = f"  (in {stop.function})" if stop.function else ""
+        rows.append(("its line", f"{stop.line} {stop.text}{within}"))
+    if stop.last:
+        empty = ", which is None: a function returned nothing" if stop.empty else ""
+        rows.append(("got to", f"{stop.last}, the last tap that it wrote{empty}"))
+    return rows
+
+
+def _wrapped(text: str, first: str = "", then: str = "") -> list[str]:
+    """The text in lines of at most WIDTH."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=then, break_on_hyphens=False
+    )
 
 
 def as_json(found: Disagreement) -> dict[str, Any]:
@@ -74,17 +115,16 @@ def as_json(found: Disagreement) -> dict[str, Any]:
         return value
 
     fields = dataclasses.asdict(found)
+    fields["operands"] = dict(found.operands)
     return {name: plain(value) for name, value in fields.items()}
 
 
-def axes(key: str, dimensions: int) -> tuple[str, ...]:
-    """What the indices of a tensor count."""
-    phase, name = split_key(key)
-    if phase in ("forward", "backward"):
-        if name.endswith((".attn_logits", ".attn_weights")):
-            return ("b", "h", "t", "u")
-        return ("b", "t", "c")[:dimensions]
-    return ("row", "column")[:dimensions]
+def axes(key: str) -> tuple[str, ...]:
+    """What the indices of a tensor are called."""
+    letters = trace.axes(key)
+    if len(letters) < 2 or letters[0] in ("B", "T"):
+        return tuple("c" if letter in "CFV" else letter.lower() for letter in letters)
+    return "row", "column"
 
 
 def ulps(a: float, b: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from crosscheck.cases import Case, load_case
 from crosscheck.compare import compare, compare_taught
 from crosscheck.conftest import Choice
 from crosscheck.tolerance import float32
-from crosscheck.trace import PHASES, Step, keys, real, split_key, trace
+from crosscheck.trace import PHASES, Step, backward_order, keys, real, split_key, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import load_config
 from microgpt.data import load_documents
@@ -74,7 +75,13 @@ def test_in_micro_batches(
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             few = min(3, choice.steps)
-            settle(compare(case, lessons[:few], trace(case, choice.candidate, "float64", few)))
+            settle(
+                compare(
+                    case,
+                    lessons[:few],
+                    islice(trace(case, choice.candidate, "float64", choice.steps), few),
+                )
+            )
         else:
             settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
 
@@ -84,7 +91,13 @@ def test_on_two_cores(case: Case, lessons: tuple[Step, ...], choice: Choice, set
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
         few = min(3, choice.steps)
-        settle(compare(shared, lessons[:few], trace(shared, choice.candidate, "float64", few)))
+        settle(
+            compare(
+                shared,
+                lessons[:few],
+                islice(trace(shared, choice.candidate, "float64", choice.steps), few),
+            )
+        )
     else:
         settle(compare_taught(shared, lessons[:1], choice.candidate, choice.standard(case)))
 
@@ -130,9 +143,9 @@ def test_nothing_is_left_out(choice: Choice) -> None:
         "eval/loss_t",
         "read/logits",
         *[f"backward/d{name}" for name in reversed(taps)],
-        *[f"gradient/d{name}" for name in params],
+        *[f"gradient/d{name}" for name in backward_order(params)],
         "unwatched/loss",
-        *[f"unwatched/d{name}" for name in params],
+        *[f"unwatched/d{name}" for name in backward_order(params)],
         *[
             f"{phase}/{name}"
             for phase in ("adam_m", "adam_v", "update", "params")

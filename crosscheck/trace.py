@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -32,9 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crosscheck.cases import Case
+from crosscheck.sides import IncompleteError, as_array, marked_memory, stop_of
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.layout import param_shapes, tap_names
+from microgpt.taps import axes_of, shape_of, sizes
 from microgpt.train import learning_rate
 
 Array = NDArray[Any]
@@ -59,15 +62,32 @@ PHASES = {
     "params": "parameters after the step",
     "sample": "documents drawn",
 }
+DERIVED = ("backward", "gradient", "unwatched")  # phases whose names begin with d
 
 
-def trace(case: Case, backend_name: str, dtype: str, steps: int) -> Iterator[Step]:
-    """The steps of a case, each from where the one before it ended, as they are asked for."""
+def trace(
+    case: Case, backend_name: str, dtype: str, steps: int, start: State | None = None
+) -> Iterator[Step]:
+    """The steps of a case, each from where the one before it ended, as they are asked for.
+
+    Documents are drawn in the first step and in the last.
+
+    start    the state to begin from, if not the case's own parameters before any update
+
+    Raises IncompleteError where the implementation does not finish a step.
+    """
     config = suited(case.config, backend_name, dtype)
-    pair = Pair(backend_name, config, fresh_state(case.params))
-    for step in range(steps):
-        record = trace_step(pair, case.docs(step), learning_rate(step, config))
-        yield {**record, **drawn(case, pair.trained, step)}
+    state = start or fresh_state(case.params)
+    first, pair = state.updates, None
+    for step in range(first, first + steps):
+        docs = case.docs(step)
+        with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
+            pair = pair or Pair(backend_name, config, state)
+        record = trace_step(pair, docs, learning_rate(step, config))
+        if step in (first, first + steps - 1):
+            with stopping(record, backend_name, config):
+                record = {**record, **drawn(case, pair.trained, step)}
+        yield record
 
 
 def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -> Iterator[Step]:
@@ -78,7 +98,8 @@ def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -
     config = suited(case.config, backend_name, dtype)
     for step, lesson in enumerate(lessons):
         params, m, v = (part(lesson, phase) for phase in ("entry", "entry_m", "entry_v"))
-        pair = Pair(backend_name, config, State(params, m, v, step))
+        with stopping({"batch/tokens": lesson["batch/tokens"]}, backend_name, config):
+            pair = Pair(backend_name, config, State(params, m, v, step))
         grads = part(lesson, "gradient", "d")
         yield trace_step(pair, case.docs(step), learning_rate(step, config), grads)
 
@@ -89,60 +110,114 @@ def suited(config: Config, backend_name: str, dtype: str) -> Config:
 
 
 class Pair:
-    """An implementation twice: as it is when it trains, and with somebody watching.
-
-    Whoever watches has arrays kept that training overwrites, so that one does not prove the other.
+    """An implementation twice: watched, with the arrays kept that training overwrites, and as it is
+    when it trains, so that one does not prove the other. In scalar the two are the same code, and
+    one object does for both.
     """
 
     def __init__(self, name: str, config: Config, state: State) -> None:
-        self.trained = load_backend(name, config, state)
+        self.name, self.config = name, config
         self.watched = load_backend(name, config, state, watch=True)
+        self.trained = self.watched if name == "scalar" else load_backend(name, config, state)
+
+
+@contextmanager
+def stopping(record: Step, side: str, config: Config) -> Iterator[None]:
+    """Within this context, what a side raises becomes an IncompleteError with this record."""
+    try:
+        yield
+    except IncompleteError:
+        raise
+    except Exception as error:
+        stop = stop_of(error, config)
+        if stop is None:  # the fault is none of the side's
+            raise
+        whole = {
+            key: record[key] for phase in PHASES for key in record if split_key(key)[0] == phase
+        }
+        raise IncompleteError(whole, replace(stop, side=side)) from None
 
 
 def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None) -> Step:
-    """One step of training, watched; with the update made from `grads`, if they are given."""
+    """One step of training, watched; with the update made from `grads`, if they are given.
+
+    Raises IncompleteError if the implementation does not finish it.
+    """
     record: Step = {"batch/tokens": padded_tokens(docs)}
+    with stopping(record, pair.name, pair.config):
+        _watch(pair, docs, lr_t, grads, record)
+    return in_order(record)
+
+
+def _watch(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None, record: Step) -> None:
+    """Put what a step computes into the record, phase by phase."""
 
     def keep(phase: str, tensors: Tensors, prefix: str = "") -> None:
         for name, tensor in tensors.items():
-            record[f"{phase}/{prefix}{name}"] = np.array(tensor)
+            record[f"{phase}/{prefix}{name}"] = as_array(tensor)
+
+    def gradients(backend: Backend) -> Tensors:
+        found = backend.grads()
+        return {name: found[name] for name in backward_order(found) if name in found}
 
     before = pair.trained.state()
     keep("entry", before.params)
     keep("entry_m", before.m)
     keep("entry_v", before.v)
-    failure, losses = None, dict.fromkeys((pair.trained, pair.watched), math.nan)
-    for backend in losses:
-        try:
-            losses[backend] = backend.forward(docs)
-        except FloatingPointError as error:  # the taps show where it began, if there are any
-            failure = error
-    try:
-        keep("forward", pair.watched.taps())
-    except FloatingPointError as error:
-        raise failure or error from None
-    try:
-        by_position = [list(row) for row in pair.trained.position_losses(docs)]
-    except FloatingPointError:
-        by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
-    keep("eval", {"loss_t": _padded(by_position)})
-    keep("read", {"logits": pair.watched.read(docs[0][:-1])})
-    for backend in (pair.trained, pair.watched):
-        backend.backward()
-    keep("backward", dict(reversed(list(pair.watched.dtaps().items()))), prefix="d")
-    keep("gradient", pair.watched.grads(), prefix="d")
-    keep("unwatched", {"loss": losses[pair.trained]})
-    keep("unwatched", pair.trained.grads(), prefix="d")
-    for backend in (pair.trained, pair.watched):
-        if grads is not None:
-            backend.set_grads(grads)
+    for backend in dict.fromkeys((pair.watched, pair.trained)):
+        watched, trained = backend is pair.watched, backend is pair.trained
+        loss, failure = math.nan, None
+        with marked_memory() if watched else nullcontext():
+            try:
+                loss = backend.forward(docs)
+            except FloatingPointError as error:  # the taps show where it began, if there are any
+                failure = error
+            except Exception:
+                with suppress(Exception):  # what there is of them
+                    keep("forward", backend.taps())
+                raise
+            if watched:
+                try:
+                    keep("forward", backend.taps())
+                except FloatingPointError as error:
+                    raise failure or error from None
+                keep("read", {"logits": backend.read(docs[0][:-1])})
+            if trained:
+                try:
+                    by_position = [list(row) for row in backend.position_losses(docs)]
+                except FloatingPointError:
+                    by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
+                keep("eval", {"loss_t": _padded(by_position)})
+            try:
+                backend.backward()
+            except Exception:
+                with suppress(Exception):
+                    keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
+                raise
+        if watched:
+            keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
+            keep("gradient", gradients(backend), prefix="d")
+        if trained:
+            keep("unwatched", {"loss": loss})
+            keep("unwatched", gradients(backend), prefix="d")
+    for backend in dict.fromkeys((pair.watched, pair.trained)):
+        if grads:
+            backend.set_grads({name: grads[name] for name in before.params})
         backend.update(lr_t)
     after = pair.trained.state()
     keep("adam_m", after.m)
     keep("adam_v", after.v)
     keep("update", {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params})
     keep("params", after.params)
-    return record
+
+
+def backward_order(params: Iterable[str]) -> list[str]:
+    """The names of parameters in the order in which the backward pass finds their gradients."""
+    embedding = ("wte", "wpe")
+    names = list(params)
+    layers = [name for name in names if name.startswith("layer")]
+    others = [name for name in names if name not in layers and name not in embedding]
+    return [*others, *reversed(layers), *embedding]
 
 
 def keys(config: Config, vocab_size: int) -> list[str]:
@@ -154,11 +229,16 @@ def keys(config: Config, vocab_size: int) -> list[str]:
         "backward": [f"d{name}" for name in reversed(taps)],
         "eval": ["loss_t"],
         "read": ["logits"],
-        "gradient": [f"d{name}" for name in params],
-        "unwatched": ["loss", *[f"d{name}" for name in params]],
+        "gradient": [f"d{name}" for name in backward_order(params)],
+        "unwatched": ["loss", *[f"d{name}" for name in backward_order(params)]],
         "sample": ["documents"],
     }
     return [f"{phase}/{name}" for phase in PHASES for name in names.get(phase, params)]
+
+
+def in_order(step: Step) -> Step:
+    """The tensors of a step, phase by phase."""
+    return {key: step[key] for phase in PHASES for key in step if split_key(key)[0] == phase}
 
 
 def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:
@@ -194,19 +274,36 @@ def _padded(rows: list[list[float]]) -> Array:
     return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
 
 
+def axes(key: str) -> tuple[str, ...]:
+    """What the indices of a tensor count, in letters; () for a single number."""
+    phase, name = split_key(key)
+    if phase in ("batch", "sample"):
+        return "B", "T"
+    if phase == "read":  # of the first document
+        return "T", "V"
+    return axes_of(name.removeprefix("d") if phase in DERIVED else name)
+
+
+def expected_shape(key: str, case: Case, tokens: Array) -> tuple[int, ...] | None:
+    """The shape that a tensor should have; None where it depends on what was drawn."""
+    phase, _ = split_key(key)
+    B, columns = tokens.shape
+    if phase in ("batch", "sample"):
+        return (B, columns) if phase == "batch" else None
+    T = int((tokens[0] >= 0).sum()) - 1 if phase == "read" else columns - 1
+    return shape_of(axes(key), sizes(case.config, case.tokenizer.vocab_size, B, T))
+
+
 def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
     """Which elements of a tensor there are: not those of padding, nor of positions to come."""
-    phase, name = split_key(key)
-    if phase not in ("forward", "eval", "backward") or name.endswith("loss"):
-        return np.ones(shape, bool)
+    there, letters = np.ones(shape, bool), axes(key)
     positions = tokens[:, 1:] >= 0  # (B, T)
     B, T = positions.shape
-    if shape[:1] != (B,):
-        return np.ones(shape, bool)
-    if name.endswith((".attn_logits", ".attn_weights")):
-        looked_at = np.tril(np.ones((T, T), bool)) & positions[:, None, :, None]  # (B, 1, T, T)
-        return np.broadcast_to(looked_at, shape)
-    return np.broadcast_to(positions.reshape(B, T, *[1] * (len(shape) - 2)), shape)
+    if split_key(key)[0] in ("batch", "sample") or letters[:1] != ("B",) or shape[:1] != (B,):
+        return there
+    if "U" in letters:
+        return there & np.tril(np.ones((T, T), bool)) & positions[:, None, :, None]  # (B, H, T, U)
+    return there & positions.reshape(B, T, *[1] * (len(shape) - 2))
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,11 +15,10 @@ import numpy as np
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import Outcome, compare_step, explained
 from crosscheck.tolerance import FLOAT64, float32
-from crosscheck.trace import Array, Step, keys, split_key
+from crosscheck.trace import Array, Step, expected_shape, keys, split_key
 from microgpt.checkpoint import DAMAGED, TensorFile, write_tensors
 from microgpt.config import stored_config
 from microgpt.errors import MicrogptError, shortened
-from microgpt.layout import param_shapes
 
 FORMAT = "microgpt trace"
 VERSION = "1"
@@ -106,9 +105,8 @@ def _check_tokens(path: Path, number: int, tokens: Array, case: Case) -> None:
 
 def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) -> None:
     """Refuse tensors that are not of the kind and shape that a model and a batch give them."""
-    params = param_shapes(case.config, case.tokenizer.vocab_size)
     for key, tensor in step.items():
-        wanted = _shape(key, case, tokens, params)
+        wanted = expected_shape(key, case, tokens)
         kind, word = ("i", "whole") if key in (TOKENS, DOCUMENTS) else ("f", "floating")
         if tensor.dtype.kind != kind or wanted not in (None, tensor.shape) or not tensor.size:
             shape = "" if wanted is None else f" {wanted}"
@@ -116,35 +114,6 @@ def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) 
                 f"{path}: step {number}: {key} is {tensor.dtype} {tensor.shape}, and should be"
                 f" {word} numbers{shape}"
             )
-
-
-def _shape(
-    key: str, case: Case, tokens: Array, params: Mapping[str, tuple[int, int]]
-) -> tuple[int, ...] | None:
-    """The shape of a tensor; None where it depends on what was drawn."""
-    config, (B, columns) = case.config, tokens.shape
-    phase, name = split_key(key)
-    if phase == "sample":
-        return None
-    if phase == "batch":
-        return B, columns
-    if phase == "read":
-        return int((tokens[0] >= 0).sum()) - 1, case.tokenizer.vocab_size
-    if phase in ("backward", "gradient", "unwatched"):
-        name = name.removeprefix("d")
-    if name in params:
-        return params[name]
-    T, C = columns - 1, config.n_embd
-    attention, mlp = (B, config.n_head, T, T), (B, T, 4 * C)
-    return {
-        "attn_logits": attention,
-        "attn_weights": attention,
-        "mlp_pre": mlp,
-        "mlp_act": mlp,
-        "logits": (B, T, case.tokenizer.vocab_size),
-        "loss_t": (B, T),
-        "loss": (),
-    }.get(name.rpartition(".")[2], (B, T, C))
 
 
 def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outcome:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from microgpt.errors import MicrogptError, shortened
+from microgpt.taps import ACTIVATIONS
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES / "configs"
@@ -29,10 +30,11 @@ LARGEST_YAML = 1_000_000  # bytes
 
 def _field(help: str, *, least: float | None = None, above: float | None = None,
            below: float | None = None, most: int = LARGEST,
-           choices: tuple[str, ...] = ()) -> Any:  # fmt: skip
+           choices: tuple[str, ...] = (), before: Any = None) -> Any:  # fmt: skip
+    """A field with its checks; `before` is what files mean that are older than the field."""
     return dataclasses.field(
         metadata={"help": help, "least": least, "above": above, "below": below, "most": most,
-                  "choices": choices}
+                  "choices": choices, "before": before}
     )  # fmt: skip
 
 
@@ -50,7 +52,7 @@ class Config:
     )
     crop: str = _field("what block_size counts", choices=("positions", "tokens"))
     norm_embedding: bool = _field("rmsnorm after wte + wpe")
-    squared_relu: bool = _field("square the ReLU of the MLP")
+    activation: str = _field("of the MLP", choices=tuple(ACTIVATIONS), before="relu")
     tie_lm_head: bool = _field("use wte as lm_head")
     norm_eps: float = _field("epsilon of rmsnorm", above=0)
     # initialisation
@@ -91,6 +93,11 @@ class Config:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+BEFORE = {
+    name: field.metadata["before"]
+    for name, field in FIELDS.items()
+    if field.metadata["before"] is not None
+}
 KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -156,17 +163,18 @@ def checked(fields: Mapping[str, Any]) -> Config:
 
 def stored_config(fields: Mapping[Any, Any], where: str) -> Config:
     """The configuration that a file carries along, which must be complete."""
-    missing = [name for name in FIELDS if name not in fields]
+    missing = [name for name in FIELDS if name not in fields and name not in BEFORE]
     if missing:
         raise MicrogptError(
             f"{where}: its configuration lacks {missing[0]!r}: written by another version;"
             " use the version that wrote it"
         )
-    return checked(typed_fields(fields, f"{where}: config"))
+    return checked({**BEFORE, **typed_fields(fields, f"{where}: config")})
 
 
 def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """The fields of a mapping that came from outside, each with its right type and range."""
+    raw = _renamed(raw, where)
     for name in raw:
         if name not in FIELDS:
             close = difflib.get_close_matches(str(name)[:80], FIELDS, n=1)
@@ -174,6 +182,19 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
             line = on_line(raw, name)
             raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}{line}")
     return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
+
+
+def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+    """The same fields, with `activation` for `squared_relu`, which is what it was called first."""
+    if "squared_relu" not in raw or "activation" in raw:
+        return raw
+    fields = copy(raw)
+    squared = fields.pop("squared_relu")  # type: ignore[attr-defined]
+    if type(squared) is not bool:
+        raise MicrogptError(
+            f"{where}: squared_relu: expected true or false, got {shortened(squared)}"
+        )
+    return {**fields, "activation": "squared_relu" if squared else "relu"}
 
 
 def typed_flag(name: str, text: str, where: str = "") -> Any:

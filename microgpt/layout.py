@@ -1,4 +1,4 @@
-"""The names of everything: parameters with their shapes, and what is computed in between.
+"""Tensors by name: the shapes of parameters, the names of taps, and trees of both.
 
 Inside a model, tensors are attributes of a tree (`params.wte`, `params.layers[0].attn_wq`).
 At every border (files, comparisons) they go by their full names ("wte", "layer0.attn_wq").
@@ -6,49 +6,23 @@ At every border (files, comparisons) they go by their full names ("wte", "layer0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from microgpt.config import Config
+from microgpt.taps import params, shape_of, sizes, taps
 
 
 def param_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, int]]:
     """Each parameter's shape (n_out, n_in), in the order in which they are drawn and stored."""
-    n_embd = config.n_embd
-    shapes = {"wte": (vocab_size, n_embd), "wpe": (config.block_size, n_embd)}
-    if not config.tie_lm_head:
-        shapes["lm_head"] = (vocab_size, n_embd)
-    for i in range(config.n_layer):
-        shapes[f"layer{i}.attn_wq"] = (n_embd, n_embd)
-        shapes[f"layer{i}.attn_wk"] = (n_embd, n_embd)
-        shapes[f"layer{i}.attn_wv"] = (n_embd, n_embd)
-        shapes[f"layer{i}.attn_wo"] = (n_embd, n_embd)
-        shapes[f"layer{i}.mlp_fc1"] = (4 * n_embd, n_embd)
-        shapes[f"layer{i}.mlp_fc2"] = (n_embd, 4 * n_embd)
-    return shapes
-
-
-LAYER_TAPS = (
-    "attn_norm",
-    "q",
-    "k",
-    "v",
-    "attn_logits",
-    "attn_weights",
-    "attn_out",
-    "attn_res",
-    "mlp_norm",
-    "mlp_pre",
-    "mlp_act",
-    "mlp_res",
-)
+    letters = sizes(config, vocab_size)
+    shapes = {name: shape_of(param.axes, letters) for name, param in params(config).items()}
+    return {name: (n_out, n_in) for name, (n_out, n_in) in shapes.items()}
 
 
 def tap_names(config: Config) -> list[str]:
     """Every intermediate, in the order in which the forward pass computes it."""
-    layers = [f"layer{i}.{name}" for i in range(config.n_layer) for name in LAYER_TAPS]
-    embedding = ["emb", "emb_norm"] if config.norm_embedding else ["emb"]
-    return [*embedding, *layers, "logits", "loss_t", "loss"]
+    return list(taps(config))
 
 
 class Tree:
@@ -76,6 +50,12 @@ def pick(root: Tree, name: str) -> Any:
     """The tensor of the tree that bears this full name."""
     node, last = _holder(root, name)
     return getattr(node, last)
+
+
+def written(root: Tree, names: Iterable[str]) -> dict[str, Any]:
+    """The tensors of these full names, as far as they have been put into the tree."""
+    held = {name: _holder(root, name) for name in names}
+    return {name: getattr(*node) for name, node in held.items() if hasattr(*node)}
 
 
 def _holder(root: Tree, name: str) -> tuple[Tree, str]:

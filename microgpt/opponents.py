@@ -123,7 +123,11 @@ class TorchBackend:
             seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + seen.transpose(1, 2).reshape(B, T, H * D) @ p[w + "attn_wo"].T
             act = functional.relu(norm(x) @ p[w + "mlp_fc1"].T)
-            x = x + (act.square() if config.squared_relu else act) @ p[w + "mlp_fc2"].T
+            x = (
+                x
+                + (act.square() if config.activation == "squared_relu" else act)
+                @ p[w + "mlp_fc2"].T
+            )
         logits = x @ p["wte" if config.tie_lm_head else "lm_head"].T
         losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return (weights * losses).sum()

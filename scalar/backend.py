@@ -9,7 +9,8 @@ from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import Tree, grow, pick, tap_names
+from microgpt.layout import Tree, grow, pick, written
+from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
 from scalar.model import Matrix, gpt, loss
@@ -106,11 +107,11 @@ class Backend:
         if not self.doc_taps:
             raise FloatingPointError("the forward pass has not been finished")
         T = max(map(len, self.doc_taps))
-        *names, _ = tap_names(self.config)
         batched: Nested = {}
-        for name in names:
+        for name in written(self.doc_taps[0][0], table(self.config)):  # `loss` is in none
+            entry = table(self.config)[name]
             docs = [[_numbers(pick(tap, name), field) for tap in taps] for taps in self.doc_taps]
-            if name.endswith((".attn_logits", ".attn_weights")):
+            if "U" in entry.axes:
                 batched[name] = [
                     [
                         _padded([_padded(by_head[h], T, 0.0) for by_head in doc], T, [0.0] * T)
@@ -119,14 +120,14 @@ class Backend:
                     for doc in docs
                 ]  # [B][H][T][T]
             else:
-                nothing = 0.0 if name == "loss_t" else [0.0] * len(docs[0][0])
+                nothing = [0.0] * len(docs[0][0]) if len(entry.axes) > 2 else 0.0
                 batched[name] = [_padded(doc, T, nothing) for doc in docs]  # [B][T][channels]
         return {**batched, "loss": getattr(self.loss, field)}
 
 
 def _numbers(tap: Any, field: str) -> Any:
-    """A Value's number, or those of a nested list of Values."""
-    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field)
+    """A Value's number, or those of a nested list of Values; None for what is no Value."""
+    return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field, None)
 
 
 def _padded(items: list[Any], length: int, nothing: Any) -> list[Any]:

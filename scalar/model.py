@@ -38,9 +38,11 @@ def rmsnorm(x: Vector, eps: float) -> Vector:
     return [x_i * scale for x_i in x]  # [n] -> [n]
 
 
-def activation(x: Vector, squared: bool) -> Vector:
+def activation(x: Vector, kind: str) -> Vector:
     """y = relu(x), or relu(x) ** 2"""
-    return [x_i.relu() ** 2 if squared else x_i.relu() for x_i in x]  # [n] -> [n]
+    if kind == "squared_relu":
+        return [x_i.relu() ** 2 for x_i in x]  # [n] -> [n]
+    return [x_i.relu() for x_i in x]  # [n] -> [n]
 
 
 def attention(
@@ -76,7 +78,7 @@ def mlp(x: Vector, w: Tree, config: Config, tap: Tree) -> Vector:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
     mlp_norm = tap.mlp_norm = rmsnorm(x, config.norm_eps)  # [C]
     mlp_pre = tap.mlp_pre = linear(mlp_norm, w.mlp_fc1)  # [F]
-    mlp_act = tap.mlp_act = activation(mlp_pre, config.squared_relu)  # [F]
+    mlp_act = tap.mlp_act = activation(mlp_pre, config.activation)  # [F]
     # residual
     projected = linear(mlp_act, w.mlp_fc2)  # [C]
     mlp_res = tap.mlp_res = [p_i + x_i for p_i, x_i in zip(projected, x)]  # [C]

@@ -722,7 +722,7 @@ BAD_INPUT = [
     ("train --learning-rate nan", "--learning-rate: expected a finite number, got nan"),
     ("train --learning-rate -0.1", "--learning-rate: expected more than 0, got -0.1"),
     ("train --beta1 1", "--beta1: expected less than 1, got 1.0"),
-    ("train --squared-relu yes", "--squared-relu: expected true or false, got 'yes'"),
+    ("train --tie-lm-head yes", "--tie-lm-head: expected true or false, got 'yes'"),
     ("train --temperature 0", "--temperature: expected more than 0, got 0.0"),
     ("train --dataset missing.txt", "'missing.txt' names no data set and no file"),
     ("train --dataset folder", "'folder' is a folder, not a file"),

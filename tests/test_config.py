@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microgpt.config import CONFIGS, FIELDS, load_config, presets, read_yaml, typed_flag
+from crosscheck.traces import load_trace
+from microgpt.checkpoint import load_checkpoint
+from microgpt.config import (
+    CONFIGS,
+    FIELDS,
+    load_config,
+    presets,
+    read_yaml,
+    stored_config,
+    typed_flag,
+)
 from microgpt.data import NAMES, read_documents
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
@@ -48,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocabulary": "chars-bos",
         "crop": "positions",
         "norm_embedding": True,
-        "squared_relu": False,
+        "activation": "relu",
         "tie_lm_head": False,
         "init_std": 0.08,
         "init_std_residual": 0.08,
@@ -64,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocabulary": "bos-eos-chars",
         "crop": "tokens",
         "norm_embedding": False,
-        "squared_relu": True,
+        "activation": "squared_relu",
         "tie_lm_head": True,
         "init_std": 0.02,
         "init_std_residual": 0.0,
@@ -109,7 +119,7 @@ def test_block_size_counts_positions_or_tokens(preset: str, max_tokens: int) -> 
         ("n_layer", "3", 3),
         ("learning_rate", "1", 1.0),
         ("adam_eps", "1e-8", 1e-8),
-        ("squared_relu", "true", True),
+        ("activation", "squared_relu", "squared_relu"),
         ("norm_embedding", "false", False),
         ("vocabulary", "bos-eos-chars", "bos-eos-chars"),
         ("dtype", "float32", "float32"),
@@ -123,6 +133,32 @@ def test_a_flag_replaces_its_field_and_no_other(name: str, text: str, value: obj
     config = load_config("microgpt", {name: text})
     assert dataclasses.asdict(config) == {**PRESETS["microgpt"], name: value}
     assert type(getattr(config, name)) is type(value)
+
+
+# --- files of earlier formats: tests/formats was written when `activation` was `squared_relu` ----
+
+FORMATS = Path(__file__).parent / "formats"
+
+
+def test_a_configuration_of_an_earlier_format_means_what_it_did() -> None:
+    assert load_config(str(FORMATS / "config.yaml")).activation == "squared_relu"
+    assert load_checkpoint(FORMATS / "checkpoint.safetensors").config.activation == "squared_relu"
+    assert load_trace(FORMATS / "trace.safetensors")[0].config.activation == "squared_relu"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "activation"),
+    [({}, "relu"), ({"squared_relu": False}, "relu"), ({"squared_relu": True}, "squared_relu")],
+)
+def test_a_stored_configuration_without_a_later_field_has_its_value_of_before(
+    earlier: dict[str, bool], activation: str
+) -> None:
+    fields = dataclasses.asdict(load_config())
+    del fields["activation"]
+    assert stored_config({**fields, **earlier}, "a file").activation == activation
+    del fields["n_layer"]
+    with pytest.raises(MicrogptError, match="lacks 'n_layer'"):
+        stored_config(fields, "a file")
 
 
 def test_a_file_that_names_no_preset_starts_from_the_default(tmp_path: Path) -> None:
@@ -219,7 +255,7 @@ def test_a_size_is_positive(name: str, text: str) -> None:
         ("n_layer", "2.0", "a whole number, got '2.0'"),
         ("n_layer", "true", "a whole number, got 'true'"),
         ("learning_rate", "fast", "a number, got 'fast'"),
-        ("squared_relu", "1", "true or false, got '1'"),
+        ("norm_embedding", "1", "true or false, got '1'"),
         ("vocabulary", "bytes", "chars-bos or bos-eos-chars, got 'bytes'"),
     ],
 )

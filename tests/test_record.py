@@ -21,6 +21,7 @@ from microgpt.backend import Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
+from microgpt.taps import ACTIVATIONS
 from vectorized.adam import adam
 from vectorized.model import Array
 from vectorized.record import Recorder, RecordingError
@@ -71,7 +72,7 @@ def configs(draw: st.DrawFn) -> Config:
         n_head=heads,
         block_size=draw(st.integers(1, 9)),
         tie_lm_head=draw(st.booleans()),
-        squared_relu=draw(st.booleans()),
+        activation=draw(st.sampled_from([*ACTIVATIONS])),
         norm_embedding=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float64", "float32"])),
         seed=draw(st.integers(0, 9)),

@@ -645,7 +645,7 @@ DOCS = [[6, 0, 3, 3, 2, 6], [6, 5, 1, 6], [6, 4, 6], [6, 6]]  # B of them, of T 
 
 
 def small_models() -> Iterator[tuple[Config, dict[str, Any]]]:
-    for first, second in (("true", "false"), ("false", "true")):
+    for first, second in (("true", "relu"), ("false", "squared_relu")):
         config = load_config(
             overrides={
                 "n_layer": "2",
@@ -654,7 +654,7 @@ def small_models() -> Iterator[tuple[Config, dict[str, Any]]]:
                 "block_size": "20",
                 "norm_embedding": "true",
                 "tie_lm_head": first,
-                "squared_relu": second,
+                "activation": second,
             }
         )
         yield config, init_params(config, 7, Random(1))

@@ -20,6 +20,7 @@ from microgpt.backend import NAMES, Backend, fresh_state, load_backend
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, grow, param_shapes, pick
+from microgpt.taps import ACTIVATIONS
 from microgpt.tokenizer import build_tokenizer
 from vectorized.batch import micro_batches, pad
 from vectorized.model import (
@@ -87,8 +88,8 @@ def activation(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     x = rng.choice([-1, 1], shape) * rng.uniform(0.1, 2, shape)
     return (
         {"x": x},
-        lambda: activation_forward(x, size.squared),
-        lambda dy: {"x": activation_backward(dy, x, size.squared)},
+        lambda: activation_forward(x, size.activation),
+        lambda dy: {"x": activation_backward(dy, x, size.activation)},
     )
 
 
@@ -184,7 +185,7 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
         n_head=size.H,
         block_size=size.T + 1,
         norm_embedding=size.norm_embedding,
-        squared_relu=size.squared,
+        activation=size.activation,
         tie_lm_head=size.tied,
         norm_eps=0.1,  # large enough to be missed
     )
@@ -227,10 +228,10 @@ sizes = st.builds(
     L=st.integers(1, 2),
     start=st.integers(0, 1),
     norm_embedding=st.booleans(),
-    squared=st.booleans(),
+    activation=st.sampled_from([*ACTIVATIONS]),
     tied=st.booleans(),
 )
-SWITCHES = {"start": 0, "norm_embedding": True, "squared": False, "tied": False}
+SWITCHES = {"start": 0, "norm_embedding": True, "activation": "relu", "tied": False}
 SIZE = size_of(B=2, T=3, H=2, D=2, V=4, L=2, **SWITCHES)
 ALL_DIFFERENT = size_of(B=4, T=5, H=2, D=3, V=7, L=1, **SWITCHES)  # C = 6, F = 24
 

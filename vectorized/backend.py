@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.layout import Tree, pick, tap_names
+from microgpt.layout import Tree, written
 from microgpt.memory import most_walkers
+from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
 from vectorized.batch import micro_batches, pad
@@ -36,9 +38,11 @@ class Watched:
         self.params = model_tree(flat, shapes, config.n_layer)
         self.flat, self.flat_grads = flat, flat_grads
         self.grads = named_views(flat_grads, shapes)
+        self.found: dict[str, Any] = dict(self.grads)  # gradients as the text hands them back
 
     def forward(self, docs: Docs, of: int) -> float:
         self.batch = pad(docs, self.flat.dtype, of)
+        self.lengths = np.array([len(doc) - 1 for doc in docs])
         self.tap = Tree(self.config.n_layer)
         with np.errstate(all="ignore"):
             return float(loss_forward(self.batch, self.params, self.config, self.tap))
@@ -47,8 +51,11 @@ class Watched:
         self.dtap, dparams = Tree(self.config.n_layer), Tree(self.config.n_layer)
         with np.errstate(all="ignore"):
             loss_backward(self.batch, self.params, dparams, self.config, self.tap, self.dtap)
-        for name, grad in self.grads.items():
-            grad[:] = pick(dparams, name)
+        self.flat_grads.fill(np.nan)
+        self.found = written(dparams, self.grads)
+        for name, found in self.found.items():
+            if np.shape(found) == self.grads[name].shape:
+                self.grads[name][:] = found
 
     def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
         adam(self.flat, factor * self.flat_grads, m, v, step, lr_t, self.config)
@@ -160,7 +167,15 @@ class Backend:
         return State(params, m, v, self.updates)
 
     def grads(self) -> dict[str, Array]:
-        return named_views(self.flat_grads, self.shapes)
+        views = named_views(self.flat_grads, self.shapes)
+        if not isinstance(self.worker, Watched):
+            return views
+        found = self.worker.found  # none that was never written; what does not fit, as it is
+        return {
+            name: view if np.shape(found[name]) == view.shape else found[name]
+            for name, view in views.items()
+            if name in found
+        }
 
     def taps(self) -> dict[str, Array]:
         return self._named(self.worker.tap)
@@ -168,18 +183,22 @@ class Backend:
     def dtaps(self) -> dict[str, Array]:
         return self._named(self.worker.dtap)
 
-    def _named(self, taps: Tree) -> dict[str, Array]:
-        """The taps by name, zero where there is padding, or a position to come."""
-        batch = self.worker.batch
-        B, T = batch.tokens.shape
-        real = batch.weights > 0  # (B, T)
+    def _named(self, taps: Tree) -> dict[str, Any]:
+        """The taps by name, zero where there is padding, or a position to come.
+
+        Left out is what was never written; what is no array of the batch's stays as it is.
+        """
+        B, T = self.worker.batch.tokens.shape
+        real = np.arange(T) < self.worker.lengths[:, None]  # (B, T)
         looked_at = np.tril(np.ones((T, T), bool)) & real[:, None, :, None]  # (B, 1, T, U)
-        named: dict[str, Array] = {}
-        for name in tap_names(self.config):
-            tap = np.asarray(pick(taps, name), self.flat.dtype)
-            if name.endswith((".attn_logits", ".attn_weights")):
-                tap = np.where(looked_at, tap, 0.0)
-            elif name != "loss":
-                tap = np.where(real.reshape(B, T, *[1] * (tap.ndim - 2)), tap, 0.0)
-            named[name] = tap
+        entries = table(self.config)
+        named = written(taps, entries)
+        for name, tap in named.items():
+            with suppress(TypeError, ValueError):
+                array = np.asarray(tap, self.flat.dtype)
+                if "U" in entries[name].axes:
+                    array = np.where(looked_at, array, 0.0)
+                elif "T" in entries[name].axes:
+                    array = np.where(real.reshape(B, T, *[1] * (array.ndim - 2)), array, 0.0)
+                named[name] = array
         return named

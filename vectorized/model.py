@@ -84,18 +84,18 @@ def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
     return scale * (dy - y * mean(dy * y))  # (.., n), (.., n), (.., 1) -> (.., n)
 
 
-def activation_forward(x: Array, squared: bool) -> Array:
+def activation_forward(x: Array, kind: str) -> Array:
     """y = relu(x), or relu(x) ** 2"""
     relu = maximum(x, 0.0)  # (.., n)
-    return relu**2 if squared else relu  # (.., n) -> (.., n)
+    return relu**2 if kind == "squared_relu" else relu  # (.., n) -> (.., n)
 
 
-def activation_backward(dy: Array, x: Array, squared: bool) -> Array:
+def activation_backward(dy: Array, x: Array, kind: str) -> Array:
     """dx = dy * [x > 0], or dy * 2 relu(x)
 
     forward: y = x where x > 0, else 0: the slope is 1, else 0. That of its square is 2 relu(x).
     """
-    slope = 2.0 * maximum(x, 0.0) if squared else x > 0.0  # (.., n)
+    slope = 2.0 * maximum(x, 0.0) if kind == "squared_relu" else x > 0.0  # (.., n)
     return dy * slope  # (.., n), (.., n) -> (.., n)
 
 
@@ -175,7 +175,7 @@ def mlp_forward(x: Array, w: Tree, config: Config, tap: Tree) -> Array:
     """mlp_res = mlp_fc2 . activation(mlp_fc1 . rmsnorm(x)) + x"""
     tap.mlp_norm, tap.mlp_scale = rmsnorm_forward(x, config.norm_eps)  # (B, T, C), (B, T, 1)
     mlp_pre = tap.mlp_pre = linear_forward(tap.mlp_norm, w.mlp_fc1)  # (B, T, F)
-    mlp_act = tap.mlp_act = activation_forward(mlp_pre, config.squared_relu)  # (B, T, F)
+    mlp_act = tap.mlp_act = activation_forward(mlp_pre, config.activation)  # (B, T, F)
     # residual
     projected = linear_forward(mlp_act, w.mlp_fc2)  # (B, T, C)
     mlp_res = tap.mlp_res = projected + x  # (B, T, C)
@@ -191,7 +191,7 @@ def mlp_backward(
     dmlp_act, dw.mlp_fc2 = linear_backward(dmlp_res, tap.mlp_act, w.mlp_fc2)  # (B, T, F), (C, F)
     dtap.mlp_act = dmlp_act  # (B, T, F)
     # forward: mlp_act = activation(mlp_pre)
-    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.squared_relu)  # (B, T, F)
+    dmlp_pre = activation_backward(dmlp_act, tap.mlp_pre, config.activation)  # (B, T, F)
     dtap.mlp_pre = dmlp_pre  # (B, T, F)
     # forward: mlp_pre = mlp_fc1 . mlp_norm
     dmlp_norm, dw.mlp_fc1 = linear_backward(dmlp_pre, tap.mlp_norm, w.mlp_fc1)  # (B, T, C), (F, C)

@@ -1,0 +1,211 @@
+"""The lines of both texts that compute a tensor, found by the names that they give it."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from crosscheck.trace import split_key
+from microgpt.config import Config
+from microgpt.whereabouts import IMPLEMENTATIONS, imported_from
+
+ADAM = {"adam_m": ("m",), "adam_v": ("v",), "update": ("p", "params"), "params": ("p", "params")}
+TREES = {"forward": ("tap",), "backward": ("dtap",), "gradient": ("dw", "dparams")}
+LONGEST = 100  # characters of a line that are quoted
+
+
+class Found(NamedTuple):
+    """A statement of a text."""
+
+    file: str  # "vectorized/model.py"
+    function: ast.FunctionDef
+    statement: ast.stmt
+
+    def __str__(self) -> str:
+        words = " ".join((ast.get_source_segment(_source(self.file), self.statement) or "").split())
+        words = words if len(words) <= LONGEST else f"{words[:LONGEST]}.."
+        return f"{self.file}:{self.statement.lineno} {words}"
+
+
+def lines_of(key: str, config: Config) -> tuple[str, ...]:
+    """Where scalar/ and vectorized/ compute a tensor: file, line and text of each."""
+    return tuple(str(found) for side in IMPLEMENTATIONS if (found := _find(side, key, config)))
+
+
+def function_of(key: str, config: Config, side: str) -> str:
+    """The function of a side that computes a tensor, or nothing if that cannot be said."""
+    found = _find(side, key, config) if side in IMPLEMENTATIONS else None
+    if not found:
+        return ""
+    if side == "scalar" and split_key(key)[0] in ("backward", "gradient", "unwatched"):
+        return "the local derivatives in scalar/value.py"
+    functions = _functions(found.file)
+    called = [
+        node.func.id
+        for node in ast.walk(found.statement)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    name = next((name for name in called if name in functions), found.function.name)
+    return f"{name}, {found.file}:{functions[name].lineno}"
+
+
+def _find(side: str, key: str, config: Config) -> Found | None:
+    """The statement of a side that computes a tensor."""
+    phase, name = split_key(key)
+    if phase == "unwatched":
+        phase = "forward" if name == "loss" else "gradient"
+    phase = "forward" if phase == "eval" else phase
+    if phase in ADAM:
+        return _changed(f"{side}/adam.py", ADAM[phase])
+    if phase in ("read", "sample"):
+        file = f"{side}/sample.py" if (phase, side) != ("read", "scalar") else "scalar/model.py"
+        return _last_line(file, {"read": ("read", "gpt")}.get(phase, ("sample",)))
+    if phase not in TREES:
+        return None
+    file, tap = f"{side}/model.py", name.rpartition(".")[2]
+    if phase != "forward":
+        tap = name.removeprefix("d").rpartition(".")[2]
+    if side == "scalar":  # a derivative is that of the line which computes the tap, or reads w
+        return _assigned(file, ("tap",), tap) or _read(file, tap) or _last_line(file, (tap,))
+    found = _assigned(file, TREES[phase], tap)
+    return _followed(found, tap, name, config) if found else None
+
+
+@cache
+def _source(file: str) -> str:
+    return Path(imported_from(file.partition("/")[0]), file).read_text(encoding="utf-8")
+
+
+@cache
+def _functions(file: str) -> dict[str, ast.FunctionDef]:
+    """The functions of a file, by name; none if it cannot be read."""
+    try:
+        module = ast.parse(_source(file))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return {}
+    return {node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)}
+
+
+def _statements(function: ast.FunctionDef) -> list[ast.stmt]:
+    simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Return)
+    found = [node for node in ast.walk(function) if isinstance(node, simple)]
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def _targets(statement: ast.stmt) -> list[ast.expr]:
+    """What a statement assigns to, one by one."""
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+        targets = [statement.target]
+    else:
+        targets = []
+    return [one for t in targets for one in (t.elts if isinstance(t, ast.Tuple) else [t])]
+
+
+def _assigned(file: str, trees: tuple[str, ...], tap: str) -> Found | None:
+    """The statement that puts a tap into a tree of that name."""
+    for function in _functions(file).values():
+        for statement in _statements(function):
+            for target in _targets(statement):
+                if (
+                    isinstance(target, ast.Attribute)
+                    and target.attr == tap
+                    and isinstance(target.value, ast.Name)
+                    and target.value.id.removesuffix("_i") in trees
+                ):
+                    return Found(file, function, statement)
+    return None
+
+
+def _read(file: str, name: str) -> Found | None:
+    """The first statement that reads a parameter."""
+    for function in _functions(file).values():
+        for statement in _statements(function):
+            if any(isinstance(x, ast.Attribute) and x.attr == name for x in ast.walk(statement)):
+                return Found(file, function, statement)
+    return None
+
+
+def _last_line(file: str, names: tuple[str, ...]) -> Found | None:
+    """The return of the first of these functions that the file has."""
+    for name in names:
+        function = _functions(file).get(name)
+        if function:
+            return Found(file, function, _statements(function)[-1])
+    return None
+
+
+def _changed(file: str, names: tuple[str, ...]) -> Found | None:
+    """The last statement of `adam` that changes one of these."""
+    function = _functions(file).get("adam")
+    found = [one for one in _statements(function) if _changes(one, names)] if function else []
+    return Found(file, function, found[-1]) if function and found else None
+
+
+def _changes(statement: ast.stmt, names: tuple[str, ...]) -> bool:
+    """Whether a statement gives one of these names a value, or changes what it stands for."""
+    for target in _targets(statement):
+        while isinstance(target, (ast.Subscript, ast.Attribute)):
+            target = target.value
+        if isinstance(target, ast.Name) and target.id in names:
+            return True
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    return (
+        isinstance(call, ast.Call)
+        and bool(call.args)
+        and isinstance(call.args[0], ast.Name)
+        and call.args[0].id in names
+    )
+
+
+def _followed(found: Found, tap: str, full: str, config: Config) -> Found:
+    """The statement behind one that only gives a name: `dtap.emb = demb`."""
+    for _ in range(9):
+        value = _value(found.statement, tap)
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+            function = _functions(found.file).get(value.func.id)
+            if function and value.func.id == "merge_heads":
+                value = value.args[0]
+            elif function and "dtap" in [one.arg for one in function.args.args]:
+                return Found(found.file, function, _statements(function)[-1])
+        if not isinstance(value, ast.Name):
+            return found
+        before = _before(found, value.id, full, config)
+        if before is None:
+            return found
+        found, tap = before, value.id
+    return found
+
+
+def _value(statement: ast.stmt, name: str) -> ast.expr | None:
+    """What a statement gives to a name or attribute."""
+    value = getattr(statement, "value", None)
+    if isinstance(statement, ast.Assign) and isinstance(value, ast.Tuple):
+        (targets,) = statement.targets
+        for target, part in zip(getattr(targets, "elts", []), value.elts):
+            if name in (getattr(target, "attr", None), getattr(target, "id", None)):
+                return part
+    return value if isinstance(statement, ast.Assign) else None
+
+
+def _before(found: Found, name: str, full: str, config: Config) -> Found | None:
+    """The last statement before another that changes a name; in a loop over layers, that of the
+    layer before, except in the first turn."""
+    line = found.statement.lineno
+    changing = [
+        one
+        for one in _statements(found.function)
+        if one is not found.statement and _changes(one, (name,))
+    ]
+    for loop in ast.walk(found.function):
+        if isinstance(loop, ast.For) and loop.lineno < line <= (loop.end_lineno or line):
+            inside = [one for one in changing if loop.lineno < one.lineno <= (loop.end_lineno or 0)]
+            earlier = [one for one in inside if one.lineno < line]
+            last_layer = full.startswith(f"dlayer{config.n_layer - 1}.")
+            if inside and not earlier and not last_layer:
+                return Found(found.file, found.function, inside[-1])
+    before = [one for one in changing if one.lineno < line]
+    return Found(found.file, found.function, before[-1]) if before else None

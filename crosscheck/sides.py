@@ -1,0 +1,140 @@
+"""How a side ends a step early: what it raised, in which of its lines, after which tap."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from microgpt.config import Config
+from microgpt.layout import Tree, tap_names, written
+from microgpt.whereabouts import IMPLEMENTATIONS, imported_from
+
+LONGEST = 200  # characters of an error's message that a report quotes
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where and why a side did not go on."""
+
+    side: str  # "scalar" or "vectorized"
+    error: str  # the exception and its message, in one line
+    line: str = ""  # "vectorized/model.py:52", the side's innermost line
+    text: str = ""  # what stands there
+    function: str = ""
+    last: str = ""  # the last tap or derivative that it wrote
+    empty: bool = False  # whether that is None: a function that returned nothing
+
+    @property
+    def not_finite(self) -> bool:
+        """Whether the side itself refused a number that is not finite."""
+        return self.error.startswith("FloatingPointError")
+
+
+class IncompleteError(Exception):
+    """A side has stopped in a step; `step` holds what there is of it."""
+
+    def __init__(self, step: dict[str, Any], stop: Stop) -> None:
+        super().__init__(step, stop)
+        self.step, self.stop = step, stop
+
+
+def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
+    """What an exception says about the side that raised it; None if none of its lines has a part.
+
+    config    of the model, for the names of its taps
+    """
+    first = str(error).strip().partition("\n")[0]
+    words = f"{type(error).__name__}: {first[:LONGEST]}" if first else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        place = _own(error.filename)
+        if place:
+            side, file = place
+            words, text = f"{type(error).__name__}: {error.msg}", (error.text or "").strip()
+            return Stop(side, words, f"{file}:{error.lineno}", text)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [(frame, line) for frame, line in frames if _own(frame.f_code.co_filename)]
+    if not own:
+        return None
+    frame, line = own[-1]
+    side, file = _own(frame.f_code.co_filename) or ("", "")
+    text = linecache.getline(frame.f_code.co_filename, line).strip()
+    last, empty = _last_written([frame for frame, _ in own], config) if config else ("", False)
+    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty)
+
+
+def _own(filename: str) -> tuple[str, str] | None:
+    """The side that a file belongs to, and the file's name from the checkout on."""
+    path = Path(filename)
+    for side in IMPLEMENTATIONS:
+        root = imported_from(side)
+        if path.is_relative_to(root / side):
+            return side, path.relative_to(root).as_posix()
+    return None
+
+
+def _last_written(frames: list[FrameType], config: Config) -> tuple[str, bool]:
+    """The last derivative, or else the last tap, in the trees that these frames hold."""
+    for tree_name, d in (("dtap", "d"), ("tap", "")):
+        trees = [frame.f_locals.get(tree_name) for frame in frames]
+        for tree in trees:
+            if isinstance(tree, Tree) and len(tree.layers) == config.n_layer:
+                names = tap_names(config)
+                for name, tap in reversed(written(tree, names[::-1] if d else names).items()):
+                    return d + name, tap is None
+    return "", False
+
+
+@contextmanager
+def marked_memory() -> Iterator[None]:
+    """Within this context np.empty gives arrays of NaN, so that what is never written shows."""
+    empty, empty_like = np.empty, np.empty_like
+
+    def marked(made: Any) -> Any:
+        if made.dtype.kind == "f":
+            made.fill(np.nan)
+        return made
+
+    with patch.multiple(
+        np,
+        empty=lambda *args, **kwargs: marked(empty(*args, **kwargs)),
+        empty_like=lambda *args, **kwargs: marked(empty_like(*args, **kwargs)),
+    ):
+        yield
+
+
+def as_array(tensor: Any) -> Any:
+    """An array of numbers; or one object, which says in words what was handed back instead."""
+    try:
+        array = np.array(tensor)
+    except ValueError:
+        return np.array(f"is ragged: {_lengths(tensor)}", object)
+    if array.dtype.kind in "biuf":
+        return array
+    other = next(x for x in array.flat if not isinstance(x, (int, float)))
+    return np.array(f"holds {type(other).__name__} in the place of numbers", object)
+
+
+def _lengths(tensor: Any) -> str:
+    """How long the lists are that are not all of one length."""
+    for item in tensor:
+        if isinstance(item, (list, tuple)) and _is_ragged(item):
+            return _lengths(item)
+    lengths = sorted({len(item) if isinstance(item, (list, tuple)) else 0 for item in tensor})
+    return f"lists of {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} numbers side by side"
+
+
+def _is_ragged(item: Any) -> bool:
+    try:
+        np.shape(item)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,180 @@
+"""The table of the model: every parameter and every intermediate, in the order of computation.
+
+A tap is an intermediate under its name. The order of comparison, the axes of reports, which
+elements padding leaves, the shapes in trace files, the tables of crosscheck/TRACES.md, who consumes
+what, and the skeleton of the explanations and diagnoses derive from this table. A new operation is
+written in scalar/model.py and in vectorized/model.py, and entered here.
+
+B documents, T positions, U positions looked at, C = n_embd, H = n_head, F = 4 C, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from microgpt.config import Config
+
+
+class Param(NamedTuple):
+    """A matrix of weights, (n_out, n_in)."""
+
+    name: str
+    shape: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The letters of its shape."""
+        return tuple(self.shape.split())
+
+
+class Tap(NamedTuple):
+    """An intermediate: what it is called, and how it is computed from what."""
+
+    name: str
+    shape: str
+    operation: str  # see crosscheck.operations for the arithmetic of each
+    operands: tuple[str, ...]  # taps and parameters; `res` is what the section before hands on
+    equation: str
+    within: str  # the function of scalar/model.py that computes it
+    function: str = ""  # and the one that it calls to do so; in vectorized/, f_forward, f_backward
+    switch: str = ""  # the field of the configuration without which there is none
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The letters of its shape."""
+        return tuple(self.shape.split())
+
+
+PARAMS = (
+    Param("wte", "V C"),
+    Param("wpe", "block_size C"),
+    Param("lm_head", "V C"),  # none if it is tied to wte
+)
+LAYER_PARAMS = (
+    Param("attn_wq", "C C"),
+    Param("attn_wk", "C C"),
+    Param("attn_wv", "C C"),
+    Param("attn_wo", "C C"),
+    Param("mlp_fc1", "F C"),
+    Param("mlp_fc2", "C F"),
+)
+
+
+class Activation(NamedTuple):
+    """A function of x and its derivative, as Python writes them: the words are the arithmetic."""
+
+    value: str
+    slope: str
+
+
+ACTIVATIONS = {
+    "relu": Activation("relu(x)", "(x > 0)"),
+    "squared_relu": Activation("relu(x) ** 2", "2 * relu(x)"),
+}
+
+# fmt: off
+EMBEDDING = (
+    Tap("emb", "B T C", "embedding", ("wte", "wpe"), "wte[token] + wpe[position]", "gpt"),
+    Tap("emb_norm", "B T C", "rmsnorm", ("emb",), "rmsnorm(emb)", "gpt", "rmsnorm",
+        switch="norm_embedding"),
+)
+LAYER = (
+    Tap("attn_norm", "B T C", "rmsnorm", ("res",), "rmsnorm(res)", "attention", "rmsnorm"),
+    Tap("q", "B T C", "linear", ("attn_norm", "attn_wq"), "attn_wq . attn_norm", "attention",
+        "linear"),
+    Tap("k", "B T C", "linear", ("attn_norm", "attn_wk"), "attn_wk . attn_norm", "attention",
+        "linear"),
+    Tap("v", "B T C", "linear", ("attn_norm", "attn_wv"), "attn_wv . attn_norm", "attention",
+        "linear"),
+    Tap("attn_logits", "B H T U", "scores", ("q", "k"), "q[t] . k[u] / sqrt(D)", "attention"),
+    Tap("attn_weights", "B H T U", "softmax", ("attn_logits",), "softmax(attn_logits)",
+        "attention", "softmax"),
+    Tap("attn_out", "B T C", "weighted_sum", ("attn_weights", "v"), "attn_weights . v",
+        "attention"),
+    Tap("attn_res", "B T C", "linear_residual", ("attn_out", "attn_wo", "res"),
+        "attn_wo . attn_out + res", "attention", "linear"),
+    Tap("mlp_norm", "B T C", "rmsnorm", ("attn_res",), "rmsnorm(attn_res)", "mlp", "rmsnorm"),
+    Tap("mlp_pre", "B T F", "linear", ("mlp_norm", "mlp_fc1"), "mlp_fc1 . mlp_norm", "mlp",
+        "linear"),
+    Tap("mlp_act", "B T F", "activation", ("mlp_pre",), "activation(mlp_pre)", "mlp",
+        "activation"),
+    Tap("mlp_res", "B T C", "linear_residual", ("mlp_act", "mlp_fc2", "attn_res"),
+        "mlp_fc2 . mlp_act + attn_res", "mlp", "linear"),
+)
+OUTPUT = (
+    Tap("logits", "B T V", "linear", ("res", "lm_head"), "lm_head . res", "gpt", "linear"),
+    Tap("loss_t", "B T", "cross_entropy", ("logits",), "-log(softmax(logits)[target])", "loss",
+        "cross_entropy"),
+    Tap("loss", "", "mean", ("loss_t",), "mean over documents of the mean over positions", "loss"),
+)
+# fmt: on
+
+
+AXES = {one.name: one.axes for one in (*PARAMS, *LAYER_PARAMS, *EMBEDDING, *LAYER, *OUTPUT)}
+
+
+@cache
+def taps(config: Config) -> dict[str, Tap]:
+    """Every tap by its full name, operands by theirs, in the order of the forward pass."""
+    found: dict[str, Tap] = {}
+    res = ""  # the last tap of the section before
+    sections = [("", EMBEDDING), *[(f"layer{i}.", LAYER) for i in range(config.n_layer)]]
+    for prefix, section in [*sections, ("", OUTPUT)]:
+        own = {one.name for one in section} | {one.name for one in LAYER_PARAMS}
+        names = {"res": res, "lm_head": "wte" if config.tie_lm_head else "lm_head"}
+        for tap in section:
+            if not tap.switch or getattr(config, tap.switch):
+                operands = (prefix + x if x in own else names.get(x, x) for x in tap.operands)
+                full = tap._replace(name=prefix + tap.name, operands=tuple(operands))
+                found[full.name] = full
+        res = next(reversed(found))
+    return found
+
+
+@cache
+def params(config: Config) -> dict[str, Param]:
+    """Every parameter by its full name, in the order in which they are drawn and stored."""
+    found = [one for one in PARAMS if one.name != "lm_head" or not config.tie_lm_head]
+    for i in range(config.n_layer):
+        found += [one._replace(name=f"layer{i}.{one.name}") for one in LAYER_PARAMS]
+    return {one.name: one for one in found}
+
+
+@cache
+def consumers(config: Config) -> dict[str, list[tuple[Tap, int]]]:
+    """For every tap and parameter, the taps that are computed from it, and as which operand."""
+    found: dict[str, list[tuple[Tap, int]]] = {
+        name: [] for name in (*params(config), *taps(config))
+    }
+    for tap in taps(config).values():
+        for i, operand in enumerate(tap.operands):
+            found[operand].append((tap, i))
+    return found
+
+
+def sizes(config: Config, vocab_size: int = 0, B: int = 0, T: int = 0) -> dict[str, int]:
+    """What the letters of a shape stand for."""
+    C = config.n_embd
+    return {
+        "B": B,
+        "T": T,
+        "U": T,
+        "C": C,
+        "H": config.n_head,
+        "F": 4 * C,
+        "V": vocab_size,
+        "block_size": config.block_size,
+    }
+
+
+def shape_of(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A shape in numbers."""
+    return tuple(sizes[letter] for letter in axes)
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The letters of a tap's or parameter's shape, in any layer; () for a single number."""
+    return AXES[name.rpartition(".")[2]]
