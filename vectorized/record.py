@@ -39,7 +39,6 @@ from vectorized.model import Array
 Ints = tuple[int, ...]
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
-EXPANDED = 2**14  # numbers up to which a mask is expanded to the shape of what it is added to
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 ALIGN = 64  # bytes of a cache line
 
@@ -297,7 +296,9 @@ class Recorder:
         n = len(shape)
         order = tuple(order) or (n - 1, *range(n - 1))[:n]
         array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-        return Traced(self, array.transpose(_inverse(order)), Buffer(array))
+        return Traced(
+            self, array.transpose([order.index(axis) for axis in range(n)]), Buffer(array)
+        )
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Any:
         """An array that is made once."""
@@ -339,10 +340,6 @@ class Recorder:
         else:
             view = np.empty_like(alike[0], self.dtype)
             out = Traced(self, view, Buffer(view))
-        for i, x in enumerate(operands):
-            if isinstance(x, np.ndarray) and x.ndim and out.view.size <= EXPANDED:
-                operands[i] = np.empty_like(out.view)
-                operands[i][...] = x
         self.emit(f, *operands, out)
         return self.as_one(out) if as_rows else out
 
@@ -482,23 +479,23 @@ def without_copies(calls: list[Call]) -> list[Call]:
             uses[_memory(x)].append(i)
     kept = []
     for i, call in reversed(list(enumerate(calls))):
-        place = call.out
-        home = place.buffer.home
+        place, home = call.out, call.out.buffer.home
         for x in call.arrays if call.elementwise and home is not None else ():
-            first = uses[_memory(x)][0]
-            used = uses[id(home)]
-            before = first if calls[first].elementwise else first - 1
+            first, in_use = uses[_memory(x)][0], uses[id(home)]
+            since = first + 1 if calls[first].elementwise else first
             if (
                 x.buffer.home is None
-                and uses[x.buffer][-1] == i
                 and _alike(x, place)
-                and not any(before < j < i for j in used)
+                and uses[x.buffer][-1] == i
+                and not any(since <= j < i for j in in_use)
                 and not any(_memory(y) == id(home) for y in call.arrays)
             ):
-                used += uses[x.buffer]
+                in_use += uses[x.buffer]
                 x.buffer.home = home
+                if call.f != "copy":
+                    kept.append(call)
                 break
-        if call.f != "copy" or _memory(call.arrays[0]) != _memory(place):
+        else:
             kept.append(call)
     return kept[::-1]
 
@@ -526,33 +523,31 @@ def merged_products(calls: list[Call]) -> list[Call]:
     same_right: dict[Any, Call] = {}  # the last product with this right operand
     kept: dict[Call, None] = {}
     for call in calls:
-        terms: list[Any] = []
         both: list[Traced] = []
-        left, right, out = (*call.operands, None)[:3]
+        terms: list[Any] = []
         read.update(x.buffer for x in call.arrays)
         if call.out.buffer in writer:  # what lies there is now something else
             same_right.clear()
-        if call.f == "dot" and out.ndim == 2:
+        product = call.f == "dot" and call.out.ndim == 2
+        if product:
+            left, right, out = call.operands
             terms = [same_right.get(right.form)]
             if terms[0] and terms[0].part == call.part and terms[0].out.buffer not in read:
                 both = side_by_side((terms[0].operands[0], left), (terms[0].out, out))
                 left, out = both or (left, out)
-        elif (
-            call.f is np.add and len(call.arrays) == 2 and _alike(left, out) and _alike(right, out)
-        ):
-            terms = [writer.get(x.buffer) for x in call.arrays]
-            if all(
-                x and (x.f, x.part, reads[x.out.buffer]) == ("dot", call.part, 1) for x in terms
-            ):
-                (left, right, product), (left2, right2, _) = (x.operands for x in terms)
-                if both := side_by_side((left.T, left2.T), (right, right2)):
-                    left, right = both[0].T, both[1]
-                    out = out.like(out.buffer.array.ravel("K").reshape(product.shape))
+        elif call.f is np.add and len(call.arrays) == 2:
+            terms = [writer.get(x.buffer) for x in call.arrays if _alike(x, call.out)]
+            kinds = [(t.f, t.out.ndim, t.part, reads[t.out.buffer]) for t in terms if t]
+            if kinds == [("dot", 2, call.part, 1)] * 2:
+                (left, right, out), (left2, right2, _) = (term.operands for term in terms)
+                both = side_by_side((left.T, left2.T), (right, right2))
+                left, right = (both[0].T, both[1]) if both else (left, right)
+                out = call.out.like(call.out.buffer.array.ravel("K").reshape(out.shape))
         if both:
-            for x in terms:
-                del kept[x]
-            call = Call("dot", [left, right, out], call.line, call.part)
-        if call.f == "dot":
+            for term in terms:
+                del kept[term]
+            call, product = Call("dot", [left, right, out], call.line, call.part), True
+        if product:
             same_right[right.form] = call
         writer[call.out.buffer] = call
         kept[call] = None
@@ -672,7 +667,8 @@ def _bound(
                 known[key] = np.ndarray(shape, x.dtype, block.data, key[1], strides)
             else:
                 home: Any = x.buffer.home
-                known[key] = np.ndarray(shape, x.dtype, home, start - address(home), strides)
+                start -= address(home)
+                known[key] = np.ndarray(shape, x.dtype, home.ravel("K"), start, strides)
         views.append(known[key])
     return BOUND[call.f](*views) if call.f in BOUND else (call.f, tuple(views))
 
@@ -726,8 +722,3 @@ INSIDE = (__file__, sys.modules[NDArrayOperatorsMixin.__module__].__file__)
 @lru_cache(maxsize=1024)
 def _broadcast(*shapes: Ints) -> Ints:
     return np.broadcast_shapes(*shapes)
-
-
-@lru_cache(maxsize=64)
-def _inverse(order: Ints) -> Ints:
-    return tuple(order.index(axis) for axis in range(len(order)))
