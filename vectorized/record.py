@@ -225,7 +225,7 @@ class Traced(NDArrayOperatorsMixin):
             return self.recorder.einsum(*args)
         if f is np.zeros_like and not kwargs:
             zeros = self.recorder.new(args[0].shape, range(args[0].ndim))
-            self.recorder.emit("fill", 0.0, zeros)
+            self.recorder.emit("fill", self.recorder.operand(0.0), zeros)
             return zeros
         raise refusal(f"numpy.{f.__name__} with these arguments")
 
@@ -564,12 +564,11 @@ def side_by_side(*pairs: tuple[Traced, Traced]) -> list[Traced]:
         if not contiguous or x.shape[1] != y.shape[1]:
             return []
         if (memory, end) != (other, other_start):
-            if other is not y.buffer or other.size > y.view.nbytes:  # y has its place already
+            movable = other is y.buffer and other.size == other.array.nbytes == y.view.nbytes
+            if not movable or memory is None or memory is other or memory.size > end:
                 return []
-            if memory is None or memory is other or memory.size > end:  # or something follows x
-                return []
-            other.leader, other.shift = memory, end
-            memory.size += other.size
+            y.buffer.leader, y.buffer.shift = memory, end
+            memory.size += y.buffer.size
         home = x.view if x.buffer.home is None else x.buffer.home
         view = as_strided(
             home, (len(x) + len(y), x.shape[1]), (x.shape[1] * x.view.itemsize, x.view.itemsize)
