@@ -389,6 +389,10 @@ def multiplies_what_it_sums(x: Any, y: Any) -> Any:
     return x.sum(axis=-1, keepdims=True) + (x @ w) + x.sum(axis=-1, keepdims=True)
 
 
+def adds_a_number_for_each_channel(x: Any, y: Any) -> Any:
+    return x.sum(axis=-1, keepdims=True) + np.array([1.0, 2.0, 3.0, 4.0])
+
+
 def moves_within_itself(x: Any, y: Any) -> Any:
     z = x * 1.0
     z[1:] = z[:-1]
@@ -406,6 +410,7 @@ SHORT = [
     sums_over_one_alone, reads_zeros, adds_in_place, reshapes, divides, takes_powers, multiplies,
     adds_products, averages_documents, changes_a_view_of_a_mean, scales_the_sum_over_one_document,
     reverses, multiplies_what_it_sums, moves_within_itself, squares_in_place,
+    adds_a_number_for_each_channel,
 ]  # fmt: skip
 
 

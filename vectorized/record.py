@@ -7,12 +7,19 @@ text to the list:
 
 memory order   The last axis of a result lies slowest, documents and positions fastest. Sums over
                channels then add rows, and a linear layer is one product w . x of matrices.
-few axes       Element-wise calls see views with as few axes as memory allows.
+few axes       Element-wise calls see views with as few axes as memory allows: `_fused`.
+one object     Views of the same memory are one array: where a call writes over its operand, NumPy
+               need not find out how the two overlap (1.08 at a batch of one).
 sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
-               of ones: its n result rows are equal, and later calls need no broadcast.
-look-ups       The gradient of a small table is a product with a one-hot matrix.
-products       q, k and v are one product, and so are their gradients: see `merged_products`.
-memory         Results share memory when their lives do not overlap: see `place`.
+               of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
+look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
+               64).
+copies         A result that is only copied is computed in its place: `without_copies` (1.06 at 1).
+products       q, k, v are one product, and so are their gradients: `merged_products` (1.03 at 1).
+memory         Results share memory when their lives do not overlap: `placed`.
+
+In brackets: how many times as long a step of the default model takes without it, in float64, at
+that number of documents.
 
 What a list cannot repeat is refused with a RecordingError that names the line of the text: a
 decision that depends on the numbers in an array, or an operation that is not known here.
@@ -56,11 +63,9 @@ BOUND: dict[Any, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "copy": lambda x, out: (out.__setitem__, (..., x)),
     "fill": lambda value, out: (out.fill, (value,)),
 }
-POWERS: dict[Any, list[np.ufunc]] = {
-    2: [np.square],
-    0.5: [np.sqrt],
-    -0.5: [np.sqrt, np.reciprocal],
-}  # how they are computed
+# How these powers are computed.
+POWERS: dict[Any, list[np.ufunc]] = {2: [np.square], 0.5: [np.sqrt], -0.5: [np.sqrt, np.reciprocal]}
+# What they are called in `operator`, for numbers that are no arrays.
 PLAIN = {"add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv", "power": "pow"}
 
 
@@ -324,12 +329,12 @@ class Recorder:
     def apply(self, f: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
         """One call of a ufunc, on equal rows if all arrays have them or if that is the shape."""
         operands = [self.operand(x) for x in inputs]
-        traced = [x for x in operands if isinstance(x, Traced)]
-        wide = [x.shape if x.rows is None else x.rows.shape for x in traced]
-        as_rows = out is None and all(x.rows is not None for x in traced) and len({*wide}) == 1
-        shape = wide[0] if as_rows else _broadcast(*[x.shape for x in operands])
+        arrays = [x for x in operands if x.ndim]
+        wide = {x.rows.shape for x in arrays if _has_rows(x)}
+        as_rows = out is None and len(wide) == 1 and all(_has_rows(x) for x in arrays)
+        (shape,) = wide if as_rows else [_broadcast(*[x.shape for x in operands])]
         for i, x in enumerate(operands):
-            if isinstance(x, Traced) and x.rows is not None and x.rows.shape == shape:
+            if _has_rows(x) and x.rows.shape == shape:
                 operands[i] = x.like(x.rows)
         if out is not None:
             self.emit(f, *operands, out)
@@ -467,6 +472,10 @@ class Recorder:
             self.emit(np.add, table, sums, table)
 
 
+def _has_rows(x: Any) -> bool:
+    return isinstance(x, Traced) and x.rows is not None
+
+
 def without_copies(calls: list[Call]) -> list[Call]:
     """Let the results that are only copied lie where the copies would.
 
@@ -501,13 +510,15 @@ def without_copies(calls: list[Call]) -> list[Call]:
 
 
 def _memory(x: Traced) -> Any:
+    """The same for all arrays in the same memory."""
     return x.buffer if x.buffer.home is None else id(x.buffer.home)
 
 
 def _alike(x: Traced, y: Traced) -> bool:
     """Whether both are all of their memory, in the same order."""
-    steps = [[step for n, step in zip(z.shape, z.view.strides) if n > 1] for z in (x, y)]
-    return x.whole and y.whole and x.shape == y.shape and steps[0] == steps[1]
+    if x.shape != y.shape or not x.whole or not y.whole:
+        return False
+    return all(n == 1 or i == j for n, i, j in zip(x.shape, x.view.strides, y.view.strides))
 
 
 def merged_products(calls: list[Call]) -> list[Call]:
