@@ -193,7 +193,7 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
 
             vars(batch).update(COLUMNS=columns, PADDING=padding)
             if not lowered:
-                vars(record).update(EQUAL_ROWS=0, EXPANDED=0, ONE_HOT=0)
+                vars(record).update(EQUAL_ROWS=0, ONE_HOT=0)
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")
                 found = trace(case, "vectorized", "float64", len(steps))

@@ -89,7 +89,7 @@ def test_in_micro_batches(
         patch.setattr(batch, "PADDING", padding)
         if not lowered:
             patch.setattr(replay, "CHUNK", 100)  # parameters that Adam updates at a time
-            for trick in ("EQUAL_ROWS", "EXPANDED", "ONE_HOT"):
+            for trick in ("EQUAL_ROWS", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             settle(_free(case, lessons, choice, standard, min(3, choice.steps)))
