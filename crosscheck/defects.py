@@ -28,6 +28,7 @@ from crosscheck.report import WIDTH
 from crosscheck.tolerance import Standard, float64
 from crosscheck.trace import Step, split_key, trace
 from microgpt.config import FIXTURES
+from microgpt.strict_yaml import Loader
 
 ROOT = FIXTURES.parent
 # between them, these cases reach every line that a defect is planted in
@@ -101,7 +102,7 @@ class Verdict:
 def load_defects() -> list[Defect]:
     """All of them."""
     with open(FIXTURES / "defects.yaml", encoding="utf-8") as file:
-        entries: list[dict[str, Any]] = yaml.safe_load(file)
+        entries: list[dict[str, Any]] = yaml.load(file.read(), Loader)
     return [
         Defect(
             name=entry["name"],
@@ -123,9 +124,10 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
 
     As for a user, scalar is the reference and vectorized the candidate, whichever has the defect.
     """
-    allowed = {name: standard(name) for name in panel}  # by scalar/ as it is without the defect
+    names = dict.fromkeys([*filter(None, [defect.case]), *panel])
+    allowed = {name: standard(name) for name in names}  # by scalar/ as it is without the defect
     with planted(defect.patches), np.errstate(all="ignore"):
-        for name in sorted(panel, key=lambda name: name != defect.case):
+        for name in names:
             case = load_case(name)
             sound = lessons(name, "vectorized" if defect.package == "scalar" else "scalar")
             faulty: list[Step] = []

@@ -32,9 +32,9 @@ def cases(draw: Any) -> Case:
         return n
 
     n_head = size("n_head", 4)
-    head_dim = size("head_dim", 5, times=n_head)
+    head_dim = size("head_dim", 4, times=n_head)
     positions = size("positions", 8)
-    documents = size("documents", 6)
+    documents = size("documents", 5)
     crop = draw(st.sampled_from(["positions", "tokens"]), label="crop")
     room = draw(st.integers(0, 2), label="room") if positions > 1 else 0
     config = config_from(

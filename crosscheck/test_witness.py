@@ -12,7 +12,7 @@ from crosscheck.cases import Case, case_names, draw_params, load_case, with_para
 from crosscheck.compare import Disagreement, Outcome, Tally, exhibit
 from crosscheck.lines import lines_of
 from crosscheck.tolerance import FLOAT64
-from crosscheck.trace import Array, backward_order
+from crosscheck.trace import Array, backward_order, suited
 from crosscheck.witness import as_direction, complex_step, difference
 from microgpt.backend import NAMES, fresh_state, load_backend
 from vectorized.flat import flatten
@@ -24,7 +24,9 @@ SMALL = ("one-position", "repeated-token", "tied-two-layers", "three-layers")
 
 def gradient(case: Case, backend_name: str) -> Array:
     """The gradient of the loss of the first batch, (P,)."""
-    backend = load_backend(backend_name, case.config, fresh_state(case.params))
+    backend = load_backend(
+        backend_name, suited(case.config, backend_name, "float64"), fresh_state(case.params)
+    )
     backend.forward(case.docs(0))
     backend.backward()
     return flatten({name: backend.grads()[name] for name in case.params}, np.dtype("float64"))

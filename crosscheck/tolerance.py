@@ -9,7 +9,7 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.noise import SQUARES, Noise
-from crosscheck.trace import PHASES, Array, split_key
+from crosscheck.trace import PHASES, Array, Step, split_key
 
 RTOL, ATOL = 1e-9, 1e-12
 # How many times its noise a number may be off. The worst of the stored cases is off by 31 times its
@@ -25,23 +25,23 @@ class Tolerance:
     """
 
     rtol: float
-    atol: float
+    atol: Array | float
     scale: float = 0.0  # the share of the largest number in the tensor
     noise: Array | float | None = None  # see crosscheck.noise
     root: bool = False  # whether the noise is that of the numbers' root
 
     def __str__(self) -> str:
         parts = {"rtol": self.rtol, "atol": self.atol, "scale": self.scale}
-        words = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value)
+        words = ", ".join(f"{name} {value:g}" for name, value in parts.items() if np.any(value))
         if self.noise is None:
             return words
         return f"{FACTOR:,} times its noise" + " in the root" * self.root + f"; at most {words}"
 
     def at(self, index: tuple[int, ...]) -> Tolerance:
         """That of one element."""
-        return replace(
-            self, noise=None if self.noise is None else float(np.asarray(self.noise)[index])
-        )
+        noise = None if self.noise is None else float(np.asarray(self.noise)[index])
+        atol = float(np.asarray(self.atol)[index if np.ndim(self.atol) else ()])
+        return replace(self, atol=atol, noise=noise)
 
     def allowed(self, reference: Array) -> Array:
         """How far from each number another may lie."""
@@ -81,7 +81,12 @@ class Standard:
         """What is allowed to a tensor of a step, counted from 1."""
         phase, _ = split_key(key)
         known = self.noise[step - 1].get(key) if step <= len(self.noise) else None
-        return replace(self.tolerances[phase], noise=known, root=phase in SQUARES)
+        most = self.tolerances[phase]
+        if known is None:
+            return most
+        if self.dtype == "float64":
+            return replace(most, noise=known, root=phase in SQUARES)
+        return most if phase in SQUARES else replace(most, atol=most.atol + SINGLE * known)
 
 
 # Adam's v has no atol: many of its numbers are smaller than that, and any would pass
@@ -118,10 +123,16 @@ FLOAT32_MEASURED = {
     "params": 1.1e-7,
 }
 MARGIN = 4
+# Models drawn at random may lose any number of digits by cancellation. How many times its noise,
+# in units of single precision, a number may be off beyond that: 1 was never reached in 200 models.
+SINGLE = 32 * 2.0**29
 
 
-def float32(case: Case) -> Standard:
-    """What is allowed to single precision, more where a case declares that it loses more."""
+def float32(case: Case, noise: Sequence[Noise] = ()) -> Standard:
+    """What is allowed to single precision, more where a case declares that it loses more.
+
+    noise    what excuses numbers that cancel, where no case declares it
+    """
     slack = case.float32.get("slack", 1.0)
     return Standard(
         "float32",
@@ -129,4 +140,15 @@ def float32(case: Case) -> Standard:
             phase: Tolerance(rtol=0.0, atol=1e-30, scale=MARGIN * slack * measured)
             for phase, measured in FLOAT32_MEASURED.items()
         },
+        noise,
+    )
+
+
+def decided_by_rounding(lesson: Step, noise: Noise) -> bool:
+    """Whether single precision may find a ReLU input on the other side of its kink."""
+    inputs = [key for key in lesson if key.startswith("forward/") and key.endswith("mlp_pre")]
+    return any(
+        bool((np.abs(lesson[key]) < SINGLE * noise[key])[lesson[key] != 0].any())
+        for key in inputs
+        if key in noise
     )

@@ -43,7 +43,7 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
-SAMPLES, TEMPERATURE = 2, 2.0
+SAMPLES = 2
 
 PHASES = {
     "batch": "the batch",
@@ -257,7 +257,7 @@ def drawn(case: Case, backend: Backend, seed: int) -> Step:
     docs = [
         [tokenizer.bos, *doc]
         for start in ([], prompt)
-        for doc in backend.sample(tokenizer, rng, SAMPLES, TEMPERATURE, start)
+        for doc in backend.sample(tokenizer, rng, SAMPLES, case.temperature, start)
     ]
     longest = case.config.block_size + 1
     return {"sample/documents": np.array([[*doc, *[-1] * (longest - len(doc))] for doc in docs])}
