@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
+from crosscheck.compare import Outcome
 from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
@@ -178,6 +179,8 @@ def diff(options: argparse.Namespace) -> int:
     only = [pattern for text in options.only or ["*"] for pattern in text.split(",")]
     outcome = diff(options.reference, options.candidate, only)
     first = outcome.found[0] if outcome.found else None
+    if options.html:
+        _draw(options, outcome)
     if options.json:
         report = {
             "compared": dataclasses.asdict(outcome.tally),
@@ -221,6 +224,18 @@ def port(options: argparse.Namespace) -> int:
     )
     print(json.dumps(result.as_json(), indent=1) if options.json else result)
     return result.exit_status
+
+
+def _draw(options: argparse.Namespace, outcome: Outcome) -> None:
+    """The map of two traces as a page."""
+    try:
+        from crosscheck.html import of_traces, write
+    except ModuleNotFoundError as error:
+        raise MicrogptError(
+            f"--html: the library {error.name} is not there; install what pages need with:"
+            " python -m pip install jinja2 pygments"
+        ) from None
+    write(options.html, of_traces(outcome, options.reference.stem, options.candidate.stem))
 
 
 def params(options: argparse.Namespace) -> int:
@@ -306,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("candidate", type=Path)
     one.add_argument("--only", action="append", metavar="PATTERNS", help="of phase/name, such as"
                      " 'gradient/*' or 'gradient/*,forward/loss'; may be given again")  # fmt: skip
+    one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
     one.add_argument("--json", action="store_true", help="for other programs")
 
     one = command("kit", kit)

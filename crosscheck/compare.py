@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,10 @@ class Outcome:
     tally: Tally = field(default_factory=Tally)
     found: list[Disagreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out
+    # for the map: the worst share of what is allowed, by step and key; and the shares of the
+    # first tensor that exceeds it
+    shares: dict[int, dict[str, float]] = field(default_factory=dict)
+    wrong: Array | None = field(default=None, repr=False)
 
 
 def compare(
@@ -181,7 +186,7 @@ def compare_step(
             for side, stop in zip((reference, candidate), stops)
         ):
             continue
-        found = _compare_tensor(case, step, key, reference, candidate, standard, outcome.tally)
+        found = _compare_tensor(case, step, key, reference, candidate, standard, outcome)
         if found is None:
             agreed.append(key)
         elif phase not in noted:
@@ -306,8 +311,10 @@ def _compare_tensor(
     reference: Step,
     candidate: Step,
     standard: Standard,
-    tally: Tally,
+    outcome: Outcome,
 ) -> Disagreement | None:
+    tally, seen = outcome.tally, outcome.shares.setdefault(step, {})
+    seen[key] = math.inf
     if key not in reference or key not in candidate:
         side = "candidate" if key in reference else "reference"
         problem = f"was never written by the {side}"
@@ -335,7 +342,10 @@ def _compare_tensor(
     there = real(key, ours.shape, reference["batch/tokens"])
     tolerance = standard.tolerance(step, key)
     shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
+    seen[key] = float(shares.max())
     if not (shares <= 1).all():
+        if not outcome.found:
+            outcome.wrong = np.where(there, shares, np.nan)
         index = exhibit(key, ours, shares)
         return Disagreement(
             case.name,

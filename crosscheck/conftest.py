@@ -81,6 +81,7 @@ class Left:
     notes: list[str] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)  # of the map; see crosscheck.html
 
 
 CHOICE = pytest.StashKey[Choice]()
@@ -101,6 +102,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--save-case", type=Path, help="where to put the smallest random model that"
                     " disagrees, as a case (FILE.yaml)")  # fmt: skip
     group.addoption("--json", type=Path, help="write what was compared and found to this file")
+    group.addoption("--html", type=Path, help="draw a map of what was compared and found as a page")
     group.addoption("--processes", type=int, help="how many share the tests (as many as cores)")
 
 
@@ -126,6 +128,14 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if option("--save-case") and option("--save-case").suffix != ".yaml":
         raise pytest.UsageError(f"--save-case {option('--save-case')}: expected a name in .yaml")
+    if option("--html"):
+        try:
+            import crosscheck.html  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise pytest.UsageError(
+                f"--html: the library {error.name} is not there; install what pages need with:"
+                " python -m pip install jinja2 pygments"
+            ) from None
     if option("--steps") < 1:
         raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
     if option("--processes") is not None and option("--processes") < 1:
@@ -255,7 +265,7 @@ def notes(left: Left) -> list[str]:
 
 
 @pytest.fixture
-def settle(choice: Choice, left: Left) -> Any:
+def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
     """Takes an outcome: counts it if all agreed, and fails in one line if not.
 
     What is held to other bounds than the rest is not counted with them.
@@ -269,6 +279,10 @@ def settle(choice: Choice, left: Left) -> Any:
     ) -> None:
         failed = outcome.found[0].step if outcome.found else 0
         left.runs.append(Run(left.about, outcome.case, outcome.tally.steps, failed))
+        if pytestconfig.getoption("--html"):
+            from crosscheck.html import part
+
+            left.parts.append(asdict(part(outcome, left.about)))
         if outcome.found:
             left.findings.append(_finding(outcome.found[0], labels, left.about, more))
             pytest.fail(left.findings[-1].headline, pytrace=False)
@@ -387,6 +401,7 @@ class Session:
         self.left.tallies += [Tally(**one) for one in plain["tallies"]]
         self.left.notes += plain["notes"]
         self.left.runs += [Run(**one) for one in plain["runs"]]
+        self.left.parts += plain["parts"]
         if plain["findings"]:
             self.findings[report.nodeid] = [Finding(**one) for one in plain["findings"]]
 
@@ -466,6 +481,14 @@ class Session:
         return shared(cause, self.left.runs, _loaded), also(cause)
 
     def pytest_sessionfinish(self) -> None:
+        html = self.config.getoption("--html")
+        if html and not hasattr(self.config, "workerinput"):
+            from crosscheck.html import Part, page, write
+
+            parts = [Part(**one) for one in self.left.parts]
+            tallies = self.left.tallies
+            compared = summary(_total(tallies), len(tallies)) if tallies else ""
+            write(html, page(parts, causes(self.in_order), compared, self.choice.labels))
         path = self.config.getoption("--json")
         if path and not hasattr(self.config, "workerinput"):
             report = {
