@@ -22,6 +22,7 @@ from crosscheck.where import where
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
+WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which they are kept
 TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
 NEAR = 0.5  # of the largest share: such elements count as ties
 CHOICE = "the first near the largest share of what is allowed, among typical ones"
@@ -214,6 +215,9 @@ def compare_step(
 def _not_reached(key: str, step: Step, order: Sequence[str]) -> bool:
     """Whether a side that has stopped did so before it came to this tensor."""
     phase, _ = split_key(key)
+    phases = {split_key(one)[0] for one in step}
+    if phase in WATCHED and phases & {*WATCHED[WATCHED.index(phase) + 1 :], "gradient"}:
+        return False  # what follows has been kept, so this phase was at its end
     held = [order.index(one) for one in step if split_key(one)[0] == phase]
     return key not in step and order.index(key) > max(held, default=-1)
 

@@ -291,7 +291,7 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
     for label, part in parts:
         yield f"only {label} is there", part
     contributions = [one for one in parts if any(one[0] == call.label for call in pair.calls)]
-    for (first, a), (second, b) in combinations(contributions, 2):
+    for (first, a), (second, b) in combinations(contributions or parts, 2):
         yield f"missing: {first} and {second}", pair.ours - a - b
         yield f"the sign of {first} and of {second}", pair.ours - 2 * a - 2 * b
         yield f"multiplied, not added: {first} and {second}", a * b
@@ -313,10 +313,12 @@ def _added_before(pair: Pair) -> Iterator[Guess]:
 
 def exchanged(pair: Pair) -> Iterator[Guess]:
     """One argument of one operation exchanged for something else."""
+    keys = list(pair.step)
+    earlier = {key: pair.step[key] for key in keys[: keys.index(pair.key)]}
     for call in pair.calls:
         rest = pair.ours - call.total()
         for name in call.slots:
-            for words, other in alternatives(call, name, pair.before):
+            for words, other in alternatives(call, name, earlier, pair.before):
                 try:
                     yield words, rest + call.total(**{name: other})
                 except (IndexError, ValueError):
@@ -612,6 +614,12 @@ def of_m(pair: Pair) -> Iterator[Guess]:
             limit / max(_length(pair), 1e-300) * raw
         ),
         "divided by its length, whatever grad_clip is": raw / max(_length(pair), 1e-300),
+        "clipped by the largest element, not by the length": (
+            min(1.0, limit / max(_largest(pair), 1e-300)) * raw if limit else raw
+        ),
+        "clipped by the sum of sizes, not by the length": (
+            min(1.0, limit / max(_sum_of_sizes(pair), 1e-300)) * raw if limit else raw
+        ),
         "clipped by the square of the length: the root is missing": (
             min(1.0, limit / max(_length(pair) ** 2, 1e-300)) * raw if limit else raw
         ),
@@ -643,6 +651,16 @@ def of_m(pair: Pair) -> Iterator[Guess]:
 def _length(pair: Pair) -> float:
     keys = [key for key in pair.step if key.startswith("gradient/")]
     return sqrt(sum(float((pair.step[key] ** 2).sum()) for key in keys))
+
+
+def _largest(pair: Pair) -> float:
+    keys = [key for key in pair.step if key.startswith("gradient/")]
+    return max(float(np.abs(pair.step[key]).max()) for key in keys)
+
+
+def _sum_of_sizes(pair: Pair) -> float:
+    keys = [key for key in pair.step if key.startswith("gradient/")]
+    return sum(float(np.abs(pair.step[key]).sum()) for key in keys)
 
 
 def of_v(pair: Pair) -> Iterator[Guess]:
@@ -737,6 +755,12 @@ def of_update(pair: Pair) -> Iterator[Guess]:
         "the bias correction of m uses beta2": -lr * (m / (1 - b2**n)) / (np.sqrt(v_hat) + eps),
         "multiplied by the bias corrections, not divided": (
             -lr * m * (1 - b1**n) / (np.sqrt(v * (1 - b2**n)) + eps)
+        ),
+        "m is multiplied by its correction, not divided": (
+            -lr * m * (1 - b1**n) / (np.sqrt(v_hat) + eps)
+        ),
+        "v is multiplied by its correction, not divided": (
+            -lr * m_hat / (np.sqrt(v * (1 - b2**n)) + eps)
         ),
         "the correction is 1 - beta * t, not 1 - beta^t": (
             -lr * (m / (1 - b1 * n)) / (np.sqrt(v / (1 - b2 * n)) + eps)

@@ -38,7 +38,7 @@ FILES = (
     "vectorized/sample.py",
     "vectorized/worker.py",
 )
-TIMEOUT = 60  # seconds; what takes longer is a loop without an end, and is noticed
+TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is noticed
 SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that tries a mutant
 # where a change is one of memory, speed or refusals, and not of numbers
 MEMORY = {
@@ -161,7 +161,7 @@ def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
 
 
 def _outcome(mutant: Mutant) -> int:
-    child = multiprocessing.get_context("fork").Process(target=_try, args=(mutant,), daemon=True)
+    child = multiprocessing.get_context("fork").Process(target=_try, args=(mutant,))
     child.start()
     child.join(TIMEOUT)
     if child.is_alive():

@@ -22,7 +22,7 @@ from crosscheck.operations import (
     row_sum,
 )
 from crosscheck.trace import Array, Step
-from microgpt.taps import ACTIVATIONS, axes_of
+from microgpt.taps import ACTIVATIONS, axes_of, taps
 
 Guess = tuple[str, Any]  # words, and the numbers to which they lead
 
@@ -74,17 +74,25 @@ def of_d_rmsnorm(call: Call) -> Iterator[Guess]:
     yield f"the factor y is missing {lost}", first - scale * inner
     yield f"mean(dy) in place of mean(dy * y) {lost}", first - scale * y * row_mean(dy)
     yield f"mean(y) in place of mean(dy * y) {lost}", first - scale * y * row_mean(y * y)
+    for power, words in ((0, "1"), (2, "scale^2"), (3, "scale^3"), (4, "scale^4")):
+        yield f"{words} in place of scale {lost}", first - scale**power * y * inner
     x = y / scale
     yield "x in place of y in the norm's derivative", scale * (dy - x * row_mean(dy * x))
     yield f"x in place of y before the mean {lost}", first - scale * x * inner
     yield f"x in place of y inside the mean {lost}", first - scale * y * row_mean(dy * x)
-    for power, words in ((0, "no scale"), (2, "scale^2"), (3, "scale^3"), (4, "scale^4")):
-        yield f"{words} in place of scale {lost}", first - scale**power * y * inner
     yield "scale^2 in place of scale in the norm's derivative", scale * (first - scale * y * inner)
     yield (
         "divided by scale in place of multiplied in the norm's derivative",
         (dy - y * inner) / scale,
     )
+    for tap in taps(call.around.config).values():
+        if tap.operation == call.operation and tap.name != call.slots["y"].name:
+            other, before = call.around[tap.name], call.around[tap.operands[0]]
+            other_scale = (row_mean(before * before) + call.around.config.norm_eps) ** -0.5
+            yield (
+                f"{tap.name} and its scale in place of {call.slots['y'].name}",
+                (other_scale * (dy - other * row_mean(dy * other))),
+            )
     yield "the derivative of a LayerNorm", scale * (dy - row_mean(dy) - y * inner)
     shared = (dy * y).sum(axis=1, keepdims=True) / (call.around.n[:, None, None])
     yield f"the mean over positions, not over channels, {lost}", first - scale * y * shared
@@ -198,6 +206,12 @@ def of_d_softmax(call: Call) -> Iterator[Guess]:
     )
     yield f"y squared before the sum over the row {end}", y * dy - y * y * row_sum(dy * y)
     yield f"the softmax's input in place of its output {end}", x * (dy - row_sum(dy * x))
+    top = np.where(a.looked_at, x, -1e300).max(axis=-1, keepdims=True)
+    shifted = np.where(a.looked_at, x - top, 0.0)
+    yield (
+        f"exp is differentiated by its input, not its output, {end}",
+        (y * (dy - row_sum(dy * y)) / np.exp(shifted) * shifted),
+    )
     exps = np.where(a.looked_at, np.exp(x), 0.0)
     yield (
         f"exp(x), which is not divided by the sum, in place of y {end}",
@@ -270,6 +284,9 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
         dy * elementwise(ACTIVATIONS[own].slope, y),
     )
     yield "the output in place of the slope", dy * y
+    own_slope = elementwise(ACTIVATIONS[own].slope, x)
+    yield "only positive derivatives are passed on", np.maximum(dy, 0) * own_slope
+    yield "the slope is squared", dy * own_slope**2
     yield "the slope without what comes in", elementwise(ACTIVATIONS[own].slope, x)
     for kind, words in ACTIVATIONS.items():
         if kind != own:
@@ -326,10 +343,24 @@ def of_d_cross_entropy(call: Call) -> Iterator[Guess]:
         "the softmax's own derivative is applied once more",
         d * p * ((p - at) - row_sum((p - at) * p)),
     )
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    yield (
+        "exp is differentiated by its input, not its output",
+        d * (p - at) * shifted / np.exp(shifted),
+    )
+    yield (
+        "the derivative of the log is that of 1/log(p), not 1/p",
+        (d * (p - at) * (_own(p, at) / np.log(_own(p, at)))),
+    )
     yield (
         "the log-probability in place of the probability",
         d * (np.log(np.maximum(p, 1e-300)) * real - at),
     )
+
+
+def _own(p: Array, at: Array) -> Array:
+    """The probability of the target, (B, T, 1)."""
+    return np.maximum(row_sum(p * at), 1e-300)
 
 
 def of_scores(call: Call) -> Iterator[Guess]:
@@ -340,6 +371,13 @@ def of_scores(call: Call) -> Iterator[Guess]:
         yield words, np.einsum("bthd,buhd->bhtu", split(q), split(k)) / scale
         yield f"{words}, of q only", np.einsum("bthd,buhd->bhtu", split(q), a.heads(k)) / scale
         yield f"{words}, of k only", np.einsum("bthd,buhd->bhtu", a.heads(q), split(k)) / scale
+    own = np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(k)) / scale
+    T = q.shape[1]
+    back = (np.arange(T)[:, None] - np.arange(T)) % T
+    yield (
+        "keys are kept newest first",
+        np.take_along_axis(own, np.broadcast_to(back, own.shape), axis=-1),
+    )
     H = a.config.n_head
     yield (
         "all channels in every head: the heads are not separated",
@@ -381,6 +419,12 @@ def of_weighted_sum(call: Call) -> Iterator[Guess]:
     weights, v = (call.slots[name].value for name in ("weights", "v"))
     out = np.einsum("bhtu,buhd->bthd", weights, a.heads(v))
     B, T, H, _ = out.shape
+    t, u = np.arange(T)[:, None], np.arange(T)
+    newest_first = np.take_along_axis(weights, np.broadcast_to((t - u) % T, weights.shape), axis=-1)
+    yield (
+        "values are kept newest first",
+        merge(np.einsum("bhtu,buhd->bthd", np.where(a.looked_at, newest_first, 0.0), a.heads(v))),
+    )
     if H > 1:
         words = "heads merged wrongly: channels of different heads are interleaved"
         yield words, out.swapaxes(2, 3).reshape(B, T, -1)
@@ -622,8 +666,12 @@ OTHER_FORMS: dict[str, Callable[[Call], Iterator[Guess]]] = {
 # --- an operand exchanged ------------------------------------------------------------------------
 
 
-def alternatives(call: Call, name: str, before: Step | None) -> Iterator[Guess]:
-    """What may stand in the place of an argument of an operation, and how that is called."""
+def alternatives(call: Call, name: str, earlier: Step, before: Step | None) -> Iterator[Guess]:
+    """What may stand in the place of an argument of an operation, and how that is called.
+
+    earlier    what the step has computed before
+    before     the step before
+    """
     a, slot = call.around, call.slots[name]
     own = slot.name
     if name == "target":
@@ -635,9 +683,16 @@ def alternatives(call: Call, name: str, before: Step | None) -> Iterator[Guess]:
     x = slot.value
     of_param = f"entry/{own}" in a.step
     if x.shape[-1] == x.shape[-2] and (of_param or "U" in slot.axes):
-        turned = np.where(a.looked_at, x, 0).swapaxes(-1, -2) if "U" in slot.axes else x.T
+        turned = x.swapaxes(-1, -2)
+        if "U" in slot.axes:  # what the rows of padding hold is not known
+            turned = np.where(unpadded(a), turned, np.nan)
         yield f"{own} transposed", turned
-    yield from _of_the_same_shape(call, slot)
+    yield from _of_the_same_shape(call, slot, earlier)
+    if own.endswith("attn_weights") and name == "weights":
+        prefix = own.rpartition(".")[0]
+        dout, v = (a.heads(a.step[f"backward/d{prefix}.attn_out"]), a.heads(a[f"{prefix}.v"]))
+        dweights = np.einsum("bthd,buhd->bhtu", dout, v)  # positions to come included
+        yield f"d{own} in place of {own}", np.where(unpadded(a), dweights, np.nan)
     if not of_param:
         yield from rearranged(a, own, x, slot.axes)
         yield from restricted(a, own, x, slot.axes)
@@ -645,14 +700,14 @@ def alternatives(call: Call, name: str, before: Step | None) -> Iterator[Guess]:
     yield f"the absolute value of {own}", np.abs(x)
     if before is not None:
         for phase in ("entry", "forward", "backward"):
-            earlier = before.get(f"{phase}/{own}")
-            if earlier is not None and earlier.shape == x.shape:
-                yield f"{own} of the step before", earlier
+            was = before.get(f"{phase}/{own}")
+            if was is not None and was.shape == x.shape:
+                yield f"{own} of the step before", was
     if of_param and f"params/{own}" in a.step:
         yield f"{own} after the update, not before", a.step[f"params/{own}"]
 
 
-def _of_the_same_shape(call: Call, slot: Slot) -> Iterator[Guess]:
+def _of_the_same_shape(call: Call, slot: Slot, earlier: Step) -> Iterator[Guess]:
     """Other tensors, the same one in other layers first."""
     step, own = call.around.step, slot.name
     kind = "entry" if f"entry/{own}" in step else "backward" if own[0] == "d" else "forward"
@@ -665,7 +720,7 @@ def _of_the_same_shape(call: Call, slot: Slot) -> Iterator[Guess]:
     for phase in phases:
         found = [
             (key.partition("/")[2], tensor)
-            for key, tensor in step.items()
+            for key, tensor in earlier.items()
             if key.startswith(f"{phase}/")
             and tensor.shape == slot.value.shape
             and key.partition("/")[2] != own

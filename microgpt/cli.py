@@ -27,6 +27,7 @@ from microgpt.config import (
     typed_flag,
 )
 from microgpt.errors import MicrogptError, printable
+from microgpt.whereabouts import refuse_another_copy
 
 if TYPE_CHECKING:
     from microgpt.backend import Backend
@@ -83,6 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SystemExit as done:  # --help and --version are printed, mistakes explained
         return int(done.code or 0)
     try:
+        refuse_another_copy()
         status: int = options.run(options)
     except MicrogptError as error:
         print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)

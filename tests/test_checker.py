@@ -24,13 +24,15 @@ from crosscheck.defects import (
     Patch,
     Verdict,
     judge,
-    kill_matrix,
     load_defects,
     planted,
+    row,
+    total,
 )
 from crosscheck.report import WIDTH, as_json, render, ulps
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
 from crosscheck.trace import Step, trace
+from microgpt.config import FIXTURES
 from microgpt.errors import MicrogptError
 from vectorized.batch import micro_batches
 
@@ -66,8 +68,13 @@ def test_every_defect_is_caught(verdicts: list[Verdict]) -> None:
 
 
 def test_the_first_divergence_is_the_planted_operation(verdicts: list[Verdict]) -> None:
-    wrong = [verdict.defect.name for verdict in verdicts if not verdict.located]
-    assert wrong == []
+    assert [verdict.defect.name for verdict in verdicts if not verdict.located] == []
+
+
+def test_the_readme_gives_the_number_of_defects() -> None:
+    readme = (FIXTURES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{len(DEFECTS)} of {len(DEFECTS)} caught, each where it first shows" in readme
+    assert f"lists {len(DEFECTS)} classic bugs" in readme
 
 
 def test_the_promised_diagnoses_are_given(verdicts: list[Verdict]) -> None:
@@ -85,9 +92,8 @@ def test_reports_fit_eighty_columns_and_json(verdicts: list[Verdict]) -> None:
 
 
 def test_the_kill_matrix_names_every_defect(verdicts: list[Verdict]) -> None:
-    matrix = kill_matrix(verdicts)
-    assert all(f"{name} " in matrix for name in DEFECTS)
-    assert f"{len(DEFECTS)} of {len(DEFECTS)} caught" in matrix
+    assert all(row(verdict).startswith(f"{verdict.defect.name} ") for verdict in verdicts)
+    assert f"{len(DEFECTS)} of {len(DEFECTS)} caught, {len(DEFECTS)} located" in total(verdicts)
 
 
 def test_without_a_defect_nothing_is_caught() -> None:
