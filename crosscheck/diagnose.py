@@ -20,6 +20,7 @@ import numpy as np
 from crosscheck.cases import Case
 from crosscheck.explain import clipping
 from crosscheck.operations import Around, Call, calls
+from crosscheck.read_again import other_readings
 from crosscheck.trace import DERIVED, PHASES, Array, Step, axes, real, split_key
 from crosscheck.variants import (
     OTHER_FORMS,
@@ -311,18 +312,62 @@ def _added_before(pair: Pair) -> Iterator[Guess]:
             yield f"{words} {call.operation}, and after it", (call.total(dy=dy + around) + around)
 
 
+def known(pair: Pair) -> list[str]:
+    """The tensors that the step has computed by then: those before, and gradients beside it."""
+    keys = list(pair.step)
+    before = keys[: keys.index(pair.key)]
+    beside = [key for key in keys if key.startswith(f"{pair.phase}/") and key not in before]
+    return [*before, *[key for key in beside if pair.phase in ("gradient", "unwatched")
+                       and key != pair.key]]  # fmt: skip
+
+
 def exchanged(pair: Pair) -> Iterator[Guess]:
     """One argument of one operation exchanged for something else."""
-    keys = list(pair.step)
-    earlier = {key: pair.step[key] for key in keys[: keys.index(pair.key)]}
+    earlier = {key: pair.step[key] for key in known(pair)}
     for call in pair.calls:
         rest = pair.ours - call.total()
+        tensors = {name: slot for name, slot in call.slots.items() if slot.is_tensor}
+        for (a, one), (b, two) in combinations(tensors.items(), 2):
+            if np.shape(one.value) == np.shape(two.value):
+                exchanged = call.total(**{a: two.value, b: one.value})
+                yield f"{one.name} and {two.name} exchanged with each other", rest + exchanged
         for name in call.slots:
             for words, other in alternatives(call, name, earlier, pair.before):
                 try:
                     yield words, rest + call.total(**{name: other})
                 except (IndexError, ValueError):
                     continue
+
+
+def added(pair: Pair) -> Iterator[Guess]:
+    """Something that has no place in the sum is added, or subtracted."""
+    for key in known(pair):
+        tensor, (phase, name) = pair.step[key], split_key(key)
+        if tensor.shape != pair.ours.shape or tensor.size < 3 or phase in ("batch", "sample"):
+            continue
+        times = _coefficient(pair.theirs - pair.ours, tensor, pair.wrong)
+        for k, words in ((1, "added"), (-1, "subtracted"), (2, "added twice")):
+            if times is not None and abs(times - k) < 1e-6:
+                yield (
+                    f"{name} ({PHASES[phase]}) is {words}, and has no part in it",
+                    (pair.ours + k * tensor),
+                )
+
+
+def formulas(pair: Pair) -> Iterator[Guess]:
+    """Another formula; where an operand exchanged gives the same numbers, that as well."""
+    found = False
+    for words, guess in other_forms(pair):
+        found = found or pair.fits(guess) == ALL_OF_THEM
+        yield words, guess
+    if found:
+        yield from exchanged(pair)
+
+
+def read_again(pair: Pair) -> Iterator[Guess]:
+    """The first document read again, with a cache or a position that is at fault."""
+    if pair.phase == "read":
+        yield from other_readings(pair.around)
 
 
 def moved_about(pair: Pair) -> Iterator[Guess]:
@@ -413,6 +458,7 @@ def scaled(pair: Pair) -> Iterator[Guess]:
         own = {"n, the positions of its document": n + 0 * t, "1/n of its document": 1 / n + 0 * t,
                "t + 1, the positions so far": t, "1/(t + 1), of the positions so far": 1 / t,
                "its loss": -np.log(p), "its target's probability": p,
+               "its target's probability squared": p**2,
                "1/(its target's probability)": 1 / p, "p / log(p) of its target": p / np.log(p),
                "B n, 1/its weight": len(n) * n + 0 * t, "its weight": a.weights}  # fmt: skip
         for what, factor in own.items():
@@ -554,14 +600,14 @@ def factor_name(pair: Pair, factor: float) -> str:
     tolerance = max(1e-7, 1e6 * pair.noise) * abs(factor)
     named = factors(pair)
     close = [name for name, value in named.items() if abs(factor - value) <= tolerance]
-    return " = ".join(close[:2])
+    return " = ".join(close[:4])
 
 
 def factors(pair: Pair) -> Mapping[str, float]:
     """The numbers that have a name here, the likeliest first."""
     config, (B, T) = pair.case.config, pair.around.real.shape
     D, C, H, V = config.head_dim, config.n_embd, config.n_head, pair.case.tokenizer.vocab_size
-    sizes = {"D": D, "C": C, "H": H, "B": B, "T": T, "V": V, "n_layer": config.n_layer,
+    sizes = {"D": D, "n_head": H, "C": C, "B": B, "T": T, "V": V, "n_layer": config.n_layer,
              "block_size": config.block_size, "4 (F / C)": 4, "sum of n": int(pair.around.n.sum()),
              "3": 3, "B T": B * T, "B - 1": B - 1, "T - 1": T - 1, "T + 1": T + 1}  # fmt: skip
     named: dict[str, float] = {"2": 2.0, "-1": -1.0, "1/2": 0.5}
@@ -823,18 +869,25 @@ def rules(pair: Pair) -> Iterator[Guess]:
 # the kinds of readings, those with the fewest changes first
 KINDS = [
     rules,
-    other_forms,
+    formulas,
     changed_parts,
     repeated_tokens,
     exchanged,
+    read_again,
     moved_about,
+    added,
     remembered,
     scaled,
     parts_of_sums,
 ]
 
 
-ONE_IS_ENOUGH = (changed_parts, moved_about, parts_of_sums)  # the same in other words would follow
+ONE_IS_ENOUGH = (
+    changed_parts,
+    moved_about,
+    added,
+    parts_of_sums,
+)  # the same in other words would follow
 
 
 # --- where no reading fits -----------------------------------------------------------------------
@@ -848,7 +901,10 @@ def description(pair: Pair, promised: str) -> str:
     if np.count_nonzero(ours) >= 3:
         times = _coefficient(pair.theirs, pair.ours, pair.there)
         if times is not None and pair.fits(times * pair.ours) == ALL_OF_THEM:
-            return f"every element is {times:.6g} times the reference's; no name for this factor"
+            return f"every element is {times:.9g} times the reference's; no name for this factor"
+        more = float(np.median(theirs - ours))
+        if more and pair.fits(pair.ours + more) == ALL_OF_THEM:
+            return f"every element is {more:.9g} more than it should be"
     sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1) if pair.theirs.ndim else 0.0
     if pair.name.endswith("attn_weights"):
         rows = np.asarray(sums)[pair.there.any(axis=-1)]

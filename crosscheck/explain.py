@@ -15,6 +15,7 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.operations import Around, Call, calls
+from crosscheck.read_again import read
 from crosscheck.trace import Array, Step, split_key
 from microgpt.config import Config
 from microgpt.taps import ACTIVATIONS
@@ -44,6 +45,10 @@ def expression(
     if key == "backward/dloss":
         return Expression("1", {}, 1.0)
     around = Around(case.config, step)
+    if phase == "read":
+        t, token = index
+        formula = f"logits[{token}] of position {t}, which looks at the keys and values of 0..{t}"
+        return Expression(formula, {"tokens": around.token[0, : t + 1]}, read(around)[index])
     written = [_written(call, index) for call in calls(around, key)]
     if not written:
         return None

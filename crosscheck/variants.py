@@ -6,6 +6,7 @@ padding holds is not in a trace), it has NaN there.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from math import log, pi, sqrt
 from typing import Any
@@ -40,7 +41,11 @@ def of_rmsnorm(call: Call) -> Iterator[Guess]:
     yield "eps is missing under the root", x / np.sqrt(ms)
     for other in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12):
         yield f"eps is {other:g}, not {eps:g}", x / np.sqrt(ms + other)
+    for words, other in {"its root": sqrt(eps), "its square": eps**2, "n eps": n * eps,
+                         "eps / n": eps / n, "2 eps": 2 * eps, "-eps": -eps}.items():  # fmt: skip
+        yield f"eps enters as {words}", x / np.sqrt(ms + other)
     yield "the sum of squares in place of their mean", x / np.sqrt(ms * n + eps)
+    yield "n + 1 in place of n in the mean", x / np.sqrt(ms * n / (n + 1) + eps)
     if n > 1:
         yield "n - 1 in place of n in the mean", x / np.sqrt(ms * n / (n - 1) + eps)
         unbiased = centred / np.sqrt(var * n / (n - 1) + eps)
@@ -59,6 +64,9 @@ def of_rmsnorm(call: Call) -> Iterator[Guess]:
         "the mean square over the positions, not over the channels",
         x / np.sqrt((x * x).sum(axis=1, keepdims=True) / call.around.n[:, None, None] + eps),
     )
+
+
+CONSTANTS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)  # that are put anywhere
 
 
 def of_d_rmsnorm(call: Call) -> Iterator[Guess]:
@@ -89,6 +97,10 @@ def of_d_rmsnorm(call: Call) -> Iterator[Guess]:
         if tap.operation == call.operation and tap.name != call.slots["y"].name:
             other, before = call.around[tap.name], call.around[tap.operands[0]]
             other_scale = (row_mean(before * before) + call.around.config.norm_eps) ** -0.5
+            yield (
+                f"the scale of {tap.name} in place of that of {call.slots['y'].name}",
+                (other_scale * (dy - y * inner)),
+            )
             yield (
                 f"{tap.name} and its scale in place of {call.slots['y'].name}",
                 (other_scale * (dy - other * row_mean(dy * other))),
@@ -136,6 +148,16 @@ def of_softmax(call: Call) -> Iterator[Guess]:
         exps / np.sqrt(np.maximum(row_sum(exps**2), 1e-300)),
     )
     yield "the softmax is taken twice", _softmax_of(y, a)
+    for eps in CONSTANTS:
+        total = np.maximum(row_sum(exps), 1e-300)
+        yield f"{eps:g} is added to the sum that the softmax divides by", exps / (total + eps)
+        yield (
+            f"{eps:g} is added to each exp of the softmax",
+            (
+                np.where(a.looked_at, exps + eps, 0)
+                / row_sum(np.where(a.looked_at, exps + eps, 1e-300))
+            ),
+        )
     yield "the logits are divided by their sum, without exp", x / row_sum(x)
     yield "log-softmax: the exp after it is missing", np.log(np.maximum(y, 1e-300))
     D, H = a.config.head_dim, a.config.n_head
@@ -262,11 +284,62 @@ def _normal(x: Array) -> Array:
     return np.array([0.5 * (1 + erf(number / sqrt(2))) for number in x.ravel()]).reshape(x.shape)
 
 
+def mutants(formula: str) -> Iterator[tuple[str, str]]:
+    """The formula with a term or factor left out, an operation exchanged, or another number, and
+    in words what is changed."""
+    tree = ast.parse(formula, mode="eval")
+    swaps: dict[type, type] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div,
+                               ast.Div: ast.Mult}  # fmt: skip
+    for node in ast.walk(tree):
+        before = _short(node)
+        if isinstance(node, ast.BinOp):
+            own, kept = node.op, {"left": node.left, "right": node.right}
+            if type(own) in swaps:
+                node.op = swaps[type(own)]()
+                yield f"{_short(node)} in place of {before}", ast.unparse(tree)
+                node.op = own
+            word = "factor" if isinstance(own, (ast.Mult, ast.Div)) else "term"
+            word = "power" if isinstance(own, ast.Pow) else word
+            neutral = ast.Constant(0 if word == "term" else 1)
+            for side, part in kept.items():
+                if word == "power" and side == "left":
+                    continue
+                setattr(node, side, neutral)
+                yield f"the {word} {_short(part)} is left out of {before}", ast.unparse(tree)
+                setattr(node, side, part)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            number = node.value
+            others = {round(number, places) for places in range(1, 6)}
+            others |= {int(number * 10**places) / 10**places for places in range(1, 6)}
+            others |= {number / 3, number * 3, number * 2, number / 2, number + 1, -number}
+            for other in sorted(others - {number}):
+                node.value = round(other, 9)
+                yield f"{other:.9g} in place of {before}", ast.unparse(tree)
+            node.value = number
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    for number in {node.value for node in constants if isinstance(node.value, (int, float))}:
+        alike = [node for node in constants if node.value == number]
+        for other in (number - 1, number + 1, number / 2, number * 2):
+            for node in alike:
+                node.value = other
+            yield f"{other:g} in place of {number:g}, everywhere", ast.unparse(tree)
+        for node in alike:
+            node.value = number
+
+
+def _short(node: ast.AST) -> str:
+    """The source of a part of a formula, with dots inside if it is long."""
+    text = ast.unparse(node)
+    return text if len(text) <= 32 else f"{text[:18]} .. {text[-10:]}"
+
+
 def of_activation(call: Call) -> Iterator[Guess]:
     x, own = call.slots["x"].value, call.slots["kind"].value
-    for kind, words in ACTIVATIONS.items():
+    for kind, other in ACTIVATIONS.items():
         if kind != own:
-            yield f"{kind} in place of {own}", elementwise(words.value, x)
+            yield f"{kind} in place of {own}", elementwise(other.value, x)
+    for words, formula in mutants(ACTIVATIONS[own].value):
+        yield f"in {own}, {words}", elementwise(formula, x)
     for name, (value, _) in KINDS.items():
         yield f"{name} in place of {own}", value(x)
 
@@ -278,7 +351,8 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
         yield "the factor 2 of the square's derivative is missing", dy * np.maximum(x, 0)
     yield "the slope of the activation is left out: it is taken to be 1", dy
     yield "the slope is taken from the derivative that comes in, not from x", dy * (dy > 0)
-    yield "the slope is 1 at x = 0, where it is 0", dy * (x >= 0)
+    if own == "relu":
+        yield "the slope is 1 at x = 0, where it is 0", dy * (x >= 0)
     yield (
         "the slope is taken from the output, not from x",
         dy * elementwise(ACTIVATIONS[own].slope, y),
@@ -288,9 +362,11 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
     yield "only positive derivatives are passed on", np.maximum(dy, 0) * own_slope
     yield "the slope is squared", dy * own_slope**2
     yield "the slope without what comes in", elementwise(ACTIVATIONS[own].slope, x)
-    for kind, words in ACTIVATIONS.items():
+    for kind, other in ACTIVATIONS.items():
         if kind != own:
-            yield f"the slope of {kind} in place of that of {own}", dy * elementwise(words.slope, x)
+            yield f"the slope of {kind} in place of that of {own}", dy * elementwise(other.slope, x)
+    for words, formula in mutants(ACTIVATIONS[own].slope):
+        yield f"in the slope of {own}, {words}", dy * elementwise(formula, x)
     for name, (_, slope) in [*KINDS.items()][1:]:  # the first has been named above
         yield f"the slope is that of {name}", dy * slope(x)
 
@@ -301,6 +377,11 @@ def of_cross_entropy(call: Call) -> Iterator[Guess]:
     x = logits - logits.max(axis=-1, keepdims=True)
     log_sum, own = np.log(np.exp(x).sum(axis=-1)), (x * at).sum(axis=-1)
     p = np.exp(own - log_sum)
+    for eps in CONSTANTS:
+        yield (
+            f"{eps:g} is added to the sum inside the logarithm",
+            (np.log(np.exp(x).sum(axis=-1) + eps) - own),
+        )
     yield "log2 in place of ln", (log_sum - own) / log(2)
     yield "log10 in place of ln", (log_sum - own) / log(10)
     yield "the logarithm is missing: 1 - p", 1 - p
@@ -378,6 +459,8 @@ def of_scores(call: Call) -> Iterator[Guess]:
         "keys are kept newest first",
         np.take_along_axis(own, np.broadcast_to(back, own.shape), axis=-1),
     )
+    itself = np.diagonal(own, axis1=-2, axis2=-1)[..., None] * a.looked_at
+    yield "each position's own key in place of the keys that it looks at", itself
     H = a.config.n_head
     yield (
         "all channels in every head: the heads are not separated",
@@ -469,6 +552,8 @@ def other_weights(a: Around) -> Iterator[Guess]:
         yield "the sum over documents divided by B - 1", real / (n * (B - 1))
     yield "sum over all tokens", real * 1.0
     yield "n + 1 in place of n: the mean counts one position too many", real / (B * (n + 1))
+    if (n > 1).all() and B > 1:
+        yield "one too few in both means: B - 1 and n - 1", real / ((B - 1) * (n - 1))
     if (n > 1).all():
         yield "n - 1 in place of n: the mean counts one position too few", real / (B * (n - 1))
     yield "divided by block_size in place of the positions", real / (B * a.config.block_size)
@@ -535,6 +620,8 @@ def of_embedding(call: Call) -> Iterator[Guess]:
     yield "positions count from the end", with_positions(a.n[:, None] - 1 - position)
     yield "the token indexes wpe as well", with_positions(np.where(token < block, token, -1))
     yield "the token itself is shifted: the target's embedding", wte[a.target] + wpe[position]
+    for words, other in {"token - 1": token - 1, "token + 1": token + 1}.items():
+        yield f"wte[{words}] in place of wte[token]", wte[other % len(wte)] + wpe[position]
     before = np.where(position > 0, np.roll(token, 1, axis=1), 0)
     yield (
         "the token before in place of the token",
@@ -696,6 +783,16 @@ def alternatives(call: Call, name: str, earlier: Step, before: Step | None) -> I
     if not of_param:
         yield from rearranged(a, own, x, slot.axes)
         yield from restricted(a, own, x, slot.axes)
+    if of_param:
+        for key, tensor in a.step.items():
+            if key.startswith("entry/") and tensor.shape == x.shape[::-1] and key != f"entry/{own}":
+                yield f"{key.partition('/')[2]} transposed in place of {own}", tensor.T
+    elif x.ndim == 3:
+        yield f"{own} is normalised first", x * (row_mean(x * x) + a.config.norm_eps) ** -0.5
+        for kind, words in ACTIVATIONS.items():
+            yield f"{kind} of {own} in place of {own}", elementwise(words.value, x)
+    if x.ndim > 1:
+        yield f"the square of {own}", x * x
     yield f"{own} is left out: 1 in its place", np.ones_like(x)
     yield f"the absolute value of {own}", np.abs(x)
     if before is not None:
@@ -741,6 +838,9 @@ def _other_targets(a: Around) -> Iterator[Guess]:
     yield "the target is the token itself, not the next", a.token
     ahead = np.roll(a.target, -1, axis=1)
     yield "the target is one position too far", ahead
+    V = a["logits"].shape[-1]
+    yield "the target is one token id too low", (a.target - 1) % V
+    yield "the target is one token id too high", (a.target + 1) % V
     yield "the target is one position too early", np.roll(a.target, 1, axis=1)
     if len(a.target) > 1:
         yield "the targets are those of the first document", a.target[:1] + 0 * a.target

@@ -36,7 +36,7 @@ def where(case: Case, key: str, wrong: Array, live: Array, tokens: Array) -> str
             continue
         words = _along(case, key, letter, axis, bad, all_of_them, tokens)
         found += [words] if words else []
-    return ", ".join(found)
+    return ", ".join(words for words in found if words)
 
 
 def _documents_and_positions(
