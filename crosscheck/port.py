@@ -90,7 +90,7 @@ class Climb:
 
     @property
     def exit_status(self) -> int:
-        """0: all is there, and right; 1: something is wrong; 3: not all is there, and it is right."""
+        """0: complete and right; 1: something is wrong; 3: nothing is wrong, and some missing."""
         if self.problems or any(rung.wrong for rung in self.rungs):
             return 1
         whole = all(rung.status in ("passed", "does not apply") for rung in self.rungs)
