@@ -208,7 +208,7 @@ def kit(options: argparse.Namespace) -> int:
 
 
 def port(options: argparse.Namespace) -> int:
-    """Run a program on the cases, and check what it writes. Exit status 3: right, not complete."""
+    """Check what a program computes. Exit status 3: nothing is wrong, and not all is there."""
     from crosscheck.port import climb, command_line
 
     if not 0 < options.time_limit < float("inf"):

@@ -72,10 +72,11 @@ class Rung:
         return "passed" if self.agreed == self.expected else "incomplete"
 
     def __str__(self) -> str:
+        cases = _counted(len(self.cases), "case")
         said = {
-            "passed": f"{self.agreed:,} tensors, {_cases(len(self.cases))}",
+            "passed": f"{_counted(self.agreed, 'tensor')}, {cases}",
             "incomplete": f"{self.agreed:,} of {self.expected:,} tensors are there, and right",
-            "wrong": f"in {len(self.wrong)} of {_cases(len(self.cases))}",
+            "wrong": f"in {len(self.wrong)} of {cases}",
         }
         return f"  {self.stage:13}  {self.status:14}  {said.get(self.status, '')}".rstrip()
 
@@ -89,7 +90,7 @@ class Climb:
 
     @property
     def exit_status(self) -> int:
-        """0: all is there, and right; 1: something is wrong; 3: nothing is wrong or complete."""
+        """0: complete and right; 1: something is wrong; 3: nothing is wrong, and some missing."""
         if self.problems or any(rung.wrong for rung in self.rungs):
             return 1
         whole = all(rung.status in ("passed", "does not apply") for rung in self.rungs)
@@ -101,8 +102,9 @@ class Climb:
             for rung in self.rungs
             if rung.status == "wrong"
         ]
-        ladder = "\n".join(map(str, self.rungs))
-        return "\n\n".join([*self.problems, *([ladder] if self.climbed else []), *reports])
+        ladder = ["\n".join(map(str, self.rungs))] if self.climbed else []
+        ends = {0: ["all is there, and right"], 3: ["nothing is wrong, and not all is there"]}
+        return "\n\n".join([*self.problems, *ladder, *reports, *ends.get(self.exit_status, [])])
 
     @property
     def climbed(self) -> bool:
@@ -445,5 +447,5 @@ def _span(name: str, described: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _cases(count: int) -> str:
-    return f"{count} case" if count == 1 else f"{count} cases"
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

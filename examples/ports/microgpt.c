@@ -27,6 +27,7 @@
 #define REAL double /* -DREAL=float computes, and writes, in single precision */
 #endif
 typedef REAL real;
+#define GELU 0.79788456080286535588 /* sqrt(2 / pi) */
 
 /* ---- files of tensors: safetensors, on a machine that is little-endian ---- */
 
@@ -290,18 +291,24 @@ static void rmsnorm_backward(real *dx, const real *dy, const real *y, const real
     for (int i = 0; i < n; i++) dx[i] += scale * (dy[i] - y[i] * mean); /* [n] */
 }
 
-/* y = relu(x), or relu(x) ** 2 */
+/* y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) */
 static void activation_forward(real *y, const real *x, int n, int activation) {
     for (int i = 0; i < n; i++) {
         real relu = x[i] > 0 ? x[i] : 0;
-        y[i] = activation == 1 ? relu * relu : relu; /* [n] */
+        real gate = tanh(GELU * (x[i] + 0.044715 * x[i] * x[i] * x[i]));
+        real values[] = {relu, relu * relu, 0.5 * x[i] * (1 + gate)};
+        y[i] = values[activation]; /* [n] */
     }
 }
 
-/* dx += dy * [x > 0], or dy * 2 relu(x) */
+/* dx += dy * [x > 0], dy * 2 relu(x), or dy times the slope of gelu */
 static void activation_backward(real *dx, const real *dy, const real *x, int n, int activation) {
-    for (int i = 0; i < n; i++)
-        if (x[i] > 0) dx[i] += dy[i] * (activation == 1 ? 2 * x[i] : 1); /* [n] */
+    for (int i = 0; i < n; i++) {
+        real gate = tanh(GELU * (x[i] + 0.044715 * x[i] * x[i] * x[i]));
+        real dgate = (1 - gate * gate) * GELU * (1 + 3 * 0.044715 * x[i] * x[i]);
+        real slopes[] = {x[i] > 0, x[i] > 0 ? 2 * x[i] : 0, 0.5 * (1 + gate) + 0.5 * x[i] * dgate};
+        dx[i] += dy[i] * slopes[activation]; /* [n] */
+    }
 }
 
 /* attn_res = attn_wo . (softmax(q . k / sqrt(D)) . v) + x, where q, k, v = w . rmsnorm(x) */

@@ -16,6 +16,8 @@
 
 import { readFileSync, writeFileSync } from "node:fs";
 
+const GELU = Math.sqrt(2 / Math.PI);
+
 // ---- files of tensors: safetensors ----
 
 class Tensor {
@@ -154,18 +156,22 @@ function rmsnormBackward(dx, dy, y, x, eps) {
   for (let i = 0; i < x.length; i++) dx[i] += scale * (dy[i] - y[i] * mean); // [n]
 }
 
-// y = relu(x), or relu(x) ** 2
+// y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 function activationForward(y, x, activation) {
   for (let i = 0; i < x.length; i++) {
     const relu = Math.max(x[i], 0);
-    y[i] = activation === 1 ? relu * relu : relu; // [n]
+    const gate = Math.tanh(GELU * (x[i] + 0.044715 * x[i] ** 3));
+    y[i] = [relu, relu ** 2, 0.5 * x[i] * (1 + gate)][activation]; // [n]
   }
 }
 
-// dx += dy * [x > 0], or dy * 2 relu(x)
+// dx += dy * [x > 0], dy * 2 relu(x), or dy times the slope of gelu
 function activationBackward(dx, dy, x, activation) {
   for (let i = 0; i < x.length; i++) {
-    if (x[i] > 0) dx[i] += dy[i] * (activation === 1 ? 2 * x[i] : 1); // [n]
+    const gate = Math.tanh(GELU * (x[i] + 0.044715 * x[i] ** 3));
+    const dgate = (1 - gate ** 2) * GELU * (1 + 3 * 0.044715 * x[i] ** 2);
+    const slope = [Number(x[i] > 0), 2 * Math.max(x[i], 0), 0.5 * (1 + gate) + 0.5 * x[i] * dgate];
+    dx[i] += dy[i] * slope[activation]; // [n]
   }
 }
 

@@ -20,6 +20,8 @@
 use std::collections::BTreeMap;
 use std::{env, fs, process};
 
+const GELU: f64 = 0.797_884_560_802_865_4; // sqrt(2 / pi)
+
 // ---- files of tensors: safetensors ----
 
 #[derive(Clone)]
@@ -311,17 +313,27 @@ fn rmsnorm_backward(dy: &[f64], y: &[f64], x: &[f64], eps: f64) -> Vec<f64> {
     dy.iter().zip(y).map(|(dy_i, y_i)| scale * (dy_i - y_i * mean)).collect() // [n]
 }
 
-/// y = relu(x), or relu(x) ** 2
+/// y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 fn activation_forward(x: &[f64], activation: usize) -> Vec<f64> {
-    let relu = x.iter().map(|x_i| x_i.max(0.0));
-    relu.map(|y_i| if activation == 1 { y_i * y_i } else { y_i }).collect() // [n] -> [n]
+    let value = |x_i: f64| match activation {
+        0 => x_i.max(0.0),
+        1 => x_i.max(0.0).powi(2),
+        _ => 0.5 * x_i * (1.0 + (GELU * (x_i + 0.044715 * x_i.powi(3))).tanh()),
+    };
+    x.iter().map(|x_i| value(*x_i)).collect() // [n] -> [n]
 }
 
-/// dx = dy * [x > 0], or dy * 2 relu(x)
+/// dx = dy * [x > 0], dy * 2 relu(x), or dy times the slope of gelu
 fn activation_backward(dy: &[f64], x: &[f64], activation: usize) -> Vec<f64> {
+    let gelu_slope = |x_i: f64| {
+        let gate = (GELU * (x_i + 0.044715 * x_i.powi(3))).tanh();
+        let dgate = (1.0 - gate * gate) * GELU * (1.0 + 3.0 * 0.044715 * x_i * x_i);
+        0.5 * (1.0 + gate) + 0.5 * x_i * dgate
+    };
     let slope = |x_i: f64| match activation {
+        0 => f64::from(u8::from(x_i > 0.0)),
         1 => 2.0 * x_i.max(0.0),
-        _ => f64::from(u8::from(x_i > 0.0)),
+        _ => gelu_slope(x_i),
     };
     dy.iter().zip(x).map(|(dy_i, x_i)| dy_i * slope(*x_i)).collect() // [n], [n] -> [n]
 }

@@ -12,7 +12,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import gelu, log_softmax
 
 Tensors = dict[str, Tensor]
 
@@ -23,7 +23,9 @@ def rmsnorm(x: Tensor, eps: float) -> Tensor:
 
 
 def activation(x: Tensor, which: float) -> Tensor:
-    """y = relu(x), or relu(x) ** 2"""
+    """y = relu(x), relu(x) ** 2, or gelu in its tanh form"""
+    if which == 2:
+        return gelu(x, approximate="tanh")  # (.., n) -> (.., n)
     return x.relu() ** 2 if which == 1 else x.relu()  # (.., n) -> (.., n)
 
 
