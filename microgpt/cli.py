@@ -139,7 +139,9 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     if run.held_out:
         said.append(_loss_of_held_out(run))
     _check_numbers(run.backend, tokenizer)
-    documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
+    documents = run.backend.sample(
+        tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
+    )
     samples = [tokenizer.decode(ids) for ids in documents]
     windows = config.documents == "windows"
     write_samples(run.out, samples, f"{report.DASHES}\n" if windows else "")
@@ -187,7 +189,10 @@ def sample(options: argparse.Namespace) -> int:
     temperature = config.temperature
     if options.temperature is not None:
         temperature = typed_flag("temperature", options.temperature)
-    num = config.num_samples
+    top_k = config.top_k
+    if options.top_k is not None:
+        top_k = typed_flag("top_k", options.top_k)
+    num = config.num_samples if temperature else 1  # the likeliest is the same each time
     if options.num is not None:
         num = typed_flag("num_samples", options.num, "--num")
     config = replace(_reading(config, options.backend), num_samples=min(num, PORTION))
@@ -197,7 +202,7 @@ def sample(options: argparse.Namespace) -> int:
     _check_numbers(backend, tokenizer)
     windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
-        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt)
+        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
         for i, ids in enumerate(drawn, num - left):
             if windows and i:
                 print(report.DASHES)
@@ -434,9 +439,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(command)
     command.add_argument("--prompt", default="", metavar="TEXT", help="how each sample begins")
     command.add_argument(
-        "--temperature", metavar="X", help="divides the logits (default: the run's)"
+        "--temperature",
+        metavar="X",
+        help="divides the logits; 0: the likeliest token each time (default: the run's)",
     )
-    command.add_argument("--num", metavar="N", help="how many samples (default: the run's)")
+    command.add_argument(
+        "--top-k",
+        metavar="K",
+        help="draw from so many of the likeliest tokens; 0: from all (default: the run's)",
+    )
+    command.add_argument("--num", metavar="N", help="how many samples (default: the run's;"
+                         " at temperature 0 one)")  # fmt: skip
     command.add_argument(
         "--seed", metavar="S", help="of the draws (default: go on as training did)"
     )

@@ -64,6 +64,7 @@ RESUMABLE = (
     "eval_every",
     "num_samples",
     "temperature",
+    "top_k",
 )
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
