@@ -413,7 +413,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help=f"a preset ({', '.join(presets())}) or a YAML file (default: {DEFAULT_PRESET})",
+        help=f"a preset ({', '.join(presets())}) or a YAML file, where `preset: NAME` says what it"
+        f" differs from (default: {DEFAULT_PRESET})",
     )
     command.add_argument("--out", type=_directory, metavar="DIR", help="the run directory"
                          " (default: a new one under runs/)")  # fmt: skip
