@@ -105,7 +105,7 @@ def train(options: argparse.Namespace) -> int:
 
     log_every(options)
     with at_once(), _resumed(options) if options.resume else _new(options) as run:
-        if run.lock.left_by:
+        if run.lock.left_by and not options.quiet:
             left_by = _one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
         try:
@@ -137,7 +137,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
         print(f"time is up after step {run.step:,} of {config.steps:,}; {run.how_to_resume}")
     said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
     if run.held_out:
-        said.append(_loss_of_held_out(run))
+        said.append(_loss_of_held_out(run, options.quiet))
     _check_numbers(run.backend, tokenizer)
     documents = run.backend.sample(
         tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
@@ -162,14 +162,21 @@ def log_every(options: argparse.Namespace) -> int:
     return every
 
 
-def _loss_of_held_out(run: Run) -> str:
+def _loss_of_held_out(run: Run, quiet: bool) -> str:
+    from microgpt import report
     from microgpt.evaluate import evaluation
 
     kept = f"on {len(run.held_out):,} {run.config.documents_are} kept from training"
-    try:
-        loss = evaluation(run.backend, run.held_out, run.tokenizer, run.config).loss
-    except ArithmeticError as error:
-        return f"no loss {kept}: {error}"
+    loss, step = run.latest or (math.nan, -1)
+    if step != run.step:
+        progress = report.Evaluating(len(run.held_out), quiet)
+        model = run.backend, run.held_out, run.tokenizer, run.config
+        try:
+            loss = evaluation(*model, progress.update).loss
+        except ArithmeticError as error:
+            return f"no loss {kept}: {error}"
+        finally:
+            progress.close()
     best = min(run.best or (loss, run.step), (loss, run.step))
     more = f", best {best[0]:.4f} at step {best[1]:,}" if run.best else ""
     return f"loss {loss:.4f} {kept}{more}"
