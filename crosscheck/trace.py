@@ -18,6 +18,7 @@ adam_v/<p>         Adam's v after the step
 update/<p>         what the step added to the parameters
 params/<p>         parameters after the step
 sample/documents   token ids of documents drawn from the model, padded with -1
+sample/likeliest   the same for one drawn from the likeliest tokens, and one of the likeliest each
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
-SAMPLES = 2
+SAMPLES, TOP_K = 2, 2
 
 PHASES = {
     "batch": "the batch",
@@ -235,7 +236,7 @@ def keys(config: Config, vocab_size: int) -> list[str]:
         "read": ["logits"],
         "gradient": [f"d{name}" for name in backward_order(params)],
         "unwatched": ["loss", *[f"d{name}" for name in backward_order(params)]],
-        "sample": ["documents"],
+        "sample": ["documents", "likeliest"],
     }
     return [f"{phase}/{name}" for phase in PHASES for name in names.get(phase, params)]
 
@@ -263,8 +264,16 @@ def drawn(case: Case, backend: Backend, seed: int) -> Step:
         for start in ([], prompt)
         for doc in backend.sample(tokenizer, rng, SAMPLES, case.temperature, start)
     ]
+    likeliest = [
+        [tokenizer.bos, *doc]
+        for temperature, top_k in ((case.temperature, TOP_K), (0.0, 0))
+        for doc in backend.sample(tokenizer, rng, 1, temperature, [], top_k)
+    ]
     longest = case.config.block_size + 1
-    return {"sample/documents": np.array([[*doc, *[-1] * (longest - len(doc))] for doc in docs])}
+    return {
+        f"sample/{name}": np.array([[*doc, *[-1] * (longest - len(doc))] for doc in some])
+        for name, some in (("documents", docs), ("likeliest", likeliest))
+    }
 
 
 def padded_tokens(docs: Docs) -> Array:

@@ -87,7 +87,10 @@ class Config:
     )
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
-    temperature: float = _field("divides the logits before sampling", above=0)
+    temperature: float = _field(
+        "divides the logits before sampling; 0: always the likeliest token", least=0
+    )
+    top_k: int = _field("of how many likeliest tokens one is drawn; 0: of all", least=0, before=0)
 
     @property
     def head_dim(self) -> int:
@@ -301,8 +304,8 @@ def typed(name: str, value: Any, where: str) -> Any:
         raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}{why}")
     if limits["above"] is not None and value <= limits["above"]:
         raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")
-    if isinstance(value, float) and name == "temperature" and value < TINIEST:
-        raise MicrogptError(f"{where}: {value} is too close to 0; try 0.001")
+    if isinstance(value, float) and name == "temperature" and 0 < value < TINIEST:
+        raise MicrogptError(f"{where}: {value} is too close to 0; try 0.001, or 0")
     if kind is int and value > limits["most"]:
         raise MicrogptError(f"{where}: expected {limits['most']:,} at most, got {value}")
     if limits["below"] is not None and value >= limits["below"]:

@@ -218,12 +218,19 @@ class GPT:
         *,
         prompt: str = "",
         temperature: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
     ) -> list[str]:
-        """Texts drawn from the model; without a seed, each call draws others."""
+        """Texts drawn from the model; without a seed, each call draws others.
+
+        temperature    divides the logits; 0: the likeliest token each time
+        top_k          draw from so many of the likeliest tokens; 0: from all
+        """
         if temperature is None:
             temperature = self.config.temperature
         temperature = typed("temperature", plain(temperature), "sample: temperature")
+        top_k = self.config.top_k if top_k is None else top_k
+        top_k = typed("top_k", plain(top_k), "sample: top_k")
         num = typed("num_samples", plain(num), "sample: num")
         if not isinstance(prompt, str):
             raise MicrogptError(f"sample: prompt: expected a text, got {shortened(prompt)}")
@@ -232,7 +239,7 @@ class GPT:
         first = self._backend.read([self.tokenizer.bos])
         if not np.isfinite(first).all():
             raise MicrogptError("sample: the model's numbers are too large to draw from")
-        drawn = self._backend.sample(self.tokenizer, rng, num, temperature, start)
+        drawn = self._backend.sample(self.tokenizer, rng, num, temperature, start, top_k)
         return [self.tokenizer.decode(ids) for ids in drawn]
 
     @property

@@ -75,10 +75,16 @@ class Backend:
         return [[logit.data for logit in row] for row in rows]
 
     def sample(
-        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        rng: Random,
+        num: int,
+        temperature: float,
+        prompt: Sequence[int],
+        top_k: int = 0,
     ) -> list[list[int]]:
         return [
-            sample(self.params, self.config, tokenizer, rng, temperature, prompt)
+            sample(self.params, self.config, tokenizer, rng, temperature, prompt, top_k)
             for _ in range(num)
         ]
 

@@ -538,6 +538,39 @@ def test_a_low_temperature_takes_the_likeliest_and_a_high_one_anything(
     assert len(set(sampled(capsys, small, *at, "1e6"))) > 20
 
 
+def test_temperature_0_takes_the_likeliest_and_says_it_once(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (likeliest,) = sampled(capsys, small, "--temperature", "1e-6", "--num", "1")
+    for backend in NAMES:
+        at = ["--temperature", "0", "--backend", backend]
+        assert sampled(capsys, small, *at) == [likeliest]
+        assert sampled(capsys, small, *at, "--num", "3", "--seed", "9") == [likeliest] * 3
+        assert sampled(capsys, small, "--top-k", "1", "--backend", backend)[0] == likeliest
+
+
+def test_top_k_draws_from_the_likeliest_alone_and_alike_by_both_backends(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = load_checkpoint(small)
+    at = ["--num", "60", "--temperature", "2", "--seed", "3", "--top-k"]
+    drawn = {
+        (top_k, backend): sampled(capsys, small, *at, top_k, "--backend", backend)
+        for top_k in (1, 2, 5, 0, 99)
+        for backend in NAMES
+    }
+    logits = np.asarray(
+        load_backend("scalar", held.config, held.state).read([held.tokenizer.bos])[0]
+    )
+    for top_k in (1, 2, 5):
+        likeliest = set(np.argsort(-logits)[:top_k].tolist())
+        firsts = {(held.tokenizer.document(text))[1] for text in drawn[top_k, "scalar"]}
+        assert firsts <= likeliest
+        assert drawn[top_k, "scalar"] == drawn[top_k, "vectorized"]
+    assert drawn[0, "scalar"] == drawn[0, "vectorized"] == drawn[99, "scalar"]
+    assert len({*drawn[1, "scalar"]}) == 1 < len({*drawn[2, "scalar"]})
+
+
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("temperature", ["1e-305", "1e-320"])
 def test_a_temperature_near_zero_takes_the_likeliest_or_is_refused(
@@ -738,7 +771,7 @@ BAD_INPUT = [
     ("train --learning-rate -0.1", "--learning-rate: expected more than 0, got -0.1"),
     ("train --beta1 1", "--beta1: expected less than 1, got 1.0"),
     ("train --tie-lm-head yes", "--tie-lm-head: expected true or false, got 'yes'"),
-    ("train --temperature 0", "--temperature: expected more than 0, got 0.0"),
+    ("train --temperature 1e-305", "--temperature: 1e-305 is too close to 0; try 0.001, or 0"),
     ("train --dataset missing.txt", "'missing.txt' names no data set and no file"),
     ("train --dataset folder", "'folder' is a folder, not a file"),
     ("train --dataset empty.txt", "empty.txt: no documents; expected one on each line"),
@@ -773,8 +806,9 @@ BAD_INPUT = [
     ("sample run --prompt emmq", "the character 'q' (U+0071) in 'emmq' is not in the vocabulary"),
     ("sample run --prompt \u00fc", "(U+00FC)"),
     ("sample run --prompt emman", "--prompt: 5 characters leave no room in a context of 5"),
-    ("sample run --temperature 0", "--temperature: expected more than 0, got 0.0"),
-    ("sample run --temperature -1", "--temperature: expected more than 0, got -1.0"),
+    ("sample run --temperature -1", "--temperature: expected 0 or more, got -1.0"),
+    ("sample run --top-k -1", "--top-k: expected 0 or more, got -1"),
+    ("sample run --top-k some", "--top-k: expected a whole number, got 'some'"),
     ("sample run --temperature nan", "--temperature: expected a finite number, got nan"),
     ("sample run --temperature hot", "--temperature: expected a number, got 'hot'"),
     ("sample run --num -1", "--num: expected 0 or more, got -1"),

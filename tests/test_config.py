@@ -51,6 +51,7 @@ LATER_ADDITIONS: dict[str, Any] = {  # off in both
     "max_seconds": 0.0,
     "checkpoint_every": 0,
     "eval_every": 0,
+    "top_k": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "microgpt": {
@@ -246,8 +247,8 @@ def test_a_size_is_positive(name: str, text: str) -> None:
         ("learning_rate", "-1", "more than 0, got -1.0"),
         ("adam_eps", "0", "more than 0, got 0.0"),
         ("norm_eps", "0", "more than 0, got 0.0"),
-        ("temperature", "0", "more than 0, got 0.0"),
-        ("temperature", "-1", "more than 0, got -1.0"),
+        ("temperature", "-1", "0 or more, got -1.0"),
+        ("top_k", "-1", "0 or more, got -1"),
         ("init_std", "-0.1", "0 or more, got -0.1"),
         ("init_std_residual", "-0.1", "0 or more, got -0.1"),
         ("num_samples", "-1", "0 or more, got -1"),

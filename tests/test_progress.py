@@ -154,6 +154,11 @@ def test_measuring_changes_nothing_else_and_the_best_is_known_after_a_resume(
     assert float(best) < float(last) or float(last) < min(kept)
 
 
+def test_what_was_measured_after_the_last_step_is_not_measured_again(start: list[str]) -> None:
+    with patch("microgpt.evaluate.evaluation", side_effect=AssertionError("again")):
+        assert microgpt(*start, "--held-out", 3, "--eval-every", 4, "--out", "run") == 0
+
+
 def test_what_is_held_out_may_have_no_finite_loss(start: list[str]) -> None:
     with patch("microgpt.train.evaluation", side_effect=FloatingPointError("inf")):
         assert microgpt(*start, "--held-out", 3, "--eval-every", 4, "--out", "run") == 0

@@ -184,6 +184,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: gpt.sample(prompt=3), "sample: prompt: expected a text, got 3"),
     (lambda gpt: gpt.sample(prompt="aaaaaa"), "sample: prompt: 6 characters leave no room"),
     (lambda gpt: gpt.sample(temperature=-1), "sample: temperature: expected"),
+    (lambda gpt: gpt.sample(top_k=-1), "sample: top_k: expected 0 or more, got -1"),
     (lambda gpt: gpt.sample(seed=-5), "sample: seed: expected 0 or more, got -5"),
     (lambda gpt: (gpt.save("file"), gpt.save("file/x")), "file/x: cannot be written: "),
     (lambda gpt: gpt.save(""), "save: expected a path, got ''"),

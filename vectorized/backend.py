@@ -156,13 +156,19 @@ class Backend:
         return np.array(rows)
 
     def sample(
-        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        rng: Random,
+        num: int,
+        temperature: float,
+        prompt: Sequence[int],
+        top_k: int = 0,
     ) -> list[list[int]]:
         model = self.params, self.config, tokenizer, rng
         with np.errstate(all="ignore"):
             if most_walkers(self.config) > 1:
-                return sample_many(*model, num, temperature, prompt)
-            return [sample(*model, temperature, prompt) for _ in range(num)]
+                return sample_many(*model, num, temperature, prompt, top_k)
+            return [sample(*model, temperature, prompt, top_k) for _ in range(num)]
 
     def state(self) -> State:
         params, m, v = (named_views(flat, self.shapes) for flat in (self.flat, self.m, self.v))

@@ -1,6 +1,6 @@
 """Sampling in arrays, with a key/value cache.
 
-Same as scalar:         `sample`, and every draw that it makes.
+Same as scalar:         `probabilities`, `sample`, and every draw that it makes.
 Different from scalar:  growing lists of keys and values -> a cache (B, U, C) for each layer;
                         `sample_many`, many documents at once, in arrays of Fortran order.
 """
@@ -49,6 +49,19 @@ def read(tokens: Array, t: int, params: Tree, caches: Sequence[Cache], config: C
     return logits[:, 0]
 
 
+def probabilities(logits: Array, temperature: float, top_k: int) -> Array:
+    """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
+
+    top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+    """
+    scaled = logits.astype(float) / (temperature or 1.0)  # (R, V); float32 might overflow
+    most = 1 if temperature == 0 else top_k or scaled.shape[1]
+    if most < scaled.shape[1]:
+        by_size = np.argsort(-scaled, axis=1, kind="stable")  # (R, V)
+        np.put_along_axis(scaled, by_size[:, most:], -np.inf, axis=1)
+    return softmax_forward(scaled)  # (R, V)
+
+
 def sample(
     params: Tree,
     config: Config,
@@ -56,18 +69,19 @@ def sample(
     rng: Random,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int = 0,
 ) -> list[int]:
-    """next token ~ softmax(logits / temperature), until the closing token or the context is full
+    """next token ~ probabilities(logits), until the closing token or the context is full
 
     Returns the prompt and what was drawn after it, without BOS and closing token.
     """
     caches = empty_caches(params, config)
     tokens = [tokenizer.bos, *prompt]
     for position in range(config.block_size):
-        (logits,) = read(np.array([tokens[position]]), position, params, caches, config)  # (V,)
+        logits = read(np.array([tokens[position]]), position, params, caches, config)  # (1, V)
         if position < len(prompt):
             continue  # still reading
-        probs = softmax_forward(logits.astype(float) / temperature)  # (V,); float32 might overflow
+        (probs,) = probabilities(logits, temperature, top_k)  # (V,)
         token = rng.choices(range(tokenizer.vocab_size), weights=probs.tolist())[0]
         if token == tokenizer.eos:
             break
@@ -83,6 +97,7 @@ def sample_many(
     num: int,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int = 0,
 ) -> list[list[int]]:
     """The documents that `sample` would return, called num times.
 
@@ -97,7 +112,7 @@ def sample_many(
         places = min(most_walkers(config), left * length)
         before = rng.getstate()
         draws = np.array([rng.random() for _ in range(places + longest)])
-        drawn = draw(params, config, tokenizer, draws, places, temperature, prompt)
+        drawn = draw(params, config, tokenizer, draws, places, temperature, prompt, top_k)
         place = 0
         while place < places and len(samples) < num:
             text = [token for token in drawn[place].tolist() if token != tokenizer.eos]
@@ -118,6 +133,7 @@ def draw(
     places: int,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int,
 ) -> Array:
     """A document from each of the first places in the stream of draws.
 
@@ -134,7 +150,7 @@ def draw(
     place = np.arange(places)  # of the documents that go on
     row = np.zeros(places, int)  # of the batch, for each of them
     for i in range(longest):
-        probs = softmax_forward(logits.astype(float) / temperature)  # (R, V)
+        probs = probabilities(logits, temperature, top_k)  # (R, V)
         tokens = choose(fortran(probs.cumsum(axis=1), row), draws[place + i])
         drawn[place, i] = tokens
         going = tokens != tokenizer.eos
