@@ -30,7 +30,7 @@ from microgpt.init import init_params
 from microgpt.layout import pick
 from microgpt.pages.page import render
 from microgpt.pages.pictures import heat
-from microgpt.pages.sources import Line, Source, side_by_side, upside_down
+from microgpt.pages.sources import Line, Row, Source, side_by_side, upside_down
 from microgpt.taps import Tap, axes_of, consumers, params, taps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.train import batch, learning_rate
@@ -626,6 +626,14 @@ class Atlas:
                 found.append({"name": name, "forward": forward, "backward": backward,
                               "rows": side_by_side(left, name, right, forward, links),
                               "back": upside_down(left, name, right, backward, links)})  # fmt: skip
+        paired = {text[way] for text in found for way in ("forward", "backward")}
+        value = Source("scalar/value.py")
+        for name in right.functions:  # helpers, which have a twin beside Value or none
+            if name not in paired:
+                twin = name in value.functions
+                rows = side_by_side(value, name, right, name, links) if twin else [
+                    Row([], right.highlighted(right.span(name), links))]  # fmt: skip
+                found.append({"name": name, "forward": "", "backward": "", "rows": rows})
         return found
 
 
@@ -648,7 +656,6 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
     value = Source("scalar/value.py")
     stops = list(made.stops())
     example = next(stop for stop in stops if stop.id.endswith("dlayer0.k"))
-    back = value.functions["backward"]
     return render(
         "atlas.html.j2",
         title=f"Atlas of {origin}",
@@ -662,15 +669,14 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
         groups=groups(stops, made),
         texts=made.texts(),
         example=example,
-        engine=Snippet(value.path, value.highlighted(
-            range(back.lineno, (back.end_lineno or 0) + 1), {})),
+        engine=Snippet(value.path, value.highlighted(value.span("backward"), {})),
         apart=max(stop.apart for stop in stops),
         losses=[float(step["forward/loss"]) for step in (made.steps[1], *made.after[1:])],
         number=made.number,
         weights=sum(np.size(tensor) for tensor in state.params.values()),
         paths=[source.path for source in made.sources],
         update=update,
-    )  # fmt: skip
+    )
 
 
 def groups(stops: Sequence[Stop], made: Atlas) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -116,6 +116,11 @@ class Source:
                 before = text
         return found
 
+    def span(self, function: str) -> range:
+        """The lines of a function."""
+        node = self.functions[function]
+        return range(node.lineno, (node.end_lineno or 0) + 1)
+
     def equation(self, function: str) -> str:
         """The first line of a docstring."""
         return (ast.get_docstring(self.functions[function]) or "").partition("\n")[0]
