@@ -193,8 +193,8 @@ def test_no_step_at_all_fails(case: Case) -> None:
 
 def test_a_tensor_missing_on_either_side_fails(case: Case, lessons: list[Step]) -> None:
     lacking = [{k: v for k, v in step.items() if k != "forward/layer0.q"} for step in lessons]
-    assert _problem(case, lessons, lacking) == "forward/layer0.q is missing in the candidate"
-    assert _problem(case, lacking, lessons) == "forward/layer0.q is missing in the reference"
+    assert _problem(case, lessons, lacking) == "forward/layer0.q was never written by the candidate"
+    assert _problem(case, lacking, lessons) == "forward/layer0.q was never written by the reference"
 
 
 def test_the_shape_is_checked_before_the_values(case: Case, lessons: list[Step]) -> None:
