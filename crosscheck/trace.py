@@ -66,13 +66,17 @@ DERIVED = ("backward", "gradient", "unwatched")  # phases whose names begin with
 
 
 def trace(
-    case: Case, backend_name: str, dtype: str, steps: int, start: State | None = None
+    case: Case,
+    backend_name: str,
+    dtype: str,
+    steps: int,
+    start: State | None = None,
+    draws: bool = True,
 ) -> Iterator[Step]:
     """The steps of a case, each from where the one before it ended, as they are asked for.
 
-    Documents are drawn in a model's first step, and in the last of these.
-
     start    the state to begin from, if not the case's own parameters before any update
+    draws    whether documents are drawn in a model's first step, and in the last of these
 
     Raises IncompleteError where the implementation does not finish a step.
     """
@@ -84,7 +88,7 @@ def trace(
         with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
             pair = pair or Pair(backend_name, config, state)
         record = trace_step(pair, docs, learning_rate(step, config))
-        if step in (0, first + steps - 1):
+        if draws and step in (0, first + steps - 1):
             with stopping(record, backend_name, config):
                 record = {**record, **drawn(case, pair.trained, step)}
         yield record
