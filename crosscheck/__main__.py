@@ -6,23 +6,30 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
+from crosscheck.compare import Outcome
+from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
 from microgpt.backend import NAMES
 from microgpt.checkpoint import save_params
 from microgpt.errors import MicrogptError
+from microgpt.whereabouts import described, refuse_another_copy
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
+INTERRUPTED = 128 + signal.SIGINT
 SEEDS = 9  # sets of parameters for which single precision is measured
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,14 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
+        refuse_another_copy()
         status: int = options.run(options)
         sys.stdout.flush()
     except MicrogptError as error:
         print(f"python -m crosscheck {options.command}: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # the program that read the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(f"python -m crosscheck {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status
 
 
@@ -47,18 +58,58 @@ def test(options: argparse.Namespace) -> int:
     """Run `pytest crosscheck` from anywhere; options are pytest's."""
     import pytest
 
+    if {"-h", "--help"} & set(options.rest):
+        print(_help_of_test())
+        return 0
+    if not __debug__:
+        raise MicrogptError(
+            "python -O leaves out assertions, and the tests are made of them; run it without -O"
+            " and PYTHONOPTIMIZE"
+        )
+    print(f"crosscheck of {described()}", flush=True)
     return int(pytest.main([str(Path(__file__).parent), *options.rest]))
+
+
+def _help_of_test() -> str:
+    """The crosscheck's own options and the cases; pytest has many more options."""
+    from crosscheck import conftest
+
+    parser = argparse.ArgumentParser(
+        prog="python -m crosscheck test",
+        description="Hold two implementations against each other: `pytest crosscheck`, from"
+        " anywhere. All options of pytest are taken as well (pytest --help), such as -k NAME, -x,"
+        " -q.",
+        epilog="cases, the smallest first: " + ", ".join(case_names()),
+    )
+
+    class Group:
+        def addoption(self, *names: str, **settings: Any) -> None:
+            parser.add_argument(*names, **settings)
+
+    class Options:
+        def getgroup(self, *_: str) -> Group:
+            return Group()
+
+    conftest.pytest_addoption(Options())  # type: ignore[arg-type]
+    return parser.format_help().rstrip()
 
 
 def defects(options: argparse.Namespace) -> int:
     """Plant every named defect and print what catches it."""
-    from crosscheck.defects import judge, kill_matrix, load_defects
+    from crosscheck.defects import LEGEND, judge, load_defects, row, total
 
     chosen = [one for one in load_defects() if not options.name or one.name in options.name]
     unknown = set(options.name) - {one.name for one in chosen}
     if unknown:
         raise MicrogptError(f"there is no defect {min(unknown)!r}; see fixtures/defects.yaml")
-    verdicts = [judge(defect) for defect in chosen]
+    verdicts = []
+    if not options.json:
+        print(f"defects planted in {described()}\n\n{LEGEND}", flush=True)
+    for defect in _progress(chosen, "defect"):
+        verdicts.append(judge(defect))
+        if not options.json:
+            tqdm.write(row(verdicts[-1]))
+            sys.stdout.flush()
     if options.json:
         report = [
             {
@@ -71,18 +122,34 @@ def defects(options: argparse.Namespace) -> int:
         ]
         print(json.dumps(report, indent=1))
     else:
-        print(kill_matrix(verdicts))
+        print(f"\n{total(verdicts)}")
     return 0 if all(verdict.first and verdict.understood for verdict in verdicts) else 1
 
 
 def mutants(options: argparse.Namespace) -> int:
-    """Plant every mechanical mutant of vectorized/ and print what survives."""
-    from crosscheck.mutants import survivors
+    """Change the sources at one place at a time and print what survives."""
+    from random import Random
 
-    found, count = survivors()
-    for mutant in found:
-        print(mutant)
-    print(f"{count - len(found):,} of {count:,} mutants caught, {len(found)} survive")
+    from crosscheck.mutants import SURVIVES, Score, domain_mutants, mechanical_mutants, tried
+
+    chosen = [*(domain_mutants() if options.kind == "domain" else mechanical_mutants())]
+    known = sorted({mutant.file for mutant in chosen})
+    for file in options.file:
+        if file not in known:
+            raise MicrogptError(f"{file} has no {options.kind} mutants; {', '.join(known)} have")
+    chosen = [one for one in chosen if not options.file or one.file in options.file]
+    if options.sample is not None:
+        if options.sample < 1:
+            raise MicrogptError(f"--sample: expected 1 or more, got {options.sample}")
+        chosen = Random(0).sample(chosen, min(options.sample, len(chosen)))
+    score = Score()
+    print(f"mutants of {described()}\n", flush=True)
+    for mutant, outcome in _progress(tried(chosen), "mutant", len(chosen)):
+        score.add(mutant, outcome)
+        if outcome == SURVIVES:
+            tqdm.write(str(mutant))
+            sys.stdout.flush()
+    print(f"\n{score}")
     return 0
 
 
@@ -94,28 +161,81 @@ def record(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise MicrogptError(f"--steps: expected 1 or more, got {options.steps}")
     steps = trace(case, options.backend, options.dtype, options.steps)
+    steps = _progress(steps, "step", options.steps)
     count = save_trace(options.out, case, options.backend, options.dtype, steps)
     print(f"{options.out}: {count} steps of {case.name} by {options.backend}, {options.dtype}")
     return 0
+
+
+def _progress(items: Iterable[T], unit: str, count: int | None = None) -> Iterator[T]:
+    """The items, with a bar on a terminal."""
+    yield from tqdm(items, unit=unit, total=count, leave=False, disable=None)
 
 
 def diff(options: argparse.Namespace) -> int:
     """Compare two traces."""
     from crosscheck.traces import diff
 
-    outcome = diff(options.reference, options.candidate, options.only)
+    only = [pattern for text in options.only or ["*"] for pattern in text.split(",")]
+    outcome = diff(options.reference, options.candidate, only)
     first = outcome.found[0] if outcome.found else None
+    if options.html:
+        _draw(options, outcome)
     if options.json:
         report = {
             "compared": dataclasses.asdict(outcome.tally),
+            "notes": outcome.notes,
             "disagreement": as_json(first) if first else None,
         }
         print(json.dumps(report, indent=1))
-    elif first:
+        return 1 if first else 0
+    for note in outcome.notes:
+        print(f"{options.candidate.stem}: {note}")
+    if first:
         print(render(first, options.reference.stem, options.candidate.stem))
     else:
         print(summary(outcome.tally, 1))
     return 1 if first else 0
+
+
+def kit(options: argparse.Namespace) -> int:
+    """Write what a port in another language needs: a guide, and the inputs of the cases."""
+    from crosscheck.kit import write_kit
+
+    written = write_kit(options.folder, options.case or kit_cases(), options.answers)
+    print(f"{len(written)} files in {options.folder}; begin with {written[0]}")
+    return 0
+
+
+def port(options: argparse.Namespace) -> int:
+    """Check what a program computes. Exit status 3: nothing is wrong, and not all is there."""
+    from crosscheck.port import climb, command_line
+
+    if not 0 < options.time_limit < float("inf"):
+        raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    result = climb(
+        command_line(options.program),
+        options.case or kit_cases(),
+        options.stage or STAGES,
+        options.dtype,
+        options.reference,
+        options.time_limit,
+        options.all,
+    )
+    print(json.dumps(result.as_json(), indent=1) if options.json else result)
+    return result.exit_status
+
+
+def _draw(options: argparse.Namespace, outcome: Outcome) -> None:
+    """The map of two traces as a page."""
+    try:
+        from crosscheck.html import of_traces, write
+    except ModuleNotFoundError as error:
+        raise MicrogptError(
+            f"--html: the library {error.name} is not there; install what pages need with:"
+            " python -m pip install jinja2 pygments"
+        ) from None
+    write(options.html, of_traces(outcome, options.reference.stem, options.candidate.stem))
 
 
 def params(options: argparse.Namespace) -> int:
@@ -162,9 +282,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: object) -> argparse.ArgumentParser:
-        help = (run.__doc__ or "").rstrip(".")
+        about = (run.__doc__ or f"{name}.").rstrip(".")  # python -OO leaves docstrings out
         added: argparse.ArgumentParser = commands.add_parser(
-            name, help=help[0].lower() + help[1:], description=run.__doc__, allow_abbrev=False
+            name,
+            help=about[0].lower() + about[1:],
+            description=about,
+            allow_abbrev=False,
+            add_help=run is not test,
         )
         added.set_defaults(run=run, parser=added)
         return added
@@ -175,7 +299,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("name", nargs="*", help="only these (default: all)")
     one.add_argument("--json", action="store_true", help="for other programs")
 
-    command("mutants", mutants)
+    one = command("mutants", mutants)
+    one.add_argument("file", nargs="*", help="only of these, such as vectorized/model.py")
+    one.add_argument(
+        "--kind",
+        choices=("mechanical", "domain"),
+        default="mechanical",
+        help="every operator and number (default), or what people get wrong",
+    )
+    one.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
 
     one = command("trace", record)
     one.add_argument("--case", required=True, metavar="NAME|FILE", help="a case")
@@ -187,8 +319,28 @@ def _parser() -> argparse.ArgumentParser:
     one = command("diff", diff)
     one.add_argument("reference", type=Path)
     one.add_argument("candidate", type=Path)
-    one.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of phase/name,"
-                     " such as 'gradient/*'")  # fmt: skip
+    one.add_argument("--only", action="append", metavar="PATTERNS", help="of phase/name, such as"
+                     " 'gradient/*' or 'gradient/*,forward/loss'; may be given again")  # fmt: skip
+    one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
+    one.add_argument("--json", action="store_true", help="for other programs")
+
+    one = command("kit", kit)
+    one.add_argument("folder", type=Path, metavar="DIR", help="where to put them")
+    one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
+    one.add_argument("--answers", action="store_true", help="and what a port should compute")
+
+    one = command("port", port)
+    one.add_argument("--program", required=True, metavar="COMMAND", help="such as './mine {in}"
+                     " {out}', where the names of two files are put")  # fmt: skip
+    one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
+    one.add_argument("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="only these of"
+                     f" {', '.join(STAGES)}")  # fmt: skip
+    one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
+    one.add_argument("--reference", default="vectorized", choices=NAMES, help="what it is held"
+                     " against (default: vectorized)")  # fmt: skip
+    one.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for one"
+                     " case (default: 60)")  # fmt: skip
+    one.add_argument("--all", action="store_true", help="go on behind the first wrong stage")
     one.add_argument("--json", action="store_true", help="for other programs")
 
     command("float32", float32)

@@ -13,6 +13,7 @@ zero_rows  rows of gradients that are exactly zero, by name: the characters, and
 kink       the reason why ReLU inputs may lie on the kink
 random     the reason why some tensors may happen to be zero, or ReLU inputs on the kink
 float32    how much more single precision may lose here (`slack`), and the reason (`why`)
+temperature    at which documents are drawn; 2 where it is left out, so that they differ
 
 The parameters are drawn as training draws them, with the configuration's seed.
 """
@@ -51,6 +52,7 @@ KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in wor
     "kink": (str, "a string"),
     "random": (str, "a string"),
     "float32": (dict, "a mapping"),
+    "temperature": (float, "a number"),
 }
 FLOAT32 = {"slack": float, "why": str}
 
@@ -71,6 +73,7 @@ class Case:
     kink: str = ""
     random: str = ""
     float32: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 2.0
     params: Tensors = field(default_factory=dict, repr=False)
 
     @property
@@ -171,6 +174,8 @@ def _check_names(case: Case, path: Path) -> None:
     for name, rows in case.rows.items():
         if not all(0 <= row < shapes[name][0] for row in rows):
             raise MicrogptError(f"{path}: rows: {name} has rows 0 to {shapes[name][0] - 1}")
+    if case.temperature <= 0:
+        raise MicrogptError(f"{path}: temperature: expected more than 0, got {case.temperature}")
     for name, declared in case.zero_rows.items():
         if set(declared) != {"chars", "why"}:
             raise MicrogptError(f"{path}: zero_rows: {shortened(name)}: expected chars and why")

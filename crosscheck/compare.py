@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,12 @@ from crosscheck.lines import function_of, lines_of
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
-from crosscheck.trace import Array, Step, axes, keys, real, split_key, taught
+from crosscheck.trace import Array, Step, axes, expected_shape, keys, real, split_key, taught
+from crosscheck.where import where
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
+WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which they are kept
 TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
 NEAR = 0.5  # of the largest share: such elements count as ties
 CHOICE = "the first near the largest share of what is allowed, among typical ones"
@@ -64,12 +67,15 @@ class Tally:
     elements: int = 0
     worst: float = 0.0  # the largest share of the allowed error that any element used
     worst_key: str = ""
+    excused: dict[str, int] = field(default_factory=dict)  # elements that rtol alone lets not pass
 
     def add(self, other: Tally) -> None:
         """Take another tally into this one."""
         self.steps += other.steps
         self.tensors += other.tensors
         self.elements += other.elements
+        for phase, number in other.excused.items():
+            self.excused[phase] = self.excused.get(phase, 0) + number
         if other.worst > self.worst:
             self.worst, self.worst_key = other.worst, other.worst_key
 
@@ -81,6 +87,11 @@ class Outcome:
     case: str
     tally: Tally = field(default_factory=Tally)
     found: list[Disagreement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out
+    # for the map: the worst share of what is allowed, by step and key; and the shares of the
+    # first tensor that exceeds it
+    shares: dict[int, dict[str, float]] = field(default_factory=dict)
+    wrong: Array | None = field(default=None, repr=False)
 
 
 def compare(
@@ -89,15 +100,17 @@ def compare(
     candidate: Iterable[Step],
     standard: Standard = FLOAT64,
     names: Sequence[str] = (),
+    after: int = 0,
 ) -> Outcome:
     """Hold the steps of two traces against each other, up to the first one that differs.
 
     names    of the two implementations, if they can be asked for more than their traces say
+    after    how many steps came before these
     """
     outcome = Outcome(case.name)
     before: tuple[Step, Step] | None = None
     both = _until_stopped(reference), _until_stopped(candidate)
-    for number in count(1):
+    for number in count(after + 1):
         (ours, our_stop), (theirs, their_stop) = (next(steps, (None, None)) for steps in both)
         if ours is None and theirs is None:
             break
@@ -173,7 +186,7 @@ def compare_step(
             for side, stop in zip((reference, candidate), stops)
         ):
             continue
-        found = _compare_tensor(case, step, key, reference, candidate, standard, outcome.tally)
+        found = _compare_tensor(case, step, key, reference, candidate, standard, outcome)
         if found is None:
             agreed.append(key)
         elif phase not in noted:
@@ -201,6 +214,9 @@ def compare_step(
 def _not_reached(key: str, step: Step, order: Sequence[str]) -> bool:
     """Whether a side that has stopped did so before it came to this tensor."""
     phase, _ = split_key(key)
+    phases = {split_key(one)[0] for one in step}
+    if phase in WATCHED and phases & {*WATCHED[WATCHED.index(phase) + 1 :], "gradient"}:
+        return False  # what follows has been kept, so this phase was at its end
     held = [order.index(one) for one in step if split_key(one)[0] == phase]
     return key not in step and order.index(key) > max(held, default=-1)
 
@@ -242,6 +258,9 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
+    if first.shape is not None and split_key(first.key)[0] not in COUNTED:
+        words = _where(case, first, ours, theirs, standard)
+        first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
         words, texts = parted(case, first.key, ours, theirs, names)
         first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
@@ -253,6 +272,14 @@ def explained(
             function=function_of(first.key, case.config, side),
         )
     return first
+
+
+def _where(case: Case, found: Disagreement, ours: Step, theirs: Step, standard: Standard) -> str:
+    """Which elements are wrong, in words, if that is a pattern."""
+    a, b, tokens = ours[found.key], theirs[found.key], ours["batch/tokens"]
+    there = real(found.key, a.shape, tokens)
+    wrong = standard.tolerance(found.step, found.key).shares(a, b) > 1
+    return where(case, found.key, wrong & there, there & ((a != 0) | (b != 0)), tokens)
 
 
 def behind_element(
@@ -275,7 +302,8 @@ def _follows(case: Case, found: Disagreement, step: Step, standard: Standard) ->
     if behind is None:
         return None
     number = np.asarray(step[found.key][found.index])
-    share = standard.tolerances[split_key(found.key)[0]].shares(np.asarray(behind.value), number)
+    tolerance = standard.tolerance(found.step, found.key).at(found.index)
+    share = tolerance.shares(np.asarray(behind.value), number)
     return bool(share <= 1)
 
 
@@ -286,8 +314,10 @@ def _compare_tensor(
     reference: Step,
     candidate: Step,
     standard: Standard,
-    tally: Tally,
+    outcome: Outcome,
 ) -> Disagreement | None:
+    tally, seen = outcome.tally, outcome.shares.setdefault(step, {})
+    seen[key] = math.inf
     if key not in reference or key not in candidate:
         side = "candidate" if key in reference else "reference"
         problem = f"was never written by the {side}"
@@ -295,19 +325,30 @@ def _compare_tensor(
     ours, theirs = reference[key], candidate[key]
     for side, tensor in zip(SIDES, (ours, theirs)):
         if tensor.dtype.kind == "O":
-            problem = f"{tensor[()]}, in the {side}"
-            return Disagreement(case.name, step, key, problem, at_fault=side)
+            problem, words = f"{tensor[()]}, in the {side}", ""
+            if "U" in axes(key) and "ragged" in problem:
+                words = (
+                    "positions look at more than there are up to them: one list takes the keys or"
+                    " values of several layers or documents"
+                )
+            return Disagreement(case.name, step, key, problem, at_fault=side, diagnosis=words)
     if ours.shape != theirs.shape:
-        problem = f"has shape {theirs.shape}, and should have {ours.shape}"
-        return Disagreement(case.name, step, key, problem)
+        wanted = expected_shape(key, case, reference["batch/tokens"])
+        side, wrong = ("reference", ours) if theirs.shape == wanted else ("candidate", theirs)
+        right = theirs if side == "reference" else ours
+        problem = f"has shape {wrong.shape} in the {side}, and should have {right.shape}"
+        return Disagreement(case.name, step, key, problem, at_fault=side)
     phase, _ = split_key(key)
     if phase not in (*COUNTED, "eval") and theirs.dtype != standard.dtype and theirs.ndim:
         problem = f"is {theirs.dtype}, and {standard.dtype} was promised"
         return Disagreement(case.name, step, key, problem)
     there = real(key, ours.shape, reference["batch/tokens"])
-    tolerance = standard.tolerances[phase]
+    tolerance = standard.tolerance(step, key)
     shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
+    seen[key] = float(shares.max())
     if not (shares <= 1).all():
+        if not outcome.found:
+            outcome.wrong = np.where(there, shares, np.nan)
         index = exhibit(key, ours, shares)
         return Disagreement(
             case.name,
@@ -318,7 +359,7 @@ def _compare_tensor(
             index=index,
             reference=float(ours[index]),
             candidate=float(theirs[index]),
-            tolerance=tolerance,
+            tolerance=tolerance.at(tuple(map(int, index))),
             exceeding=int((shares > 1).sum()),
             elements=int(there.sum()),
         )
@@ -327,6 +368,9 @@ def _compare_tensor(
         return Disagreement(case.name, step, key, problem)
     tally.tensors += 1
     tally.elements += int(there.sum())
+    excused = int((tolerance.excused(ours, theirs) & there).sum())
+    if excused and tolerance.rtol:
+        tally.excused[phase] = tally.excused.get(phase, 0) + excused
     if shares.max() > tally.worst:
         tally.worst, tally.worst_key = float(shares.max()), key
     return None
@@ -342,7 +386,9 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
     phase, _ = split_key(key)
     near = wrong
     if phase not in COUNTED:
-        typical = wrong & (np.abs(reference) >= TYPICAL * np.median(np.abs(reference[wrong])))
+        sizes = np.abs(reference)
+        some = wrong & (sizes > 0)
+        typical = some & (sizes >= TYPICAL * np.median(sizes[some])) if some.any() else wrong.copy()
         if "U" in axes(key) and wrong[:, :, 1:].any():
             typical[:, :, 0] = False
         chosen = typical if typical.any() else wrong
@@ -353,10 +399,13 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
 def simplicity(case: Case, step: int) -> tuple[int, ...]:
     """Layers, documents, positions, heads and channels of a step: the fewer, the simpler.
 
+    With a single position, attention has nothing to choose from, and shows little: after the rest.
+
     step    counted from 1
     """
     docs, config = case.docs(max(step, 1) - 1), case.config
-    return config.n_layer, len(docs), max(map(len, docs)) - 1, config.n_head, config.n_embd
+    T = max(map(len, docs)) - 1
+    return config.n_layer, T == 1, len(docs), T, config.n_head, config.n_embd
 
 
 def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:

@@ -1,9 +1,13 @@
-"""What `pytest crosscheck` can be told, and what it says at the end."""
+"""What `pytest crosscheck` can be told, in which order and processes it runs, and what it says."""
 
 from __future__ import annotations
 
+import atexit
 import json
-from dataclasses import dataclass, replace
+import shutil
+import tempfile
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,15 +15,25 @@ from typing import Any
 import pytest
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.compare import Outcome, Tally
-from crosscheck.report import as_json, render, summary
-from crosscheck.tolerance import FLOAT64, Standard, float32
-from crosscheck.trace import Step, trace
+from crosscheck.causes import Cause, Finding, Run, also, causes, shared
+from crosscheck.compare import Disagreement, Outcome, Tally, simplicity
+from crosscheck.lessons import Lessons
+from crosscheck.noise import noise
+from crosscheck.processes import cores, in_processes
+from crosscheck.report import as_json, headline, render, summary, wrapped
+from crosscheck.sides import stop_of
+from crosscheck.tolerance import FLOAT64, Standard, float32, float64
+from crosscheck.trace import PHASES, Step, split_key
 from microgpt.backend import NAMES
 from microgpt.errors import MicrogptError
 from microgpt.whereabouts import described, refuse_another_copy
 
 STEPS = 5
+SHOWN = 2  # causes of which the full report is printed without -v
+# tests by stage: what is cheap and tells most comes first
+FIRST = ("test_first_step",)
+SLOW = ("test_a_thousand_steps", "test_random_models")
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -35,25 +49,47 @@ class Choice:
 
     def case(self, name: str) -> Case:
         """A case, with its own parameters, or those of the chosen seed."""
-        case = load_case(name)
+        case = _loaded(name)
         return case if self.seed is None else with_params(case, draw_params(case, self.seed))
 
-    def standard(self, case: Case) -> Standard:
-        """What the candidate is held to."""
+    def standard(self, case: Case, lessons: Sequence[Step]) -> Standard:
+        """What the candidate is held to, for a case whose steps the reference has run freely."""
+        if self.dtype == "float32":
+            return self.coarse(case)
+        return float64(noise(case, lessons) if self.reference == "scalar" else ())
+
+    def coarse(self, case: Case) -> Standard:
+        """The same without the noise of each tensor, which takes longer to find than a step."""
         return float32(case) if self.dtype == "float32" else FLOAT64
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What reports call the two sides."""
+        same = self.candidate == self.reference
+        return self.reference, f"{self.candidate} {self.dtype}" if same else self.candidate
+
+
+@cache
+def _loaded(name: str) -> Case:
+    return load_case(name)
 
 
 @dataclass
-class Record:
-    """What has been compared in this session."""
+class Left:
+    """What a test leaves for the summary."""
 
-    tallies: list[Tally]
-    disagreements: list[dict[str, Any]]
-    notes: list[str]
+    about: str
+    tallies: list[Tally] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)  # of the map; see crosscheck.html
+    order: tuple[int, ...] = ()  # the place of the test in a run, where the run has none
 
 
 CHOICE = pytest.StashKey[Choice]()
-RECORD = pytest.StashKey[Record]()
+LEFT = pytest.StashKey[Left]()
+LESSONS = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,6 +105,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--save-case", type=Path, help="where to put the smallest random model that"
                     " disagrees, as a case (FILE.yaml)")  # fmt: skip
     group.addoption("--json", type=Path, help="write what was compared and found to this file")
+    group.addoption("--html", type=Path, help="draw a map of what was compared and found as a page")
+    group.addoption("--processes", type=int, help="how many share the tests (as many as cores)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,6 +114,8 @@ def pytest_configure(config: pytest.Config) -> None:
         refuse_another_copy()
     except MicrogptError as error:
         raise pytest.UsageError(str(error)) from None
+    config.addinivalue_line("markers", "about(words): what a test of the crosscheck compares")
+    config.addinivalue_line("markers", "quick: all but the thousand steps and the random models")
     option = config.getoption
     reference, candidate, dtype = option("--reference"), option("--backend"), option("--dtype")
     for name in (reference, candidate):
@@ -91,34 +131,92 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if option("--save-case") and option("--save-case").suffix != ".yaml":
         raise pytest.UsageError(f"--save-case {option('--save-case')}: expected a name in .yaml")
+    if option("--html"):
+        try:
+            import crosscheck.html  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise pytest.UsageError(
+                f"--html: the library {error.name} is not there; install what pages need with:"
+                " python -m pip install jinja2 pygments"
+            ) from None
     if option("--steps") < 1:
         raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
+    if option("--processes") is not None and option("--processes") < 1:
+        raise pytest.UsageError(f"--processes {option('--processes')}: expected 1 or more")
     for name in option("--case") or []:
         try:
             load_case(name)
         except MicrogptError as error:
             raise pytest.UsageError(str(error)) from None
+    _import_sides()
     config.stash[CHOICE] = Choice(
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
-    config.stash[RECORD] = Record([], [], [])
+    config.stash[LESSONS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
+    atexit.register(shutil.rmtree, config.stash[LESSONS], ignore_errors=True)
+    config.pluginmanager.register(Session(config), "crosscheck-session")
 
 
-def pytest_report_header() -> str:
-    return f"crosscheck of {described()}"
+def _import_sides() -> None:
+    """Refuse a side that cannot be imported, in a few lines."""
+    for name in NAMES:
+        try:
+            __import__(f"{name}.backend")
+        except Exception as error:
+            stop = stop_of(error)
+            if stop is None:
+                raise
+            words = f"{name}/ cannot be imported: {stop.error}\n{stop.line}: {stop.text}"
+            raise pytest.UsageError(words) from None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if LESSONS in config.stash:
+        shutil.rmtree(config.stash[LESSONS], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --case, only what runs on a case."""
+    """With --case, only what runs on a case. The crosscheck's tests in order, the rest before."""
+    for item in filter(_ours, items):
+        if _name(item) not in SLOW:
+            item.add_marker("quick")
     if config.getoption("--case"):
         chosen = [item for item in items if "case_name" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+    items.sort(key=_order)
+
+
+def _ours(item: pytest.Item) -> bool:
+    return item.path.parent == HERE
+
+
+def _name(item: pytest.Item) -> str:
+    return str(getattr(item, "originalname", item.name))
+
+
+def _order(item: pytest.Item) -> tuple[int, ...]:
+    """First steps, simple cases first; then case by case; then the rest; then what takes long."""
+    if not _ours(item):
+        return (0,)
+    if _name(item) in SLOW:
+        return 4, SLOW.index(_name(item))
+    case = _case_of(item)
+    if not case:
+        return (3,)
+    return 1 if _name(item) in FIRST else 2, *simplicity(_loaded(case), 1)
+
+
+def _case_of(item: pytest.Item) -> str:
+    """The case that a test runs on, if it is one that runs on each."""
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("case_name", "")) if callspec else ""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_name" in metafunc.fixturenames:
-        metafunc.parametrize("case_name", metafunc.config.getoption("--case") or case_names())
+        names = metafunc.config.getoption("--case") or case_names()
+        metafunc.parametrize("case_name", names)
 
 
 @pytest.fixture
@@ -134,69 +232,309 @@ def case(choice: Choice, case_name: str) -> Case:
 
 
 @pytest.fixture
-def lessons(choice: Choice, case_name: str) -> tuple[Step, ...]:
+def lessons(pytestconfig: pytest.Config, choice: Choice, case_name: str) -> Lessons:
     """The steps of the case as the reference computes them, once for all tests."""
-    return _steps(choice, case_name)
+    return _lessons(choice, case_name, pytestconfig.stash[LESSONS])
+
+
+@pytest.fixture
+def standard(choice: Choice, case: Case, lessons: Lessons) -> Standard:
+    """What the candidate is held to in this case."""
+    return choice.coarse(case) if choice.dtype == "float32" else float64(lessons.noise)
 
 
 @cache
-def _steps(choice: Choice, case_name: str) -> tuple[Step, ...]:
+def _lessons(choice: Choice, case_name: str, folder: Path) -> Lessons:
     case = choice.case(case_name)
-    return tuple(trace(case, choice.reference, "float64", choice.steps))
+    return Lessons(case, choice.reference, choice.steps, folder, case.name)
 
 
 @pytest.fixture
-def tallies(pytestconfig: pytest.Config) -> list[Tally]:
+def left(request: pytest.FixtureRequest) -> Left:
+    """What this test leaves for the summary."""
+    marker = request.node.get_closest_marker("about")
+    return request.node.stash.setdefault(LEFT, Left(marker.args[0] if marker else ""))
+
+
+@pytest.fixture
+def tallies(left: Left) -> list[Tally]:
     """Where a test leaves the count of what it compared."""
-    return pytestconfig.stash[RECORD].tallies
+    return left.tallies
 
 
 @pytest.fixture
-def notes(pytestconfig: pytest.Config) -> list[str]:
+def notes(left: Left) -> list[str]:
     """Where a test leaves a line for the summary."""
-    return pytestconfig.stash[RECORD].notes
+    return left.notes
 
 
 @pytest.fixture
-def settle(pytestconfig: pytest.Config) -> Any:
-    """Takes an outcome: counts it if all agreed, and fails with the report if not.
+def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
+    """Takes an outcome: counts it if all agreed, and fails in one line if not.
 
     What is held to other bounds than the rest is not counted with them.
     """
-    choice, record = pytestconfig.stash[CHOICE], pytestconfig.stash[RECORD]
-    candidate = choice.candidate
-    if candidate == choice.reference:
-        candidate += f" {choice.dtype}"
 
-    def settle(outcome: Outcome, counted: bool = True) -> None:
+    def settle(
+        outcome: Outcome,
+        counted: bool = True,
+        more: str = "",
+        labels: tuple[str, str] = choice.labels,
+    ) -> None:
+        failed = outcome.found[0].step if outcome.found else 0
+        left.runs.append(Run(left.about, outcome.case, outcome.tally.steps, failed))
+        if pytestconfig.getoption("--html"):
+            from crosscheck.html import part
+
+            left.parts.append(asdict(part(outcome, left.about)))
         if outcome.found:
-            first = outcome.found[0]
-            record.disagreements.append(as_json(first))
-            pytest.fail(render(first, choice.reference, candidate), pytrace=False)
+            left.findings.append(_finding(outcome.found[0], labels, left.about, more))
+            pytest.fail(left.findings[-1].headline, pytrace=False)
         if counted:
-            record.tallies.append(replace(outcome.tally))
+            left.tallies.append(replace(outcome.tally))
 
     return settle
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    record = terminalreporter.config.stash[RECORD]
-    lines = [summary(_total(record.tallies), len(record.tallies))] if record.tallies else []
-    if lines or record.notes:
-        terminalreporter.write_sep("-", "crosscheck")
-        for line in [*lines, *record.notes]:
-            terminalreporter.write_line(line)
+def _finding(found: Disagreement, labels: tuple[str, str], about: str, more: str = "") -> Finding:
+    return Finding(
+        about=about,
+        case=found.case,
+        step=found.step,
+        key=found.key,
+        headline=headline(found, *labels),
+        diagnosis=found.diagnosis,
+        report=render(found, *labels) + more,
+        stopped=f"{found.stop.line} {found.stop.error}" if found.stop and not found.key else "",
+        fields=as_json(found),
+    )
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path, record = session.config.getoption("--json"), session.config.stash[RECORD]
-    if path:
-        report = {
-            "compared": vars(_total(record.tallies)),
-            "notes": record.notes,
-            "disagreements": record.disagreements,
-        }
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a side raises where nothing else takes it is a finding too; findings go with reports."""
+    report = yield
+    if not _ours(item) or (call.when == "setup" and report.passed):
+        return report
+    marker = item.get_closest_marker("about")
+    left = item.stash.setdefault(LEFT, Left(marker.args[0] if marker else item.name))
+    stop = stop_of(call.excinfo.value) if report.failed and call.excinfo else None
+    if stop and not left.findings:
+        kind, _, words = stop.error.partition(": ")
+        name = _case_of(item) or item.name
+        found = Disagreement(name, 0, "", f"stops with {kind}", stop=stop, diagnosis=words)
+        labels = item.config.stash[CHOICE].labels
+        at_fault = "reference" if stop.side == labels[0] else "candidate"
+        found = replace(found, at_fault=at_fault)
+        left.findings.append(_finding(found, labels, left.about))
+        report.longrepr = left.findings[-1].headline
+    left.order = _order(item)
+    if call.when != "teardown":
+        report.crosscheck = json.dumps(asdict(left))  # type: ignore[attr-defined]
+    return report
+
+
+class Session:
+    """What all tests of a run leave, and the summary of it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.choice = config.stash[CHOICE]
+        self.left = Left("")
+        self.findings: dict[str, list[Finding]] = {}  # by the test's name, in order of the run
+        self.order: dict[str, Any] = {}  # the place of each test
+        self.announced = ""  # the report that was printed while tests were still running
+        self.undone: set[str] | None = set()  # tests that may still find something simpler
+
+    @property
+    def terminal(self) -> Any:
+        return self.config.pluginmanager.getplugin("terminalreporter")
+
+    @property
+    def in_order(self) -> list[Finding]:
+        """All findings, the simplest first."""
+        names = sorted(self.findings, key=lambda name: self.order[name])
+        return [finding for name in names for finding in self.findings[name]]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        if self.terminal and not hasattr(self.config, "workerinput"):
+            self.terminal.write_line(f"crosscheck of {described()}")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.order = {item.nodeid: i for i, item in enumerate(session.items)}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """Run the crosscheck's tests in several processes, after all others."""
+        option = self.config.getoption
+        count = option("--processes") or cores()
+        alone = option("usepdb", False) or option("capture") == "no" or option("collectonly")
+        ours = [item for item in session.items if _ours(item)]
+        if self.config.pluginmanager.hasplugin("dsession") or hasattr(self.config, "workerinput"):
+            self.undone = None  # pytest-xdist deals out the tests, in an order of its own
+            return None
+        if alone or count < 2 or len(ours) < 2 or session.testsfailed:
+            return None
+        others = [item for item in session.items if not _ours(item)]
+        for item, following in zip(others, [*others[1:], None]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            _stop_if_asked(session)
+        self.terminal.showfspath = False
+        for done, reports, undone in in_processes(ours, count, _chooser(ours)):
+            self.undone = {ours[i].nodeid for i in undone}
+            item, hook = ours[done], ours[done].ihook
+            hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+            for plain in reports:
+                report = self.config.hook.pytest_report_from_serializable(
+                    config=self.config, data=plain
+                )
+                hook.pytest_runtest_logreport(report=report)
+            hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            self.announce()
+            _stop_if_asked(session)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        plain = json.loads(getattr(report, "crosscheck", "{}"))
+        if not plain or hasattr(self.config, "workerinput"):
+            return
+        self.left.tallies += [Tally(**one) for one in plain["tallies"]]
+        self.left.notes += plain["notes"]
+        self.left.runs += [Run(**one) for one in plain["runs"]]
+        self.left.parts += plain["parts"]
+        if plain["findings"]:
+            self.order.setdefault(report.nodeid, tuple(plain["order"]))
+            self.findings[report.nodeid] = [Finding(**one) for one in plain["findings"]]
+
+    def pytest_runtest_logfinish(self) -> None:
+        if self.undone == set():  # all in this process, in order
+            self.announce()
+
+    def announce(self) -> None:
+        """Print the first report, if no test that is not done could have a simpler one."""
+        if self.announced or not self.findings or self.undone is None:
+            return
+        name = min(self.findings, key=lambda name: self.order[name])
+        if any(self.order[one] < self.order[name] for one in self.undone):
+            return
+        self.announced = self.findings[name][0].report
+        self.terminal.ensure_newline()
+        self.terminal.write_line("")
+        self.terminal.write_line(self.announced)
+        self.terminal.write_line("")
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self) -> Generator[None, None, None]:
+        """The summary in the place of pytest's report on every test that found something."""
+        stats = self.terminal.stats
+        kept = stats.get("failed", [])
+        if kept:
+            stats["failed"] = [one for one in kept if one.nodeid not in self.findings]
+            if not stats["failed"]:
+                del stats["failed"]
+        try:
+            yield
+            self._summarize()
+        finally:
+            if kept:
+                stats["failed"] = kept
+
+    def _summarize(self) -> None:
+        left, write = self.left, self.terminal.write_line
+        if not (left.tallies or left.notes or self.findings):
+            return
+        self.terminal.write_sep("-", "crosscheck")
+        if left.tallies:
+            write(summary(_total(left.tallies), len(left.tallies)))
+        for note in left.notes:
+            write(note)
+        found = causes(self.in_order)
+        for number, cause in enumerate(found):
+            for line in self._lines(cause, number, len(found)):
+                write(line)
+        if self.config.option.verbose > 0:
+            for name in sorted(self.findings, key=lambda name: self.order[name]):
+                for finding in self.findings[name]:
+                    write("")
+                    write(f"{name}:")
+                    write(finding.report)
+
+    def _lines(self, cause: Cause, number: int, of: int) -> list[str]:
+        """A cause in the summary."""
+        first = cause.first
+        phase = PHASES.get(split_key(first.key)[0], "")
+        place = ", ".join(filter(None, (f"case {first.case}", f"step {first.step}", phase)))
+        if number >= SHOWN:
+            return wrapped(
+                f"cause {number + 1} of {of}: {place}: {first.headline} (-v shows the report)"
+            )
+        lines = [""]
+        if first.report == self.announced:
+            title = "one cause" if of == 1 else f"cause 1 of {of}"
+            lines += wrapped(f"{title}, reported above: {place}: {first.headline}")
+        else:
+            lines += [f"cause {number + 1} of {of}:"] * (of > 1) + first.report.splitlines()
+        for line in self._consequences(cause):
+            lines += wrapped(line, "  ", "  ")
+        return lines
+
+    def _consequences(self, cause: Cause) -> tuple[str, str]:
+        return shared(cause, self.left.runs, _loaded), also(cause)
+
+    def pytest_sessionfinish(self) -> None:
+        html = self.config.getoption("--html")
+        if html and not hasattr(self.config, "workerinput"):
+            from crosscheck.html import Part, page, write
+
+            parts = [Part(**one) for one in self.left.parts]
+            tallies = self.left.tallies
+            compared = summary(_total(tallies), len(tallies)) if tallies else ""
+            write(html, page(parts, causes(self.in_order), compared, self.choice.labels))
+        path = self.config.getoption("--json")
+        if path and not hasattr(self.config, "workerinput"):
+            report = {
+                "compared": vars(_total(self.left.tallies)),
+                "notes": self.left.notes,
+                "causes": [
+                    {
+                        **cause.first.fields,
+                        "about": cause.first.about,
+                        "shared": self._consequences(cause)[0],
+                        "also_fails": [{"about": one.about, **one.fields} for one in cause.others],
+                    }
+                    for cause in causes(self.in_order)
+                ],
+            }
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _stop_if_asked(session: pytest.Session) -> None:
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
+
+
+def _chooser(items: list[pytest.Item]) -> Any:
+    """Says which test is next: in order, no case in two processes at once where that can be
+    helped, and what takes long as soon as the first steps are through."""
+    slow = [_name(item) in SLOW for item in items]
+    first = [_name(item) in FIRST for item in items]
+    cases = [_case_of(item) for item in items]
+
+    def choose(waiting: list[int], running: list[int]) -> int:
+        long = [i for i in waiting if slow[i]]
+        if long and not any(first[i] for i in waiting) and not any(slow[i] for i in running):
+            return long[0]
+        busy = {cases[i] for i in running} - {""}
+        short = [i for i in waiting if not slow[i]]
+        free = [i for i in short if cases[i] not in busy]
+        return (free or short or long)[0]
+
+    return choose
 
 
 def _total(tallies: list[Tally]) -> Tally:

@@ -23,9 +23,12 @@ import yaml
 
 from crosscheck.cases import load_case
 from crosscheck.compare import Disagreement, compare, compare_taught
+from crosscheck.noise import noise
 from crosscheck.report import WIDTH
+from crosscheck.tolerance import Standard, float64
 from crosscheck.trace import Step, split_key, trace
 from microgpt.config import FIXTURES
+from microgpt.strict_yaml import Loader
 
 ROOT = FIXTURES.parent
 # between them, these cases reach every line that a defect is planted in
@@ -99,7 +102,7 @@ class Verdict:
 def load_defects() -> list[Defect]:
     """All of them."""
     with open(FIXTURES / "defects.yaml", encoding="utf-8") as file:
-        entries: list[dict[str, Any]] = yaml.safe_load(file)
+        entries: list[dict[str, Any]] = yaml.load(file.read(), Loader)
     return [
         Defect(
             name=entry["name"],
@@ -121,21 +124,23 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
 
     As for a user, scalar is the reference and vectorized the candidate, whichever has the defect.
     """
+    names = dict.fromkeys([*filter(None, [defect.case]), *panel])
+    allowed = {name: standard(name) for name in names}  # by scalar/ as it is without the defect
     with planted(defect.patches), np.errstate(all="ignore"):
-        for name in sorted(panel, key=lambda name: name != defect.case):
+        for name in names:
             case = load_case(name)
             sound = lessons(name, "vectorized" if defect.package == "scalar" else "scalar")
             faulty: list[Step] = []
             steps = _recorded(trace(case, defect.package, "float64", STEPS), faulty)
-            sides = (steps, sound) if defect.package == "scalar" else (sound, steps)
+            ours, theirs = (steps, sound) if defect.package == "scalar" else (sound, steps)
             try:
-                found = compare(case, *sides).found
+                found = compare(case, ours, theirs, allowed[name]).found
             except Exception as error:  # no tensor differs, so only `first: $` expects this
                 stopped = f"stops with {type(error).__name__}"
                 return Verdict(defect, Disagreement(name, 1, "", stopped, diagnosis=str(error)))
             if found:
                 reference = faulty if defect.package == "scalar" else sound
-                alone = compare_taught(case, reference, "vectorized").found
+                alone = compare_taught(case, reference, "vectorized", allowed[name]).found
                 return Verdict(
                     defect,
                     found[0],
@@ -156,6 +161,12 @@ def lessons(case_name: str, backend: str) -> tuple[Step, ...]:
     """The trace of the implementation without the defect."""
     case = load_case(case_name)
     return tuple(trace(case, backend, "float64", STEPS))
+
+
+@cache
+def standard(case_name: str) -> Standard:
+    """What is allowed in a case, by the noise of scalar/ without the defect."""
+    return float64(noise(load_case(case_name), lessons(case_name, "scalar")))
 
 
 @contextmanager
@@ -213,46 +224,48 @@ def _path(fullname: str) -> str:
     return str(ROOT / fullname.replace(".", "/")) + ".py"
 
 
-def kill_matrix(verdicts: Sequence[Verdict]) -> str:
-    """Which defect was caught by which comparison, where it was seen first, and what was said."""
-    marks = {
-        "F": "forward",
-        "B": "backward",
-        "G": "gradient",
-        "T": "unwatched",
-        "M": "adam_m",
-        "V": "adam_v",
-        "U": "update",
-        "S": "sample",
-    }
-    lines = [
-        "Caught by  F forward taps and loss, B backward taps, G parameter gradients,",
-        "           T training unwatched, M Adam's m, V Adam's v, U update,",
-        "           S samples drawn; lower case: also from the reference's gradients,",
-        "           so that the fault is Adam's own",
-        "",
-    ]
-    for verdict in verdicts:
-        seen = ""
-        for letter, phase in marks.items():
-            if phase in verdict.caught_by:
-                alone = phase in verdict.caught_alone and letter in "MVU"
-                seen += letter.lower() if alone else letter
-            else:
-                seen += "."
-        first = verdict.first.key or verdict.first.problem if verdict.first else "NOT CAUGHT"
-        wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
-        lines.append(f"{verdict.defect.name:37} {seen} {first}{wrong}")
-        lines += textwrap.wrap(
-            verdict.diagnosis, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8
-        )
+LEGEND = """\
+Caught by  F forward taps and loss, B backward taps, G parameter gradients,
+           T training unwatched, M Adam's m, V Adam's v, U update,
+           S samples drawn; lower case: also from the reference's gradients,
+           so that the fault is Adam's own
+"""
+MARKS = {
+    "F": "forward",
+    "B": "backward",
+    "G": "gradient",
+    "T": "unwatched",
+    "M": "adam_m",
+    "V": "adam_v",
+    "U": "update",
+    "S": "sample",
+}
+
+
+def row(verdict: Verdict) -> str:
+    """By which comparison a defect was caught, where it was seen first, and what was said."""
+    seen = ""
+    for letter, phase in MARKS.items():
+        alone = phase in verdict.caught_alone and letter in "MVU"
+        mark = letter.lower() if alone else letter
+        seen += mark if phase in verdict.caught_by else "."
+    first = verdict.first.key or verdict.first.problem if verdict.first else "NOT CAUGHT"
+    wrong = "" if verdict.located else "  (expected " + verdict.defect.first + ")"
+    lines = [f"{verdict.defect.name:37} {seen} {first}{wrong}"]
+    indent = " " * 8
+    lines += textwrap.wrap(
+        verdict.diagnosis, WIDTH, initial_indent=indent, subsequent_indent=indent
+    )
+    return "\n".join(lines)
+
+
+def total(verdicts: Sequence[Verdict]) -> str:
+    """How many defects were caught, located and explained."""
     caught = sum(verdict.first is not None for verdict in verdicts)
     located = sum(verdict.located for verdict in verdicts)
     promised = [verdict for verdict in verdicts if verdict.defect.says]
     understood = sum(verdict.understood for verdict in promised)
-    lines += [
-        "",
+    return (
         f"{caught} of {len(verdicts)} caught, {located} located,"
-        f" {understood} of {len(promised)} promised diagnoses given",
-    ]
-    return "\n".join(lines)
+        f" {understood} of {len(promised)} promised diagnoses given"
+    )

@@ -1,40 +1,56 @@
-"""What a disagreement looks like, when the pattern is a known one.
+"""What a disagreement looks like: the reading of the wrong numbers with the fewest changes.
 
-Each pattern is a function that is shown the two tensors and everything around them, and answers
-with a sentence or with nothing. The first to answer is believed, so the narrow ones come first.
-Most must reproduce the faulty numbers from the sound ones, all of them, not resemble them; the
-last few only say where, or of what size, the fault is.
+A reading is a sentence and the numbers to which it leads. It is given only if it reproduces the
+faulty numbers from the sound ones, all of them, or all that are wrong, and then with the region in
+which they are. Readings are made from the table: each operation by another formula, with one
+argument exchanged, with one contribution or term missing, twice, turned or scaled. What no reading
+reproduces is described by where it is wrong, or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import permutations
-from math import sqrt
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import e, log, sqrt
 
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.explain import Place, clipping
-from crosscheck.trace import PHASES, Array, Step, real, split_key
-from microgpt.backend import Docs
+from crosscheck.explain import clipping
+from crosscheck.operations import Around, Call, calls
+from crosscheck.read_again import other_readings
+from crosscheck.trace import DERIVED, PHASES, Array, Step, axes, real, split_key
+from crosscheck.variants import (
+    OTHER_FORMS,
+    Guess,
+    alternatives,
+    micro_batch_weights,
+    rearranged,
+)
+from crosscheck.where import where
 from microgpt.train import learning_rate
-from vectorized.batch import micro_batches
+
+NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: differences that say nothing
+ENOUGH = 8  # wrong elements that a guess gives, of many that it cannot know
+MOST_PARTS = 40  # of a sum, whose coefficients are found together
+ALL_OF_THEM, THE_WRONG_ONES = "all", "wrong"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of the reference and what the candidate has in its place."""
+    """A sound tensor and the faulty one in its place, with everything around them."""
 
     case: Case
     number: int  # of the step, from 1
     key: str
-    step: Step  # of the reference
-    before: Step | None  # the reference's step before it
+    step: Step  # of the sound side
+    before: Step | None  # the step before it
     ours: Array
     theirs: Array
     there: Array  # which elements there are
+    noise: float
 
     @property
     def phase(self) -> str:
@@ -45,36 +61,63 @@ class Pair:
     def name(self) -> str:
         """Its name, without the d of derivatives."""
         name = split_key(self.key)[1]
-        return name[1:] if self.phase == "backward" or self.of_parameter else name
+        return name.removeprefix("d") if self.phase in DERIVED else name
 
-    @property
-    def of_parameter(self) -> bool:
-        """Whether it is the gradient of a parameter."""
-        return self.phase in ("gradient", "unwatched") and self.key != "unwatched/loss"
+    @cached_property
+    def around(self) -> Around:
+        """The step as the operations see it."""
+        return Around(self.case.config, self.step)
 
-    @property
-    def tap(self) -> str:
-        """Its name without the layer."""
-        return self.name.rpartition(".")[2]
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The operations that it is the sum of."""
+        return calls(self.around, self.key)
 
-    @property
-    def place(self) -> Place:
-        """Where tensors of the same layer are found."""
-        return Place(self.case, self.number, self.name, (), self.step)
+    @cached_property
+    def size(self) -> float:
+        """The largest number of either side."""
+        sound = float(np.abs(self.ours[self.there]).max(initial=0.0))
+        return max(sound, float(np.abs(self.theirs[self.there]).max(initial=0.0)))
 
-    def explains(self, guess: Array) -> bool:
-        """Whether these numbers are the candidate's, and are not also the reference's."""
-        if np.shape(guess) != self.theirs.shape:
-            return False
-        guess, ours = np.asarray(guess)[self.there], self.ours[self.there]
-        theirs = self.theirs[self.there]
-        size = float(np.abs(theirs).max(initial=0.0))
-        atol = 1e-9 * size + 1e-300
+    @cached_property
+    def wrong(self) -> Array:
+        """Which elements differ by more than noise."""
+        floor = self.noise * (1e3 * np.abs(self.ours) + self.size)
+        return (np.abs(self.theirs - self.ours) > floor) & self.there
 
-        def same(a: Array, b: Array) -> bool:
-            return bool(np.allclose(a, b, rtol=1e-6, atol=atol))
+    @cached_property
+    def moved(self) -> float:
+        """The largest difference."""
+        return float(np.abs(self.theirs - self.ours)[self.there].max(initial=0.0))
 
-        return same(theirs, guess) and not same(theirs, ours)
+    @cached_property
+    def where(self) -> str:
+        """The region of the wrong elements, in words."""
+        live = self.there & ((self.ours != 0) | (self.theirs != 0))
+        return where(self.case, self.key, self.wrong, live, self.around.tokens)
+
+    def fits(self, guess: Array) -> str:
+        """Whether these numbers are the faulty ones: all of them, the wrong ones, or neither.
+
+        NaN stands for what a guess cannot know; it must know half of what is wrong, or enough.
+        """
+        guess = np.asarray(guess)
+        if guess.shape != self.theirs.shape:
+            return ""
+        known = np.isfinite(guess) & self.there
+        wanted = min(ENOUGH, np.count_nonzero(self.wrong) / 2)
+        if np.count_nonzero(known & self.wrong) < max(1, wanted):
+            return ""
+        error = np.abs(self.theirs - guess)
+        loose = 1e6 * self.noise
+        allowed = np.minimum(
+            loose * self.moved + self.noise * self.size,
+            loose * (np.abs(self.theirs) + 1e-3 * self.size),
+        )
+        good = (error <= allowed) | ~known
+        if good.all():
+            return ALL_OF_THEM
+        return THE_WRONG_ONES if good[self.wrong].all() else ""
 
 
 def diagnose(
@@ -86,7 +129,7 @@ def diagnose(
     before: Step | None,
     promised: str = "float64",
 ) -> str:
-    """A sentence on what went wrong, or nothing where no known pattern fits.
+    """A sentence on what went wrong, or nothing where there is no reading.
 
     number       which step it is, from 1
     before       the reference's step before it
@@ -99,575 +142,795 @@ def diagnose(
         return "transposed" if ours.shape == theirs.shape[::-1] else ""
     if theirs.dtype == "float32" and promised == "float64" and ours.dtype == "float64":
         return "float32 where float64 was promised"
+    if split_key(key)[0] in ("batch", "sample"):
+        return ""
     there = real(key, ours.shape, reference["batch/tokens"])
-    pair = Pair(case, number, key, reference, before, ours, theirs.astype("float64"), there)
+    theirs = theirs.astype("float64")
+    pair = Pair(case, number, key, reference, before, ours, theirs, there, NOISE[promised])
     with np.errstate(all="ignore"):
-        patterns = [one for one in PATTERNS if one is not single_precision or promised == "float64"]
-        return next((answer for pattern in patterns if (answer := pattern(pair))), "")
+        plain = not_finite(pair) or lost(pair)
+        if plain:
+            return plain
+        if not pair.wrong.any():
+            return logarithm(pair)
+        return reading(pair) or description(pair, promised)
+
+
+def reading(pair: Pair) -> str:
+    """The first reading that gives all elements; else the first that gives the wrong ones.
+
+    Of readings of one kind the closest counts; where two come as close, both are named.
+    """
+    partly = ""
+    for kind in KINDS:
+        whole: dict[str, float] = {}
+        for words, guess in kind(pair):
+            fit = pair.fits(guess)
+            if fit == ALL_OF_THEM and words not in whole:
+                whole[words] = float(np.nanmax(np.abs(pair.theirs - guess)[pair.there]))
+                if kind in ONE_IS_ENOUGH:
+                    break
+            elif fit == THE_WRONG_ONES and not partly:
+                partly = words
+        if whole:
+            close = max(10 * min(whole.values()), pair.noise * pair.size)
+            return ", or ".join([words for words, error in whole.items() if error <= close][:2])
+    if partly and np.count_nonzero(pair.wrong) > 1:
+        wrong, there = np.count_nonzero(pair.wrong), np.count_nonzero(pair.there)
+        return f"{partly}, {pair.where or f'in {wrong:,} of {there:,} elements'}"
+    return ""
+
+
+# --- plain cases ---------------------------------------------------------------------------------
 
 
 def not_finite(pair: Pair) -> str:
     """Infinities or NaN."""
-    bad = ~np.isfinite(pair.theirs[pair.there])
-    if pair.tap == "attn_logits" and np.isneginf(pair.theirs[pair.there]).any():
+    theirs = pair.theirs[pair.there]
+    bad = ~np.isfinite(theirs)
+    if not bad.any():
+        return ""
+    own = np.eye(pair.theirs.shape[-1], dtype=bool) if "U" in axes(pair.key) else None
+    if own is not None and np.isneginf(theirs).any():
+        hidden = np.isneginf(pair.theirs) & pair.there
+        if not hidden[..., ~own].any():
+            return "the mask hides each position from itself"
         return f"-inf at {bad.sum():,} places that a position may look at: the mask hides too much"
-    return f"not a finite number in {bad.sum():,} of {bad.size:,} elements" if bad.any() else ""
+    return f"not a finite number in {bad.sum():,} of {bad.size:,} elements"
 
 
-def single_precision(pair: Pair) -> str:
-    """Rounded to float32, or computed from what was."""
-    ours, theirs = pair.ours[pair.there], pair.theirs[pair.there]
-    error = np.abs(theirs - ours).max()
-    scale = np.abs(ours).max()
-    fits = np.array_equal(theirs, theirs.astype("float32"))
-    if (fits and error < 1e-5 * scale) or 1e-9 * scale < error < 3e-7 * scale:
-        return "float32 where float64 was promised: the error is that of single precision"
+def lost(pair: Pair) -> str:
+    """Zero everywhere."""
+    largest = np.abs(pair.theirs[pair.there]).max(initial=0.0)
+    if largest < 1e-100 * pair.size:
+        return "never written, or lost: zero everywhere"
+    return "zero but for rounding: what is summed cancels" if largest < 1e-13 * pair.size else ""
+
+
+def logarithm(pair: Pair) -> str:
+    """-log(p + something), whose difference may be as small as noise is elsewhere."""
+    if pair.key not in ("forward/loss_t", "eval/loss_t"):
+        return ""
+    p = np.exp(-pair.ours)
+    for eps in (1e-15, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        guess = -np.log(p + eps)
+        allowed = 1e-3 * np.abs(guess - pair.ours) + 1e-12 * (1 + np.abs(pair.ours))
+        fits = (np.abs(pair.theirs - guess) <= allowed)[pair.there].all()
+        if fits and np.abs(guess - pair.ours)[pair.there].max() > 1e-12:
+            return f"a constant inside the logarithm: -log(p + {eps:g})"
     return ""
 
 
-def normalisation(pair: Pair) -> str:
-    """The norms, with eps elsewhere or the mean replaced."""
-    if pair.phase != "forward" or not pair.tap.endswith("norm"):
-        return ""
-    x, eps = pair.step[f"forward/{_inside(pair)}"], pair.case.config.norm_eps
-    ms = (x * x).mean(axis=-1, keepdims=True)
-    C = x.shape[-1]
-    centred = x - x.mean(axis=-1, keepdims=True)
-    guesses = {
-        "eps in the wrong place: added to the root, not under it": x / (np.sqrt(ms) + eps),
-        "eps is missing under the root": x / np.sqrt(ms),
-        "the sum of squares in place of their mean": x / np.sqrt(ms * C + eps),
-        "n - 1 in place of n in the mean": x / np.sqrt(ms * C / (C - 1) + eps),
-        "the root is missing": x / (ms + eps),
-        "mean subtracted: this is a LayerNorm": centred
-        / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps),
-        "not normalised": x,
-        "normalised twice": pair.ours / np.sqrt((pair.ours**2).mean(axis=-1, keepdims=True) + eps),
-    }
-    for other in (1e-3, 1e-4, 1e-6, 1e-8, 1e-12):
-        guesses[f"eps is {other:g}, not {eps:g}"] = x / np.sqrt(ms + other)
-    return _first(pair, guesses)
+# --- from the table ------------------------------------------------------------------------------
 
 
-def norm_backward(pair: Pair) -> str:
-    """The derivative of a norm without one of its parts, around the residual stream."""
-    found = _stream_parts(pair)
-    if not found:
-        return ""
-    around, dy, x = found
-    eps = pair.case.config.norm_eps
-    scale = ((x * x).mean(axis=-1, keepdims=True) + eps) ** -0.5
-    y = x * scale
-    mean = (dy * y).mean(axis=-1, keepdims=True)
-    through = scale * (dy - y * mean)
-    return _first(
-        pair,
-        {
-            "the second term of the norm's derivative is missing": around + scale * dy,
-            "the residual's contribution is missing": through,
-            "the contribution through the norm is missing": around,
-            "the residual's contribution is there twice": through + 2 * around,
-            "the sign of the second term of the norm's derivative": around
-            + scale * (dy + y * mean),
-            "the norm's derivative lacks the factor scale": around + dy - y * mean,
-            "a sum in place of the mean in the norm's derivative": around
-            + scale * (dy - y * mean * x.shape[-1]),
-            "the norm is passed as if it were not there": around + dy,
-            "x in place of y in the norm's derivative": around + scale * (dy - x * mean),
-        },
+def other_forms(pair: Pair) -> Iterator[Guess]:
+    """One of the operations by another formula."""
+    if pair.key in ("forward/loss_t", "eval/loss_t") and (words := logarithm(pair)):
+        yield words, pair.theirs
+    for call in pair.calls:
+        rest = pair.ours - call.total()
+        for words, guess in OTHER_FORMS.get(call.function.__name__, lambda _: ())(call):
+            yield words, rest + guess
+    if pair.key == "unwatched/loss":
+        for words, weights in micro_batch_weights(pair.around):
+            yield words, np.asarray((pair.step["forward/loss_t"] * weights).sum())
+    tied = len(pair.calls) > 1 and pair.name == "wte"
+    if tied:  # rows that a token has are assigned where they should be added to
+        embedding, head = pair.calls
+        for words, guess in OTHER_FORMS["d_wte"](embedding):
+            rows = np.isin(np.arange(len(guess)), pair.around.token)[:, None]
+            assigned = np.where(rows, guess, head.total())
+            yield f"assigned, not added: what the head contributed is lost; {words}", assigned
+
+
+def repeated_tokens(pair: Pair) -> Iterator[Guess]:
+    """One occurrence of every token counts, whichever it is."""
+    if pair.phase not in DERIVED or pair.name != "wte":
+        return
+    embedding = pair.calls[0]
+    dy, a = embedding.slots["dy"].value, pair.around
+    rest = pair.ours - embedding.total()
+    guess = pair.ours.copy()
+    for row in np.unique(a.token[a.real]):
+        each = rest[row] + np.array([*dy[a.real & (a.token == row)], np.zeros(dy.shape[-1])])
+        guess[row] = each[np.abs(each - pair.theirs[row]).max(axis=1).argmin()]
+    yield "repeated tokens accumulated once: one occurrence counts, the others are lost", guess
+
+
+def parts_of(pair: Pair) -> list[Guess]:
+    """What the tensor is the sum of: the contributions of its consumers, and their terms."""
+    whole = [(call.label, call.total()) for call in pair.calls] if len(pair.calls) > 1 else []
+    terms = [
+        (name or call.label, term)
+        for call in pair.calls
+        for name, term in call.terms().items()
+        if len(call.terms()) > 1
+    ]
+    return [*whole, *terms]
+
+
+def changed_parts(pair: Pair) -> Iterator[Guess]:
+    """One part of the sum missing, there twice, turned, or times something that has a name."""
+    parts = parts_of(pair)
+    scaled: list[Guess] = []
+    for label, part in parts:
+        change = _coefficient(pair.theirs - pair.ours, part, pair.wrong)
+        if change is None:
+            continue
+        times, guess = 1 + change, pair.ours + change * part
+        if abs(times) < 1e-6:
+            yield f"missing: {label}", pair.ours - part
+        elif abs(times - 2) < 1e-6:
+            yield f"there twice: {label}", pair.ours + part
+        elif abs(times + 1) < 1e-6:
+            yield f"the sign of {label}", pair.ours - 2 * part
+        elif name := factor_name(pair, times):
+            yield f"{label} is multiplied by {name}", guess
+        else:
+            scaled.append((f"{label} is multiplied by {times:.6g}; no name for this factor", guess))
+    for label, part in parts:
+        yield f"only {label} is there", part
+    contributions = [one for one in parts if any(one[0] == call.label for call in pair.calls)]
+    for (first, a), (second, b) in combinations(contributions or parts, 2):
+        yield f"missing: {first} and {second}", pair.ours - a - b
+        yield f"the sign of {first} and of {second}", pair.ours - 2 * a - 2 * b
+        yield f"multiplied, not added: {first} and {second}", a * b
+    if len(pair.calls) == 2:
+        yield from _added_before(pair)
+    yield from scaled
+
+
+def _added_before(pair: Pair) -> Iterator[Guess]:
+    """What comes around an operation is added to what goes into its derivative."""
+    for call, other in (pair.calls, pair.calls[::-1]):
+        dy = call.slots["dy"].value
+        around = other.total()
+        if dy.shape == around.shape:
+            words = f"{other.label.removesuffix(',')} is added before the derivative of"
+            yield f"{words} {call.operation}", call.total(dy=dy + around)
+            yield f"{words} {call.operation}, and after it", (call.total(dy=dy + around) + around)
+
+
+def known(pair: Pair) -> list[str]:
+    """The tensors that the step has computed by then: those before, and gradients beside it."""
+    keys = list(pair.step)
+    before = keys[: keys.index(pair.key)]
+    beside = [key for key in keys if key.startswith(f"{pair.phase}/") and key not in before]
+    return [*before, *[key for key in beside if pair.phase in ("gradient", "unwatched")
+                       and key != pair.key]]  # fmt: skip
+
+
+def exchanged(pair: Pair) -> Iterator[Guess]:
+    """One argument of one operation exchanged for something else."""
+    earlier = {key: pair.step[key] for key in known(pair)}
+    for call in pair.calls:
+        rest = pair.ours - call.total()
+        tensors = {name: slot for name, slot in call.slots.items() if slot.is_tensor}
+        for (a, one), (b, two) in combinations(tensors.items(), 2):
+            if np.shape(one.value) == np.shape(two.value):
+                exchanged = call.total(**{a: two.value, b: one.value})
+                yield f"{one.name} and {two.name} exchanged with each other", rest + exchanged
+        for name in call.slots:
+            for words, other in alternatives(call, name, earlier, pair.before):
+                try:
+                    yield words, rest + call.total(**{name: other})
+                except (IndexError, ValueError):
+                    continue
+
+
+def added(pair: Pair) -> Iterator[Guess]:
+    """Something that has no place in the sum is added, or subtracted."""
+    for key in known(pair):
+        tensor, (phase, name) = pair.step[key], split_key(key)
+        if tensor.shape != pair.ours.shape or tensor.size < 3 or phase in ("batch", "sample"):
+            continue
+        times = _coefficient(pair.theirs - pair.ours, tensor, pair.wrong)
+        for k, words in ((1, "added"), (-1, "subtracted"), (2, "added twice")):
+            if times is not None and abs(times - k) < 1e-6:
+                yield (
+                    f"{name} ({PHASES[phase]}) is {words}, and has no part in it",
+                    (pair.ours + k * tensor),
+                )
+
+
+def formulas(pair: Pair) -> Iterator[Guess]:
+    """Another formula; where an operand exchanged gives the same numbers, that as well."""
+    found = False
+    for words, guess in other_forms(pair):
+        found = found or pair.fits(guess) == ALL_OF_THEM
+        yield words, guess
+    if found:
+        yield from exchanged(pair)
+
+
+def read_again(pair: Pair) -> Iterator[Guess]:
+    """The first document read again, with a cache or a position that is at fault."""
+    if pair.phase == "read":
+        yield from other_readings(pair.around)
+
+
+def moved_about(pair: Pair) -> Iterator[Guess]:
+    """The right numbers in another place, or the numbers of something else."""
+    ours, a = pair.ours, pair.around
+    if ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2] and axes(pair.key)[0] != "T":
+        yield "transposed", ours.swapaxes(-1, -2)
+    order = _order(pair)
+    if order:
+        yield order, pair.theirs
+    own = split_key(pair.key)[1]
+    if axes(pair.key)[:1] == ("B",):
+        yield from rearranged(a, own, ours, axes(pair.key))
+    if pair.phase == "backward" and ours.ndim:
+        yield f"{pair.name} in place of its derivative", pair.step[f"forward/{pair.name}"]
+    for key, tensor in pair.step.items():
+        if tensor.shape == ours.shape and key != pair.key and ours.size > 1:
+            phase, name = split_key(key)
+            yield f"these are the numbers of {name} ({PHASES[phase]})", tensor
+
+
+def _order(pair: Pair) -> str:
+    """Whether along one axis every index has the numbers of another, and of which."""
+    names = {"H": "head", "B": "document", "V": "token", "block_size": "position", "C": "channel"}
+    letters, config = axes(pair.key), pair.case.config
+    views = [(letter, pair.ours, pair.theirs, i) for i, letter in enumerate(letters)]
+    if letters[-1:] == ("C",) and letters[0] == "B" and config.n_head > 1:
+        ours, theirs = (pair.around.heads(x) for x in (pair.ours, pair.theirs))
+        views.insert(0, ("H", ours, theirs, ours.ndim - 2))
+    for letter, ours, theirs, axis in views:
+        if letter not in names or ours.shape[axis] < 2 or ours.ndim < 2:
+            continue
+        a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (ours, theirs))
+        close = 1e6 * pair.noise * pair.moved + pair.noise * pair.size
+        if a.size * len(a) > 1e7 or not (np.abs(a) > close).any():
+            continue
+        apart = np.abs(b[:, None] - a[None])
+        if letter == "B":  # documents of unlike length have the shorter one's positions in common
+            there = np.moveaxis(pair.there, axis, 0).reshape(len(a), -1)
+            apart = np.where(there[:, None] & there[None], apart, 0.0)
+        apart = apart.max(axis=2)
+        own = np.diag(apart) <= close
+        source = np.where(own, np.arange(len(a)), apart.argmin(axis=1))
+        if (apart[np.arange(len(a)), source] <= close).all() and not own.all():
+            word = names[letter]
+            changed = np.flatnonzero(~own)
+            if len(changed) > 4 and letter != "H":
+                return (
+                    f"{word}s in another order: {word} {changed[0]} has that of"
+                    f" {source[changed[0]]}, and so on"
+                )
+            listed = ", ".join(map(str, source)) if letter == "H" else ""
+            if listed:
+                return f"heads permuted: in the order {listed}"
+            pairs = ", ".join(f"{i} has that of {source[i]}" for i in changed)
+            return f"{word}s exchanged: {word} {pairs}"
+    return ""
+
+
+def remembered(pair: Pair) -> Iterator[Guess]:
+    """What the step before has left."""
+    earlier = pair.before.get(pair.key) if pair.before else None
+    if earlier is None or earlier.shape != pair.ours.shape:
+        return
+    what = "gradient" if pair.phase in DERIVED else "tensor"
+    yield f"stale: the {what} of the step before", earlier
+    yield f"the {what} of the step before has not been cleared", pair.ours + earlier
+    zero = pair.ours == 0
+    yield (
+        "stale: what the step before left where this one has zeros",
+        np.where(zero, earlier, pair.ours),
     )
 
 
-def attention_forward(pair: Pair) -> str:
-    """Weights and what they see, with the mask or the softmax at fault."""
-    if pair.phase != "forward":
-        return ""
-    p, config = pair.place, pair.case.config
-    if pair.tap == "attn_weights":
-        x = p["forward/attn_logits"]
-        unpadded = (pair.step["batch/tokens"] >= 0).all(axis=1)  # of the others, we know too little
-        whole = replace(pair, ours=pair.ours[unpadded], theirs=pair.theirs[unpadded],
-                        there=pair.there[unpadded])  # fmt: skip
-        q, k = (_by_head(pair, p[f"forward/{name}"])[unpadded] for name in "qk")
-        everything = np.exp(q @ k.swapaxes(-1, -2) / sqrt(config.head_dim))
-        everything /= everything.sum(axis=-1, keepdims=True)
-        exps = np.exp(x - x.max(axis=-1, keepdims=True, where=pair.there, initial=-np.inf))
-        unmasked = "the mask is missing or comes after the softmax: positions to come take part"
-        answer = _first(whole, {unmasked: everything})
-        answer = answer or _first(pair, {"not normalised: softmax without its division": exps})
-        sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1)[pair.there.any(axis=-1)]
-        if not answer and np.any(sums < 1 - 1e-6):
-            answer = "rows sum to less than one: positions to come take part"
-        return answer
-    if pair.tap == "attn_logits":
-        later = np.triu(np.ones(pair.ours.shape[-2:], bool), 0)
-        own = np.where(later, -np.inf, 0.0)
-        if np.array_equal(np.isneginf(pair.theirs), np.isneginf(np.where(pair.there, own, 0.0))):
-            return "the mask hides a position from itself"
-    return ""
-
-
-def heads(pair: Pair) -> str:
-    """Heads in another order, or put together channel by channel."""
-    config, shape = pair.case.config, pair.ours.shape
-    H, D = config.n_head, config.head_dim
-    if pair.phase not in ("forward", "backward") or H == 1:
-        return ""
-    if pair.tap in ("attn_logits", "attn_weights"):
-        axis, by_head = 1, pair.ours
-    elif pair.tap in ("q", "k", "v", "attn_out"):
-        axis, by_head = 2, pair.ours.reshape(*shape[:2], H, D)
-        merged = by_head.swapaxes(2, 3).reshape(shape)
-        split = pair.ours.reshape(*shape[:2], D, H).swapaxes(2, 3).reshape(shape)
-        mixed = pair.ours.reshape(shape[0], shape[1], H, D).swapaxes(1, 2).reshape(shape)
-        if any(pair.explains(guess) for guess in (merged, split, mixed)):
-            return "heads merged wrongly: channels of different heads are interleaved"
-    else:
-        return ""
-    orders = permutations(range(H)) if H <= 4 else [(*range(i, H), *range(i)) for i in range(1, H)]
-    for order in [*orders, tuple(reversed(range(H)))]:
-        if pair.explains(by_head.take(order, axis=axis).reshape(shape)):
-            return f"heads permuted: in the order {', '.join(map(str, order))}"
-    return ""
-
-
-def transposed(pair: Pair) -> str:
-    """The last two axes exchanged."""
-    if pair.ours.ndim < 2 or (pair.phase in ("forward", "backward") and pair.ours.ndim < 4):
-        return ""
-    return "transposed" if pair.explains(pair.ours.swapaxes(-1, -2)) else ""
-
-
-def missing_consumer(pair: Pair) -> str:
-    """One of several contributions to a sum is not there, or is there twice."""
-    for label, contribution in _contributions(pair):
-        if pair.explains(pair.ours - contribution):
-            return f"one contribution is missing: {label}"
-        if pair.explains(pair.ours + contribution):
-            return f"one contribution is there twice: {label}"
-        if pair.explains(contribution):
-            return f"only one contribution is there: {label}"
-    return ""
-
-
-def repeated_tokens(pair: Pair) -> str:
-    """The gradient of wte with one contribution per token, not per occurrence."""
-    if not pair.of_parameter or pair.tap != "wte":
-        return ""
-    tokens, demb = pair.step["batch/tokens"][:, :-1], pair.step["backward/demb"]
-    inputs = np.where(pair.step["batch/tokens"][:, 1:] >= 0, tokens, -1)
-    bad = ~np.isclose(pair.theirs, pair.ours, rtol=1e-7, atol=1e-13).all(axis=1)
-    counts = np.array([(inputs == row).sum() for row in range(len(pair.ours))])
-    if bad.any() and (counts[bad] > 1).all():
-        head = _head_gradient(pair) if pair.case.config.tie_lm_head else np.zeros_like(pair.ours)
-        single = [
-            any(
-                np.allclose(pair.theirs[row], part + head[row], rtol=1e-7, atol=1e-13)
-                for part in [*demb[inputs == row], np.zeros_like(head[row])]
+def scaled(pair: Pair) -> Iterator[Guess]:
+    """The whole tensor, or that of every position, times a number that has a name."""
+    times = _coefficient(pair.theirs, pair.ours, pair.wrong)
+    name = factor_name(pair, times) if times is not None and abs(times - 1) > 1e-9 else ""
+    if times is not None and name:
+        plain = {
+            "2": "doubled: every element is twice what it should be",
+            "-1": "the sign of every element is turned",
+        }.get(name.partition(" =")[0])
+        yield plain or f"every element is multiplied by {name}", times * pair.ours
+    if axes(pair.key)[:1] == ("B",) and "T" in axes(pair.key):
+        a = pair.around
+        n, t, p = a.n[:, None], a.position + 1, np.exp(-pair.step["forward/loss_t"])
+        own = {"n, the positions of its document": n + 0 * t, "1/n of its document": 1 / n + 0 * t,
+               "t + 1, the positions so far": t, "1/(t + 1), of the positions so far": 1 / t,
+               "its loss": -np.log(p), "its target's probability": p,
+               "its target's probability squared": p**2,
+               "1/(its target's probability)": 1 / p, "p / log(p) of its target": p / np.log(p),
+               "B n, 1/its weight": len(n) * n + 0 * t, "its weight": a.weights}  # fmt: skip
+        for what, factor in own.items():
+            shaped = (
+                factor[:, None, :, None]
+                if "H" in axes(pair.key)
+                else factor.reshape(*factor.shape, *[1] * (pair.ours.ndim - 2))
             )
-            for row in np.flatnonzero(bad)
-        ]
-        if not np.any(pair.theirs[bad]):
-            return "all contributions of these tokens are lost"
-        if all(single):
-            return "repeated tokens accumulated once: one occurrence counts, the others are lost"
-        return "wrong only in the rows of tokens that occur more than once"
-    return ""
+            yield f"every position is multiplied by {what}", pair.ours * shaped
 
 
-def adam_m(pair: Pair) -> str:
+def parts_of_sums(pair: Pair) -> Iterator[Guess]:
+    """Several parts changed at once, or some of the documents and positions that are summed over:
+    the coefficients that give the faulty numbers, where they are telling."""
+    parts = parts_of(pair)
+    if 1 < len(parts) <= MOST_PARTS:
+        found = _coefficients(pair, [part for _, part in parts])
+        if found is not None:
+            words = [
+                f"{label} {_times(pair, k)}"
+                for (label, _), k in zip(parts, found)
+                if abs(k - 1) > 1e-6
+            ]
+            guess = sum(k * part for k, (_, part) in zip(found, parts))
+            if len(words) <= 2 and all(words):
+                yield " and ".join(words), guess
+    for letter, word in (("B", "document"), ("T", "position")):
+        yield from _some_of(pair, word, _by_index(pair, letter))
+
+
+def _by_index(pair: Pair, letter: str) -> list[Array]:
+    """What each document, or position, adds to a sum over them; nothing if it is no such sum."""
+    totals: list[Array] = []
+    if letter in axes(pair.key) or not pair.calls:
+        return totals
+    for call in pair.calls:
+        name = "dy" if "dy" in call.slots else "loss_t"
+        slot = call.slots.get(name)
+        if slot is None or letter not in slot.axes or slot.axes[0] != "B":
+            return []
+        axis = slot.axes.index(letter)
+        count = slot.value.shape[axis]
+        if not 1 < count <= MOST_PARTS:
+            return []
+        parts = [call.total(**{name: _only(slot.value, axis, i)}) for i in range(count)]
+        totals = [a + b for a, b in zip(totals, parts)] if totals else parts
+    return totals
+
+
+def _only(x: Array, axis: int, index: int) -> Array:
+    """The array with zeros but for one index of an axis."""
+    shape = [1] * x.ndim
+    shape[axis] = x.shape[axis]
+    return x * (np.arange(x.shape[axis]) == index).reshape(shape)
+
+
+def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
+    """The sum over documents or positions with some left out, or with other weights than 1."""
+    count = len(parts)
+    if not count:
+        return
+    order = np.argsort(pair.around.n, kind="stable") if word == "document" else np.arange(count)
+    sums = [np.zeros_like(parts[0])]
+    for i in order:
+        sums.append(sums[-1] + parts[i])
+    for start, stop in combinations(range(count + 1), 2):
+        if stop - start == count:
+            continue
+        listed = _and(word, sorted(order[start:stop].tolist()), count)
+        why = ""
+        if pair.phase == "unwatched" and word == "document":
+            why = "the gradients of micro-batches, or of processes, are not added up: "
+        some = sums[stop] - sums[start]
+        if 2 * (stop - start) <= count:
+            yield f"{why}only {listed} of {count} counted", some
+            yield f"{why}not counted: {listed} of {count}", sums[-1] - some
+        yield f"counted twice: {listed} of {count}", sums[-1] + some
+    found = _coefficients(pair, parts)
+    if found is None:
+        return
+    guess = sum(k * part for k, part in zip(found, parts))
+    changed = [i for i, k in enumerate(found) if abs(k - 1) > 1e-6]
+    missing = [i for i in changed if abs(found[i]) < 1e-6]
+    if missing and len(missing) == len(changed):
+        yield f"not counted: {_and(word, missing, count)} of {count}", guess
+    elif len({round(float(found[i]), 6) for i in changed}) == 1 and len(changed) < count:
+        times = factor_name(pair, float(found[changed[0]]))
+        if times:
+            yield f"counted {times} times: {_and(word, changed, count)} of {count}", guess
+
+
+def _and(word: str, numbers: list[int], count: int) -> str:
+    """Documents 1 and 2; the last position."""
+    if len(numbers) == 1:
+        name = {0: "the first", count - 1: "the last"}.get(numbers[0])
+        return f"{name} {word}" if name else f"{word} {numbers[0]}"
+    if len(numbers) > 4:
+        return f"{len(numbers)} {word}s"
+    return f"{word}s {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def _times(pair: Pair, k: float) -> str:
+    if abs(k) < 1e-6:
+        return "is missing"
+    if abs(k - 2) < 1e-6:
+        return "is there twice"
+    if abs(k + 1) < 1e-6:
+        return "has the wrong sign"
+    name = factor_name(pair, k)
+    return f"is multiplied by {name}" if name else ""
+
+
+def _coefficient(target: Array, part: Array, where: Array) -> float | None:
+    """The number that makes the part the target, by least squares where elements are wrong."""
+    x, y = part[where], target[where]
+    square = float((x * x).sum())
+    return float((x * y).sum()) / square if square > 0 else None
+
+
+def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
+    """The numbers with which the parts give the faulty tensor; None if there are none, or many."""
+    there = pair.there
+    matrix = np.array([np.broadcast_to(part, pair.ours.shape)[there] for part in parts]).T
+    live = np.abs(matrix).max(axis=0) > 0
+    if not live.any() or np.count_nonzero(np.abs(matrix).max(axis=1)) < live.sum() + 3:
+        return None
+    sizes = np.sqrt((matrix[:, live] ** 2).sum(axis=0))
+    target = pair.theirs[there]
+    found, _, rank, singular = np.linalg.lstsq(matrix[:, live] / sizes, target, rcond=1e-9)
+    if rank < live.sum() or singular[-1] < 1e-6 * singular[0]:
+        return None
+    result = np.ones(len(parts))
+    result[live] = found / sizes
+    return result
+
+
+def factor_name(pair: Pair, factor: float) -> str:
+    """What the configuration and the step call this number; "" if they have no name for it."""
+    tolerance = max(1e-7, 1e6 * pair.noise) * abs(factor)
+    named = factors(pair)
+    close = [name for name, value in named.items() if abs(factor - value) <= tolerance]
+    return " = ".join(close[:4])
+
+
+def factors(pair: Pair) -> Mapping[str, float]:
+    """The numbers that have a name here, the likeliest first."""
+    config, (B, T) = pair.case.config, pair.around.real.shape
+    D, C, H, V = config.head_dim, config.n_embd, config.n_head, pair.case.tokenizer.vocab_size
+    sizes = {"D": D, "n_head": H, "C": C, "B": B, "T": T, "V": V, "n_layer": config.n_layer,
+             "block_size": config.block_size, "4 (F / C)": 4, "sum of n": int(pair.around.n.sum()),
+             "3": 3, "B T": B * T, "B - 1": B - 1, "T - 1": T - 1, "T + 1": T + 1}  # fmt: skip
+    named: dict[str, float] = {"2": 2.0, "-1": -1.0, "1/2": 0.5}
+    for name, size in sizes.items():
+        if size > 1 and float(size) not in (1.0,):
+            base = f"({name})" if " " in name and "(" not in name else name
+            named |= {f"sqrt({name})": sqrt(size), f"1/sqrt({name})": 1 / sqrt(size)}
+            named |= {base: size, f"1/{base}": 1 / size}
+    if H > 1:
+        named |= {"sqrt(D)/sqrt(C)": sqrt(D / C)}
+    b1, b2, n = config.beta1, config.beta2, pair.number
+    if pair.phase in (*RULES, "params"):
+        lr = learning_rate(n - 1, config)
+        named |= {
+            "beta1": b1, "beta2": b2, "1 - beta1": 1 - b1, "1 - beta2": 1 - b2,
+            "1 + beta1": 1 + b1, "1 + beta2": 1 + b2,
+            "1/(1 - beta1)": 1 / (1 - b1), "1/(1 - beta2)": 1 / (1 - b2),
+            "lr_t": lr, "1/lr_t": 1 / lr if lr else 0.0,
+            "the correction of m": 1 - b1**n, "the correction of v": 1 - b2**n,
+            "1/(the correction of m)": 1 / (1 - b1**n), "1/(the correction of v)": 1 / (1 - b2**n),
+            "the square root of the correction of v": sqrt(1 - b2**n),
+        }  # fmt: skip
+    factor = clipping(config, pair.step)
+    if factor < 1:
+        named |= {"the clip factor": factor, "the clip factor squared": factor**2,
+                  "1/(the clip factor)": 1 / factor, "the root of the clip factor": sqrt(factor),
+                  "grad_clip": config.grad_clip, "1/grad_clip": 1 / config.grad_clip}  # fmt: skip
+    named |= {"ln 2": log(2), "1/ln 2": 1 / log(2), "e": e, "1/4": 0.25}
+    return {name: value for name, value in named.items() if abs(value - 1) > 1e-9}
+
+
+# --- Adam ----------------------------------------------------------------------------------------
+
+
+def of_m(pair: Pair) -> Iterator[Guess]:
     """The running mean of the gradient by another rule."""
-    if pair.phase != "adam_m":
-        return ""
-    config, name = pair.case.config, pair.name
-    beta1, beta2, limit = config.beta1, config.beta2, config.grad_clip
-    m0, raw = pair.step[f"entry_m/{name}"], pair.step[f"gradient/d{name}"]
-    g = clipping(config, pair.step) * raw
-    own = min(1.0, limit / float(np.sqrt((raw * raw).sum()))) if limit else 1.0
-    return _first(
-        pair,
-        {
-            "the gradient is not clipped": beta1 * m0 + (1 - beta1) * raw,
-            "every tensor is clipped by its own length": beta1 * m0 + (1 - beta1) * own * raw,
-            "clipped number by number": beta1 * m0 + (1 - beta1) * np.clip(raw, -limit, limit),
-            "the gradient enters m without the factor 1 - beta1": beta1 * m0 + g,
-            "beta1 and 1 - beta1 exchanged": (1 - beta1) * m0 + beta1 * g,
-            "m does not remember: beta1 m is missing": (1 - beta1) * g,
-            "beta2 in place of beta1": beta2 * m0 + (1 - beta2) * g,
-        },
-    )
+    config, name, n = pair.case.config, pair.name, pair.number
+    b1, b2, limit = config.beta1, config.beta2, config.grad_clip
+    m, raw = pair.step[f"entry_m/{name}"], pair.step[f"gradient/d{name}"]
+    p, v = pair.step[f"entry/{name}"], pair.step[f"entry_v/{name}"]
+    factor = clipping(config, pair.step)
+    g = factor * raw
+    own = min(1.0, limit / max(float(np.sqrt((raw * raw).sum())), 1e-300)) if limit else 1.0
+    for words, other in {
+        "the gradient is not clipped": raw,
+        "every tensor is clipped by its own length": own * raw,
+        "clipped number by number": np.clip(raw, -limit, limit),
+        "the gradient is clipped twice": factor * g,
+        "scaled up to grad_clip, though it is shorter: the min with 1 is missing": (
+            limit / max(_length(pair), 1e-300) * raw
+        ),
+        "divided by its length, whatever grad_clip is": raw / max(_length(pair), 1e-300),
+        "clipped by the largest element, not by the length": (
+            min(1.0, limit / max(_largest(pair), 1e-300)) * raw if limit else raw
+        ),
+        "clipped by the sum of sizes, not by the length": (
+            min(1.0, limit / max(_sum_of_sizes(pair), 1e-300)) * raw if limit else raw
+        ),
+        "clipped by the square of the length: the root is missing": (
+            min(1.0, limit / max(_length(pair) ** 2, 1e-300)) * raw if limit else raw
+        ),
+        "the weight decay is added to the gradient": g + config.weight_decay * p,
+        "the sign of the gradient alone": np.sign(g),
+        "the gradient's square in place of the gradient": g * g,
+    }.items():
+        yield words, b1 * m + (1 - b1) * other
+    if pair.before and f"gradient/d{name}" in pair.before:
+        earlier = clipping(config, pair.before) * pair.before[f"gradient/d{name}"]
+        yield "the gradient of the step before", b1 * m + (1 - b1) * earlier
+        if f"adam_m/{name}" in pair.before:
+            yield "m does not change", m
+    yield "the gradient enters m without the factor 1 - beta1", b1 * m + g
+    yield "beta1 and 1 - beta1 exchanged", (1 - b1) * m + b1 * g
+    yield "m does not remember: beta1 m is missing", (1 - b1) * g
+    yield "beta1 m without its beta1", m + (1 - b1) * g
+    yield "m is the gradient itself", g
+    yield "beta2 in place of beta1", b2 * m + (1 - b2) * g
+    yield "beta2 in place of beta1 before m", b2 * m + (1 - b1) * g
+    yield "1 - beta2 in place of 1 - beta1", b1 * m + (1 - b2) * g
+    yield "1 + beta1 in place of 1 - beta1", b1 * m + (1 + b1) * g
+    yield "a sign: beta1 m - (1 - beta1) g", b1 * m - (1 - b1) * g
+    yield "the sum of all gradients", m + g
+    yield "corrected for its bias in place: m_hat is kept", (b1 * m + (1 - b1) * g) / (1 - b1**n)
+    yield "v in place of m", b1 * v + (1 - b1) * g
 
 
-def adam_v(pair: Pair) -> str:
+def _length(pair: Pair) -> float:
+    keys = [key for key in pair.step if key.startswith("gradient/")]
+    return sqrt(sum(float((pair.step[key] ** 2).sum()) for key in keys))
+
+
+def _largest(pair: Pair) -> float:
+    keys = [key for key in pair.step if key.startswith("gradient/")]
+    return max(float(np.abs(pair.step[key]).max()) for key in keys)
+
+
+def _sum_of_sizes(pair: Pair) -> float:
+    keys = [key for key in pair.step if key.startswith("gradient/")]
+    return sum(float(np.abs(pair.step[key]).sum()) for key in keys)
+
+
+def of_v(pair: Pair) -> Iterator[Guess]:
     """The running mean of the gradient's square by another rule."""
-    if pair.phase != "adam_v":
-        return ""
-    config, name = pair.case.config, pair.name
-    beta1, beta2 = config.beta1, config.beta2
-    v0, m = pair.step[f"entry_v/{name}"], pair.step[f"adam_m/{name}"]
-    g = clipping(config, pair.step) * pair.step[f"gradient/d{name}"]
-    kept = beta2 * v0
-    return _first(
-        pair,
-        {
-            "the gradient enters v without the factor 1 - beta2": kept + g * g,
-            "beta2 and 1 - beta2 exchanged": (1 - beta2) * v0 + beta2 * g * g,
-            "the gradient enters v without its square": kept + (1 - beta2) * g,
-            "the gradient enters v by its size, not its square": kept + (1 - beta2) * np.abs(g),
-            "v does not remember: beta2 v is missing": (1 - beta2) * g * g,
-            "beta1 in place of beta2": beta1 * v0 + (1 - beta1) * g * g,
-            "the mean gradient is squared in place of the gradient": kept + (1 - beta2) * m * m,
-        },
-    )
+    config, name, n = pair.case.config, pair.name, pair.number
+    b1, b2 = config.beta1, config.beta2
+    v, m = pair.step[f"entry_v/{name}"], pair.step[f"adam_m/{name}"]
+    m0 = pair.step[f"entry_m/{name}"]
+    raw = pair.step[f"gradient/d{name}"]
+    factor = clipping(config, pair.step)
+    g, kept = factor * raw, b2 * v
+    m_hat = m / (1 - b1**n)
+    for words, other in {
+        "the gradient is not clipped": raw * raw,
+        "the clip factor is not squared": factor * raw * raw,
+        "the clip factor enters to the fourth power": factor**4 * raw * raw,
+        "the gradient enters v without its square": g,
+        "the gradient enters v by its size, not its square": np.abs(g),
+        "the gradient's cube in place of its square": g**3,
+        "the mean gradient is squared in place of the gradient": m * m,
+        "the corrected mean gradient is squared in place of the gradient": m_hat**2,
+        "the gradient times its mean in place of its square": g * m,
+        "the gradient's distance from its mean is squared": (g - m) ** 2,
+        "the mean of the tensor's squares in place of each number's own": (
+            0 * g + float((g * g).mean())
+        ),
+    }.items():
+        yield words, kept + (1 - b2) * other
+    yield "the gradient enters v without the factor 1 - beta2", kept + g * g
+    yield "beta2 and 1 - beta2 exchanged", (1 - b2) * v + b2 * g * g
+    yield "v does not remember: beta2 v is missing", (1 - b2) * g * g
+    yield "beta2 v without its beta2", v + (1 - b2) * g * g
+    yield "v is the gradient's square itself", g * g
+    yield "the sum of all squares, as in Adagrad", v + g * g
+    yield "the largest square so far", np.maximum(kept, (1 - b2) * g * g)
+    yield "beta1 in place of beta2", b1 * v + (1 - b1) * g * g
+    yield "beta1 in place of beta2 before v", b1 * v + (1 - b2) * g * g
+    yield "1 - beta1 in place of 1 - beta2", kept + (1 - b1) * g * g
+    yield "1 + beta2 in place of 1 - beta2", kept + (1 + b2) * g * g
+    yield "1 - beta2 is squared with the gradient", kept + ((1 - b2) * g) ** 2
+    yield "a sign: beta2 v - (1 - beta2) g^2", kept - (1 - b2) * g * g
+    yield "m in place of v", b2 * m0 + (1 - b2) * g * g
+    yield "corrected for its bias in place: v_hat is kept", (kept + (1 - b2) * g * g) / (1 - b2**n)
+    yield "v never falls, as in AMSGrad", np.maximum(v, kept + (1 - b2) * g * g)
 
 
-def adam_update(pair: Pair) -> str:
+def of_update(pair: Pair) -> Iterator[Guess]:
     """The update by another rule."""
-    if pair.phase != "update":
-        return ""
     config, n, name = pair.case.config, pair.number, pair.name
-    beta1, beta2, eps = config.beta1, config.beta2, config.adam_eps
+    b1, b2, eps, wd = config.beta1, config.beta2, config.adam_eps, config.weight_decay
     lr = learning_rate(n - 1, config)
-    m, v, p0 = (pair.step[f"{phase}/{name}"] for phase in ("adam_m", "adam_v", "entry"))
+    m, v, p = (pair.step[f"{phase}/{name}"] for phase in ("adam_m", "adam_v", "entry"))
+    m0, v0 = (pair.step[f"{phase}/{name}"] for phase in ("entry_m", "entry_v"))
     g = clipping(config, pair.step) * pair.step[f"gradient/d{name}"]
-    m_hat, v_hat = m / (1 - beta1**n), v / (1 - beta2**n)
-    decay = -lr * config.weight_decay * p0
 
-    def rule(t1: int | None = n, t2: int | None = n, lr: float = lr) -> Array:
-        corrected_m = m / (1 - beta1**t1) if t1 else m
-        corrected_v = v / (1 - beta2**t2) if t2 else v
+    def rule(
+        t1: float | None = n, t2: float | None = n, lr: float = lr, m: Array = m, v: Array = v
+    ) -> Array:
+        corrected_m = m / (1 - b1**t1) if t1 else m
+        corrected_v = v / (1 - b2**t2) if t2 else v
         return -lr * corrected_m / (np.sqrt(corrected_v) + eps)
 
-    guesses = {
+    m_hat, v_hat, right = m / (1 - b1**n), v / (1 - b2**n), rule()
+    decay = -lr * wd * p
+    if wd:  # without weight decay these are the rule itself, which explains nothing
+        yield "the weight decay is missing", right
+        yield "the weight decay is not multiplied by the learning rate", right - wd * p
+        yield "the sign of the weight decay", right - decay
+        yield "the weight decay is applied twice", right + 2 * decay
+        yield "the weight decay is applied after the update", right - lr * wd * (p + right)
+        yield (
+            "the weight decay is divided by the root of v too",
+            (-lr * (m_hat + wd * p) / (np.sqrt(v_hat) + eps)),
+        )
+        yield (
+            "the weight decay goes by the rate before the schedule",
+            (right - config.learning_rate * wd * p),
+        )
+        yield (
+            "the weight itself is multiplied by the decay's factor's square",
+            (right + p * ((1 - lr * wd) ** 2 - 1)),
+        )
+    guesses: dict[str, Array] = {
         "bias correction is absent": rule(None, None),
         "bias correction of m is absent": rule(None, n),
         "bias correction of v is absent": rule(n, None),
         "bias correction off by one step: t + 1 in place of t": rule(n + 1, n + 1),
-        "bias correction off by one step: t - 1 in place of t": rule(n - 1, n - 1),
-        "bias corrections exchanged": -lr
-        * (m / (1 - beta2**n))
-        / (np.sqrt(v / (1 - beta1**n)) + eps),
+        "bias correction of m off by one step: t + 1 in place of t": rule(n + 1, n),
+        "bias correction of v off by one step: t + 1 in place of t": rule(n, n + 1),
+        "bias corrections exchanged": (-lr * (m / (1 - b2**n)) / (np.sqrt(v / (1 - b1**n)) + eps)),
+        "the bias correction of v uses beta1": -lr * m_hat / (np.sqrt(v / (1 - b1**n)) + eps),
+        "the bias correction of m uses beta2": -lr * (m / (1 - b2**n)) / (np.sqrt(v_hat) + eps),
+        "multiplied by the bias corrections, not divided": (
+            -lr * m * (1 - b1**n) / (np.sqrt(v * (1 - b2**n)) + eps)
+        ),
+        "m is multiplied by its correction, not divided": (
+            -lr * m * (1 - b1**n) / (np.sqrt(v_hat) + eps)
+        ),
+        "v is multiplied by its correction, not divided": (
+            -lr * m_hat / (np.sqrt(v * (1 - b2**n)) + eps)
+        ),
+        "the correction is 1 - beta * t, not 1 - beta^t": (
+            -lr * (m / (1 - b1 * n)) / (np.sqrt(v / (1 - b2 * n)) + eps)
+        ),
+        "the correction of v comes after the root": (
+            -lr * m_hat / (np.sqrt(v) / (1 - b2**n) + eps)
+        ),
         "eps in the wrong place: under the root": -lr * m_hat / np.sqrt(v_hat + eps),
         "eps is missing": -lr * m_hat / np.sqrt(v_hat),
-        "eps is not corrected along with v": -lr * m_hat * sqrt(1 - beta2**n) / (np.sqrt(v) + eps),
+        "eps is not corrected along with v": (-lr * m_hat * sqrt(1 - b2**n) / (np.sqrt(v) + eps)),
         "the root of v is missing": -lr * m_hat / (v_hat + eps),
-        "the sign: the update goes uphill": lr * m_hat / (np.sqrt(v_hat) + eps),
+        "multiplied by the root of v, not divided": -lr * m_hat * (np.sqrt(v_hat) + eps),
+        "not divided by the root of v: momentum alone": -lr * m_hat,
+        "the sign: the update goes uphill": -right,
         "the gradient in place of its mean": -lr * g / (np.sqrt(v_hat) + eps),
+        "the mean of before this step": rule(m=m0),
+        "the mean square of before this step": rule(v=v0),
+        "both means of before this step": rule(m=m0, v=v0),
         "plain gradient descent": -lr * g,
+        "the learning rate is missing": rule(lr=1.0),
         "the learning rate is not decayed": rule(lr=config.learning_rate),
+        "the learning rate is squared": rule(lr=lr * lr),
         "the learning rate is a step ahead": rule(lr=learning_rate(n, config)),
+        "Nesterov's step: beta1 m_hat + (1 - beta1) g": (
+            -lr * (b1 * m_hat + (1 - b1) * g / (1 - b1**n)) / (np.sqrt(v_hat) + eps)
+        ),
+        "not at all: the parameters do not move": np.zeros_like(m),
     }
-    # without weight decay these are the rule itself, which explains nothing
-    of_decay = {
-        "the weight decay is missing": rule(),
-        "the weight decay is not multiplied by the learning rate": rule()
-        - config.weight_decay * p0,
-        "the sign of the weight decay": rule() - decay,
-    }
-    return _first(pair, {**of_decay, **{label: decay + one for label, one in guesses.items()}})
-
-
-def stale(pair: Pair) -> str:
-    """Gradients that remember an earlier step."""
-    if not pair.of_parameter or pair.before is None:
-        return ""
-    earlier = pair.before[pair.key]
-    return _first(
-        pair,
-        {
-            "stale: the gradient of the step before": earlier,
-            "the gradient of the step before has not been cleared": pair.ours + earlier,
-        },
-    )
-
-
-def weighting(pair: Pair) -> str:
-    """The mean over tokens in place of the mean over documents, and the like."""
-    if pair.key not in ("forward/loss", "backward/dloss_t", "backward/dlogits", "unwatched/loss"):
-        return ""
-    tokens = pair.step["batch/tokens"]
-    B, T = tokens.shape[0], tokens.shape[1] - 1
-    n = (tokens >= 0).sum(axis=1) - 1  # (B,)
-    of_loss_t = {
-        "token mean for document mean: every token weighs the same": np.full(B, 1 / n.sum()),
-        "mean over B x T: padding is counted": np.full(B, 1 / (B * T)),
-        "sum over positions in place of their mean": np.full(B, 1 / B),
-        "sum over documents in place of their mean": 1 / n,
-        "sum over all tokens": np.ones(B),
-    }
-    sizes = [len(part) for part in _micro_batches(pair)] if pair.phase == "unwatched" else []
-    if sizes and sum(sizes) != B:
-        return f"the micro-batches hold {sum(sizes)} of {B} documents"
-    if sizes:
-        size = np.empty(B)  # of the micro-batch that a document is in
-        size[np.argsort(n, kind="stable")] = np.repeat(sizes, sizes)
-        of_loss_t |= {
-            "mean of means: every micro-batch weighs the same": 1 / (len(sizes) * size * n),
-            "the means of the micro-batches are summed": 1 / (size * n),
+    if n > 1:
+        guesses |= {
+            "bias correction off by one step: t - 1 in place of t": rule(n - 1, n - 1),
+            "bias correction of m off by one step: t - 1 in place of t": rule(n - 1, n),
+            "bias correction of v off by one step: t - 1 in place of t": rule(n, n - 1),
+            "the learning rate is a step behind": rule(lr=learning_rate(n - 2, config)),
+            "always corrected as at the first step": rule(1, 1),
+            "corrections and learning rate are those of the first step": (
+                rule(1, 1, lr=learning_rate(0, config))
+            ),
         }
-    for label, weights in of_loss_t.items():
-        if pair.tap == "loss":
-            guess = (pair.step["forward/loss_t"].sum(axis=1) * weights).sum()
-        else:
-            factor = weights * B * n
-            guess = pair.ours * factor.reshape(B, *[1] * (pair.ours.ndim - 1))
-        if pair.explains(guess):
-            return label
-    return ""
+    for other in (1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12):
+        if other != eps:
+            guesses[f"eps is {other:g}, not {eps:g}"] = -lr * m_hat / (np.sqrt(v_hat) + other)
+    for words, update in guesses.items():
+        yield words, decay + update
 
 
-def logarithm(pair: Pair) -> str:
-    """-log(p + something)."""
-    if pair.key != "forward/loss_t":
-        return ""
-    p = np.exp(-pair.ours)
-    for eps in (1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5):
-        guess = -np.log(p + eps)
-        allowed = 1e-3 * np.abs(guess - pair.ours) + 1e-12 * (1 + np.abs(pair.ours))
-        if (np.abs(pair.theirs - guess) <= allowed)[pair.there].all():
-            return f"a constant inside the logarithm: -log(p + {eps:g})"
-    return _first(pair, {"log2 in place of ln": pair.ours / np.log(2.0)})
+RULES: dict[str, Callable[[Pair], Iterator[Guess]]] = {
+    "adam_m": of_m,
+    "adam_v": of_v,
+    "update": of_update,
+}
 
 
-def constant_factor(pair: Pair) -> str:
-    """The whole tensor times a number."""
-    ours, theirs = pair.ours[pair.there], pair.theirs[pair.there]
-    large = np.abs(ours) > 1e-3 * np.abs(ours).max(initial=0.0)
-    if not large.any():
-        return ""
-    factor = float(np.median(theirs[large] / ours[large]))
-    if factor == 0 or not pair.explains(factor * pair.ours):
-        return ""
-    config, shape = pair.case.config, pair.step["batch/tokens"].shape
-    named = {
-        "-1": -1.0,
-        "2": 2.0,
-        "1/2": 0.5,
-        "sqrt(D)": sqrt(config.head_dim),
-        "1/sqrt(D)": 1 / sqrt(config.head_dim),
-        "D": config.head_dim,
-        "1/D": 1 / config.head_dim,
-        "B": shape[0],
-        "1/B": 1 / shape[0],
-        "T": shape[1] - 1,
-        "1/T": 1 / (shape[1] - 1),
-        "F/C": 4.0,
-        "C/F": 0.25,
-        "C": config.n_embd,
-        "1/C": 1 / config.n_embd,
-        "sqrt(C)": sqrt(config.n_embd),
-        "sqrt(D)/sqrt(C)": sqrt(config.head_dim / config.n_embd),
-        "n_layer": config.n_layer,
-    }
-    close = [name for name, value in named.items() if abs(factor - value) < 1e-6 * abs(value)]
-    if factor == 2.0 or abs(factor - 2) < 1e-6:
-        close = ["2 (doubled)", *close[1:]]
-    if ours.size < 2 and not close:
-        return ""
-    return f"a constant factor of {factor:.6g}" + (f" = {' = '.join(close)}" if close else "")
+def rules(pair: Pair) -> Iterator[Guess]:
+    """Adam by another rule."""
+    if pair.phase in RULES:
+        yield from RULES[pair.phase](pair)
 
 
-def shifted(pair: Pair) -> str:
-    """Every position has its neighbour's numbers."""
-    if pair.of_parameter and pair.tap == "wpe":
-        for label, by in (("later", -1), ("earlier", 1)):
-            if pair.explains(np.roll(pair.ours, by, axis=0)):
-                return f"shifted by one position: each row has what belongs one row {label}"
-    if pair.phase not in ("forward", "backward") or pair.ours.ndim not in (2, 3):
-        return ""
-    T = pair.ours.shape[1]
-    for label, ours, theirs in (
-        ("later", slice(0, T - 1), slice(1, T)),
-        ("earlier", slice(1, T), slice(0, T - 1)),
-    ):
-        both = pair.there[:, ours] & pair.there[:, theirs]
-        a, b = pair.ours[:, ours][both], pair.theirs[:, theirs][both]
-        if a.size and np.allclose(a, b, rtol=1e-7, atol=1e-13) and np.ptp(a) > 0:
-            return f"shifted by one position: each has what belongs one position {label}"
-    if pair.tap == "emb":
-        p = pair.place
-        tokens = pair.step["batch/tokens"][:, :-1]
-        wte, wpe = p["entry/wte"], p["entry/wpe"]
-        for label, by in (("ahead", 1), ("behind", -1)):
-            guess = wte[tokens] + np.roll(wpe, -by, axis=0)[:T]
-            if pair.explains(guess):
-                return f"shifted by one position: wpe is one position {label}"
-    return ""
-
-
-def somewhere(pair: Pair) -> str:
-    """Wrong only in some places."""
-    bad = ~np.isclose(pair.theirs, pair.ours, rtol=1e-9, atol=1e-12) & pair.there
-    if pair.phase in ("forward", "backward") and pair.ours.ndim >= 2:
-        tokens = pair.step["batch/tokens"]
-        n = (tokens >= 0).sum(axis=1) - 1
-        by_place = bad.any(axis=1) if pair.ours.ndim == 4 else bad
-        while by_place.ndim > 2:
-            by_place = by_place.any(axis=-1)
-        docs, positions = np.nonzero(by_place)
-        if not len(docs):
-            return ""
-        n_bad = set(docs.tolist())
-        padded = {b for b in range(len(n)) if n[b] < n.max()}
-        if padded and n_bad <= padded and len(padded) < len(n):
-            return "wrong only in documents that are padded"
-        if (positions == 0).all() and n.max() > 1:
-            return "wrong only at the first position"
-        if (positions == n[docs] - 1).all() and n.max() > 1:
-            return "wrong only at the last position"
-        return ""
-    if pair.of_parameter and pair.tap == "wpe":
-        rows = np.flatnonzero(bad.any(axis=1))
-        used = int((pair.step["batch/tokens"] >= 0).sum(axis=1).max()) - 1
-        if len(rows) and rows.min() >= used:
-            return "wrong only beyond the last position: stale rows"
-        if list(rows) == [0] and used > 1:
-            return "wrong only at the first position"
-    return ""
-
-
-def other_tensor(pair: Pair) -> str:
-    """The numbers of something else."""
-    if not np.any(pair.theirs[pair.there]):
-        return "never written, or lost: zero everywhere"
-    for key, tensor in pair.step.items():
-        alike = tensor.shape == pair.ours.shape and tensor.dtype == "float64" and key != pair.key
-        if alike and pair.explains(tensor):
-            return f"these are the numbers of {split_key(key)[1]} ({PHASES[split_key(key)[0]]})"
-    return ""
-
-
-def unwatched(pair: Pair) -> str:
-    """What agrees where the text runs as it stands, and not where it is recorded for training."""
-    if pair.phase not in ("eval", "unwatched"):
-        return ""
-    causes = ["the recording is not the text, or a result is overwritten too early"]
-    if pair.phase == "unwatched":
-        if len(_micro_batches(pair)) > 1:
-            causes.insert(0, "the gradients of micro-batches are not added up")
-        if pair.case.config.cores > 1:
-            causes.insert(0, "the shares of the processes are not added up")
-    return (
-        "agrees as long as the text runs as it stands, in one process and one batch:"
-        f" {', or '.join(causes)}"
-    )
-
-
-PATTERNS: list[Callable[[Pair], str]] = [
-    not_finite,
-    weighting,
-    logarithm,
-    normalisation,
-    attention_forward,
-    adam_m,
-    adam_v,
-    adam_update,
-    stale,
-    constant_factor,
-    norm_backward,
-    missing_consumer,
+# the kinds of readings, those with the fewest changes first
+KINDS = [
+    rules,
+    formulas,
+    changed_parts,
     repeated_tokens,
-    transposed,
-    heads,
-    shifted,
-    other_tensor,
-    somewhere,
-    single_precision,
-    unwatched,
+    exchanged,
+    read_again,
+    moved_about,
+    added,
+    remembered,
+    scaled,
+    parts_of_sums,
 ]
 
 
-def _first(pair: Pair, guesses: dict[str, Array]) -> str:
-    return next((label for label, guess in guesses.items() if pair.explains(guess)), "")
+ONE_IS_ENOUGH = (
+    changed_parts,
+    moved_about,
+    added,
+    parts_of_sums,
+)  # the same in other words would follow
 
 
-def _micro_batches(pair: Pair) -> list[Docs]:
-    """Those that one process cuts the batch into."""
-    docs = [doc[doc >= 0].tolist() for doc in pair.step["batch/tokens"]]
-    return micro_batches(docs, pair.case.config)
+# --- where no reading fits -----------------------------------------------------------------------
 
 
-def _inside(pair: Pair) -> str:
-    """What a norm normalises."""
-    if pair.tap == "emb_norm":
-        return "emb"
-    layer = pair.name.rpartition(".")[0]
-    if pair.tap == "mlp_norm":
-        return f"{layer}.attn_res"
-    return _before(pair.case, int(layer.removeprefix("layer")))
+def description(pair: Pair, promised: str) -> str:
+    """What can be said of the numbers that no reading gives: their precision, factor or place."""
+    ours, theirs = pair.ours[pair.there], pair.theirs[pair.there]
+    if promised == "float64" and (words := single_precision(ours, theirs)):
+        return words
+    if np.count_nonzero(ours) >= 3:
+        times = _coefficient(pair.theirs, pair.ours, pair.there)
+        if times is not None and pair.fits(times * pair.ours) == ALL_OF_THEM:
+            return f"every element is {times:.9g} times the reference's; no name for this factor"
+        more = float(np.median(theirs - ours))
+        if more and pair.fits(pair.ours + more) == ALL_OF_THEM:
+            return f"every element is {more:.9g} more than it should be"
+    sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1) if pair.theirs.ndim else 0.0
+    if pair.name.endswith("attn_weights"):
+        rows = np.asarray(sums)[pair.there.any(axis=-1)]
+        if (rows < 1 - 1e-6).any():
+            return "rows sum to less than one: positions to come take part"
+        if (rows > 1 + 1e-6).any():
+            return "rows sum to more than one"
+    place = f"wrong {pair.where}" if pair.where else ""
+    if pair.phase in ("eval", "unwatched"):
+        added = len(pair.around.n) > 1 and pair.phase == "unwatched"
+        return (
+            "agrees where the text runs as it stands: the recording is not the text, or a result"
+            f" is overwritten too early{', or micro-batches are not added up' if added else ''}"
+            f"{'; ' + place if place else ''}"
+        )
+    return place
 
 
-def _before(case: Case, i: int) -> str:
-    """The residual stream where layer i begins."""
-    if i > 0:
-        return f"layer{i - 1}.mlp_res"
-    return "emb_norm" if case.config.norm_embedding else "emb"
-
-
-def _stream_parts(pair: Pair) -> tuple[Array, Array, Array] | None:
-    """For a derivative of the residual stream: what comes around the next norm, what comes into
-    that norm, and the norm's input."""
-    if pair.phase != "backward":
-        return None
-    layer = pair.name.rpartition(".")[0]
-    if pair.tap == "attn_res":
-        norm, around = f"{layer}.mlp_norm", f"{layer}.mlp_res"
-    elif pair.name == "emb" and pair.case.config.norm_embedding:
-        norm, around = "emb_norm", ""
-    else:
-        following = [
-            i for i in range(pair.case.config.n_layer) if _before(pair.case, i) == pair.name
-        ]
-        if not following:
-            return None
-        norm, around = f"layer{following[0]}.attn_norm", f"layer{following[0]}.attn_res"
-    dy, x = pair.step[f"backward/d{norm}"], pair.step[f"forward/{pair.name}"]
-    return (pair.step[f"backward/d{around}"] if around else np.zeros_like(dy)), dy, x
-
-
-def _by_head(pair: Pair, x: Array) -> Array:
-    B, T, _ = x.shape
-    return x.reshape(B, T, pair.case.config.n_head, -1).swapaxes(1, 2)
-
-
-def _head_gradient(pair: Pair) -> Array:
-    """The gradient of lm_head."""
-    last = f"layer{pair.case.config.n_layer - 1}.mlp_res"
-    return np.einsum("btv,btc->vc", pair.step["backward/dlogits"], pair.step[f"forward/{last}"])
-
-
-def _contributions(pair: Pair) -> Iterator[tuple[str, Array]]:
-    """The parts of which the tensor is the sum."""
-    p, config = pair.place, pair.case.config
-    layer = pair.name.rpartition(".")[0]
-    if pair.phase == "forward":
-        if pair.tap in ("attn_res", "mlp_res"):
-            stream = (
-                f"{layer}.attn_res"
-                if pair.tap == "mlp_res"
-                else _before(pair.case, int(layer.removeprefix("layer")))
-            )
-            yield f"the residual, {stream}", pair.step[f"forward/{stream}"]
-        elif pair.tap == "emb":
-            positions = p["entry/wpe"][: pair.ours.shape[1]]
-            yield "wpe", np.broadcast_to(positions, pair.ours.shape)
-    elif pair.phase == "backward":
-        if pair.tap == "attn_norm":
-            for x in "qkv":
-                yield f"that of {x}", p[f"backward/d{x}"] @ p[f"entry/attn_w{x}"]
-        elif pair.tap in ("q", "k") and config.head_dim:
-            dlogits = p["backward/dattn_logits"] / sqrt(config.head_dim)
-            own = np.diagonal(dlogits, axis1=-2, axis2=-1).swapaxes(1, 2)  # (B, T, H)
-            other = p["forward/k" if pair.tap == "q" else "forward/q"]
-            yield "each position's own", np.repeat(own, config.head_dim, axis=-1) * other
-        elif pair.tap == "attn_logits":
-            yield "the sum over the row", -_row_sums(pair)
-    elif pair.of_parameter and pair.tap == "wte" and config.tie_lm_head:
-        yield "that of wte as lm_head", _head_gradient(pair)
-
-
-def _row_sums(pair: Pair) -> Array:
-    """The second term of the derivative of softmax."""
-    p = pair.place
-    w, dw = p["forward/attn_weights"], p["backward/dattn_weights"]
-    return w * (dw * w).sum(axis=-1, keepdims=True)
+def single_precision(ours: Array, theirs: Array) -> str:
+    """Rounded to float32, or computed from what was."""
+    scale = np.abs(ours).max()
+    error = theirs - ours
+    rounded = np.array_equal(theirs, theirs.astype("float32")) and theirs.size > 2
+    both_ways = 0.1 < (error > 0).mean() < 0.9 and theirs.size >= 16
+    if (rounded and np.abs(error).max() < 1e-5 * scale) or (
+        both_ways and 1e-9 * scale < np.abs(error).max() < 3e-7 * scale
+    ):
+        return "float32 where float64 was promised: the error is that of single precision"
+    return ""

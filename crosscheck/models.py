@@ -21,15 +21,28 @@ def cases(draw: Any) -> Case:
     The simplest comes first in every choice, so that what shrinks becomes a model that can be
     worked out on paper.
     """
-    n_head = draw(st.integers(1, 4), label="n_head")
-    head_dim = draw(st.integers(1, 4), label="head_dim")
+    taken: set[int] = set()
+
+    def size(name: str, most: int, times: int = 1) -> int:
+        """A size unlike those before, since axes of equal size hide that one is taken for another;
+        1, which broadcasts, may come again."""
+        free = [n for n in range(1, most + 1) if n == 1 or not taken & {n, n * times}]
+        n: int = draw(st.sampled_from(free), label=name)
+        taken.update({n, n * times} - {1})
+        return n
+
+    n_head = size("n_head", 4)
+    head_dim = size("head_dim", 4, times=n_head)
+    positions = size("positions", 8)
+    documents = size("documents", 5)
     crop = draw(st.sampled_from(["positions", "tokens"]), label="crop")
+    room = draw(st.integers(0, 2), label="room") if positions > 1 else 0
     config = config_from(
         {
             "n_layer": draw(st.integers(1, 3), label="n_layer"),
             "n_embd": n_head * head_dim,
             "n_head": n_head,
-            "block_size": draw(st.integers(2 if crop == "tokens" else 1, 8), label="block_size"),
+            "block_size": positions + room + (crop == "tokens"),
             "vocabulary": draw(st.sampled_from(["chars-bos", "bos-eos-chars"])),
             "crop": crop,
             "norm_embedding": draw(st.booleans(), label="norm_embedding"),
@@ -49,12 +62,15 @@ def cases(draw: Any) -> Case:
         },
         REASON,
     )
-    chars = "abcdef"[: draw(st.integers(1, 6), label="characters")]
-    documents = st.text(st.sampled_from(chars), min_size=1, max_size=10)
-    batches = draw(
-        st.lists(st.lists(documents, min_size=1, max_size=4), min_size=1, max_size=2),
-        label="batches",
-    )
+    special = {"chars-bos": 1, "bos-eos-chars": 2}[config.vocabulary]
+    counts = [n for n in range(1, 8) if n + special not in taken]
+    chars = "abcdefg"[: draw(st.sampled_from(counts), label="characters")]
+    most = max(1, positions - 1)  # characters, which have a position more than there are of them
+    full = st.text(st.sampled_from(chars), min_size=most, max_size=most)
+    text = st.text(st.sampled_from(chars), min_size=1, max_size=most + 2)
+    first = [draw(full), *draw(st.lists(text, min_size=documents - 1, max_size=documents - 1))]
+    others = draw(st.lists(st.lists(text, min_size=1, max_size=4), max_size=1))
+    batches = [first, *others]
     return Case("random", REASON, config, chars, batches, random=REASON)
 
 

@@ -1,8 +1,11 @@
-"""Mechanical mutants of vectorized/: every operator, number and condition changed, one at a time.
+"""Mutants: the sources changed at one place at a time, to see what the crosscheck does not notice.
 
-The mutations are those of cosmic-ray (an extra: `pip install '.[mutants]'`); each is planted as a
-named defect is, and put before all cases in a process of its own, since it may never end. What
-survives is printed; crosscheck/MUTANTS.md says of every survivor why it changes nothing.
+mechanical    every operator, number and condition of vectorized/, by the operators of cosmic-ray
+              (an extra: `pip install '.[mutants]'`)
+domain        what people get wrong in a model, in both texts: see crosscheck/domain.py
+
+Each is planted as a named defect is, and put before all cases in a process of its own, since it may
+never end. crosscheck/MUTANTS.md says of the survivors why they change nothing.
 """
 
 from __future__ import annotations
@@ -10,17 +13,19 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
-import sys
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from crosscheck import domain
 from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
-from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted
+from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted, standard
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
 
@@ -33,7 +38,18 @@ FILES = (
     "vectorized/sample.py",
     "vectorized/worker.py",
 )
-TIMEOUT = 20  # seconds; what takes longer is a loop without an end, and is noticed
+TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is noticed
+SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that tries a mutant
+# where a change is one of memory, speed or refusals, and not of numbers
+MEMORY = {
+    "vectorized/batch.py": ("micro_batches", "_cut", "rounded", "PADDING"),
+    "vectorized/record.py": (
+        "place", "ALIGN", "_inherits", "without_copies", "merged_products", "without_unused",
+        "_fused", "_in_memory", "refusal", "EQUAL_ROWS", "EXPANDED", "ONE_HOT",
+    ),
+    "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
+    "vectorized/worker.py": ("Line", "Remote", "_deaf", "AWAKE"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,56 @@ class Mutant:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.before.strip()}  ->  {self.after.strip()}"
+        where = f"{self.file}:{self.line}: {self.operator}"
+        return f"{where}\n    {self.before.strip()}\n    {self.after.strip()}"
 
 
-def all_mutants() -> Iterator[Mutant]:
+@dataclass
+class Score:
+    """What became of the mutants of each file."""
+
+    found: dict[str, Counter[int]] = field(default_factory=dict)
+    of_numbers: dict[str, Counter[int]] = field(default_factory=dict)  # without those in MEMORY
+
+    def add(self, mutant: Mutant, outcome: int) -> None:
+        """Count a mutant."""
+        self.found.setdefault(mutant.file, Counter())[outcome] += 1
+        if not _changes_memory(mutant):
+            self.of_numbers.setdefault(mutant.file, Counter())[outcome] += 1
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'':24}{'mutants':>9}{'differ':>9}{'stop':>7}{'survive':>9}{'caught':>9}  numbers"
+        ]
+        for file, counts in [*self.found.items(), ("all", sum(self.found.values(), Counter()))]:
+            parts = self.of_numbers.values()
+            numbers = sum(parts, Counter()) if file == "all" else self.of_numbers.get(file)
+            lines.append(
+                f"{file:24}{counts.total():9,}{counts[DIFFERS]:9,}{counts[STOPS]:7,}"
+                f"{counts[SURVIVES]:9,}{_rate(counts):>9}  {_rate(numbers or Counter()):>7}"
+            )
+        lines.append("numbers: without the lines that change memory or speed and not numbers")
+        return "\n".join(lines)
+
+
+def _rate(counts: Counter[int]) -> str:
+    whole = counts.total()
+    return f"{(whole - counts[SURVIVES]) / whole:.1%}" if whole else "-"
+
+
+def _changes_memory(mutant: Mutant) -> bool:
+    """Whether a mutant's line is in a function, a class or a constant of MEMORY."""
+    lines = mutant.source.splitlines()[: mutant.line]
+    owners = [re.match(r"(?:def|class) (\w+)|(\w+)(?:: \w+)? =", line) for line in lines]
+    methods = [re.match(r"    def (\w+)", line) for line in lines]
+    names = {one[1] or one[2] for one in owners[-1:] if one}
+    for found in (owners, methods):
+        last = next((one for one in reversed(found) if one and one[1]), None)
+        names |= {last[1]} if last else set()
+    return not names.isdisjoint(MEMORY.get(mutant.file, ()))
+
+
+def mechanical_mutants() -> Iterator[Mutant]:
     """Every mutant that is a different program: annotations and docstrings are left alone."""
     try:
         from cosmic_ray.mutating import mutate_code
@@ -73,44 +135,53 @@ def all_mutants() -> Iterator[Mutant]:
                         yield _mutant(file, name, source, mutated)
 
 
-def survivors(report: bool = True) -> tuple[list[Mutant], int]:
-    """The mutants that no case catches, and how many there were."""
+def domain_mutants() -> Iterator[Mutant]:
+    """Every domain mutant that is a different program, once."""
+    for file in domain.FILES:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        seen = {ast.dump(_without_annotations(source))}
+        for what, mutated in domain.mutations(source, lists=file.startswith("scalar")):
+            program = ast.dump(_without_annotations(mutated))
+            if program not in seen:
+                seen.add(program)
+                yield _mutant(file, what, source, mutated)
+
+
+def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
+    """Each mutant and what became of it, as they are tried."""
     for name in case_names():
-        lessons(name, "scalar")  # before the processes are forked, once for all
-    mutants = list(all_mutants())
-    found = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, (mutant, survived) in enumerate(zip(mutants, pool.map(_survives, mutants)), 1):
-            if survived:
-                found.append(mutant)
-            if report and sys.stderr.isatty():
-                print(f"\r{number} of {len(mutants)}", end="", file=sys.stderr)
-    return found, len(mutants)
+        for backend in ("scalar", "vectorized"):
+            lessons(name, backend)  # before the processes are forked, once for all
+        standard(name)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from zip(mutants, pool.map(_outcome, mutants))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _survives(mutant: Mutant) -> bool:
-    """Whether all cases agree in spite of it."""
+def _outcome(mutant: Mutant) -> int:
     child = multiprocessing.get_context("fork").Process(target=_try, args=(mutant,))
     child.start()
     child.join(TIMEOUT)
     if child.is_alive():
         child.kill()
         child.join()
-    return child.exitcode == 0
+    return child.exitcode if child.exitcode in (SURVIVES, DIFFERS) else STOPS
 
 
 def _try(mutant: Mutant) -> None:
-    """Exit status 0 if no case catches it; anything that goes wrong is noticed, and is not 0."""
+    """Exit status SURVIVES if no case catches it; anything that goes wrong is noticed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     original = (ROOT / mutant.file).read_text(encoding="utf-8")
     defect = Defect(str(mutant), "", (Patch(mutant.file, original, mutant.source),), first="")
     with np.errstate(all="ignore"):
-        caught = (
-            judge(defect, case_names()).first is not None
-            or _differs_in_micro_batches(defect)
-            or _differs_on_cores(defect)
-        )
-    os._exit(int(caught))
+        first = judge(defect, case_names()).first
+        if first is not None:
+            stops = first.stop is not None or first.problem.startswith("stops")
+            os._exit(STOPS if stops else DIFFERS)
+        caught = _differs_in_micro_batches(defect) or _differs_on_cores(defect)
+    os._exit(DIFFERS if caught else SURVIVES)
 
 
 def _differs_in_micro_batches(defect: Defect) -> bool:
@@ -118,14 +189,16 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
     the recorder's tricks for small arrays."""
     for columns, padding, lowered in ((1, 0, False), (32, 100, True)):
         with planted(defect.patches):
-            from vectorized import batch, record
+            from vectorized import backend, batch, record
 
             vars(batch).update(COLUMNS=columns, PADDING=padding)
             if not lowered:
-                vars(record).update(EQUAL_ROWS=0, EXPANDED=0, ONE_HOT=0)
+                vars(record).update(EQUAL_ROWS=0, ONE_HOT=0)
+                vars(backend).update(most_walkers=lambda config: 1)  # one document after another
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")
-                if compare(case, steps, trace(case, "vectorized", "float64", len(steps))).found:
+                found = trace(case, "vectorized", "float64", len(steps))
+                if compare(case, steps, found, standard(name)).found:
                     return True
     return False
 
@@ -135,8 +208,8 @@ def _differs_on_cores(defect: Defect) -> bool:
     with planted(defect.patches):
         case, steps = load_case("ragged-batch"), lessons("ragged-batch", "scalar")
         shared = replace(case, config=replace(case.config, cores=3))
-        found = compare(case, steps, trace(shared, "vectorized", "float64", len(steps))).found
-    return bool(found)
+        found = trace(shared, "vectorized", "float64", len(steps))
+        return bool(compare(case, steps, found, standard("ragged-batch")).found)
 
 
 def _mutant(file: str, operator: str, source: str, mutated: str) -> Mutant:

@@ -10,6 +10,7 @@ from typing import Any
 
 from crosscheck import trace
 from crosscheck.compare import CHOICE, Disagreement, Tally
+from crosscheck.tolerance import RTOL
 from crosscheck.trace import PHASES, split_key
 
 WIDTH = 80
@@ -42,10 +43,10 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
         rows.append(
             ("agreed", f"{len(compared)} tensors before it, the last {split_key(compared[-1])[1]}")
         )
-    lines = [f"{', '.join(where)}:", *_wrapped(headline(found, reference, candidate))]
+    lines = [f"{', '.join(where)}:", *wrapped(headline(found, reference, candidate))]
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
-        lines += _wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
+        lines += wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
     return "\n".join(lines)
 
 
@@ -92,14 +93,14 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
     ]
     if stop.line:
         within = f"  (in {stop.function})" if stop.function else ""
-        rows.append(("its line", f"{stop.line} {stop.text}{within}"))
+        rows.append(("its line", f"{stop.line} {stop.text.partition('  # ')[0]}{within}"))
     if stop.last:
         empty = ", which is None: a function returned nothing" if stop.empty else ""
         rows.append(("got to", f"{stop.last}, the last tap that it wrote{empty}"))
     return rows
 
 
-def _wrapped(text: str, first: str = "", then: str = "") -> list[str]:
+def wrapped(text: str, first: str = "", then: str = "") -> list[str]:
     """The text in lines of at most WIDTH."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=then, break_on_hyphens=False
@@ -143,8 +144,11 @@ def _ordinal(x: float) -> int:
 
 def summary(tally: Tally, comparisons: int) -> str:
     """What was compared."""
-    return (
+    counted = [f"{count:,} {PHASES[phase]}" for phase, count in tally.excused.items()]
+    lines = [
         f"{comparisons} comparisons over {tally.steps:,} steps: {tally.tensors:,} tensors,"
-        f" {tally.elements:,} elements\nthe worst used {tally.worst:.2g} of the allowed error"
-        f" ({tally.worst_key})"
-    )
+        f" {tally.elements:,} elements",
+        f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})",
+        f"excused, being farther apart than {RTOL:g} of their size: {', '.join(counted) or 'none'}",
+    ]
+    return "\n".join(wrapped for line in lines for wrapped in textwrap.wrap(line, WIDTH) or [""])

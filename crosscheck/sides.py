@@ -43,7 +43,7 @@ class IncompleteError(Exception):
     """A side has stopped in a step; `step` holds what there is of it."""
 
     def __init__(self, step: dict[str, Any], stop: Stop) -> None:
-        super().__init__(step, stop)
+        super().__init__(f"{stop.side} stops: {stop.error}")
         self.step, self.stop = step, stop
 
 
@@ -52,6 +52,8 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
 
     config    of the model, for the names of its taps
     """
+    if isinstance(error, IncompleteError):
+        return error.stop
     first = str(error).strip().partition("\n")[0]
     words = f"{type(error).__name__}: {first[:LONGEST]}" if first else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
@@ -113,6 +115,8 @@ def marked_memory() -> Iterator[None]:
 
 def as_array(tensor: Any) -> Any:
     """An array of numbers; or one object, which says in words what was handed back instead."""
+    if tensor is None:
+        return np.array("is None: a function returned nothing", object)
     try:
         array = np.array(tensor)
     except ValueError:

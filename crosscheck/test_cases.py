@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from random import Random
@@ -11,45 +12,61 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import Case, load_case
-from crosscheck.compare import compare, compare_taught
+from crosscheck.compare import Outcome, compare, compare_taught
 from crosscheck.conftest import Choice
-from crosscheck.tolerance import float32
+from crosscheck.lessons import Lessons
+from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import PHASES, Step, backward_order, keys, real, split_key, trace
-from microgpt.backend import fresh_state, load_backend
+from microgpt.backend import State, Tensors, fresh_state, load_backend
 from microgpt.config import load_config
 from microgpt.data import load_documents
 from microgpt.init import init_params
 from microgpt.layout import param_shapes, tap_names
-from microgpt.tokenizer import build_tokenizer
-from microgpt.train import batch, learning_rate
+from microgpt.train import learning_rate
 
+CHECKPOINT = 5  # steps of the long run between two states from which it can be repeated
 FREE_LOSS = 1e-12  # 1e-14 is exceeded by no run we know of
 FREE_PARAMS = 1e-10
 
 
-def test_free_running(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
+@pytest.mark.about("first steps")
+def test_first_step(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
+    """The first step of every case, before all that takes longer; it is counted later."""
+    if choice.dtype == "float64":
+        settle(_free(case, lessons, choice, choice.coarse(case), 1), counted=False)
+    else:
+        settle(_taught(case, lessons.first(1), choice, choice.coarse(case)), counted=False)
+
+
+@pytest.mark.about("steps one by one")
+def test_taught(
+    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+) -> None:
+    """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
+    settle(_taught(case, lessons, choice, standard))
+
+
+@pytest.mark.about("running freely")
+def test_free_running(
+    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+) -> None:
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
-    settle(compare(case, lessons, trace(case, choice.candidate, "float64", choice.steps)))
+    settle(_free(case, lessons, choice, standard, choice.steps))
 
 
-def test_taught(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
-    """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
-    settle(compare_taught(case, lessons, choice.candidate, choice.standard(case)))
-
-
-def test_in_single_precision(
-    case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any
-) -> None:
+@pytest.mark.about("float32")
+def test_in_single_precision(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
     """Two steps with what is checked in float32; --dtype float32 does so with all of them."""
     if choice.candidate == "scalar":
         pytest.skip("scalar has double precision only")
     if choice.dtype == "float32":
         pytest.skip("test_taught compares all steps in single precision already")
-    settle(compare_taught(case, lessons[:2], choice.candidate, float32(case)), counted=False)
+    settle(_taught(case, lessons.first(2), choice, float32(case)), counted=False)
 
 
+@pytest.mark.about("micro-batches")
 @pytest.mark.parametrize(
     ("columns", "padding", "lowered"), [(1, 0, False), (32, 100, True)], ids=["alone", "cut"]
 )
@@ -58,8 +75,9 @@ def test_in_micro_batches(
     columns: int,
     padding: int,
     lowered: bool,
-    lessons: tuple[Step, ...],
+    lessons: Lessons,
     choice: Choice,
+    standard: Standard,
     settle: Any,
 ) -> None:
     """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
@@ -71,38 +89,40 @@ def test_in_micro_batches(
         patch.setattr(batch, "PADDING", padding)
         if not lowered:
             patch.setattr(replay, "CHUNK", 100)  # parameters that Adam updates at a time
-            for trick in ("EQUAL_ROWS", "EXPANDED", "ONE_HOT"):
+            for trick in ("EQUAL_ROWS", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
-            few = min(3, choice.steps)
-            settle(
-                compare(
-                    case,
-                    lessons[:few],
-                    islice(trace(case, choice.candidate, "float64", choice.steps), few),
-                )
-            )
+            settle(_free(case, lessons, choice, standard, min(3, choice.steps)))
         else:
-            settle(compare_taught(case, lessons[:2], choice.candidate, choice.standard(case)))
+            settle(_taught(case, lessons.first(2), choice, standard))
 
 
-def test_on_two_cores(case: Case, lessons: tuple[Step, ...], choice: Choice, settle: Any) -> None:
+@pytest.mark.about("two processes")
+def test_on_two_cores(
+    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+) -> None:
     """A batch that two processes share is the same batch."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
-        few = min(3, choice.steps)
-        settle(
-            compare(
-                shared,
-                lessons[:few],
-                islice(trace(shared, choice.candidate, "float64", choice.steps), few),
-            )
-        )
+        settle(_free(shared, lessons, choice, standard, min(3, choice.steps)))
     else:
-        settle(compare_taught(shared, lessons[:1], choice.candidate, choice.standard(case)))
+        settle(_taught(shared, lessons.first(1), choice, standard))
 
 
-def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:
+def _free(case: Case, lessons: Lessons, choice: Choice, standard: Standard, steps: int) -> Outcome:
+    """The first steps, each side from where its own step before ended."""
+    theirs = islice(trace(case, choice.candidate, "float64", choice.steps), steps)
+    names = choice.reference, choice.candidate
+    return compare(case, lessons.first(steps), theirs, standard, names)
+
+
+def _taught(case: Case, lessons: Iterable[Step], choice: Choice, standard: Standard) -> Outcome:
+    """The steps, each from where the reference's began."""
+    return compare_taught(case, lessons, choice.candidate, standard, choice.reference)
+
+
+@pytest.mark.about("a thousand steps")
+def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None:
     """The original run, each on its own: how far apart are they after a thousand updates?"""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
@@ -110,29 +130,63 @@ def test_a_thousand_steps(choice: Choice, notes: list[str]) -> None:
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
     rng.shuffle(documents)
-    tokenizer = build_tokenizer("".join(documents), config)
-    start = fresh_state(init_params(config, tokenizer.vocab_size, rng))
+    chars, batches = "".join(sorted(set("".join(documents)))), [[doc] for doc in documents]
+    case = Case("a-thousand-steps", "", config, chars, batches, random="a long run")
+    start = fresh_state(init_params(config, case.tokenizer.vocab_size, rng))
     ours = load_backend(choice.reference, config, start)
     theirs = load_backend(choice.candidate, config, start)
-    worst = 0.0
+    checkpoints = [start]
+    worst = apart = 0.0
     for step in range(config.steps):
-        docs = batch(step, documents, tokenizer, config)
+        if step % CHECKPOINT == 0:
+            checkpoints = [checkpoints[-1], _copied(ours.state())]
+            apart = _apart(checkpoints[-1].params, theirs.state().params)
+            if apart > FREE_PARAMS:
+                break
+        docs = case.docs(step)
         losses = ours.forward(docs), theirs.forward(docs)
         worst = max(worst, abs(losses[0] - losses[1]))
-        assert worst <= FREE_LOSS, f"step {step + 1}: loss {losses[0]!r} and {losses[1]!r}"
+        if worst > FREE_LOSS:
+            break
         for backend in (ours, theirs):
             backend.backward()
             backend.update(learning_rate(step, config))
-    a, b = ours.state().params, theirs.state().params
-    apart = max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
-    assert apart <= FREE_PARAMS
+    else:
+        apart = _apart(ours.state().params, theirs.state().params)
+    if max(worst / FREE_LOSS, apart / FREE_PARAMS) > 1:
+        settle(_restarted(case, checkpoints[0], choice, step + 1 - checkpoints[0].updates))
+        pytest.fail(f"in step {step + 1}: losses {worst:.1e}, parameters {apart:.1e} apart")
     notes.append(
         f"free run of {config.steps:,} steps: losses within {worst:.1e},"
         f" parameters at the end {apart:.1e}"
     )
 
 
-def test_nothing_is_left_out(choice: Choice) -> None:
+def _apart(ours: Tensors, theirs: Tensors) -> float:
+    """The largest distance of two parameters."""
+    return max(
+        float(np.abs(np.asarray(ours[name]) - np.asarray(theirs[name])).max()) for name in ours
+    )
+
+
+def _copied(state: State) -> State:
+    """The state, kept from what the next step writes."""
+    params, m, v = (
+        {name: np.array(tensor) for name, tensor in one.items()}
+        for one in (state.params, state.m, state.v)
+    )
+    return State(params, m, v, state.updates)
+
+
+def _restarted(case: Case, start: State, choice: Choice, steps: int) -> Outcome:
+    """The steps from a state on, compared in full, so that a tensor is named."""
+    names = choice.reference, choice.candidate
+    ours, theirs = (trace(case, name, "float64", steps, start) for name in names)
+    return compare(case, ours, theirs, names=names, after=start.updates)
+
+
+@pytest.mark.about("the list of names")
+def test_nothing_is_left_out(choice: Choice, settle: Any) -> None:
     """A trace has every tap, derivative, gradient, moment and parameter, on either side."""
     case = load_case("two-layers")
     taps, params = tap_names(case.config), list(param_shapes(case.config, 27))
@@ -154,12 +208,14 @@ def test_nothing_is_left_out(choice: Choice) -> None:
         "sample/documents",
         "sample/likeliest",
     ]
+    lessons = list(trace(case, choice.reference, "float64", 1))
+    outcome = _taught(case, lessons, choice, FLOAT64)
+    if outcome.found:
+        settle(outcome)
     for name in (choice.reference, choice.candidate):
         step = next(trace(case, name, "float64", 1))
         assert list(step) == expected == keys(case.config, 27)
         assert {split_key(key)[0] for key in step} == set(PHASES)
-    lessons = list(trace(case, choice.reference, "float64", 1))
-    outcome = compare_taught(case, lessons, choice.candidate)
     assert outcome.tally.tensors == len(expected) - 2
     assert outcome.tally.elements == sum(
         int(real(key, tensor.shape, lessons[0]["batch/tokens"]).sum())

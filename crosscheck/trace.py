@@ -44,7 +44,7 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
-SAMPLES, TEMPERATURE, TOP_K = 2, 2.0, 2
+SAMPLES, TOP_K = 2, 2
 
 PHASES = {
     "batch": "the batch",
@@ -67,13 +67,17 @@ DERIVED = ("backward", "gradient", "unwatched")  # phases whose names begin with
 
 
 def trace(
-    case: Case, backend_name: str, dtype: str, steps: int, start: State | None = None
+    case: Case,
+    backend_name: str,
+    dtype: str,
+    steps: int,
+    start: State | None = None,
+    draws: bool = True,
 ) -> Iterator[Step]:
     """The steps of a case, each from where the one before it ended, as they are asked for.
 
-    Documents are drawn in the first step and in the last.
-
     start    the state to begin from, if not the case's own parameters before any update
+    draws    whether documents are drawn in a model's first step, and in the last of these
 
     Raises IncompleteError where the implementation does not finish a step.
     """
@@ -85,7 +89,7 @@ def trace(
         with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
             pair = pair or Pair(backend_name, config, state)
         record = trace_step(pair, docs, learning_rate(step, config))
-        if step in (first, first + steps - 1):
+        if draws and step in (0, first + steps - 1):
             with stopping(record, backend_name, config):
                 record = {**record, **drawn(case, pair.trained, step)}
         yield record
@@ -258,11 +262,11 @@ def drawn(case: Case, backend: Backend, seed: int) -> Step:
     docs = [
         [tokenizer.bos, *doc]
         for start in ([], prompt)
-        for doc in backend.sample(tokenizer, rng, SAMPLES, TEMPERATURE, start)
+        for doc in backend.sample(tokenizer, rng, SAMPLES, case.temperature, start)
     ]
     likeliest = [
         [tokenizer.bos, *doc]
-        for temperature, top_k in ((TEMPERATURE, TOP_K), (0.0, 0))
+        for temperature, top_k in ((case.temperature, TOP_K), (0.0, 0))
         for doc in backend.sample(tokenizer, rng, 1, temperature, [], top_k)
     ]
     longest = case.config.block_size + 1

@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import Outcome, compare_step, explained
-from crosscheck.tolerance import FLOAT64, float32
+from crosscheck.noise import noise
+from crosscheck.tolerance import FLOAT64, float32, float64
 from crosscheck.trace import Array, Step, expected_shape, keys, split_key
 from microgpt.checkpoint import DAMAGED, TensorFile, write_tensors
-from microgpt.config import stored_config
+from microgpt.config import FIELDS, Config, stored_config
 from microgpt.errors import MicrogptError, shortened
 
 FORMAT = "microgpt trace"
 VERSION = "1"
+METADATA = ("format", "version", "dtype", "steps", "config", "chars")  # which a trace must have
 TOKENS = "batch/tokens"
+GIVEN = ("batch", "entry", "entry_m", "entry_v")  # phases that no side has to compute
 
 
 def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable[Step]) -> int:
@@ -46,19 +50,34 @@ def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable
     return number
 
 
-def load_trace(path: Path) -> tuple[Case, str, list[Step]]:
-    """The case of a trace (without its parameters), its precision, and its steps.
+class Trace(NamedTuple):
+    """What a file holds."""
 
-    Raises MicrogptError if it is no trace, or not one of the model that it names.
+    case: Case  # without its parameters
+    dtype: str
+    steps: list[Step]
+    backend: str
+    others: list[str]  # tensors that no step of this model has
+
+
+def load_trace(path: Path) -> Trace:
+    """The trace in a file.
+
+    Raises MicrogptError if it is none, or if its metadata do not say of what.
     """
     file = TensorFile(path)
     metadata = file.metadata
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+    if lacking := [key for key in METADATA if key not in metadata]:
         raise MicrogptError(
-            f"{path}: not a trace of version {VERSION}; see crosscheck/TRACES.md for the format"
+            f"{path}: its metadata lack {', '.join(lacking)}; see crosscheck/TRACES.md"
+        )
+    if (metadata["format"], metadata["version"]) != (FORMAT, VERSION):
+        raise MicrogptError(
+            f"{path}: not a trace of version {VERSION}: format and version are"
+            f" {shortened(metadata['format'])} and {shortened(metadata['version'])}"
         )
     try:
-        config = stored_config(json.loads(metadata["config"]), str(path))
+        config = _config(path, json.loads(metadata["config"]))
         chars, dtype, name = metadata["chars"], metadata["dtype"], metadata.get("case", path.stem)
         count = int(metadata["steps"])
         if dtype not in ("float64", "float32") or not 1 <= count <= len(file.layouts):
@@ -73,19 +92,30 @@ def load_trace(path: Path) -> tuple[Case, str, list[Step]]:
         case = replace(case, zero=known.zero, float32=known.float32, random=known.random)
     order = keys(config, case.tokenizer.vocab_size)
     known_keys, numbers = set(order), {f"step{n}": n for n in range(1, count + 1)}
-    for tensor_name in file.layouts:
-        number, _, key = tensor_name.partition("/")
-        if number not in numbers or key not in known_keys:
-            raise MicrogptError(
-                f"{path}: {shortened(tensor_name)} is no name of a tensor of this model, in"
-                f" {count:,} steps"
-            )
-    tensors = file.tensors()
     steps: list[Step] = [{} for _ in range(count)]
-    for tensor_name, tensor in tensors.items():
+    others = []
+    for tensor_name, tensor in file.tensors().items():
         number, _, key = tensor_name.partition("/")
-        steps[numbers[number] - 1][key] = tensor
-    return case, dtype, [{key: step[key] for key in order if key in step} for step in steps]
+        if number in numbers and key in known_keys:
+            steps[numbers[number] - 1][key] = tensor
+        else:
+            others.append(tensor_name)
+    ordered = [{key: step[key] for key in order if key in step} for step in steps]
+    return Trace(case, dtype, ordered, metadata.get("backend", ""), others)
+
+
+def _config(path: Path, fields: Any) -> Config:
+    """The configuration in a trace's metadata."""
+    if isinstance(fields, dict):
+        lacking = [name for name in FIELDS if name not in fields]
+        with suppress(MicrogptError):  # of an earlier format, which lacks some that are known
+            return stored_config(fields, str(path))
+        if lacking:
+            raise MicrogptError(
+                f"{path}: config, in its metadata, lacks {', '.join(lacking)}; take over the text"
+                " of config from the reference's metadata"
+            )
+    return stored_config(fields, str(path))
 
 
 def _check_tokens(path: Path, number: int, tokens: Array, case: Case) -> None:
@@ -120,39 +150,70 @@ def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) 
 def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outcome:
     """Compare what the candidate has and matches one of the patterns, up to the first difference.
 
-    Raises MicrogptError if there is nothing to compare, or nothing to compare it with.
+    The candidate may have fewer steps, and in each of them any tensors. Tensors of its own are left
+    alone, and counted in the outcome's notes.
+
+    Raises MicrogptError if nothing that is computed can be compared.
     """
-    case, _, ours = load_trace(reference)
-    other, dtype, theirs = load_trace(candidate)
-    if (other.config, other.chars) != (case.config, case.chars):
-        raise MicrogptError(f"{candidate}: is of another model, or vocabulary, than {reference}")
-    if len(ours) != len(theirs):
-        raise MicrogptError(f"{candidate}: {len(theirs)} steps, and {reference} has {len(ours)}")
+    case, _, ours, writer, _ = load_trace(reference)
+    other, dtype, theirs, _, others = load_trace(candidate)
+    _check_model(reference, case, candidate, other)
     standard = float32(case) if dtype == "float32" else FLOAT64
     outcome = Outcome(case.name)
-    before: tuple[Step, Step] | None = None
-    for number, (a, b) in enumerate(zip(ours, theirs), 1):
-        wanted = [
+    if others:
+        outcome.notes.append(f"{len(others)} tensors of its own left alone, such as {others[0]}")
+    if len(theirs) != len(ours):
+        outcome.notes.append(f"{len(theirs)} steps; {reference.stem} has {len(ours)}")
+    wanted = [
+        [
             key
             for key in b
             if any(fnmatch(key, pattern) for pattern in only)
             and split_key(key)[0] in standard.tolerances  # single precision draws other samples
         ]
-        lacking = [key for key in [TOKENS, *wanted] if key not in a]
-        if not wanted or lacking:
-            problem = f"lacks {lacking[0]!r}" if lacking else f"has nothing like {', '.join(only)}"
-            where = reference if lacking else candidate
-            raise MicrogptError(f"{where}: step {number} {problem}, so there is nothing to compare")
-        _check_tokens(reference, number, a[TOKENS], case)
-        _check_step(reference, number, a, case, a[TOKENS])
-        _check_step(candidate, number, b, case, a[TOKENS])
-        shared = {key: a[key] for key in [TOKENS, *wanted]}
-        theirs_wanted = {TOKENS: a[TOKENS], **{key: b[key] for key in wanted}}
+        for _, b in zip(ours, theirs)
+    ]
+    computed = [key for step in wanted for key in step if split_key(key)[0] not in GIVEN]
+    if not computed:
+        there = next((step for step in wanted if step), None)
+        what = f"nothing but {there[0]}" if there else f"nothing like {', '.join(only)}"
+        of = " and what else both are given" if there else " in a step that the reference has"
+        raise MicrogptError(f"{candidate}: has {what}{of}, so nothing computed can be compared")
+    for number, (a, b, keys_of_b) in enumerate(zip(ours, theirs, wanted), 1):
+        lacking = [key for key in [TOKENS, *keys_of_b] if key not in a]
+        if lacking and keys_of_b:
+            problem = f"step {number} lacks {lacking[0]}, so there is nothing to compare with"
+            raise MicrogptError(f"{reference}: {problem}")
+        if keys_of_b:
+            _check_tokens(reference, number, a[TOKENS], case)
+            _check_step(reference, number, a, case, a[TOKENS])
+            _check_step(candidate, number, b, case, a[TOKENS])
+    if writer == "scalar" and dtype == "float64":
+        standard = float64(noise(case, ours[: len(theirs)]))
+    before: tuple[Step, Step] | None = None
+    for number, (a, b, keys_of_b) in enumerate(zip(ours, theirs, wanted), 1):
+        if not keys_of_b:
+            continue
+        shared = {key: a[key] for key in [TOKENS, *keys_of_b]}
+        theirs_wanted = {TOKENS: a[TOKENS], **{key: b[key] for key in keys_of_b}}
         with np.errstate(all="ignore"):  # what is not finite differs, and that says it all
             compare_step(case, number, shared, theirs_wanted, standard, outcome)
             if outcome.found:
                 outcome.found[0] = explained(case, outcome.found, a, b, before, standard)
                 return outcome
         outcome.tally.steps += 1
+        if TOKENS not in keys_of_b:  # taken over from the reference, not compared
+            outcome.tally.tensors -= 1
+            outcome.tally.elements -= a[TOKENS].size
         before = a, b
     return outcome
+
+
+def _check_model(reference: Path, ours: Case, candidate: Path, theirs: Case) -> None:
+    """Refuse traces of two models."""
+    a, b = dataclasses.asdict(ours.config), dataclasses.asdict(theirs.config)
+    unlike = [f"{name} is {b[name]}, not {a[name]}" for name in a if a[name] != b[name]]
+    if theirs.chars != ours.chars:
+        unlike.append(f"chars are {shortened(theirs.chars)}, not {shortened(ours.chars)}")
+    if unlike:
+        raise MicrogptError(f"{candidate}: is of another model than {reference}: {unlike[0]}")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.trace import Array
+from crosscheck.trace import Array, suited
 from microgpt.backend import fresh_state, load_backend
 from microgpt.layout import Tree, param_shapes
 from vectorized.batch import pad
@@ -61,7 +61,12 @@ def difference(case: Case, backend_name: str, direction: Mapping[str, Any]) -> t
         params = {
             name: np.asarray(tensor) + h * direction[name] for name, tensor in case.params.items()
         }
-        backend = load_backend(backend_name, case.config, fresh_state(params), watch=True)
+        backend = load_backend(
+            backend_name,
+            suited(case.config, backend_name, "float64"),
+            fresh_state(params),
+            watch=True,
+        )
         value = backend.forward(case.docs(0))
         taps = backend.taps()
         return value, [np.array(taps[name]) for name in taps if name.endswith(".mlp_pre")]

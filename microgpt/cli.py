@@ -9,10 +9,11 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from microgpt import __version__
@@ -26,6 +27,7 @@ from microgpt.config import (
     typed_flag,
 )
 from microgpt.errors import MicrogptError, printable
+from microgpt.whereabouts import refuse_another_copy
 
 if TYPE_CHECKING:
     from microgpt.backend import Backend
@@ -82,6 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SystemExit as done:  # --help and --version are printed, mistakes explained
         return int(done.code or 0)
     try:
+        refuse_another_copy()
         status: int = options.run(options)
     except MicrogptError as error:
         print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)
@@ -148,7 +151,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    print(f"everything is in {run.out}")
+    print(f"everything is in {run.out}; to look at it: microgpt report {quote(str(run.out))}")
     return 0
 
 
@@ -315,6 +318,44 @@ def bench(options: argparse.Namespace) -> int:
     return 0 if all(one.right for one in contestants) else 1
 
 
+def atlas(options: argparse.Namespace) -> int:
+    """`microgpt atlas`: writes a page with every number of one document."""
+    with _extra():
+        from crosscheck import atlas as drawn
+        from microgpt.pages.page import write
+
+    step = typed_flag("steps", options.step, "--step") if options.step is not None else None
+    _written(options.out, drawn.of_run(options.run_directory, options.text, step), write)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`microgpt report`: writes a page about one or several runs."""
+    with _extra():
+        from microgpt.pages import run_report
+        from microgpt.pages.page import write
+
+    _written(options.out, run_report.report(options.runs), write)
+    return 0
+
+
+@contextlib.contextmanager
+def _extra() -> Iterator[None]:
+    """What to install, where the libraries that make pages are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MicrogptError(
+            f"pages need the library {error.name}, which is not there; install what they need"
+            " with: python -m pip install jinja2 pygments"
+        ) from None
+
+
+def _written(path: Path, html: str, write: Callable[[Path, str], None]) -> None:
+    write(path, html)
+    print(f"{path}: {path.stat().st_size:,} bytes; open it in a browser, no network is needed")
+
+
 def _calls(options: argparse.Namespace, config: Config) -> int:
     """`microgpt bench --calls`"""
     import json
@@ -473,6 +514,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="for other programs")
 
+    command = _page(commands, "atlas", atlas, "draw every number of one document, in both"
+                    " implementations")  # fmt: skip
+    command.add_argument("run_directory", nargs="?", type=_directory, metavar="RUN", help="a"
+                         " checkpoint or run directory (default: the default preset)")  # fmt: skip
+    command.add_argument(
+        "--text", metavar="TEXT", help="the document (default: emma; with --step, that step's)"
+    )
+    command.add_argument("--step", metavar="N", help="before and after this step of the run")
+
+    command = _page(commands, "report", report, "draw how runs went, and where they differ")
+    command.add_argument("runs", nargs="+", type=_directory, metavar="RUN", help="a run directory")
+
     command = commands.add_parser(
         "bench",
         help="time both implementations, side by side",
@@ -535,6 +588,21 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
         default="vectorized",
         metavar="scalar|vectorized",
         help="which implementation (default: vectorized)",
+    )
+    return command
+
+
+def _page(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
+    )
+    command.set_defaults(run=run, parser=command)
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path(f"{name}.html"),
+        metavar="FILE",
+        help=f"the page (default: {name}.html)",
     )
     return command
 

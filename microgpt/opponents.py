@@ -113,6 +113,11 @@ class TorchBackend:
         def heads(x: Any) -> Any:
             return x.view(B, T, H, D).transpose(1, 2)
 
+        activation = {
+            "relu": functional.relu,
+            "squared_relu": lambda x: functional.relu(x).square(),
+            "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+        }[config.activation]
         x = p["wte"][tokens] + p["wpe"][:T]
         if config.norm_embedding:
             x = norm(x)
@@ -122,12 +127,7 @@ class TorchBackend:
             q, k, v = (heads(n @ p[f"{w}attn_w{c}"].T) for c in "qkv")
             seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + seen.transpose(1, 2).reshape(B, T, H * D) @ p[w + "attn_wo"].T
-            act = functional.relu(norm(x) @ p[w + "mlp_fc1"].T)
-            x = (
-                x
-                + (act.square() if config.activation == "squared_relu" else act)
-                @ p[w + "mlp_fc2"].T
-            )
+            x = x + activation(norm(x) @ p[w + "mlp_fc1"].T) @ p[w + "mlp_fc2"].T
         logits = x @ p["wte" if config.tie_lm_head else "lm_head"].T
         losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return (weights * losses).sum()

@@ -73,6 +73,12 @@ class Activation(NamedTuple):
 ACTIVATIONS = {
     "relu": Activation("relu(x)", "(x > 0)"),
     "squared_relu": Activation("relu(x) ** 2", "2 * relu(x)"),
+    "gelu": Activation(
+        "0.5 * x * (1 + tanh((2 / pi) ** 0.5 * (x + 0.044715 * x**3)))",
+        "0.5 * (1 + tanh((2 / pi) ** 0.5 * (x + 0.044715 * x**3))) + 0.5 * x"
+        " * (1 - tanh((2 / pi) ** 0.5 * (x + 0.044715 * x**3)) ** 2)"
+        " * (2 / pi) ** 0.5 * (1 + 0.134145 * x**2)",
+    ),
 }
 
 # fmt: off

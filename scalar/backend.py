@@ -38,7 +38,7 @@ class Backend:
 
     def forward(self, docs: Docs) -> float:
         self.doc_taps = []
-        self.loss, self.doc_taps = loss(docs, self.params, self.config)
+        self.loss, self.doc_taps = self._loss(docs)
         if not math.isfinite(self.loss.data):
             raise FloatingPointError(f"the loss is {self.loss.data}")
         return self.loss.data
@@ -58,7 +58,7 @@ class Backend:
             p.grad = grad
 
     def position_losses(self, docs: Docs) -> list[list[float]]:
-        _, doc_taps = loss(docs, self.params, self.config)
+        _, doc_taps = self._loss(docs)
         by_doc = [[tap.loss_t.data for tap in taps] for taps in doc_taps]
         if not all(math.isfinite(loss_t) for losses in by_doc for loss_t in losses):
             raise FloatingPointError("the loss of a position is not finite")
@@ -100,6 +100,12 @@ class Backend:
 
     def dtaps(self) -> Nested:
         return self._batched("grad")
+
+    def _loss(self, docs: Docs) -> tuple[Value, list[list[Tree]]]:
+        try:
+            return loss(docs, self.params, self.config)
+        except OverflowError:  # powers of Python's floats raise where products become inf
+            raise FloatingPointError("a power is too large for a number") from None
 
     def _by_name(self, numbers: Iterable[float]) -> Nested:
         """One number per parameter, as matrices by name."""

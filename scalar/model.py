@@ -7,6 +7,7 @@ C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, t = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -39,9 +40,12 @@ def rmsnorm(x: Vector, eps: float) -> Vector:
 
 
 def activation(x: Vector, kind: str) -> Vector:
-    """y = relu(x), or relu(x) ** 2"""
+    """y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))"""
     if kind == "squared_relu":
         return [x_i.relu() ** 2 for x_i in x]  # [n] -> [n]
+    if kind == "gelu":
+        cubic = [math.sqrt(2 / math.pi) * (x_i + 0.044715 * x_i**3) for x_i in x]  # [n]
+        return [0.5 * x_i * (1 + c_i.tanh()) for x_i, c_i in zip(x, cubic)]  # [n] -> [n]
     return [x_i.relu() for x_i in x]  # [n] -> [n]
 
 

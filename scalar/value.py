@@ -7,6 +7,7 @@ a ** n      a^n              n a^(n-1)                n is a plain number
 log(a)      ln a             1 / a
 exp(a)      e^a              e^a
 relu(a)     max(0, a)        1 where a > 0, else 0
+tanh(a)     tanh a           1 - tanh(a)^2
 total(x)    x_0 + x_1 + ..   1, 1, ..
 dot(x, y)   x_0 y_0 + ..     y_0, y_1, .., x_0, x_1, ..
 
@@ -66,6 +67,10 @@ class Value:
 
     def relu(self) -> Value:
         return Value(max(0.0, self.data), (self,), (float(self.data > 0),))
+
+    def tanh(self) -> Value:
+        tanh = math.tanh(self.data)
+        return Value(tanh, (self,), (1 - tanh * tanh,))
 
     def __neg__(self) -> Value:
         return self * -1

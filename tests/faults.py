@@ -31,10 +31,6 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
-
-from microgpt import checkpoint
 from microgpt.checkpoint import FILE_NAME, read_tensors
 from microgpt.cli import main as microgpt
 from microgpt.config import load_config
@@ -141,7 +137,6 @@ class Operations:
             for name in OPERATIONS:
                 patches.enter_context(patch.object(os, name, self._counted(getattr(os, name))))
             patches.enter_context(patch.object(builtins, "open", self._opened(builtins.open)))
-            patches.enter_context(patch.object(checkpoint, "save_file", self._saved))
             yield self
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,16 +152,6 @@ class Operations:
             return File(self.do(lambda: function(path, mode, *rest, **more)), self)
 
         return opened
-
-    def _saved(self, tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None) -> None:
-        def half() -> None:
-            save_file(tensors, path, metadata)
-            os.truncate(path, path.stat().st_size // 2)
-
-        try:
-            self.do(lambda: save_file(tensors, path, metadata), half)
-        except OSError as error:  # in the words of safetensors, which opens its files itself
-            raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from None
 
 
 class File:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import re
 import sys
 import tokenize
@@ -22,6 +23,7 @@ import pytest
 from microgpt.config import Config, load_config
 from microgpt.init import init_params
 from microgpt.layout import Tree, grow, tap_names
+from microgpt.taps import ACTIVATIONS
 from scalar.value import Value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -645,7 +647,7 @@ DOCS = [[6, 0, 3, 3, 2, 6], [6, 5, 1, 6], [6, 4, 6], [6, 6]]  # B of them, of T 
 
 
 def small_models() -> Iterator[tuple[Config, dict[str, Any]]]:
-    for first, second in (("true", "relu"), ("false", "squared_relu")):
+    for first, second in itertools.product(("true", "false"), ACTIVATIONS):
         config = load_config(
             overrides={
                 "n_layer": "2",

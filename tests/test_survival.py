@@ -278,14 +278,14 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_completed(
     start: list[str], whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    save_file = checkpoint.save_file
+    write_tensors = checkpoint.write_tensors
 
-    def interrupted(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
+    def interrupted(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
         if metadata["updates"] == "8":
             os.kill(os.getpid(), signal.SIGTERM)
-        save_file(tensors, path, metadata)
+        write_tensors(path, tensors, metadata)
 
-    with patch.object(checkpoint, "save_file", interrupted):
+    with patch.object(checkpoint, "write_tensors", interrupted):
         assert quiet([*start, "--out", str(out)]) == (143, "")
     assert load_checkpoint(out).state.updates == 8
     assert resume(out) == (0, "")

@@ -33,6 +33,12 @@ def relu(x: Any) -> Any:
     return max(x, Decimal(0)) if isinstance(x, Decimal) else x.relu()
 
 
+def tanh(x: Any) -> Any:
+    if isinstance(x, Decimal):
+        return ((2 * x).exp() - 1) / ((2 * x).exp() + 1)
+    return x.tanh()
+
+
 def power(x: Any, exponent: float) -> Any:
     return x ** (Decimal(exponent) if isinstance(x, Decimal) else exponent)
 
@@ -61,6 +67,7 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "log(a)": lambda a, b: log(a),
     "relu(a)": lambda a, b: relu(a),
     "relu(-a)": lambda a, b: relu(-a),
+    "tanh(a)": lambda a, b: tanh(a),
 }
 POSITIVE = ("a ** 0.5", "a ** -0.5", "log(a)")  # what a has to be there
 

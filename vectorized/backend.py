@@ -202,6 +202,8 @@ class Backend:
         entries = table(self.config)
         named = written(taps, entries)
         for name, tap in named.items():
+            if tap is None:
+                continue
             with suppress(TypeError, ValueError):
                 array = np.asarray(tap, self.flat.dtype)
                 if "U" in entries[name].axes:

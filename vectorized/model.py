@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy import einsum, exp, log, maximum
+from numpy import einsum, exp, log, maximum, pi, tanh
 from numpy.typing import NDArray
 
 from microgpt.config import Config
@@ -85,16 +85,26 @@ def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
 
 
 def activation_forward(x: Array, kind: str) -> Array:
-    """y = relu(x), or relu(x) ** 2"""
+    """y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))"""
+    if kind == "gelu":
+        cubic = (2 / pi) ** 0.5 * (x + 0.044715 * x**3)  # (.., n)
+        return 0.5 * x * (1.0 + tanh(cubic))  # (.., n) -> (.., n)
     relu = maximum(x, 0.0)  # (.., n)
     return relu**2 if kind == "squared_relu" else relu  # (.., n) -> (.., n)
 
 
 def activation_backward(dy: Array, x: Array, kind: str) -> Array:
-    """dx = dy * [x > 0], or dy * 2 relu(x)
+    """dx = dy * [x > 0], dy * 2 relu(x), or dy times the slope of gelu
 
     forward: y = x where x > 0, else 0: the slope is 1, else 0. That of its square is 2 relu(x).
+    gelu is the product x / 2 times 1 + tanh(c), and tanh(c) has the slope 1 - tanh(c)^2.
     """
+    if kind == "gelu":
+        cubic = (2 / pi) ** 0.5 * (x + 0.044715 * x**3)  # (.., n)
+        dcubic = (2 / pi) ** 0.5 * (1.0 + 3 * 0.044715 * x**2)  # (.., n)
+        gate = tanh(cubic)  # (.., n)
+        gelu_slope = 0.5 * (1.0 + gate) + 0.5 * x * (1.0 - gate**2) * dcubic  # (.., n)
+        return dy * gelu_slope  # (.., n), (.., n) -> (.., n)
     slope = 2.0 * maximum(x, 0.0) if kind == "squared_relu" else x > 0.0  # (.., n)
     return dy * slope  # (.., n), (.., n) -> (.., n)
 

@@ -1,0 +1,252 @@
+"""The map of a crosscheck: how close each tensor of each step came to what is allowed.
+
+Columns are steps, case by case; rows are tensors in the order of computation. What a comparison
+leaves for the map is plain, so that it can come from another process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from crosscheck.causes import Cause, Finding
+from crosscheck.compare import Outcome
+from crosscheck.report import as_json, axes, headline, summary
+from crosscheck.report import render as render_text
+from crosscheck.trace import PHASES, Array, split_key
+from microgpt.pages.page import render, write
+from microgpt.pages.pictures import png
+from microgpt.pages.sources import highlighted
+
+__all__ = ["Part", "of_traces", "page", "part", "write"]
+
+GIVEN = ("batch", "entry", "entry_m", "entry_v")
+DECADES = 8  # below what is allowed, in which shares are told apart
+LEVELS = 16
+ABSENT, FOLLOWS, FIRST = LEVELS, LEVELS + 1, LEVELS + 2
+PALETTE = np.array(
+    [
+        *[(13, 122, 132, 10 + 220 * i // (LEVELS - 1)) for i in range(LEVELS)],
+        (128, 128, 128, 70),
+        (240, 120, 130, 190),
+        (214, 20, 40, 255),
+    ],
+    np.uint8,
+)
+REDS = 12  # shades by which elements are told apart that are off
+FARTHEST = 1e15  # times what is allowed; what is not finite counts as this
+ERRORS = np.array(
+    [
+        (13, 122, 132, 40),
+        *[(214, 20, 40, 60 + 195 * i // REDS) for i in range(1, REDS + 1)],
+        (128, 128, 128, 70),
+    ],
+    np.uint8,
+)
+MATRICES = 24  # of the tensor that differs first
+PIXELS = 128  # across each of them
+
+
+@dataclass
+class Part:
+    """What one comparison leaves for the map."""
+
+    about: str  # the kind of comparison, in words
+    case: str
+    steps: dict[str, dict[str, float]]  # the worst share of each tensor, by step
+    first: list[Any]  # the step and key that differed first, or nothing
+    errors: list[dict[str, Any]] = field(default_factory=list)  # of that tensor: matrices as PNG
+
+
+@dataclass(frozen=True)
+class Column:
+    """A case: one picture, a column for each step."""
+
+    case: str
+    image: str
+    steps: int
+    worst: float
+    worst_key: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Band:
+    """The rows of a phase."""
+
+    title: str
+    rows: list[str]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A kind of comparison."""
+
+    about: str
+    bands: list[Band]
+    columns: list[Column]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cause, and where in its tensor it shows."""
+
+    cause: Cause
+    headline: str
+    lines: list[tuple[str, Any]]
+    operands: Mapping[str, str]
+    rows: str
+    columns: str
+    errors: list[dict[str, Any]]
+
+
+def part(outcome: Outcome, about: str) -> Part:
+    """What an outcome leaves for the map."""
+    steps = {str(step): shares for step, shares in outcome.shares.items()}
+    if not outcome.found:
+        return Part(about, outcome.case, steps, [])
+    first = outcome.found[0]
+    return Part(about, outcome.case, steps, [first.step, first.key], matrices(outcome))
+
+
+def matrices(outcome: Outcome) -> list[dict[str, Any]]:
+    """The tensor that differs first, as pictures of how far each element is off."""
+    shares, key = outcome.wrong, outcome.found[0].key
+    if shares is None or not shares.ndim:
+        return []
+    names = axes(key)
+    while shares.ndim < 2:
+        shares, names = shares[None], ("", *names)
+    there = ~np.isnan(shares)
+    beyond = np.log10(np.where(there & (shares > 1), np.minimum(shares, FARTHEST), 1.0))
+    reds = np.ceil(beyond / max(beyond.max(), 1.0) * REDS)
+    shades = np.where(there, reds, REDS + 1).astype(np.uint8)
+    found = []
+    for index in list(product(*map(range, shares.shape[:-2])))[:MATRICES]:
+        matrix = shades[index][:PIXELS, :PIXELS]
+        found.append(
+            {
+                "title": ", ".join(f"{name}={i}" for name, i in zip(names, index)),
+                "image": png(matrix, ERRORS),
+                "shape": matrix.shape,
+                "names": names[-2:],
+            }
+        )
+    return found
+
+
+def levels(shares: Array) -> Array:
+    """The colour of each share: by its logarithm up to what is allowed, then that of a failure."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        decades = np.log10(np.maximum(shares, 0.0)) + DECADES
+        within = np.clip(np.rint(decades / DECADES * (LEVELS - 1)), 0, LEVELS - 1)
+        found = np.where(shares > 1, FOLLOWS, within)
+    return np.where(np.isnan(shares), ABSENT, found).astype(np.uint8)
+
+
+def page(
+    parts: Sequence[Part], causes: Sequence[Cause], compared: str, labels: tuple[str, str]
+) -> str:
+    """The page: the first divergence, the map, and what else failed."""
+    abouts = list(dict.fromkeys(one.about for one in parts if one.steps))
+    return render(
+        "map.html.j2",
+        title="Crosscheck of " + " and ".join(labels),
+        labels=labels,
+        differences=[difference(cause, parts) for cause in causes],
+        sheets=[sheet(about, [one for one in parts if one.about == about]) for about in abouts],
+        compared=compared,
+        decades=DECADES,
+        scale=png(np.arange(LEVELS, dtype=np.uint8)[None], PALETTE),
+    )
+
+
+def of_traces(outcome: Outcome, reference: str, candidate: str) -> str:
+    """The page for two traces."""
+    about, labels = "traces", (reference, candidate)
+    causes = []
+    if outcome.found:
+        first = outcome.found[0]
+        headlines = headline(first, *labels), render_text(first, *labels)
+        found = Finding(about, first.case, first.step, first.key, headlines[0], first.diagnosis,
+                        headlines[1], "", as_json(first))  # fmt: skip
+        causes = [Cause(found)]
+    return page([part(outcome, about)], causes, summary(outcome.tally, 1), labels)
+
+
+def difference(cause: Cause, parts: Iterable[Part]) -> Difference:
+    """A cause with its pictures, which its comparison has left."""
+    first = cause.first
+    at = [first.step, first.key]
+    place = first.about, first.case
+    errors = [one.errors for one in parts if (one.about, one.case) == place and one.first == at]
+    fields = first.fields
+    lines = []
+    for line in fields.get("lines", ()):
+        file, _, code = line.partition(" ")
+        lines.append((file, highlighted(code)))
+    names = errors[0][0]["names"] if errors and errors[0] else ("", "")
+    return Difference(
+        cause,
+        first.headline,
+        lines,
+        fields.get("operands", {}),
+        names[0],
+        names[1],
+        errors[0] if errors else [],
+    )
+
+
+def sheet(about: str, parts: Sequence[Part]) -> Sheet:
+    """A kind of comparison, with the rows of all its cases."""
+    order = rows(parts)
+    place = {key: i for i, key in enumerate(order)}
+    bands: list[Band] = []
+    for key in order:
+        phase, name = split_key(key)
+        title = PHASES.get(phase, phase)
+        if not bands or bands[-1].title != title:
+            bands.append(Band(title, []))
+        bands[-1].rows.append(name)
+    return Sheet(about, bands, [column(one, place) for one in parts if one.steps])
+
+
+def rows(parts: Sequence[Part]) -> list[str]:
+    """Every tensor once: those of the deepest model, and the rest each after its predecessor.
+
+    What both are given has a row only where it is not the same.
+    """
+    steps = [shares for one in parts for shares in one.steps.values()]
+    off = {key for shares in steps for key, share in shares.items() if share}
+    lists = [[key for key in shares if key in off or split_key(key)[0] not in GIVEN]
+             for shares in steps]  # fmt: skip
+    order: list[str] = []
+    for keys in sorted(lists, key=len, reverse=True):
+        at = 0
+        for key in keys:
+            if key in order:
+                at = order.index(key) + 1
+            else:
+                order.insert(at, key)
+                at += 1
+    return sorted(order, key=lambda key: list(PHASES).index(split_key(key)[0]))
+
+
+def column(one: Part, place: Mapping[str, int]) -> Column:
+    """A case as a picture: a row for each tensor, a column for each step."""
+    table = np.full((len(place), len(one.steps)), math.nan)
+    for j, shares in enumerate(one.steps.values()):
+        for key, share in shares.items():
+            if key in place:
+                table[place[key], j] = share
+    found = levels(table)
+    for j, step in enumerate(one.steps):
+        if one.first and one.first[0] == int(step) and one.first[1] in place:
+            found[place[one.first[1]], j] = FIRST
+    worst, key = max((share, key) for shares in one.steps.values() for key, share in shares.items())
+    return Column(one.case, png(found, PALETTE), len(one.steps), worst, key, bool(one.first))

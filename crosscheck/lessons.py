@@ -1,0 +1,81 @@
+"""The steps of a case as the reference computes them: once for all tests, and for all processes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from crosscheck.cases import Case
+from crosscheck.noise import Noise, noise
+from crosscheck.sides import IncompleteError, Stop
+from crosscheck.trace import Step, part, trace
+from microgpt.backend import State
+from microgpt.data import write_whole
+
+
+class Lessons:
+    """Iterable; each step is computed when it is first asked for.
+
+    folder    where steps are kept for other processes
+    name      of the files in it
+    """
+
+    def __init__(self, case: Case, reference: str, steps: int, folder: Path, name: str) -> None:
+        self.case, self.reference, self.steps = case, reference, steps
+        self.folder, self.name = folder, name
+        self.known: list[tuple[Step, Stop | None]] = []
+        self.measured: Sequence[Noise] | None = None
+        self.rest: Iterator[Step] | None = None  # computes the step after those that are known
+
+    def __iter__(self) -> Iterator[Step]:
+        for number in range(self.steps):
+            if number == len(self.known):
+                self.known.append(self._next())
+            step, stop = self.known[number]
+            if stop:
+                raise IncompleteError(step, stop)
+            yield step
+
+    def first(self, steps: int) -> Iterator[Step]:
+        """The first so many steps."""
+        return islice(self, steps)
+
+    @property
+    def noise(self) -> Sequence[Noise]:
+        """The noise of each step, if the reference is scalar."""
+        path = self.folder / f"{self.name}-noise"
+        if self.measured is None and path.exists():
+            self.measured = pickle.loads(path.read_bytes())
+        if self.measured is None:
+            steps: list[Step] = []
+            with suppress(IncompleteError):
+                steps.extend(self)
+            self.measured = noise(self.case, steps) if self.reference == "scalar" else []
+            write_whole(path, pickle.dumps(self.measured))
+        return self.measured
+
+    def _next(self) -> tuple[Step, Stop | None]:
+        path = self.folder / f"{self.name}-{len(self.known)}"
+        if path.exists():
+            self.rest = None
+            found: tuple[Step, Stop | None] = pickle.loads(path.read_bytes())
+            return found
+        if self.rest is None:
+            left = self.steps - len(self.known)
+            self.rest = trace(self.case, self.reference, "float64", left, self._state())
+        try:
+            found = next(self.rest), None
+        except IncompleteError as error:
+            found = error.step, error.stop
+        write_whole(path, pickle.dumps(found))
+        return found
+
+    def _state(self) -> State | None:
+        """The state after the steps that are known."""
+        if not self.known:
+            return None
+        params, m, v = (part(self.known[-1][0], phase) for phase in ("params", "adam_m", "adam_v"))
+        return State(params, m, v, len(self.known))

@@ -1,0 +1,140 @@
+"""What rounding may do to each tensor of a case, measured on the reference.
+
+scalar/ runs once more, and every number that it is given or computes, forward and backward, is
+moved by one unit in the last place, up or down at random. How far a tensor moves by that is its
+noise. Sums in another order, or another exp, move it about as far.
+
+One run may leave an element where it was by accident, so an element's noise is no less than the
+root mean square of its row, and than a tenth of that of the tensor, and than its own last place.
+Adam's v is a square and spans many orders of magnitude: its noise is that of its root.
+
+Source: Parker, "Monte Carlo arithmetic: exploiting randomness in floating-point arithmetic" (1997).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from itertools import cycle, islice
+from operator import mul
+from typing import Any
+
+import numpy as np
+
+from crosscheck.cases import Case
+from crosscheck.trace import Array, Step, part, real, split_key, suited
+from microgpt.backend import State, load_backend
+from microgpt.train import learning_rate
+
+Noise = Mapping[str, Array]  # by key
+ULP = 2.0**-52
+SHARE = 0.1  # of the tensor's root mean square
+SQUARES = ("entry_v", "adam_v")
+FACTORS = 99_991  # random ones, which are used again and again; a prime number
+
+
+def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
+    """The noise of each tensor of a trace that scalar/ has run freely, a mapping for every step.
+
+    Shorter where a step lacks what it began with, or scalar/ does not get through.
+    """
+    rng = np.random.default_rng(seed)
+
+    def moved(tensors: Mapping[str, Any]) -> dict[str, Array]:
+        numbers = {name: np.array(tensor, "float64") for name, tensor in tensors.items()}
+        return {name: x + ULP * x * rng.choice((-1, 1), x.shape) for name, x in numbers.items()}
+
+    config = suited(case.config, "scalar", "float64")
+    found: list[Noise] = []
+    with suppress(Exception), np.errstate(all="ignore"):
+        params, m, v = (part(steps[0], phase) for phase in ("entry", "entry_m", "entry_v"))
+        state = State(params, m, v, 0)
+        for number, step in enumerate(steps):
+            start = State(moved(state.params), moved(state.m), moved(state.v), number)
+            backend = load_backend("scalar", config, start, watch=True)
+            with _rounding_at_random(rng):
+                backend.forward([row[row >= 0].tolist() for row in step["batch/tokens"]])
+            backend.backward()
+            again = _keyed("entry/", start.params)
+            again |= _keyed("entry_m/", start.m) | _keyed("entry_v/", start.v)
+            again |= _keyed("forward/", backend.taps()) | _keyed("backward/d", backend.dtaps())
+            again |= _keyed("gradient/d", backend.grads())
+            now = _moves(step, again)
+            # Adam takes a gradient no element of which has stayed where it was by accident
+            for name, grad in part(step, "gradient", "d").items():
+                key = f"gradient/d{name}"
+                again[key] = grad + np.copysign(now[key], again[key] - grad)
+            backend.set_grads(part(again, "gradient", "d"))
+            backend.update(learning_rate(number, config))
+            state = backend.state()
+            after = _keyed("adam_m/", state.m) | _keyed("adam_v/", state.v)
+            after |= _keyed("params/", state.params)
+            for name in start.params:
+                after[f"update/{name}"] = after[f"params/{name}"] - again[f"entry/{name}"]
+            found.append(_with_second_ways({**now, **_moves(step, after)}, step))
+    return found
+
+
+@contextmanager
+def _rounding_at_random(rng: np.random.Generator) -> Iterator[None]:
+    """Within this context, every Value and local derivative is moved by one unit, up or down.
+
+    A graph that was built here has moved derivatives when it runs backward later.
+    """
+    Value = import_module("scalar.value").Value
+    factors = cycle((1 + ULP * rng.choice((-1, 1), FACTORS)).tolist())
+    exact = Value.__init__
+
+    def rounded(self: Any, data: float, children: Any = (), local_grads: Any = ()) -> None:
+        self.data = data * next(factors)
+        self.grad = 0.0
+        self._children = children
+        self._local_grads = tuple(map(mul, local_grads, islice(factors, len(local_grads))))
+
+    Value.__init__ = rounded
+    try:
+        yield
+    finally:
+        Value.__init__ = exact
+
+
+def _keyed(prefix: str, tensors: Mapping[str, Any]) -> Step:
+    return {f"{prefix}{name}": np.array(tensor) for name, tensor in tensors.items()}
+
+
+def _moves(step: Step, again: Step) -> Step:
+    """The noise of tensors of a step, from what they are with every number moved."""
+    found = {}
+    for key in again.keys() & step.keys():
+        phase, name = split_key(key)
+        here, there = np.asarray(step[key], "float64"), again[key]
+        if phase in SQUARES:
+            here, there = here**0.5, there**0.5
+        rounded = again[f"params/{name}"] if phase == "update" else here
+        at = real(key, here.shape, step["batch/tokens"])
+        found[key] = _smoothed(there - here, at) + ULP * np.abs(rounded)
+    return found
+
+
+def _with_second_ways(found: Step, step: Step) -> Noise:
+    """The noise, also of what is computed a second time in another way."""
+    second = {f"unwatched/d{name}": x for name, x in part(found, "gradient", "d").items()}
+    for key, same in {"eval/loss_t": "forward/loss_t", "unwatched/loss": "forward/loss"}.items():
+        if same in found:
+            second[key] = found[same]
+    if "forward/logits" in found:
+        positions = int((step["batch/tokens"][0] >= 0).sum()) - 1
+        second["read/logits"] = found["forward/logits"][0, :positions]
+    return {**found, **second}
+
+
+def _smoothed(moves: Array, there: Array) -> Array:
+    """The size of each move, no less than that of its row and a share of that of the tensor."""
+    sizes = np.where(there, np.abs(moves), 0.0)
+    if not sizes.ndim:
+        return sizes
+    squares, counts = (sizes**2).sum(-1, keepdims=True), there.sum(-1, keepdims=True)
+    row = np.sqrt(squares / np.maximum(counts, 1))
+    whole = np.sqrt(squares.sum() / max(counts.sum(), 1))
+    return np.maximum(np.maximum(sizes, row), SHARE * whole)

@@ -1,0 +1,356 @@
+"""The arithmetic of each operation of the table, once: the arbiter where two sides disagree.
+
+An operation is a function of whole tensors, and gives back the terms of which its result is the
+sum, by what they are called. Its derivatives are one such function for each operand. What else it
+goes by (a scale, an epsilon, which token) is an argument like the operands, so that a diagnosis can
+put something else in the place of any one of them.
+
+Arrays are as in a trace: (B, T, ..), zero in padding and for positions to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from crosscheck.trace import DERIVED, Array, Step, split_key
+from microgpt.config import Config
+from microgpt.taps import ACTIVATIONS, Tap, axes_of, consumers, taps
+
+Terms = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Around:
+    """A step and its model, as the operations see them."""
+
+    config: Config
+    step: Step
+
+    @cached_property
+    def tokens(self) -> Array:
+        """(B, T + 1) token ids, -1 where a document has ended."""
+        return self.step["batch/tokens"]
+
+    @cached_property
+    def real(self) -> Array:
+        """(B, T): where there is a position."""
+        return self.tokens[:, 1:] >= 0
+
+    @cached_property
+    def looked_at(self) -> Array:
+        """(B, 1, T, U): which positions each position may look at."""
+        T = self.real.shape[1]
+        return self.real[:, None, :, None] & np.tril(np.ones((T, T), bool))
+
+    @cached_property
+    def n(self) -> Array:
+        """(B,): the positions of each document."""
+        return self.real.sum(axis=1)
+
+    @cached_property
+    def token(self) -> Array:
+        """(B, T): the token at each position, 0 in padding."""
+        return np.where(self.real, self.tokens[:, :-1], 0)
+
+    @cached_property
+    def target(self) -> Array:
+        """(B, T): the token after it, 0 in padding."""
+        return np.where(self.real, self.tokens[:, 1:], 0)
+
+    @cached_property
+    def position(self) -> Array:
+        """(B, T): 0, 1, 2 .."""
+        return np.broadcast_to(np.arange(self.real.shape[1]), self.real.shape)
+
+    @cached_property
+    def weights(self) -> Array:
+        """(B, T): what the loss of each position counts for."""
+        return self.real / (len(self.n) * self.n[:, None])
+
+    def heads(self, x: Array) -> Array:
+        """(B, T, C) -> (B, T, H, D)"""
+        return x.reshape(*x.shape[:-1], self.config.n_head, -1)
+
+    def __getitem__(self, name: str) -> Array:
+        """A tap, or a parameter before the step, by its full name."""
+        key = f"forward/{name}"
+        return self.step[key if key in self.step else f"entry/{name}"]
+
+
+def row_sum(x: Array) -> Array:
+    """The sum over the last axis, (.., n) -> (.., 1)."""
+    return x.sum(axis=-1, keepdims=True)
+
+
+def row_mean(x: Array) -> Array:
+    """The mean over the last axis, (.., n) -> (.., 1)."""
+    return x.mean(axis=-1, keepdims=True)
+
+
+def merge(x: Array) -> Array:
+    """(B, T, H, D) -> (B, T, C)"""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def elementwise(formula: str, x: Array) -> Array:
+    """An activation as the table writes it."""
+    names = {"x": x, "relu": lambda x: np.maximum(x, 0.0), "tanh": np.tanh, "pi": np.pi}
+    result: Array = eval(formula, {"__builtins__": {}}, names)  # the table's own words
+    return result
+
+
+def embedding(a: Around, wte: Array, wpe: Array, token: Array, position: Array) -> Terms:
+    real = a.real[..., None]
+    return {
+        "wte": wte[token % len(wte)] * real,
+        "wpe": wpe[np.clip(position, 0, len(wpe) - 1)] * real,
+    }
+
+
+def _scattered(rows: Array, dy: Array, like: Array) -> Array:
+    total = np.zeros_like(like)
+    np.add.at(total, np.clip(rows, 0, len(like) - 1), dy)
+    return total
+
+
+def d_wte(a: Around, dy: Array, wte: Array, wpe: Array, token: Array, position: Array) -> Terms:
+    return {"": _scattered(token, dy, wte)}
+
+
+def d_wpe(a: Around, dy: Array, wte: Array, wpe: Array, token: Array, position: Array) -> Terms:
+    return {"": _scattered(position, dy, wpe)}
+
+
+def rmsnorm(a: Around, x: Array, eps: float) -> Terms:
+    return {"": x * (row_mean(x * x) + eps) ** -0.5}
+
+
+def d_rmsnorm(a: Around, dy: Array, y: Array, scale: Array) -> Terms:
+    return {
+        "the first term of the norm's derivative": scale * dy,
+        "the second term of the norm's derivative": -scale * y * row_mean(dy * y),
+    }
+
+
+def linear(a: Around, x: Array, w: Array) -> Terms:
+    return {"": x @ w.T}
+
+
+def d_input(a: Around, dy: Array, w: Array) -> Terms:
+    return {"": dy @ w}
+
+
+def d_weight(a: Around, dy: Array, x: Array) -> Terms:
+    return {"": np.einsum("bto,bti->oi", dy, x)}
+
+
+def linear_residual(a: Around, x: Array, w: Array, res: Array) -> Terms:
+    return {"the projection": x @ w.T, "the residual": res}
+
+
+def d_residual(a: Around, dy: Array) -> Terms:
+    return {"": dy}
+
+
+def scores(a: Around, q: Array, k: Array, scale: float) -> Terms:
+    products = np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(k)) / scale
+    return {"": np.where(a.looked_at, products, 0.0)}
+
+
+def d_query(a: Around, dy: Array, k: Array, scale: float) -> Terms:
+    return {"": merge(np.einsum("bhtu,buhd->bthd", dy, a.heads(k))) / scale}
+
+
+def d_key(a: Around, dy: Array, q: Array, scale: float) -> Terms:
+    return {"": merge(np.einsum("bhtu,bthd->buhd", dy, a.heads(q))) / scale}
+
+
+def softmax(a: Around, x: Array) -> Terms:
+    seen = np.where(a.looked_at, x, -np.inf)
+    exps = np.exp(seen - seen.max(axis=-1, keepdims=True, initial=-1e300))
+    return {"": exps / np.maximum(row_sum(exps), 1e-300)}
+
+
+def d_softmax(a: Around, dy: Array, y: Array) -> Terms:
+    return {
+        "the first term of the softmax's derivative": y * dy,
+        "the sum over the row in the softmax's derivative": -y * row_sum(dy * y),
+    }
+
+
+def weighted_sum(a: Around, weights: Array, v: Array) -> Terms:
+    return {"": merge(np.einsum("bhtu,buhd->bthd", weights, a.heads(v)))}
+
+
+def d_weights(a: Around, dy: Array, v: Array) -> Terms:
+    products = np.einsum("bthd,buhd->bhtu", a.heads(dy), a.heads(v))
+    return {"": np.where(a.looked_at, products, 0.0)}
+
+
+def d_value(a: Around, dy: Array, weights: Array) -> Terms:
+    return {"": merge(np.einsum("bthd,bhtu->buhd", a.heads(dy), weights))}
+
+
+def activation(a: Around, x: Array, kind: str) -> Terms:
+    return {"": elementwise(ACTIVATIONS[kind].value, x) * a.real[..., None]}
+
+
+def d_activation(a: Around, dy: Array, x: Array, kind: str) -> Terms:
+    return {"": dy * elementwise(ACTIVATIONS[kind].slope, x)}
+
+
+def _probabilities(logits: Array) -> Array:
+    exps = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exps / row_sum(exps)
+
+
+def _at(target: Array, like: Array) -> Array:
+    """1 at the target, else 0."""
+    return (np.arange(like.shape[-1]) == target[..., None]).astype("float64")
+
+
+def cross_entropy(a: Around, logits: Array, target: Array) -> Terms:
+    x = logits - logits.max(axis=-1, keepdims=True)
+    loss_t = np.log(np.exp(x).sum(axis=-1)) - (x * _at(target, x)).sum(axis=-1)
+    return {"": loss_t * a.real}
+
+
+def d_cross_entropy(a: Around, dy: Array, logits: Array, target: Array) -> Terms:
+    return {
+        "the softmax": dy[..., None] * _probabilities(logits),
+        "the - 1 at the target": -dy[..., None] * _at(target, logits),
+    }
+
+
+def mean(a: Around, loss_t: Array, weights: Array) -> Terms:
+    return {"": np.asarray((loss_t * weights).sum())}
+
+
+def d_mean(a: Around, dy: Array, weights: Array) -> Terms:
+    return {"": dy * weights}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An argument of an operation: what it is called, and what it is."""
+
+    name: str  # the full name of a tap or parameter, d before it for a derivative; or what it is
+    value: Any
+    axes: tuple[str, ...] = ()
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is an array of the trace, or made from one."""
+        return bool(self.axes)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation with its arguments: one contribution to a tensor."""
+
+    operation: str
+    label: str  # the contribution in words, where there are several
+    function: Callable[..., Terms]
+    around: Around
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+
+    def terms(self, **exchanged: Any) -> Terms:
+        """The terms, with some arguments exchanged for others."""
+        return self.function(
+            self.around, **{name: slot.value for name, slot in self.slots.items()} | exchanged
+        )
+
+    def total(self, **exchanged: Any) -> Array:
+        """Their sum."""
+        total: Array = sum(self.terms(**exchanged).values(), start=np.float64(0.0))
+        return total
+
+
+# for each operation, the function and its arguments, then the same for the derivative with respect
+# to each operand. Operands go by the names they have here, their own derivative by `dy`.
+ARGUMENTS: dict[str, list[tuple[Callable[..., Terms], str]]] = {
+    "embedding": [
+        (embedding, "wte wpe token position"),
+        (d_wte, "dy wte wpe token position"),
+        (d_wpe, "dy wte wpe token position"),
+    ],
+    "rmsnorm": [(rmsnorm, "x eps"), (d_rmsnorm, "dy y scale")],
+    "linear": [(linear, "x w"), (d_input, "dy w"), (d_weight, "dy x")],
+    "linear_residual": [
+        (linear_residual, "x w res"),
+        (d_input, "dy w"),
+        (d_weight, "dy x"),
+        (d_residual, "dy"),
+    ],
+    "scores": [(scores, "q k scale"), (d_query, "dy k scale"), (d_key, "dy q scale")],
+    "softmax": [(softmax, "x"), (d_softmax, "dy y")],
+    "weighted_sum": [(weighted_sum, "weights v"), (d_weights, "dy v"), (d_value, "dy weights")],
+    "activation": [(activation, "x kind"), (d_activation, "dy x kind")],
+    "cross_entropy": [(cross_entropy, "logits target"), (d_cross_entropy, "dy logits target")],
+    "mean": [(mean, "loss_t weights"), (d_mean, "dy weights")],
+}
+
+
+def calls(around: Around, key: str) -> list[Call]:
+    """The operations of which a tap, a derivative or a gradient is the sum; none for the rest."""
+    phase, name = split_key(key)
+    if phase in ("forward", "eval") or key == "unwatched/loss":
+        return [_call(around, taps(around.config)[name], None)]
+    if phase in DERIVED:
+        users = consumers(around.config)[name.removeprefix("d")]
+        return [_call(around, tap, i) for tap, i in users]
+    return []
+
+
+def _call(around: Around, tap: Tap, operand: int | None) -> Call:
+    """The operation of a tap, or its derivative with respect to an operand."""
+    function, names = ARGUMENTS[tap.operation][0 if operand is None else operand + 1]
+    own = ARGUMENTS[tap.operation][0][1].split()  # what the operands are called in the function
+    slots = {name: _slot(around, tap, own, name) for name in names.split()}
+    label = f"the contribution of {tap.name}"
+    if function is d_residual:
+        label = f"the residual's contribution, d{tap.name}"
+    elif tap.operation == "rmsnorm":
+        label = f"the contribution through the norm, {tap.name}"
+    elif function is d_wte:
+        label = "the contribution of the embedding"
+    elif function is d_weight and operand is not None and tap.operands[operand] == "wte":
+        label = "the contribution of wte as lm_head"
+    return Call(tap.operation, label, function, around, slots)
+
+
+def _slot(a: Around, tap: Tap, own: list[str], name: str) -> Slot:
+    if name in own and own.index(name) < len(tap.operands):
+        operand = tap.operands[own.index(name)]
+        return Slot(operand, a[operand], axes_of(operand))
+    if name == "dy":
+        return Slot(f"d{tap.name}", a.step[f"backward/d{tap.name}"], tap.axes)
+    if name == "y":
+        return Slot(tap.name, a[tap.name], tap.axes)
+    if tap.operation == "rmsnorm" and name == "scale":
+        x = a[tap.operands[0]]
+        scale = (row_mean(x * x) + a.config.norm_eps) ** -0.5
+        return Slot(f"the scale of {tap.name}", scale, (*tap.axes[:-1], "1"))
+    return {
+        "eps": Slot("eps", a.config.norm_eps),
+        "scale": Slot("sqrt(D)", sqrt(a.config.head_dim)),
+        "kind": Slot("activation", a.config.activation),
+        "token": Slot("the token", a.token),
+        "position": Slot("the position", a.position),
+        "target": Slot("the target", a.target),
+        "weights": Slot("the weights", a.weights),
+    }[name]
+
+
+def total(around: Around, key: str) -> Array | None:
+    """What a tensor should be, by its own operands; None where the table has no operation."""
+    if key == "backward/dloss":
+        return np.ones(())
+    parts = [call.total() for call in calls(around, key)]
+    return sum(parts[1:], start=parts[0]) if parts else None

@@ -1,0 +1,353 @@
+"""The two texts as they stand: their functions, highlighted lines, and the lines behind a name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache, cached_property
+from pathlib import Path
+
+from markupsafe import Markup, escape
+from pygments.lexers import PythonLexer
+from pygments.token import (
+    Comment,
+    Keyword,
+    Name,
+    Number,
+    Operator,
+    String,
+    _TokenType,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Simple = ast.Assign | ast.AugAssign | ast.Expr | ast.Return
+TREES = ("tap", "dtap", "tap_i", "dtap_i", "dw", "dparams")
+STREAM = ("res", "dres")  # the residual stream, under one name in every layer
+
+LEXER = PythonLexer(stripnl=False)
+
+# what a token looks like: the style sheet has a colour for each
+LOOKS: tuple[tuple[_TokenType, str], ...] = (
+    (Comment, "c"),
+    (String, "s"),
+    (Number, "n"),
+    (Keyword, "k"),
+    (Operator.Word, "k"),
+    (Name.Function, "f"),
+    (Name.Builtin, "b"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a source, highlighted."""
+
+    number: int
+    code: Markup
+
+
+@dataclass(frozen=True)
+class Row:
+    """Lines of both texts that do the same."""
+
+    left: list[Line]
+    right: list[Line]
+
+
+def highlighted(code: str) -> Markup:
+    """A line of code by itself."""
+    tokens = LEXER.get_tokens(code)
+    return Markup().join(_coloured(kind, text) for kind, text in tokens if text != "\n")
+
+
+def _coloured(kind: _TokenType, text: str) -> Markup:
+    look = next((look for parent, look in LOOKS if _is(kind, parent)), "")
+    return Markup('<i class="{}">{}</i>').format(look, text) if look else escape(text)
+
+
+def _is(kind: _TokenType, parent: _TokenType) -> bool:
+    """Whether a token's type is another, or one of its subtypes."""
+    return kind[: len(parent)] == parent
+
+
+class Source:
+    """A module's text, by function and by line."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.text = (ROOT / path).read_text(encoding="utf-8")
+        self.lines = self.text.splitlines()
+        self.functions = {
+            node.name: node
+            for top in ast.parse(self.text).body
+            for node in ([top] if isinstance(top, ast.FunctionDef) else getattr(top, "body", []))
+            if isinstance(node, ast.FunctionDef)
+        }
+
+    @cached_property
+    def _tokens(self) -> list[list[tuple[_TokenType, str]]]:
+        """The tokens of every line."""
+        lines: list[list[tuple[_TokenType, str]]] = [[]]
+        for kind, text in LEXER.get_tokens(self.text):
+            for i, part in enumerate(text.split("\n")):
+                if i:
+                    lines.append([])
+                if part:
+                    lines[-1].append((kind, part))
+        return lines
+
+    def highlighted(self, numbers: Iterable[int], links: Mapping[str, str]) -> list[Line]:
+        """These lines, with links on the names that lead somewhere, `tap.q` or `softmax`."""
+        return [Line(n, self._highlighted(n, links)) for n in numbers]
+
+    def _highlighted(self, number: int, links: Mapping[str, str]) -> Markup:
+        found, before = Markup(), ""
+        for kind, text in self._tokens[number - 1]:
+            link = links.get(before + text) or (links.get(text) if before != "." else None)
+            if link and _is(kind, Name):
+                found += Markup('<a href="#{}">{}</a>').format(link, text)
+            else:
+                found += _coloured(kind, text)
+            if text == "." and before.split(".")[0] in TREES:
+                before += "."
+            else:
+                before = text
+        return found
+
+    def span(self, function: str) -> range:
+        """The lines of a function."""
+        node = self.functions[function]
+        return range(node.lineno, (node.end_lineno or 0) + 1)
+
+    def equation(self, function: str) -> str:
+        """The first line of a docstring."""
+        return (ast.get_docstring(self.functions[function]) or "").partition("\n")[0]
+
+    def words_of(self, function: str) -> str:
+        """What a docstring says after its first line."""
+        text = ast.get_docstring(self.functions[function]) or ""
+        return text.partition("\n")[2].strip()
+
+    def comment_above(self, function: str, number: int) -> str:
+        """The block comment that a line stands under, without what quotes the forward pass."""
+        first = self.functions[function].lineno
+        for line in reversed(self.lines[first : number - 1]):
+            text = line.strip()
+            if text.startswith("# ") and not text.startswith("# forward:"):
+                return text.removeprefix("# ")
+        return ""
+
+    def keeping(self, tree: str, name: str) -> tuple[str, int] | None:
+        """The function and line in which a tap is kept: (tree, name) = ("dtap", "q")."""
+        for function, node in self.functions.items():
+            for statement in _simple(node):
+                if any(kept in (f"{tree}.{name}", f"{tree}_i.{name}") for kept in _kept(statement)):
+                    return function, statement.lineno
+        return None
+
+    def behind(self, tree: str, name: str, taps: Iterable[str]) -> list[int]:
+        """The lines that compute what is kept as tap.name, back to the taps that they start from.
+
+        taps    the names where the search ends: every other tap is explained in its own place
+        """
+        ends = {f"{d}{tap}" for tap in taps for d in ("", "d")} | {*TREES, *STREAM, "x", "w"}
+        place = self.keeping(tree, name)
+        if place is None:  # the last tap of scalar, which its function returns
+            return sorted(self._given_back(name, ends)) if name in self.functions else []
+        derivative = "d" if tree != "tap" else ""
+        return sorted(self._behind(self.functions[place[0]], place[1], ends, derivative + name))
+
+    def _behind(self, function: ast.FunctionDef, line: int, ends: set[str], goal: str) -> set[int]:
+        statements = _simple(function)
+        target = next(one for one in statements if one.lineno == line)
+        lines: set[int] = set()
+        taken: set[int] = set()
+        waiting = [(target, goal)]
+        while waiting:
+            statement, name = waiting.pop()
+            lines |= self._with_comment(statement) | self._called(statement, ends)
+            taken.add(statement.lineno)
+            value = _value_for(statement, name)
+            again = isinstance(value, ast.Name)  # another name for the same array
+            for found in {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}:
+                if found in ends and found != goal and not again:
+                    continue
+                made = [one for one in statements if found in _targets(one)]
+                if found in STREAM:  # several names in turn: what it holds here
+                    made = _reaching(statement, [one for one in made if not _kept(one)], function)
+                waiting += [(one, found) for one in made if one.lineno not in taken]
+        return lines
+
+    def _with_comment(self, statement: Simple) -> set[int]:
+        """The lines of a statement, and of the comment above it."""
+        number = statement.lineno
+        while self.lines[number - 2].strip().startswith("#"):
+            number -= 1
+        return set(range(number, (statement.end_lineno or 0) + 1))
+
+    def _called(self, statement: Simple, ends: set[str]) -> set[int]:
+        """What a section's function gives back, where a statement is a call of it."""
+        call = statement.value
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            return set()
+        node = self.functions.get(call.func.id)
+        if node is None or not any(argument.arg == "dtap" for argument in node.args.args):
+            return set()
+        return self._given_back(call.func.id, ends)
+
+    def _given_back(self, function: str, ends: set[str]) -> set[int]:
+        """The lines of what a function returns."""
+        node = self.functions[function]
+        last = [one.lineno for one in _simple(node) if isinstance(one, ast.Return)][-1]
+        return self._behind(node, last, ends, "")
+
+
+def _reaching(statement: Simple, made: list[Simple], function: ast.FunctionDef) -> list[Simple]:
+    """Of the statements that assign a name, the last before this one, and those of its loop."""
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.For)]
+    around = [loop for loop in loops if statement in ast.walk(loop)]
+    before = [one for one in made if one.lineno < statement.lineno][-1:]
+    return before + [one for one in made if any(one in ast.walk(loop) for loop in around)]
+
+
+def _value_for(statement: Simple, name: str) -> ast.expr:
+    """The right side of an assignment; of a tuple to a tuple, the part for one name."""
+    value = statement.value or ast.Constant(None)
+    if isinstance(statement, ast.Return) and isinstance(value, ast.Tuple):
+        return value.elts[0]
+    for target in statement.targets if isinstance(statement, ast.Assign) else ():
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for part, its_value in zip(target.elts, value.elts):
+                last = _name(part).rpartition(".")[2]
+                if name in (last, f"d{last}"):
+                    return its_value
+    return value
+
+
+@cache
+def _simple(function: ast.AST) -> list[Simple]:
+    """The statements of a function, those in its loops and branches too, from top to bottom."""
+    found = [node for node in ast.walk(function) if isinstance(node, Simple)]
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def _name(target: ast.expr) -> str:
+    """A target as a text, `tap.q`; of a[i], a."""
+    return ast.unparse(target.value if isinstance(target, ast.Subscript) else target)
+
+
+@cache
+def _targets(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.AugAssign):
+        return [_name(statement.target)]
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        called, arguments = ast.unparse(statement.value.func), statement.value.args
+        if called.endswith(".append"):
+            return [called.removesuffix(".append")]
+        return [_name(arguments[0])] if called.endswith(".at") and arguments else []
+    if not isinstance(statement, ast.Assign):
+        return []
+    return [
+        _name(part)
+        for target in statement.targets
+        for part in (target.elts if isinstance(target, ast.Tuple) else [target])
+    ]
+
+
+def _kept(statement: ast.stmt) -> list[str]:
+    return [name for name in _targets(statement) if name.split(".")[0] in TREES]
+
+
+def _key(statement: ast.stmt) -> str:
+    """What a statement is recognised by in the other text: the tap or the name that it makes."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Assign):
+            kept = _kept(node)
+            return kept[0].partition(".")[2] if kept else _targets(node)[0]
+        if isinstance(node, ast.Return):
+            return "return"
+    return ast.unparse(statement)[:20]
+
+
+def _chunks(source: Source, function: str) -> list[tuple[str, int, int]]:
+    """A function in pieces: what each is recognised by, its first line, and that of the next."""
+    node = source.functions[function]
+    starts = [("head", node.lineno)]
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    statements = [
+        one
+        for top in body
+        for one in ([top] if not hasattr(top, "body") else [top, *getattr(top, "body", [])])
+    ]
+    seen: set[int] = set()
+    for statement in sorted(statements, key=lambda one: one.lineno):
+        number = statement.lineno
+        while source.lines[number - 2].strip().startswith("# ") and number - 1 not in seen:
+            number -= 1
+        if number < statement.lineno:
+            starts.append((source.lines[number - 1].strip(), number))
+        starts.append((_key(statement), statement.lineno))
+        seen |= set(
+            range(
+                number,
+                (statement.end_lineno or 0) + 1
+                if not hasattr(statement, "body")
+                else statement.lineno + 1,
+            )
+        )
+    ends = [start for _, start in starts[1:]] + [(node.end_lineno or 0) + 1]
+    return [(key, start, end) for (key, start), end in zip(starts, ends) if start < end]
+
+
+def side_by_side(
+    left: Source, ours: str, right: Source, theirs: str, links: Mapping[str, str]
+) -> list[Row]:
+    """Two functions, each line beside the line of the other text that does the same."""
+    a, b = _chunks(left, ours), _chunks(right, theirs)
+    matcher = SequenceMatcher(a=[key for key, *_ in a], b=[key for key, *_ in b], autojunk=False)
+    cuts = [
+        (i, j)
+        for i, j, n in matcher.get_matching_blocks()
+        for i, j in zip(range(i, i + n), range(j, j + n))
+    ]
+    rows = []
+    for (i, j), (i_end, j_end) in zip(cuts, [*cuts[1:], (len(a), len(b))]):
+        ours_lines = range(a[i][1], a[i_end - 1][2])
+        theirs_lines = range(b[j][1], b[j_end - 1][2])
+        rows.append(
+            Row(left.highlighted(ours_lines, links), right.highlighted(theirs_lines, links))
+        )
+    return rows
+
+
+def upside_down(
+    left: Source, ours: str, right: Source, theirs: str, links: Mapping[str, str]
+) -> list[Row]:
+    """A backward pass beside what it differentiates, block by block, the last block first."""
+    a, b = _blocks(left, ours), _blocks(right, theirs)
+    if [key for key, *_ in a[1:]] != [key for key, *_ in b[1:]][::-1]:
+        a, b = [("", a[0][1], a[-1][2])], [("", b[0][1], b[-1][2])]
+    pairs: Sequence[tuple[tuple[str, int, int], tuple[str, int, int]]] = [
+        (a[0], b[0]),
+        *zip(a[:0:-1], b[1:]),
+    ]
+    return [
+        Row(left.highlighted(range(*x[1:]), links), right.highlighted(range(*y[1:]), links))
+        for x, y in pairs
+    ]
+
+
+def _blocks(source: Source, function: str) -> list[tuple[str, int, int]]:
+    """A function cut at its block comments, what comes before the first of them at the head."""
+    node = source.functions[function]
+    end = (node.end_lineno or 0) + 1
+    starts, quoting = [("", node.lineno)], False
+    for number in range(node.lineno, end):
+        line = source.lines[number - 1].strip()
+        quoting = line.startswith("# forward:") or (quoting and line.startswith("#"))
+        if line.startswith("# ") and not quoting:
+            starts.append((line, number))
+    ends = [start for _, start in starts[1:]] + [end]
+    return [(key, start, stop) for (key, start), stop in zip(starts, ends)]

@@ -1,0 +1,336 @@
+"""One cause, one report: what a person gets who has made a mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crosscheck.cases import load_case
+from crosscheck.causes import STEPS, Finding, Run, also, causes, shared
+from crosscheck.compare import compare, exhibit, simplicity
+from crosscheck.defects import Patch, planted
+from crosscheck.lessons import Lessons
+from crosscheck.lines import function_of, lines_of
+from crosscheck.report import WIDTH, render
+from crosscheck.trace import keys, trace
+
+ROOT = Path(__file__).resolve().parent.parent
+SCREENS = 48  # lines of two
+NAMES = ("scalar", "vectorized")
+MODEL = "vectorized/model.py"
+RAISING = "raise NotImplementedError"
+NO_ROW_SUM = Patch(MODEL, "return y * (dy - total(dy * y))", "return y * dy")
+
+
+def report(patch: Patch, case_name: str = "single-character") -> str:
+    """What a case says to a patch."""
+    case = load_case(case_name)
+    with planted([patch]), np.errstate(all="ignore"):
+        ours, theirs = (trace(case, name, "float64", 1) for name in NAMES)
+        outcome = compare(case, ours, theirs, names=NAMES)
+    words = render(outcome.found[0], *NAMES)
+    assert max(map(len, words.splitlines())) <= WIDTH
+    return re.sub(r"\s+", " ", words)
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (
+            Patch(MODEL, "return scale * (dy - y * mean(dy * y))", RAISING),
+            ["vectorized stops with NotImplementedError", "got to dlayer0.mlp_norm", f"{MODEL}:"],
+        ),
+        (
+            Patch(MODEL, "return exps / total(exps)", "exps / total(exps)"),
+            ["attn_weights is None: a function returned nothing, in vectorized", "softmax_forward"],
+        ),
+        (
+            Patch(MODEL, "return x * scale, scale", "return x * scale"),
+            ["not enough values to unpack", "rmsnorm_forward(emb, config.norm_eps)", "got to emb"],
+        ),
+        (
+            Patch(MODEL, "return x.mean(axis=-1, keepdims=True)", "return mean(x)"),
+            ["RecursionError", "(in mean)", "got to emb"],
+        ),
+        (
+            Patch(MODEL, "k = tap.k = linear", "k = linear"),
+            ["layer0.k was never written by vectorized", "agreed 4 tensors"],
+        ),
+        (
+            Patch(MODEL, "dtap.emb = demb", "pass"),
+            ["demb was never written by vectorized", "the last demb_norm"],
+        ),
+        (
+            Patch(MODEL, "    dparams.wte, dparams.wpe = dwte, dwpe", "    dparams.wte = dwte"),
+            ["dwpe was never written by vectorized"],
+        ),
+        (
+            Patch(MODEL, "dwpe = np.zeros_like(params.wpe)", "dwpe = np.empty_like(params.wpe)"),
+            ["dwpe disagrees", "memory that is never written holds nan"],
+        ),
+        (
+            Patch("scalar/model.py", "    probs = softmax(logits)  # [V]", f"    {RAISING}"),
+            ["scalar stops with NotImplementedError", "scalar/model.py:", "(in cross_entropy)",
+             "got to logits"],
+        ),
+    ],
+    ids=["stub", "no return", "too few", "recursion", "tap", "derivative", "gradient", "memory",
+         "scalar"],
+)  # fmt: skip
+def test_a_side_that_stops_is_reported_like_one_that_is_wrong(
+    patch: Patch, words: list[str]
+) -> None:
+    said = report(patch)
+    assert "Traceback" not in said
+    for one in words:
+        assert one in said, said
+
+
+def test_a_gradient_of_another_shape_is_blamed_on_its_side() -> None:
+    patch = Patch(MODEL, "dparams.wte, dparams.wpe = dwte, dwpe",
+                  "dparams.wte, dparams.wpe = dwte.T, dwpe")  # fmt: skip
+    said = report(patch)
+    assert "dwte has shape (16, 4) in vectorized, and should have (4, 16)" in said
+
+
+def test_keys_that_layers_share_are_told() -> None:
+    patch = Patch("scalar/model.py", "keys: list[Matrix] = [[] for _ in range(config.n_layer)]",
+                  "keys: list[Matrix] = [[]] * config.n_layer")  # fmt: skip
+    said = report(patch, "two-layers")
+    assert "is ragged: lists of" in said
+    assert "in scalar" in said
+    assert "one list takes the keys or values of several layers or documents" in said
+
+
+def test_a_report_names_the_lines_of_both_texts_and_the_function_at_fault() -> None:
+    said = report(NO_ROW_SUM)
+    assert "vectorized/model.py:" in said
+    assert "dattn_logits = softmax_backward(dattn_weights, tap.attn_weights)" in said
+    assert "look at softmax_backward, vectorized/model.py:" in said
+    assert "at fault vectorized" in said
+
+
+def test_every_tensor_has_a_line_in_both_texts() -> None:
+    case = load_case("two-layers")
+    for key in keys(case.config, 27):
+        if not key.startswith(("batch", "entry")):
+            found = lines_of(key, case.config)
+            assert [line.partition("/")[0] for line in found] == list(NAMES), key
+    dres = lines_of("backward/dlayer0.mlp_res", case.config)[1]
+    assert "rmsnorm_backward(dattn_norm" in dres
+    assert "linear_backward(dlogits" in lines_of("backward/dlayer1.mlp_res", case.config)[1]
+    assert function_of("adam_v/wte", case.config, "scalar").startswith("adam, scalar/adam.py:")
+
+
+def test_drawn_documents_are_told_as_texts() -> None:
+    patch = Patch("vectorized/sample.py", "logits.astype(float) / temperature)  # (R, V)",
+                  "logits.astype(float))  # (R, V)")  # fmt: skip
+    said = report(patch, "one-document")
+    assert "scalar document 0: " in said
+    assert "at draw" in said
+    assert "p after it, scalar: " in said
+    assert "the difference is in the temperature" in said
+    assert "ulp" not in said
+
+
+def test_reading_has_its_expression_and_its_side() -> None:
+    patch = Patch("vectorized/sample.py", "np.concatenate((self.values, v), axis=1)",
+                  "np.concatenate((v, self.values), axis=1)")  # fmt: skip
+    said = report(patch)
+    assert "reading token by token: logits disagrees" in said
+    assert "of the forward pass, which reads the same tokens" in said
+    assert "at fault vectorized" in said
+
+
+def test_a_fault_in_the_weights_of_the_loss_is_one_of_the_loss() -> None:
+    patch = Patch("vectorized/batch.py", "out=weights)", "out=weights)\n    weights[-1] = 0")
+    assert "forward pass: loss disagrees" in report(patch, "ragged-batch")
+
+
+def test_recorded_gradients_are_compared_in_the_order_of_the_backward_pass() -> None:
+    case = load_case("two-layers")
+    order = [key for key in keys(case.config, 27) if key.startswith("unwatched/")]
+    assert order[:3] == ["unwatched/loss", "unwatched/dlm_head", "unwatched/dlayer1.mlp_fc2"]
+    assert order[-2:] == ["unwatched/dwte", "unwatched/dwpe"]
+
+
+def test_the_element_that_is_shown_is_a_typical_one() -> None:
+    shares = np.full((1, 1, 3, 3), 5.0)
+    reference = np.full((1, 1, 3, 3), 1.0)
+    shares[0, 0, 0] = 100  # a softmax over one position
+    assert exhibit("forward/layer0.attn_weights", reference, shares) == (0, 0, 1, 0)
+    rows, sizes = np.array([9.0, 100.0, 8.0]), np.array([1.0, 0.0, 1.0])
+    assert exhibit("update/wte", sizes, rows) == (0,)
+    assert exhibit("update/wte", np.zeros(3), rows) == (1,)
+
+
+def test_simple_is_what_has_few_layers_then_few_documents() -> None:
+    names = ["two-layers", "one-position", "ragged-batch", "one-document", "single-character"]
+    ordered = sorted(names, key=lambda name: simplicity(load_case(name), 1))
+    assert ordered[:2] == ["single-character", "one-document"]
+    assert ordered[-1] == "two-layers"
+
+
+def test_steps_of_the_reference_are_computed_once(tmp_path: Path) -> None:
+    case = load_case("tied-two-layers")
+    whole = list(trace(case, "scalar", "float64", 3))
+    first = Lessons(case, "scalar", 3, tmp_path, "one")
+    next(iter(first))
+    second = Lessons(case, "scalar", 3, tmp_path, "one")
+    for ours, theirs in zip(whole, second):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+    assert [one.rest is None for one in (first, second)] == [False, False]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# --- causes, consequences, and what failing cases share ------------------------------------------
+
+
+def finding(case: str, key: str, about: str = STEPS[0], step: int = 1, words: str = "") -> Finding:
+    """What a test found."""
+    return Finding(about, case, step, key, "", words, "", "", {})
+
+
+def test_what_lies_downstream_is_a_consequence() -> None:
+    found = causes(
+        [
+            finding("a", "forward/layer0.attn_logits"),
+            finding("b", "forward/layer2.attn_logits"),
+            finding("b", "gradient/dwte", "float32"),
+            finding("c", "forward/layer0.mlp_res"),
+            finding("d", "forward/layer0.v"),
+            finding("e", "forward/emb"),
+        ]
+    )
+    assert [cause.first.case for cause in found] == ["a", "d", "e"]
+    assert also(found[0]) == "also fails: 2 cases, float32"
+
+
+def test_another_diagnosis_is_another_cause() -> None:
+    first = finding("a", "backward/dlayer0.q", words="transposed")
+    assert len(causes([first, finding("b", "gradient/dwpe")])) == 1
+    assert len(causes([first, finding("b", "gradient/dwpe", words="doubled")])) == 2
+
+
+@pytest.mark.parametrize(
+    ("failing", "words"),
+    [
+        ({("three-layers", 1), ("four-layers", 1)}, "2 of 5 cases: those with n_layer >= 3"),
+        ({("ragged-batch", 1), ("one-document", 0)}, "1 of 5 cases"),
+        ({("tied-two-layers", 1)}, "1 of 5 cases: those with "),
+    ],
+)
+def test_the_property_that_failing_cases_share_is_told(
+    failing: set[tuple[str, int]], words: str
+) -> None:
+    failing = {one for one in failing if one[1]}
+    names = ["one-document", "ragged-batch", "tied-two-layers", "three-layers", "four-layers"]
+    runs = [
+        Run(STEPS[0], name, 0, 1) if (name, 1) in failing else Run(STEPS[0], name, 1, 0)
+        for name in names
+    ]
+    (cause,) = causes(finding(name, "forward/emb") for name, _ in sorted(failing))
+    assert words in shared(cause, runs, load_case)
+
+
+def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
+    runs = [Run(STEPS[1], name, 1, 2) for name in ("one-document", "two-layers")]
+    found = [finding(run.case, "update/wte", STEPS[1], 2) for run in runs]
+    assert "all 2 cases: from step 2 on" in shared(causes(found)[0], runs, load_case)
+
+
+def test_what_fails_in_float32_alone_says_so() -> None:
+    runs = [Run("float32", "one-document", 0, 1), Run(STEPS[0], "one-document", 1, 0)]
+    (cause,) = causes([finding("one-document", "forward/emb", "float32")])
+    assert "only in: float32" in shared(cause, runs, load_case)
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def run(
+    folder: Path, patches: Sequence[Patch], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """`pytest crosscheck` on a copy of the project with patches."""
+    for name in (*NAMES, "microgpt", "crosscheck", "fixtures"):
+        ignored = shutil.ignore_patterns("__pycache__", "golden")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for patch in patches:
+        source = folder / patch.file
+        text = source.read_text(encoding="utf-8")
+        assert text.count(patch.old) == 1
+        source.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "crosscheck", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+CASES = ("--case", "single-character", "--case", "one-head", "--case", "tied-two-layers")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_run_with_a_bug_prints_one_report(processes: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["--processes", processes, "--json", str(path), "--junitxml", "junit.xml"]
+    done = run(tmp_path, [NO_ROW_SUM], *CASES, *arguments)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"crosscheck of scalar/ and vectorized/ in {tmp_path}")
+    assert len(done.stdout.splitlines()) <= SCREENS, done.stdout
+    own = [line for line in done.stdout.splitlines()[7:] if "junit.xml" not in line]
+    assert max(map(len, own)) <= WIDTH
+    assert done.stdout.count("dlayer0.attn_logits[b=0") == 1
+    assert "one cause, reported above: case single-character, step 1" in done.stdout
+    assert "fails in all 3 cases" in done.stdout
+    assert "also fails: 2 cases, float32, micro-batches, two processes" in done.stdout
+    assert " 21 failed" in done.stdout
+    (cause,) = json.loads(path.read_text(encoding="utf-8"))["causes"]
+    assert cause["key"] == "backward/dlayer0.attn_logits"
+    assert len(cause["also_fails"]) == 20
+    assert 'failures="21"' in (tmp_path / "junit.xml").read_text(encoding="utf-8")
+
+
+def test_all_reports_are_printed_on_demand(tmp_path: Path) -> None:
+    done = run(tmp_path, [NO_ROW_SUM], "-v", *CASES, "-k", "first_step")
+    assert done.stdout.count("at fault") == 4  # the first, and all three
+
+
+def test_a_text_that_python_cannot_read_is_refused_in_a_few_lines(tmp_path: Path) -> None:
+    done = run(tmp_path, [replace(NO_ROW_SUM, new="return y * (dy - total(dy * y)")])
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    said = done.stdout + done.stderr
+    assert "vectorized/ cannot be imported: SyntaxError: '(' was never closed" in said
+    assert "vectorized/model.py:" in said
+    assert len(said.splitlines()) <= 5
+
+
+def test_the_quick_run_leaves_out_what_takes_long() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "crosscheck", "-m",
+               "quick", "--collect-only", "-q"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "test_first_step" in done.stdout
+    assert "thousand" not in done.stdout
+    assert "random_models" not in done.stdout
+
+
+def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path) -> None:
+    halved = [
+        Patch("scalar/value.py", "(float(self.data > 0),)", "(0.5 * float(self.data > 0),)"),
+        Patch("vectorized/model.py", "else x > 0.0", "else 0.5 * (x > 0.0)"),
+    ]
+    done = run(tmp_path, halved, "-k", "every_parameter and repeated")
+    assert done.returncode == 1
+    said = re.sub(r"\s+", " ", done.stdout)
+    assert "is not the derivative of the loss, in scalar and vectorized" in said
+    assert "both sides agree with each other, and the witness does not" in said
+    assert len(done.stdout.splitlines()) <= SCREENS
