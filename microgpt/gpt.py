@@ -181,7 +181,10 @@ class GPT:
     def dtaps(self) -> Tensors:
         """The derivative of the loss with respect to each tap."""
         self._need("dtaps", "backward")
-        return Tensors(self._watching().dtaps())
+        watching = self._watching()
+        if watching is not self._backend:
+            watching.backward()
+        return Tensors(watching.dtaps())
 
     def set_params(self, tensors: Mapping[str, Any]) -> None:
         """Put these in the place of the parameters of their names."""
@@ -309,10 +312,6 @@ class GPT:
             config = replace(self.config, cores=1)
             self._watched = load_backend(self.backend, config, self._backend.state(), watch=True)
             self._watched.forward(self._docs)
-            self._watched_back = False
-        if self._stage == "backward" and not self._watched_back:
-            self._watched.backward()
-            self._watched_back = True
         return self._watched
 
     def _tokens(self, documents: Any) -> list[list[int]]:

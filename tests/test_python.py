@@ -82,6 +82,19 @@ def test_every_tap_and_gradient_is_there_for_either_backend() -> None:
         np.testing.assert_allclose(found[1][name], reference, rtol=1e-9, atol=1e-12)
 
 
+def test_taps_are_those_of_the_latest_forward_pass(gpt: Any) -> None:
+    for documents in (["emma", "ava"], ["mia"], ["olivia", "mia"]):
+        loss = gpt.forward(documents)
+        assert gpt.taps["loss"] == pytest.approx(loss)
+        gpt.backward()
+        assert gpt.dtaps["emb"].shape == gpt.taps["emb"].shape
+        dwte = np.zeros(gpt.params["wte"].shape)
+        tokens = [gpt.tokenizer.document(text, gpt.config.max_tokens) for text in documents]
+        for b, ids in enumerate(tokens):
+            np.add.at(dwte, ids[:-1], gpt.dtaps["emb"][b, : len(ids) - 1])
+        np.testing.assert_allclose(gpt.grads["wte"], dwte, rtol=1e-9, atol=1e-12)
+
+
 def test_looking_changes_nothing(gpt: Any) -> None:
     other = microgpt.GPT(TEXTS, n_embd=4, n_head=2, block_size=6, steps=9, backend=gpt.backend)
     for _ in range(3):
