@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from crosscheck.cases import case_names, case_path, draw_params, load_case, read_case, with_params
 from crosscheck.compare import Outcome
+from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
@@ -197,6 +198,34 @@ def diff(options: argparse.Namespace) -> int:
     return 1 if first else 0
 
 
+def kit(options: argparse.Namespace) -> int:
+    """Write what a port in another language needs: a guide, and the inputs of the cases."""
+    from crosscheck.kit import write_kit
+
+    written = write_kit(options.folder, options.case or kit_cases(), options.answers)
+    print(f"{len(written)} files in {options.folder}; begin with {written[0]}")
+    return 0
+
+
+def port(options: argparse.Namespace) -> int:
+    """Check what a program computes. Exit status 3: nothing is wrong, and not all is there."""
+    from crosscheck.port import climb, command_line
+
+    if not 0 < options.time_limit < float("inf"):
+        raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    result = climb(
+        command_line(options.program),
+        options.case or kit_cases(),
+        options.stage or STAGES,
+        options.dtype,
+        options.reference,
+        options.time_limit,
+        options.all,
+    )
+    print(json.dumps(result.as_json(), indent=1) if options.json else result)
+    return result.exit_status
+
+
 def _draw(options: argparse.Namespace, outcome: Outcome) -> None:
     """The map of two traces as a page."""
     try:
@@ -293,6 +322,25 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--only", action="append", metavar="PATTERNS", help="of phase/name, such as"
                      " 'gradient/*' or 'gradient/*,forward/loss'; may be given again")  # fmt: skip
     one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
+    one.add_argument("--json", action="store_true", help="for other programs")
+
+    one = command("kit", kit)
+    one.add_argument("folder", type=Path, metavar="DIR", help="where to put them")
+    one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
+    one.add_argument("--answers", action="store_true", help="and what a port should compute")
+
+    one = command("port", port)
+    one.add_argument("--program", required=True, metavar="COMMAND", help="such as './mine {in}"
+                     " {out}', where the names of two files are put")  # fmt: skip
+    one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
+    one.add_argument("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="only these of"
+                     f" {', '.join(STAGES)}")  # fmt: skip
+    one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
+    one.add_argument("--reference", default="vectorized", choices=NAMES, help="what it is held"
+                     " against (default: vectorized)")  # fmt: skip
+    one.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for one"
+                     " case (default: 60)")  # fmt: skip
+    one.add_argument("--all", action="store_true", help="go on behind the first wrong stage")
     one.add_argument("--json", action="store_true", help="for other programs")
 
     command("float32", float32)

@@ -139,11 +139,10 @@ def compare_taught(
     reference: str = "",
 ) -> Outcome:
     """Hold an implementation against a trace, each step from where the trace has it begin."""
-    drawn = "sample/documents"  # not a part of the step
     stops: list[Stop | None] = []
     kept: list[Step] = []
     for step, stop in _until_stopped(lessons):
-        kept.append({key: step[key] for key in step if key != drawn})
+        kept.append({key: step[key] for key in step if split_key(key)[0] != "sample"})  # no part
         stops.append(stop)
 
     def again() -> Iterator[Step]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -82,11 +84,12 @@ class Left:
     runs: list[Run] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)  # of the map; see crosscheck.html
+    order: tuple[int, ...] = ()  # the place of the test in a run, where the run has none
 
 
 CHOICE = pytest.StashKey[Choice]()
 LEFT = pytest.StashKey[Left]()
-LESSONS = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
+LESSONS = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -149,7 +152,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CHOICE] = Choice(
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
-    config.stash[LESSONS] = tempfile.TemporaryDirectory(prefix="crosscheck-")
+    config.stash[LESSONS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
+    atexit.register(shutil.rmtree, config.stash[LESSONS], ignore_errors=True)
     config.pluginmanager.register(Session(config), "crosscheck-session")
 
 
@@ -168,7 +172,7 @@ def _import_sides() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if LESSONS in config.stash:
-        config.stash[LESSONS].cleanup()
+        shutil.rmtree(config.stash[LESSONS], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -230,7 +234,7 @@ def case(choice: Choice, case_name: str) -> Case:
 @pytest.fixture
 def lessons(pytestconfig: pytest.Config, choice: Choice, case_name: str) -> Lessons:
     """The steps of the case as the reference computes them, once for all tests."""
-    return _lessons(choice, case_name, pytestconfig.stash[LESSONS].name)
+    return _lessons(choice, case_name, pytestconfig.stash[LESSONS])
 
 
 @pytest.fixture
@@ -240,9 +244,9 @@ def standard(choice: Choice, case: Case, lessons: Lessons) -> Standard:
 
 
 @cache
-def _lessons(choice: Choice, case_name: str, folder: str) -> Lessons:
+def _lessons(choice: Choice, case_name: str, folder: Path) -> Lessons:
     case = choice.case(case_name)
-    return Lessons(case, choice.reference, choice.steps, Path(folder), case.name)
+    return Lessons(case, choice.reference, choice.steps, folder, case.name)
 
 
 @pytest.fixture
@@ -326,6 +330,7 @@ def pytest_runtest_makereport(
         found = replace(found, at_fault=at_fault)
         left.findings.append(_finding(found, labels, left.about))
         report.longrepr = left.findings[-1].headline
+    left.order = _order(item)
     if call.when != "teardown":
         report.crosscheck = json.dumps(asdict(left))  # type: ignore[attr-defined]
     return report
@@ -339,7 +344,7 @@ class Session:
         self.choice = config.stash[CHOICE]
         self.left = Left("")
         self.findings: dict[str, list[Finding]] = {}  # by the test's name, in order of the run
-        self.order: dict[str, int] = {}
+        self.order: dict[str, Any] = {}  # the place of each test
         self.announced = ""  # the report that was printed while tests were still running
         self.undone: set[str] | None = set()  # tests that may still find something simpler
 
@@ -350,7 +355,7 @@ class Session:
     @property
     def in_order(self) -> list[Finding]:
         """All findings, the simplest first."""
-        names = sorted(self.findings, key=lambda name: self.order.get(name, 0))
+        names = sorted(self.findings, key=lambda name: self.order[name])
         return [finding for name in names for finding in self.findings[name]]
 
     @pytest.hookimpl(tryfirst=True)
@@ -368,10 +373,8 @@ class Session:
         count = option("--processes") or cores()
         alone = option("usepdb", False) or option("capture") == "no" or option("collectonly")
         ours = [item for item in session.items if _ours(item)]
-        if any(hasattr(self.config, one) for one in ("workerinput", "_dsession_started")):
-            self.undone = None
-        if self.config.pluginmanager.hasplugin("dsession"):  # pytest-xdist was asked to do it
-            self.undone = None
+        if self.config.pluginmanager.hasplugin("dsession") or hasattr(self.config, "workerinput"):
+            self.undone = None  # pytest-xdist deals out the tests, in an order of its own
             return None
         if alone or count < 2 or len(ours) < 2 or session.testsfailed:
             return None
@@ -403,6 +406,7 @@ class Session:
         self.left.runs += [Run(**one) for one in plain["runs"]]
         self.left.parts += plain["parts"]
         if plain["findings"]:
+            self.order.setdefault(report.nodeid, tuple(plain["order"]))
             self.findings[report.nodeid] = [Finding(**one) for one in plain["findings"]]
 
     def pytest_runtest_logfinish(self) -> None:
@@ -413,7 +417,7 @@ class Session:
         """Print the first report, if no test that is not done could have a simpler one."""
         if self.announced or not self.findings or self.undone is None:
             return
-        name = min(self.findings, key=lambda name: self.order.get(name, 0))
+        name = min(self.findings, key=lambda name: self.order[name])
         if any(self.order[one] < self.order[name] for one in self.undone):
             return
         self.announced = self.findings[name][0].report
@@ -452,7 +456,7 @@ class Session:
             for line in self._lines(cause, number, len(found)):
                 write(line)
         if self.config.option.verbose > 0:
-            for name in sorted(self.findings, key=lambda name: self.order.get(name, 0)):
+            for name in sorted(self.findings, key=lambda name: self.order[name]):
                 for finding in self.findings[name]:
                     write("")
                     write(f"{name}:")

@@ -189,11 +189,12 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
     the recorder's tricks for small arrays."""
     for columns, padding, lowered in ((1, 0, False), (32, 100, True)):
         with planted(defect.patches):
-            from vectorized import batch, record
+            from vectorized import backend, batch, record
 
             vars(batch).update(COLUMNS=columns, PADDING=padding)
             if not lowered:
-                vars(record).update(EQUAL_ROWS=0, EXPANDED=0, ONE_HOT=0)
+                vars(record).update(EQUAL_ROWS=0, ONE_HOT=0)
+                vars(backend).update(most_walkers=lambda config: 1)  # one document after another
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), lessons(name, "scalar")
                 found = trace(case, "vectorized", "float64", len(steps))

@@ -30,7 +30,7 @@ def parted(
         (label, f"document {row}: {_text(tokens[row], tokenizer)}")
         for label, tokens in zip(labels, (a, b))
     ]
-    if key != "sample/documents":
+    if not key.startswith("sample/"):
         return "", (*texts, ("they part", f"at token {at}"))
     after = _text(a[row, :at], tokenizer)
     texts.append(("they part", f"at draw {at} of it, after {after}"))
@@ -44,10 +44,15 @@ def parted(
             )
             texts.append(("", f"p after it, {name}: {said}"))
     if len(chances) == 2 and np.allclose(chances[0], chances[1], rtol=1e-6, atol=1e-12):
+        choice = (
+            "in which tokens are taken for the likeliest, in the temperature, or in the draw"
+            if key == "sample/likeliest"
+            else "in the temperature, in how a token is drawn from them, in the prompt, or in how"
+            " many random numbers were taken before"
+        )
         return (
             f"both give the next token these probabilities at temperature {case.temperature:g}:"
-            " the difference is in the temperature, in how a token is drawn from them, in the"
-            " prompt, or in how many random numbers were taken before"
+            f" the difference is {choice}"
         ), tuple(texts)
     return "", tuple(texts)
 

@@ -14,11 +14,21 @@ NUM = 3
 DRAWN = ("cold-samples", "repeated-token", "tied-two-layers")
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one after another"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("temperature", [0.2, 0.7, 1.5])
 @pytest.mark.parametrize("name", DRAWN)
-def test_documents_drawn(name: str, temperature: float, dtype: str, choice: Choice) -> None:
+def test_documents_drawn(
+    name: str,
+    temperature: float,
+    dtype: str,
+    together: bool,
+    choice: Choice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A draw would have to fall within rounding of the border between two tokens to differ."""
+    if not together:
+        monkeypatch.setattr("vectorized.backend.most_walkers", lambda config: 1)
     case = choice.case(name)
     if choice.candidate == "scalar" and dtype == "float32":
         pytest.skip("scalar has double precision only")

@@ -18,6 +18,7 @@ adam_v/<p>         Adam's v after the step
 update/<p>         what the step added to the parameters
 params/<p>         parameters after the step
 sample/documents   token ids of documents drawn from the model, padded with -1
+sample/likeliest   the same for one drawn from the likeliest tokens, and one of the likeliest each
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
-SAMPLES = 2
+SAMPLES, TOP_K = 2, 2
 
 PHASES = {
     "batch": "the batch",
@@ -188,10 +189,10 @@ def _watch(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None, record: S
                 keep("read", {"logits": backend.read(docs[0][:-1])})
             if trained:
                 try:
-                    by_position = [list(row) for row in backend.position_losses(docs)]
+                    by_position = np.array(backend.position_losses(docs))
                 except FloatingPointError:
-                    by_position = [[math.nan] * (len(doc) - 1) for doc in docs]
-                keep("eval", {"loss_t": _padded(by_position)})
+                    by_position = np.full((len(docs), max(map(len, docs)) - 1), math.nan)
+                keep("eval", {"loss_t": by_position})
             try:
                 backend.backward()
             except Exception:
@@ -235,7 +236,7 @@ def keys(config: Config, vocab_size: int) -> list[str]:
         "read": ["logits"],
         "gradient": [f"d{name}" for name in backward_order(params)],
         "unwatched": ["loss", *[f"d{name}" for name in backward_order(params)]],
-        "sample": ["documents"],
+        "sample": ["documents", "likeliest"],
     }
     return [f"{phase}/{name}" for phase in PHASES for name in names.get(phase, params)]
 
@@ -263,19 +264,22 @@ def drawn(case: Case, backend: Backend, seed: int) -> Step:
         for start in ([], prompt)
         for doc in backend.sample(tokenizer, rng, SAMPLES, case.temperature, start)
     ]
+    likeliest = [
+        [tokenizer.bos, *doc]
+        for temperature, top_k in ((case.temperature, TOP_K), (0.0, 0))
+        for doc in backend.sample(tokenizer, rng, 1, temperature, [], top_k)
+    ]
     longest = case.config.block_size + 1
-    return {"sample/documents": np.array([[*doc, *[-1] * (longest - len(doc))] for doc in docs])}
+    return {
+        f"sample/{name}": np.array([[*doc, *[-1] * (longest - len(doc))] for doc in some])
+        for name, some in (("documents", docs), ("likeliest", likeliest))
+    }
 
 
 def padded_tokens(docs: Docs) -> Array:
     """(B, T + 1) token ids, -1 where a document has ended."""
     longest = max(map(len, docs))
     return np.array([[*tokens, *[-1] * (longest - len(tokens))] for tokens in docs])
-
-
-def _padded(rows: list[list[float]]) -> Array:
-    longest = max(map(len, rows))
-    return np.array([[*row, *[0.0] * (longest - len(row))] for row in rows])
 
 
 def axes(key: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from microgpt.errors import MicrogptError, shortened
 FORMAT = "microgpt trace"
 VERSION = "1"
 METADATA = ("format", "version", "dtype", "steps", "config", "chars")  # which a trace must have
-TOKENS, DOCUMENTS = "batch/tokens", "sample/documents"
+TOKENS = "batch/tokens"
 GIVEN = ("batch", "entry", "entry_m", "entry_v")  # phases that no side has to compute
 
 
@@ -137,7 +137,8 @@ def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) 
     """Refuse tensors that are not of the kind and shape that a model and a batch give them."""
     for key, tensor in step.items():
         wanted = expected_shape(key, case, tokens)
-        kind, word = ("i", "whole") if key in (TOKENS, DOCUMENTS) else ("f", "floating")
+        whole = split_key(key)[0] in ("batch", "sample")
+        kind, word = ("i", "whole") if whole else ("f", "floating")
         if tensor.dtype.kind != kind or wanted not in (None, tensor.shape) or not tensor.size:
             shape = "" if wanted is None else f" {wanted}"
             raise MicrogptError(

@@ -67,7 +67,7 @@ class Backend(Protocol):
     def position_losses(self, docs: Docs) -> Sequence[Sequence[float]]:
         """-log p(next token) at every position of every document; nothing is learned.
 
-        A row for each document, as long as it has positions; the next call may overwrite it.
+        A row for each document, (B, T), with zeros after its last position.
 
         Raises FloatingPointError if one is not finite.
         """
@@ -76,9 +76,18 @@ class Backend(Protocol):
         """The logits (T, V) that follow each token, read one at a time as in sampling."""
 
     def sample(
-        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        rng: Random,
+        num: int,
+        temperature: float,
+        prompt: Sequence[int],
+        top_k: int = 0,
     ) -> list[list[int]]:
         """Documents drawn from the model, without BOS and closing token, prompt included.
+
+        temperature    0: the likeliest token each time
+        top_k          only from so many of the likeliest tokens; 0: from all
 
         Draws from rng as one document after another would with rng.choices, a token a draw.
         """

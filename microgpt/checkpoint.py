@@ -21,14 +21,11 @@ of it is taken into memory.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +34,10 @@ from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from microgpt.backend import State
 from microgpt.config import Config, stored_config
-from microgpt.data import whole
+from microgpt.data import write_whole
 from microgpt.errors import MicrogptError, shortened
 from microgpt.layout import param_shapes
 from microgpt.memory import check_file
@@ -102,21 +98,28 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all."""
-    in_order = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with whole(path) as file:
-        try:
-            save_file(in_order, file, metadata)
-        except SafetensorError as error:
-            # "I/O error: No space left on device (os error 28)", or as older releases have it,
-            # 'IoError(Os { code: 28, kind: .., message: "No space left on device" })'
-            found = re.search(r"message: \"([^\"]+)|([^:]+) \(os error", str(error))
-            reason = found[1] or found[2] if found else str(error)
-            raise OSError(errno.EIO, reason.strip()) from None  # of which the reason is told
-        with contextlib.suppress(OSError):  # it lets nobody but its owner read the file
-            os.chmod(file, file.parent.stat().st_mode & 0o666)
+    """Write a safetensors file, whole or not at all; the same tensors give the same bytes.
+
+    The form of the header is promised in crosscheck/TRACES.md: keys sorted, no blanks in between.
+    """
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    in_order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # large items first
+    end = 0
+    for name in in_order:
+        x, begin = arrays[name], end
+        end += x.nbytes
+        dtype = {"f": "F", "i": "I"}[x.dtype.kind] + str(8 * x.itemsize)
+        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = [
+        arrays[name].astype(arrays[name].dtype.newbyteorder("<"), copy=False) for name in in_order
+    ]
+    content = b"".join([len(text).to_bytes(8, "little"), text, *(x.tobytes() for x in data)])
+    write_whole(path, content)
 
 
 def not_finite(tensors: Mapping[str, Any]) -> str | None:

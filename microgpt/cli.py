@@ -108,7 +108,7 @@ def train(options: argparse.Namespace) -> int:
 
     log_every(options)
     with at_once(), _resumed(options) if options.resume else _new(options) as run:
-        if run.lock.left_by:
+        if run.lock.left_by and not options.quiet:
             left_by = _one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
         try:
@@ -140,16 +140,19 @@ def _train(run: Run, options: argparse.Namespace) -> int:
         print(f"time is up after step {run.step:,} of {config.steps:,}; {run.how_to_resume}")
     said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
     if run.held_out:
-        said.append(_loss_of_held_out(run))
+        said.append(_loss_of_held_out(run, options.quiet))
     _check_numbers(run.backend, tokenizer)
-    documents = run.backend.sample(tokenizer, run.rng, config.num_samples, config.temperature, [])
+    documents = run.backend.sample(
+        tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
+    )
     samples = [tokenizer.decode(ids) for ids in documents]
     windows = config.documents == "windows"
     write_samples(run.out, samples, f"{report.DASHES}\n" if windows else "")
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    print(f"everything is in {run.out}; to look at it: microgpt report {quote(str(run.out))}")
+    look = "" if options.quiet else f"; to look at it: microgpt report {quote(str(run.out))}"
+    print(f"everything is in {run.out}{look}")
     return 0
 
 
@@ -163,14 +166,21 @@ def log_every(options: argparse.Namespace) -> int:
     return every
 
 
-def _loss_of_held_out(run: Run) -> str:
+def _loss_of_held_out(run: Run, quiet: bool) -> str:
+    from microgpt import report
     from microgpt.evaluate import evaluation
 
     kept = f"on {len(run.held_out):,} {run.config.documents_are} kept from training"
-    try:
-        loss = evaluation(run.backend, run.held_out, run.tokenizer, run.config).loss
-    except ArithmeticError as error:
-        return f"no loss {kept}: {error}"
+    loss, step = run.latest or (math.nan, -1)
+    if step != run.step:
+        progress = report.Evaluating(len(run.held_out), quiet)
+        model = run.backend, run.held_out, run.tokenizer, run.config
+        try:
+            loss = evaluation(*model, progress.update).loss
+        except ArithmeticError as error:
+            return f"no loss {kept}: {error}"
+        finally:
+            progress.close()
     best = min(run.best or (loss, run.step), (loss, run.step))
     more = f", best {best[0]:.4f} at step {best[1]:,}" if run.best else ""
     return f"loss {loss:.4f} {kept}{more}"
@@ -182,20 +192,18 @@ def sample(options: argparse.Namespace) -> int:
     from microgpt.backend import load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.memory import check_memory
+    from microgpt.tokenizer import prompt_ids
 
     held = load_checkpoint(options.checkpoint)
     config, tokenizer = held.config, held.tokenizer
-    prompt = tokenizer.encode(options.prompt)
-    if len(prompt) >= config.block_size:
-        raise MicrogptError(
-            f"--prompt: {len(prompt)} characters leave no room in a context of"
-            f" {config.block_size} positions, of which BOS takes one;"
-            f" {config.block_size - 1 or 'none'} would do"
-        )
+    prompt = prompt_ids(options.prompt, tokenizer, config, "--prompt")
     temperature = config.temperature
     if options.temperature is not None:
         temperature = typed_flag("temperature", options.temperature)
-    num = config.num_samples
+    top_k = config.top_k
+    if options.top_k is not None:
+        top_k = typed_flag("top_k", options.top_k)
+    num = config.num_samples if temperature else 1  # the likeliest is the same each time
     if options.num is not None:
         num = typed_flag("num_samples", options.num, "--num")
     config = replace(_reading(config, options.backend), num_samples=min(num, PORTION))
@@ -205,7 +213,7 @@ def sample(options: argparse.Namespace) -> int:
     _check_numbers(backend, tokenizer)
     windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
-        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt)
+        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
         for i, ids in enumerate(drawn, num - left):
             if windows and i:
                 print(report.DASHES)
@@ -454,7 +462,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help=f"a preset ({', '.join(presets())}) or a YAML file (default: {DEFAULT_PRESET})",
+        help=f"a preset ({', '.join(presets())}) or a YAML file, where `preset: NAME` says what it"
+        f" differs from (default: {DEFAULT_PRESET})",
     )
     command.add_argument("--out", type=_directory, metavar="DIR", help="the run directory"
                          " (default: a new one under runs/)")  # fmt: skip
@@ -480,9 +489,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(command)
     command.add_argument("--prompt", default="", metavar="TEXT", help="how each sample begins")
     command.add_argument(
-        "--temperature", metavar="X", help="divides the logits (default: the run's)"
+        "--temperature",
+        metavar="X",
+        help="divides the logits; 0: the likeliest token each time (default: the run's)",
     )
-    command.add_argument("--num", metavar="N", help="how many samples (default: the run's)")
+    command.add_argument(
+        "--top-k",
+        metavar="K",
+        help="draw from so many of the likeliest tokens; 0: from all (default: the run's)",
+    )
+    command.add_argument("--num", metavar="N", help="how many samples (default: the run's;"
+                         " at temperature 0 one)")  # fmt: skip
     command.add_argument(
         "--seed", metavar="S", help="of the draws (default: go on as training did)"
     )

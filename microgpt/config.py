@@ -87,7 +87,10 @@ class Config:
     )
     # sampling
     num_samples: int = _field("samples drawn after training", least=0)
-    temperature: float = _field("divides the logits before sampling", above=0)
+    temperature: float = _field(
+        "divides the logits before sampling; 0: always the likeliest token", least=0
+    )
+    top_k: int = _field("of how many likeliest tokens one is drawn; 0: of all", least=0, before=0)
 
     @property
     def head_dim(self) -> int:
@@ -199,7 +202,7 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
             line = on_line(raw, name)
             raise MicrogptError(f"{where}: unknown key {shortened(str(name))}; {hint}{line}")
-    return {name: _typed(name, value, f"{where}: {name}") for name, value in raw.items()}
+    return {name: typed(name, value, f"{where}: {name}") for name, value in raw.items()}
 
 
 def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
@@ -221,7 +224,7 @@ def typed_flag(name: str, text: str, where: str = "") -> Any:
     value: Any = text
     with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
         value = kind(text) if kind is not bool else {"true": True, "false": False}[text]
-    return _typed(name, value, where or flag(name))
+    return typed(name, value, where or flag(name))
 
 
 def flag(name: str) -> str:
@@ -230,13 +233,14 @@ def flag(name: str) -> str:
 
 
 def _read_source(source: str) -> dict[Any, Any]:
-    path = CONFIGS / f"{source}.yaml" if source in presets() else Path(source)
-    if not os.path.isfile(path):
+    if source in presets():
+        return {"preset": source}
+    if not os.path.isfile(source):
         raise MicrogptError(
             f"--config: there is no preset and no file {source!r};"
             f" the presets are {', '.join(presets())}"
         )
-    return read_yaml(path)
+    return read_yaml(Path(source))
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
@@ -274,7 +278,8 @@ def on_line(raw: Mapping[Any, Any], key: Any) -> str:
     return f" (line {line})" if line else ""
 
 
-def _typed(name: str, value: Any, where: str) -> Any:
+def typed(name: str, value: Any, where: str) -> Any:
+    """The value of a field that came from outside, if its type and range are right."""
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
     if type(value) is int and abs(value) > LARGEST:
@@ -299,8 +304,8 @@ def _typed(name: str, value: Any, where: str) -> Any:
         raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}{why}")
     if limits["above"] is not None and value <= limits["above"]:
         raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")
-    if isinstance(value, float) and name == "temperature" and value < TINIEST:
-        raise MicrogptError(f"{where}: {value} is too close to 0; try 0.001")
+    if isinstance(value, float) and name == "temperature" and 0 < value < TINIEST:
+        raise MicrogptError(f"{where}: {value} is too close to 0; try 0.001, or 0")
     if kind is int and value > limits["most"]:
         raise MicrogptError(f"{where}: expected {limits['most']:,} at most, got {value}")
     if limits["below"] is not None and value >= limits["below"]:

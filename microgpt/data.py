@@ -8,21 +8,9 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Thread
-from typing import Any, TextIO
-from urllib.error import HTTPError, URLError
-from urllib.request import (
-    HTTPDefaultErrorHandler,
-    HTTPErrorProcessor,
-    HTTPRedirectHandler,
-    HTTPSHandler,
-    OpenerDirector,
-    ProxyHandler,
-    UnknownHandler,
-)
+from typing import TextIO
 
 from microgpt.config import FIXTURES, Config
 from microgpt.errors import MicrogptError
@@ -37,8 +25,6 @@ EMBEDDED = {"names": NAMES, "pride": PRIDE}
 MAKEMORE_URL = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
 MAKEMORE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 MAKEMORE_BYTES = 228_145
-TIMEOUT = 30  # seconds without an answer
-LONGEST = 120  # seconds for all of it
 
 
 def load_documents(dataset: str, documents: str = "lines") -> list[str]:
@@ -106,7 +92,7 @@ def in_order(training: list[str] | Windows) -> list[str]:
 
 def digest(documents: list[str]) -> str:
     """The SHA-256 of documents in their order."""
-    return _sha256("\n".join(documents).encode())
+    return sha256_of("\n".join(documents).encode())
 
 
 def read_documents(path: Path) -> list[str]:
@@ -154,66 +140,14 @@ def _first_line_that_is_not_utf_8(path: Path) -> int:
 
 def makemore() -> Path:
     """The original program's names.txt in the user's cache, downloaded if it is not there yet."""
+    from microgpt.download import download  # what it imports takes a tenth of a short run's time
+
     path = cache_folder() / "makemore-names.txt"
     if not path.is_file():
         download(MAKEMORE_URL, MAKEMORE_SHA256, MAKEMORE_BYTES, path)
-    elif path.stat().st_size != MAKEMORE_BYTES or _sha256(path.read_bytes()) != MAKEMORE_SHA256:
+    elif path.stat().st_size != MAKEMORE_BYTES or sha256_of(path.read_bytes()) != MAKEMORE_SHA256:
         raise MicrogptError(f"{path}: changed since it was downloaded; delete it to download again")
     return path
-
-
-def download(url: str, sha256: str, size: int, path: Path) -> None:
-    """Put a file of known digest in place, whole or not at all, also when two do so at once.
-
-    Raises MicrogptError if it cannot be had over HTTPS, in time, or is another file.
-    """
-    by_hand = f"download it elsewhere and put it at {path}, or use --dataset names"
-    content = _within(LONGEST, lambda: _fetched(url, size + 1))
-    if not isinstance(content, bytes):
-        raise MicrogptError(f"{url}: cannot be downloaded ({content}); {by_hand}")
-    if _sha256(content) != sha256:
-        raise MicrogptError(
-            f"{url}: is not the file it should be (SHA-256 {_sha256(content)[:12]}..,"
-            f" expected {sha256[:12]}..); {by_hand}"
-        )
-    write_whole(path, content)
-
-
-def _fetched(url: str, most: int) -> bytes | str:
-    """The beginning of what is at an address, or in words why it cannot be had."""
-    try:
-        with urlopen(url, timeout=TIMEOUT) as answer:
-            content: bytes = answer.read(most)
-            return content
-    except (URLError, OSError, HTTPException, ValueError) as error:
-        if isinstance(error, HTTPError):
-            error.close()
-        reason = getattr(error, "reason", None) or error
-        return "timed out" if isinstance(reason, TimeoutError) else str(reason)
-
-
-def urlopen(url: str, timeout: float) -> Any:
-    """As urllib has it, over HTTPS alone, wherever the server may send us on to."""
-    opener = OpenerDirector()
-    for handler in (
-        ProxyHandler,
-        HTTPSHandler,
-        HTTPRedirectHandler,
-        HTTPErrorProcessor,
-        HTTPDefaultErrorHandler,
-        UnknownHandler,  # takes http:, file: and all others, and says so
-    ):
-        opener.add_handler(handler())
-    return opener.open(url, timeout=timeout)
-
-
-def _within(seconds: float, job: Callable[[], bytes | str]) -> bytes | str:
-    """What a job returns, if it does in time; a server may drip byte by byte for ever."""
-    done: list[bytes | str] = []
-    worker = Thread(target=lambda: done.append(job()), daemon=True)
-    worker.start()
-    worker.join(seconds)
-    return done[0] if done else f"not done after {seconds:g} seconds"
 
 
 def cache_folder() -> Path:
@@ -299,5 +233,5 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _sha256(content: bytes) -> str:
+def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

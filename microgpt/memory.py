@@ -7,6 +7,7 @@ within a factor of two. Where nobody knows how much memory there is, nothing is 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -102,15 +103,17 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
     itemsize = 4 if config.dtype == "float32" else 8
     param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
     params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
-    sizes = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [1]
-    each = B / len(sizes)
+    lengths = Counter(map(len, documents)) or {0: 1}  # and how many documents have them
+    sizes = [(min(length + 2, config.max_tokens) - 1, count) for length, count in lengths.items()]
+    longest, positions = max(sizes)[0], sum(n * count for n, count in sizes)
+    squares = sum(n * n * count for n, count in sizes)
+    each = B / sum(lengths.values())
     if not scalar:  # a micro-batch at a time
-        each = min(each, max(COLUMNS, max(sizes)) / sum(sizes))
+        each = min(each, max(COLUMNS, longest) / positions)
     batch = max(
-        _step(config, vocab_size, max(sizes), max(sizes) ** 2, scalar, itemsize),
-        _step(config, vocab_size, each * sum(sizes), each * sum(n * n for n in sizes), scalar,
-              itemsize),
-    )  # fmt: skip
+        _step(config, vocab_size, longest, longest**2, scalar, itemsize),
+        _step(config, vocab_size, each * positions, each * squares, scalar, itemsize),
+    )
     walks = 0.0 if scalar else _walks(config, vocab_size, itemsize)
     others = (config.cores - 1) * (PROCESS + 2.0 * itemsize * params)
     return param * float(params) + batch + walks + DOCUMENT * (B + num) + others

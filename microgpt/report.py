@@ -102,16 +102,16 @@ def bar(file: TextIO, total: int, unit: str, initial: int = 0) -> Any:
 class Evaluating:
     """The progress of an evaluation on stderr: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, documents: int) -> None:
-        self.documents = documents
-        self.bar = bar(sys.stderr, documents, "doc")
+    def __init__(self, documents: int, quiet: bool = False) -> None:
+        self.documents, self.quiet = documents, quiet
+        self.bar = None if quiet else bar(sys.stderr, documents, "doc")
         self.printed = perf_counter()
 
     def update(self, done: int) -> None:
         """After each batch, with the documents done so far."""
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
-        elif perf_counter() > self.printed + SILENCE:
+        elif not self.quiet and perf_counter() > self.printed + SILENCE:
             print(f"{done:,} of {self.documents:,} documents", file=sys.stderr, flush=True)
             self.printed = perf_counter()
 

@@ -58,6 +58,17 @@ class Tokenizer:
         return "".join([text.get(i, "<BOS>") for i in ids])
 
 
+def prompt_ids(prompt: str, tokenizer: Tokenizer, config: Config, where: str) -> list[int]:
+    """The ids of a text that samples begin with; refused if it leaves no room for more."""
+    ids = tokenizer.encode(prompt)
+    if len(ids) >= config.block_size:
+        raise MicrogptError(
+            f"{where}: {len(ids)} characters leave no room in a context of {config.block_size}"
+            f" positions, of which BOS takes one; {config.block_size - 1 or 'none'} would do"
+        )
+    return ids
+
+
 def build_tokenizer(chars: Iterable[str], config: Config) -> Tokenizer:
     """The tokenizer over these characters, sorted by code point."""
     ordered = tuple(sorted(set(chars)))

@@ -64,6 +64,7 @@ RESUMABLE = (
     "eval_every",
     "num_samples",
     "temperature",
+    "top_k",
 )
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
@@ -93,6 +94,7 @@ class Run:
     lock: RunLock  # on the run's directory
     step: int = 0  # how many steps are done
     best: tuple[float, int] | None = None  # the lowest loss of what is held out, and its step
+    latest: tuple[float, int] | None = None  # and the one that was measured last
     numbered: bool = False  # whether the directory's name was not asked for
     saved: int = -1  # how many steps the checkpoint has had
     signal: int = 0  # the signal that ended training early
@@ -171,7 +173,8 @@ class Run:
             loss = evaluation(self.backend, self.held_out, self.tokenizer, self.config).loss
         except ArithmeticError:
             return None
-        self.best = min(self.best or (loss, self.step), (loss, self.step))
+        self.latest = loss, self.step
+        self.best = min(self.best or self.latest, self.latest)
         return loss
 
     def _save(self, metrics: Metrics) -> None:

@@ -62,7 +62,8 @@ class Backend:
         by_doc = [[tap.loss_t.data for tap in taps] for taps in doc_taps]
         if not all(math.isfinite(loss_t) for losses in by_doc for loss_t in losses):
             raise FloatingPointError("the loss of a position is not finite")
-        return by_doc
+        T = max(map(len, by_doc))
+        return [_padded(losses, T, 0.0) for losses in by_doc]
 
     def read(self, tokens: Sequence[int]) -> list[list[float]]:
         keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]
@@ -74,10 +75,16 @@ class Backend:
         return [[logit.data for logit in row] for row in rows]
 
     def sample(
-        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        rng: Random,
+        num: int,
+        temperature: float,
+        prompt: Sequence[int],
+        top_k: int = 0,
     ) -> list[list[int]]:
         return [
-            sample(self.params, self.config, tokenizer, rng, temperature, prompt)
+            sample(self.params, self.config, tokenizer, rng, temperature, prompt, top_k)
             for _ in range(num)
         ]
 

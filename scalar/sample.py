@@ -8,7 +8,19 @@ from random import Random
 from microgpt.config import Config
 from microgpt.layout import Tree
 from microgpt.tokenizer import Tokenizer
-from scalar.model import Matrix, gpt, softmax
+from scalar.model import Matrix, Vector, gpt, softmax
+
+
+def probabilities(logits: Vector, temperature: float, top_k: int) -> list[float]:
+    """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
+
+    top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+    """
+    by_size = sorted(range(len(logits)), key=lambda i: -logits[i].data)
+    kept = sorted(by_size[: 1 if temperature == 0 else top_k or len(logits)])
+    probs = softmax([logits[i] / (temperature or 1.0) for i in kept])  # [K]
+    chances = {i: p.data for i, p in zip(kept, probs)}
+    return [chances.get(i, 0.0) for i in range(len(logits))]  # [V]
 
 
 def sample(
@@ -18,8 +30,9 @@ def sample(
     rng: Random,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int = 0,
 ) -> list[int]:
-    """next token ~ softmax(logits / temperature), until the closing token or the context is full
+    """next token ~ probabilities(logits), until the closing token or the context is full
 
     Returns the prompt and what was drawn after it, without BOS and closing token.
     """
@@ -30,8 +43,8 @@ def sample(
         logits = gpt(tokens[position], position, params, keys, values, config, Tree(config.n_layer))
         if position < len(prompt):
             continue  # still reading
-        probs = softmax([logit / temperature for logit in logits])
-        token = rng.choices(range(tokenizer.vocab_size), weights=[p.data for p in probs])[0]
+        probs = probabilities(logits, temperature, top_k)
+        token = rng.choices(range(tokenizer.vocab_size), weights=probs)[0]
         if token == tokenizer.eos:
             break
         tokens.append(token)

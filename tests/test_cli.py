@@ -26,12 +26,13 @@ import numpy as np
 import pytest
 import yaml
 
-from microgpt import cli, data, evaluate, report, train
+from microgpt import cli, data, download, evaluate, report, train
 from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
 from microgpt.config import FIELDS, flag, load_config
 from microgpt.rundir import RUN_FILES
+from microgpt.tokenizer import build_tokenizer
 
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Rewrite = Callable[[Path, Path, Edit], None]
@@ -193,7 +194,7 @@ def test_the_first_revision_is_a_preset(here: Path, capsys: pytest.CaptureFixtur
         [],
         ["--batch-size", "4"],
         ["--config", "microgpt-243", "--batch-size", "2"],
-        ["--init-std-residual", "0", "--seed", "-7"],
+        ["--init-std-residual", "0", "--seed", "7"],
     ],
 )
 def test_the_backend_changes_nothing_else(
@@ -537,6 +538,39 @@ def test_a_low_temperature_takes_the_likeliest_and_a_high_one_anything(
     assert len(set(sampled(capsys, small, *at, "1e6"))) > 20
 
 
+def test_temperature_0_takes_the_likeliest_and_says_it_once(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (likeliest,) = sampled(capsys, small, "--temperature", "1e-6", "--num", "1")
+    for backend in NAMES:
+        at = ["--temperature", "0", "--backend", backend]
+        assert sampled(capsys, small, *at) == [likeliest]
+        assert sampled(capsys, small, *at, "--num", "3", "--seed", "9") == [likeliest] * 3
+        assert sampled(capsys, small, "--top-k", "1", "--backend", backend)[0] == likeliest
+
+
+def test_top_k_draws_from_the_likeliest_alone_and_alike_by_both_backends(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = load_checkpoint(small)
+    at = ["--num", "60", "--temperature", "2", "--seed", "3", "--top-k"]
+    drawn = {
+        (top_k, backend): sampled(capsys, small, *at, top_k, "--backend", backend)
+        for top_k in (1, 2, 5, 0, 99)
+        for backend in NAMES
+    }
+    logits = np.asarray(
+        load_backend("scalar", held.config, held.state).read([held.tokenizer.bos])[0]
+    )
+    for top_k in (1, 2, 5):
+        likeliest = set(np.argsort(-logits)[:top_k].tolist())
+        firsts = {(held.tokenizer.document(text))[1] for text in drawn[top_k, "scalar"]}
+        assert firsts <= likeliest
+        assert drawn[top_k, "scalar"] == drawn[top_k, "vectorized"]
+    assert drawn[0, "scalar"] == drawn[0, "vectorized"] == drawn[99, "scalar"]
+    assert len({*drawn[1, "scalar"]}) == 1 < len({*drawn[2, "scalar"]})
+
+
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("temperature", ["1e-305", "1e-320"])
 def test_a_temperature_near_zero_takes_the_likeliest_or_is_refused(
@@ -605,11 +639,11 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
 
 
 @pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize("batch", [3, 256])
+@pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
-    backend: str, batch: int, small: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, columns: int, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "BATCH", batch)
+    monkeypatch.setattr(evaluate, "COLUMNS", columns)
     held = load_checkpoint(small)
     loss, by_position = expected_evaluation(held)
     result = evaluate.evaluation(
@@ -620,6 +654,19 @@ def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
     expected_counts, expected_means = zip(*by_position)
     assert counts == expected_counts == (8, 8, 6, 6, 5)
     np.testing.assert_allclose(means, expected_means, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
+@pytest.mark.parametrize("longest", [2, 3, 5, 9])
+def test_documents_of_one_length_have_the_same_tokens_as_by_themselves(
+    preset: str, longest: int
+) -> None:
+    chars = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))  # ids beyond 0xD800
+    tokenizer = build_tokenizer(chars, load_config(preset))
+    documents = ["abc", "\u4e2d\U00010fffA", chars[-3:]]
+    found = evaluate.encoded(documents, tokenizer, longest)
+    assert isinstance(found, np.ndarray)
+    assert found.tolist() == [tokenizer.document(document, longest) for document in documents]
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -634,6 +681,7 @@ def test_eval_prints_the_loss_by_position_and_against_knowing_nothing(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert printed.out.splitlines() == [
+        "seen.txt, all: 8 documents",
         "position  documents     loss",
         *(
             f"{position:8}  {count:9}  {mean:7.4f}"
@@ -665,7 +713,7 @@ def test_documents_cropped_by_tokens_have_a_position_less(
     assert microgpt("train", *first, "--out", "run") == 0
     capsys.readouterr()
     assert microgpt("eval", "run") == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-2]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:-2]]
     assert [row[:2] for row in rows] == [["1", "9"], ["2", "9"], ["3", "8"], ["4", "8"]]
 
 
@@ -723,14 +771,20 @@ BAD_INPUT = [
     ("train --learning-rate -0.1", "--learning-rate: expected more than 0, got -0.1"),
     ("train --beta1 1", "--beta1: expected less than 1, got 1.0"),
     ("train --tie-lm-head yes", "--tie-lm-head: expected true or false, got 'yes'"),
-    ("train --temperature 0", "--temperature: expected more than 0, got 0.0"),
+    ("train --temperature 1e-305", "--temperature: 1e-305 is too close to 0; try 0.001, or 0"),
     ("train --dataset missing.txt", "'missing.txt' names no data set and no file"),
     ("train --dataset folder", "'folder' is a folder, not a file"),
     ("train --dataset empty.txt", "empty.txt: no documents; expected one on each line"),
     ("train --dataset latin.txt", "latin.txt: line 2 is not UTF-8 text; save it as UTF-8"),
     ("train --dataset ''", "--dataset: ''"),
     (f"train --dataset {LONG}", ""),
-    ("train --out words.txt", "words.txt"),
+    ("train --out words.txt", "--out words.txt: is a file; name a directory"),
+    ("train --seed -5", "--seed: expected 0 or more, got -5: Python's random draws alike from"),
+    ("sample run --seed -5", "--seed: expected 0 or more, got -5: Python's random draws alike"),
+    ("train --log-every 0", "--log-every: expected 1 or more, got 0"),
+    ("train --log-every 5 --quiet", "--log-every: does not go with --quiet; leave one out"),
+    ("train --documents words", "--documents: expected lines or windows, got 'words'"),
+    ("train --dataset words.txt --documents windows", "words.txt: has 9 characters, fewer than a"),
     ("train --out words.txt/run", "words.txt/run"),
     ("train --out run", "--out run: holds a run already"),
     (f"train --out {LONG}", ""),
@@ -743,17 +797,18 @@ BAD_INPUT = [
     ("sample missing", "missing: there is no such file"),
     ("sample 'missing\nhere'", "there is no such file"),
     ("sample folder", "checkpoint.safetensors: there is no such file"),
-    ("sample words.txt", "words.txt: not a readable safetensors file"),
+    ("sample words.txt", "words.txt: not a checkpoint of microgpt; expected a checkpoint.saf"),
     ("sample cut", "cut: not a readable safetensors file"),
     ("sample tensors", "tensors: not a checkpoint of microgpt"),
     ("sample version", "version: a checkpoint of version '1', and this program reads version '2'"),
-    ("sample shape", "shape: the tensor 'wpe' is float64 (13, 4)"),
+    ("sample shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
     (f"sample {LONG}", ""),
     ("sample run --prompt emmq", "the character 'q' (U+0071) in 'emmq' is not in the vocabulary"),
     ("sample run --prompt \u00fc", "(U+00FC)"),
     ("sample run --prompt emman", "--prompt: 5 characters leave no room in a context of 5"),
-    ("sample run --temperature 0", "--temperature: expected more than 0, got 0.0"),
-    ("sample run --temperature -1", "--temperature: expected more than 0, got -1.0"),
+    ("sample run --temperature -1", "--temperature: expected 0 or more, got -1.0"),
+    ("sample run --top-k -1", "--top-k: expected 0 or more, got -1"),
+    ("sample run --top-k some", "--top-k: expected a whole number, got 'some'"),
     ("sample run --temperature nan", "--temperature: expected a finite number, got nan"),
     ("sample run --temperature hot", "--temperature: expected a number, got 'hot'"),
     ("sample run --num -1", "--num: expected 0 or more, got -1"),
@@ -763,11 +818,14 @@ BAD_INPUT = [
     ("eval missing", "missing: there is no such file"),
     ("eval cut", "cut: not a readable safetensors file"),
     ("eval version", "version: a checkpoint of version '1'"),
-    ("eval shape", "shape: the tensor 'wpe' is float64 (13, 4)"),
+    ("eval shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
     ("eval run --dataset missing.txt", "'missing.txt' names no data set and no file"),
     ("eval run --dataset empty.txt", "empty.txt: no documents"),
     ("eval run --dataset latin.txt", "latin.txt: line 2 is not UTF-8 text"),
     ("eval run --dataset unseen.txt", "the character 'q' (U+0071) in 'quinn' is not in the"),
+    ("eval run --part some", "--part: expected held-out, training or all, got 'some'"),
+    ("eval run --part held-out", "--part held-out: this run held nothing out; measure all"),
+    ("eval run --part training --dataset words.txt", "--part training: is of the run's own data"),
     ("eval run --backend torch", "unknown backend 'torch'; expected scalar or vectorized"),
 ]
 
@@ -801,7 +859,7 @@ def test_an_absent_network_gets_one_line_and_touches_nothing(
     def urlopen(*arguments: object, **more: object) -> None:
         raise trouble
 
-    monkeypatch.setattr(data, "urlopen", urlopen)
+    monkeypatch.setattr(download, "urlopen", urlopen)
     monkeypatch.setenv("MICROGPT_CACHE", str(here / "cache"))
     assert microgpt("train", "--dataset", "makemore") == 2
     (line,) = capsys.readouterr().err.splitlines()

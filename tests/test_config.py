@@ -45,10 +45,13 @@ LATER_ADDITIONS: dict[str, Any] = {  # off in both
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "grad_clip": 0.0,
+    "documents": "lines",
     "held_out": 0,
     "cores": 1,
     "max_seconds": 0.0,
     "checkpoint_every": 0,
+    "eval_every": 0,
+    "top_k": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "microgpt": {
@@ -87,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def test_there_are_these_presets_and_the_default_is_the_original() -> None:
-    assert presets() == [*PRESETS, "names-fast"]
+    assert presets() == [*PRESETS, "names-fast", "text"]
     assert load_config() == load_config("microgpt")
 
 
@@ -124,7 +127,7 @@ def test_block_size_counts_positions_or_tokens(preset: str, max_tokens: int) -> 
         ("vocabulary", "bos-eos-chars", "bos-eos-chars"),
         ("dtype", "float32", "float32"),
         ("dataset", "12", "12"),
-        ("seed", "-1", -1),
+        ("seed", "0", 0),
         ("beta1", "0", 0.0),
         ("num_samples", "0", 0),
     ],
@@ -244,11 +247,12 @@ def test_a_size_is_positive(name: str, text: str) -> None:
         ("learning_rate", "-1", "more than 0, got -1.0"),
         ("adam_eps", "0", "more than 0, got 0.0"),
         ("norm_eps", "0", "more than 0, got 0.0"),
-        ("temperature", "0", "more than 0, got 0.0"),
-        ("temperature", "-1", "more than 0, got -1.0"),
+        ("temperature", "-1", "0 or more, got -1.0"),
+        ("top_k", "-1", "0 or more, got -1"),
         ("init_std", "-0.1", "0 or more, got -0.1"),
         ("init_std_residual", "-0.1", "0 or more, got -0.1"),
         ("num_samples", "-1", "0 or more, got -1"),
+        ("seed", "-5", "0 or more, got -5: Python's random draws alike from -5 and 5"),
         ("temperature", "nan", "a finite number, got nan"),
         ("beta1", "nan", "a finite number, got nan"),
         ("learning_rate", "inf", "a finite number, got inf"),
@@ -290,7 +294,7 @@ def test_an_unknown_preset_is_refused_with_the_names_of_all(source: str) -> None
         load_config(source)
     assert str(refusal.value) == (
         f"--config: there is no preset and no file {source!r};"
-        " the presets are microgpt, microgpt-243, names-fast"
+        " the presets are microgpt, microgpt-243, names-fast, text"
     )
 
 

@@ -17,7 +17,9 @@ from urllib.error import HTTPError
 import pytest
 
 from microgpt import data
-from microgpt.data import download, load_documents, makemore, write_whole
+from microgpt import download as network
+from microgpt.data import load_documents, makemore, write_whole
+from microgpt.download import download
 from microgpt.errors import MicrogptError
 
 LOCALHOST = Path(__file__).with_name("localhost.pem")  # for 127.0.0.1, signed by itself
@@ -99,11 +101,13 @@ def test_a_missing_file_is_refused_with_what_is_expected(tmp_path: Path) -> None
         load_documents(missing)
     message = str(refusal.value)
     assert message.startswith(f"--dataset: {missing!r} names no data set and no file;")
-    assert "expected names, makemore, or the path of a text file" in message
+    assert "expected names, pride, makemore, or the path of a text file" in message
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MicrogptError, match="is a folder, not a file; expected names, makemore"):
+    with pytest.raises(
+        MicrogptError, match="is a folder, not a file; expected names, pride, makemore"
+    ):
         load_documents(str(tmp_path))
 
 
@@ -247,7 +251,7 @@ def test_any_other_answer_leaves_nothing_behind(
 def test_an_answer_that_says_no_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[HTTPError] = []
 
-    urlopen = data.urlopen
+    urlopen = network.urlopen
 
     def urlopen_noted(*arguments: Any, **more: Any) -> Any:
         try:
@@ -256,7 +260,7 @@ def test_an_answer_that_says_no_is_closed(tmp_path: Path, monkeypatch: pytest.Mo
             answers.append(error)
             raise
 
-    monkeypatch.setattr(data, "urlopen", urlopen_noted)
+    monkeypatch.setattr(network, "urlopen", urlopen_noted)
     with serving(not_found) as (url, _), pytest.raises(MicrogptError):
         download(url, DIGEST, len(LIST), tmp_path / "names.txt")
     (answer,) = answers
@@ -281,7 +285,7 @@ def test_a_server_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
 def test_a_server_that_says_nothing_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "TIMEOUT", 0.05)
+    monkeypatch.setattr(network, "TIMEOUT", 0.05)
     over = Event()
     with serving(lambda handler: over.wait(2)) as (url, _):
         with pytest.raises(MicrogptError, match=r"cannot be downloaded \(timed out\)"):
@@ -343,7 +347,7 @@ def test_a_server_that_nobody_vouches_for_is_refused(
 def test_a_server_that_drips_is_given_up(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "LONGEST", 0.3)
+    monkeypatch.setattr(network, "LONGEST", 0.3)
     over = Event()
 
     def dripping(handler: BaseHTTPRequestHandler) -> None:

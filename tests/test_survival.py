@@ -278,14 +278,14 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_completed(
     start: list[str], whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    save_file = checkpoint.save_file
+    write_tensors = checkpoint.write_tensors
 
-    def interrupted(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
+    def interrupted(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
         if metadata["updates"] == "8":
             os.kill(os.getpid(), signal.SIGTERM)
-        save_file(tensors, path, metadata)
+        write_tensors(path, tensors, metadata)
 
-    with patch.object(checkpoint, "save_file", interrupted):
+    with patch.object(checkpoint, "write_tensors", interrupted):
         assert quiet([*start, "--out", str(out)]) == (143, "")
     assert load_checkpoint(out).state.updates == 8
     assert resume(out) == (0, "")
@@ -726,8 +726,8 @@ def test_no_checkpoint_has_a_number_that_is_not_finite(
         line = one_line(quiet(begin))
     assert message in line
     assert line.endswith(
-        "; try a smaller --learning-rate than 0.05; the checkpoint of step 4 is kept:"
-        f" go on with: microgpt train --resume --out {out}"
+        "; try a smaller --learning-rate than 0.05, such as 0.005; the checkpoint of step 4 is"
+        f" kept: go on with: microgpt train --resume --out {out} --learning-rate 0.005"
     )
     assert load_checkpoint(out).state.updates == 4
     assert resume(out, "--backend", backend) == (0, "")
@@ -739,7 +739,7 @@ def test_an_overflow_is_traced_to_the_first_tap_and_no_parameter(
 ) -> None:
     line = one_line(quiet([*start, "--init-std", "1e154", "--out", str(tmp_path / "run")]))
     assert "step 1: the loss is nan; first not finite: tap layer0.attn_logits, parameter no" in line
-    assert line.endswith("try a smaller --init-std than 1e+154")
+    assert line.endswith("try a smaller --init-std than 1e+154, such as 0.08")
 
 
 def test_a_batch_in_micro_batches_is_traced_as_well(start: list[str], tmp_path: Path) -> None:

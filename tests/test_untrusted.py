@@ -131,8 +131,8 @@ def stream(place: int, value: object) -> Edit:
         (config_with(n_layer=10**9), "n_layer: expected 10,000 at most, got 1000000000"),
         (config_with(n_layer=10_000), "the tensor 'layer2.attn_wq' is missing"),
         (config_with(n_layer=1), "the tensor 'adam.m.layer1.attn_wk' is none that its"),
-        (config_with(n_embd=10**12), "asks for float64 (3, 1000000000000)"),
-        (config_with(block_size=10**12), "asks for float64 (1000000000000, 4)"),
+        (config_with(n_embd=10**12), "asks for (3, 1000000000000)"),
+        (config_with(block_size=10**12), "asks for (1000000000000, 4)"),
         (config_with(n_embd=10**400), "n_embd: expected 1,000,000,000,000,000,000 at most"),
         (config_with(learning_rate=10**400), "learning_rate: expected 1,000,000,000,000,000,000"),
         (config_with(learning_rate=float("nan")), "learning_rate: expected a finite number"),
@@ -141,7 +141,7 @@ def stream(place: int, value: object) -> Edit:
         (text("config", "[" * 100_000), "RecursionError"),
         (text("config", '{"n_layer": ' + "9" * 10**6 + "}"), "ValueError"),
         (text("config", '"' + "x" * 10**6 + '"'), "its configuration lacks 'n_layer'"),
-        (text("chars", "".join(map(chr, range(32, 50_000)))), "'wte' is float64 (3, 4)"),
+        (text("chars", "".join(map(chr, range(32, 50_000)))), "'wte' is (3, 4)"),
         (text("updates", "13"), "13 updates of 12"),
         (text("updates", "9" * 10**6), "ValueError"),
         (text("updates", "x" * 10**6), "ValueError"),
@@ -234,7 +234,7 @@ def test_a_tensor_is_not_read_before_its_size_is_known_to_be_right(tmp_path: Pat
     file = tensor_file(tmp_path / "vast", {"wte": entry([size // 8], 0, size)})
     os.truncate(file, file.stat().st_size + size)
     message = refusal(lambda: load_params(file, {"wte": (3, 4)}))
-    assert "'wte' is float64 (125000000000,), and its configuration asks for float64" in message
+    assert "'wte' is (125000000000,), and its configuration asks for (" in message
     message = refusal(lambda: load_params(file, {"wte": (size // 8,)}))  # as if one had asked
     assert "vast: to read it would take about 1,000.0 GB of memory, and this machine has" in message
 
@@ -698,7 +698,7 @@ def test_a_long_document_is_evaluated_in_a_batch_of_its_own(
     )
     documents = ["ab"] * 300 + ["ab" * 1000, "a" * 2999]
     evaluation(model, documents, held.tokenizer, config)
-    assert shown == [[3] * 256, [3] * 44, [2001], [3000]]
+    assert shown == [[3000], [2001], [3] * 256, [3] * 44]
 
 
 # What is forged well

@@ -138,11 +138,13 @@ class Backend:
     def set_grads(self, grads: Tensors) -> None:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
-    def position_losses(self, docs: Docs) -> list[Array]:
-        by_doc = [losses[: len(doc) - 1] for doc, losses in zip(docs, self.worker.losses(docs))]
-        if not np.isfinite(np.concatenate(by_doc)).all():
+    def position_losses(self, docs: Docs) -> Array:
+        n = np.fromiter(map(len, docs), int, len(docs))[:, None] - 1  # (B, 1)
+        T = n.max()
+        losses = np.where(np.arange(T) < n, self.worker.losses(docs)[:, :T], 0.0)  # (B, T)
+        if not np.isfinite(losses).all():
             raise FloatingPointError("the loss of a position is not finite")
-        return by_doc
+        return losses
 
     def read(self, tokens: Sequence[int]) -> Array:
         caches = empty_caches(self.params, self.config)
@@ -154,13 +156,19 @@ class Backend:
         return np.array(rows)
 
     def sample(
-        self, tokenizer: Tokenizer, rng: Random, num: int, temperature: float, prompt: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        rng: Random,
+        num: int,
+        temperature: float,
+        prompt: Sequence[int],
+        top_k: int = 0,
     ) -> list[list[int]]:
         model = self.params, self.config, tokenizer, rng
         with np.errstate(all="ignore"):
             if most_walkers(self.config) > 1:
-                return sample_many(*model, num, temperature, prompt)
-            return [sample(*model, temperature, prompt) for _ in range(num)]
+                return sample_many(*model, num, temperature, prompt, top_k)
+            return [sample(*model, temperature, prompt, top_k) for _ in range(num)]
 
     def state(self) -> State:
         params, m, v = (named_views(flat, self.shapes) for flat in (self.flat, self.m, self.v))

@@ -79,13 +79,13 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
     """Put documents into the arrays of a batch, which may have room for longer ones."""
     tokens, targets, weights = batch
     B, T = tokens.shape
-    if B == 1:  # the same as below, in less time
-        (doc,) = docs
-        end = len(doc) - 1
-        tokens[0, :end], targets[0, :end], weights[0, :end] = doc[:-1], doc[1:], 1 / (of * end)
-        tokens[0, end:], targets[0, end:], weights[0, end:] = 0, 0, 0
+    if B == 1 or isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
+        both = np.asarray(docs)  # (B, n + 1)
+        n = both.shape[1] - 1
+        tokens[:, :n], targets[:, :n], weights[:, :n] = both[:, :-1], both[:, 1:], 1 / (of * n)
+        tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
         return
-    n = np.array([len(doc) - 1 for doc in docs])[:, None]  # (B, 1)
+    n = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
     t = np.arange(T + 1)  # (T + 1,)
     both = np.zeros((B, T + 1), int)
     inside = t <= n  # (B, T + 1)

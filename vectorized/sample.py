@@ -1,8 +1,8 @@
 """Sampling in arrays, with a key/value cache.
 
-Same as scalar:         `sample`, and every draw that it makes.
+Same as scalar:         `probabilities`, `sample`, and every draw that it makes.
 Different from scalar:  growing lists of keys and values -> a cache (B, U, C) for each layer;
-                        `sample_many`, many documents at once.
+                        `sample_many`, many documents at once, in arrays of Fortran order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from microgpt.config import Config
-from microgpt.layout import Tree
+from microgpt.layout import Tree, grow, param_shapes, pick
 from microgpt.memory import most_walkers
 from microgpt.tokenizer import Tokenizer
 from vectorized.model import Array, gpt_forward, softmax_forward
@@ -33,7 +33,7 @@ class Cache:
 
     def select(self, rows: Array) -> None:
         """Go on with the keys and values of these rows."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = fortran(self.keys, rows), fortran(self.values, rows)
 
 
 def empty_caches(params: Tree, config: Config) -> list[Cache]:
@@ -49,6 +49,19 @@ def read(tokens: Array, t: int, params: Tree, caches: Sequence[Cache], config: C
     return logits[:, 0]
 
 
+def probabilities(logits: Array, temperature: float, top_k: int) -> Array:
+    """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
+
+    top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+    """
+    scaled = logits.astype(float) / (temperature or 1.0)  # (R, V); float32 might overflow
+    most = 1 if temperature == 0 else top_k or scaled.shape[1]
+    if most < scaled.shape[1]:
+        by_size = np.argsort(-scaled, axis=1, kind="stable")  # (R, V)
+        np.put_along_axis(scaled, by_size[:, most:], -np.inf, axis=1)
+    return softmax_forward(scaled)  # (R, V)
+
+
 def sample(
     params: Tree,
     config: Config,
@@ -56,18 +69,19 @@ def sample(
     rng: Random,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int = 0,
 ) -> list[int]:
-    """next token ~ softmax(logits / temperature), until the closing token or the context is full
+    """next token ~ probabilities(logits), until the closing token or the context is full
 
     Returns the prompt and what was drawn after it, without BOS and closing token.
     """
     caches = empty_caches(params, config)
     tokens = [tokenizer.bos, *prompt]
     for position in range(config.block_size):
-        (logits,) = read(np.array([tokens[position]]), position, params, caches, config)  # (V,)
+        logits = read(np.array([tokens[position]]), position, params, caches, config)  # (1, V)
         if position < len(prompt):
             continue  # still reading
-        probs = softmax_forward(logits.astype(float) / temperature)  # (V,); float32 might overflow
+        (probs,) = probabilities(logits, temperature, top_k)  # (V,)
         token = rng.choices(range(tokenizer.vocab_size), weights=probs.tolist())[0]
         if token == tokenizer.eos:
             break
@@ -83,6 +97,7 @@ def sample_many(
     num: int,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int = 0,
 ) -> list[list[int]]:
     """The documents that `sample` would return, called num times.
 
@@ -91,17 +106,19 @@ def sample_many(
     kept one ended.
     """
     longest = config.block_size - len(prompt)
+    length = longest // 2 + 1  # draws that a document takes, at a guess
     samples: list[list[int]] = []
-    while len(samples) < num:
-        places = min(most_walkers(config), (num - len(samples)) * (longest // 2 + 1))
+    while left := num - len(samples):
+        places = min(most_walkers(config), left * length)
         before = rng.getstate()
         draws = np.array([rng.random() for _ in range(places + longest)])
-        drawn = draw(params, config, tokenizer, draws, places, temperature, prompt)
+        drawn = draw(params, config, tokenizer, draws, places, temperature, prompt, top_k)
         place = 0
         while place < places and len(samples) < num:
             text = [token for token in drawn[place].tolist() if token != tokenizer.eos]
             samples.append([*prompt, *text])
             place += min(len(text) + 1, longest)  # the closing token took a draw too
+        length = place // (left - (num - len(samples))) + 1
         rng.setstate(before)
         for _ in range(place):
             rng.random()
@@ -116,6 +133,7 @@ def draw(
     places: int,
     temperature: float,
     prompt: Sequence[int],
+    top_k: int,
 ) -> Array:
     """A document from each of the first places in the stream of draws.
 
@@ -123,30 +141,57 @@ def draw(
     longest), filled up with the closing token.
     """
     longest, V = config.block_size - len(prompt), tokenizer.vocab_size
+    weights = {name: Weight(pick(params, name)) for name in param_shapes(config, V)}
+    tree = grow({**weights, "wpe": params.wpe}, config.n_layer)
     caches = empty_caches(params, config)
     for t, token in enumerate([tokenizer.bos, *prompt]):
-        logits = read(np.array([token]), t, params, caches, config)  # (R, V), R = 1
+        logits = read(np.array([token]), t, tree, caches, config)  # (R, V), R = 1
     drawn = np.full((places, longest), tokenizer.eos)
     place = np.arange(places)  # of the documents that go on
     row = np.zeros(places, int)  # of the batch, for each of them
     for i in range(longest):
-        probs = softmax_forward(logits.astype(float) / temperature)  # (R, V)
-        tokens = choose(probs.cumsum(axis=1)[row], draws[place + i])
+        probs = probabilities(logits, temperature, top_k)  # (R, V)
+        tokens = choose(fortran(probs.cumsum(axis=1), row), draws[place + i])
         drawn[place, i] = tokens
         going = tokens != tokenizer.eos
         place, text = place[going], row[going] * V + tokens[going]  # the texts, by number
         if i + 1 == longest or not len(place):
             break
-        occurs = np.zeros(len(probs) * V, bool)
-        occurs[text] = True
-        row = (occurs.cumsum() - 1)[text]
-        rows, next_tokens = np.divmod(np.flatnonzero(occurs), V)  # (R,), one for each new text
+        texts, row = np.unique(text, return_inverse=True)  # (R,)
+        rows, next_tokens = np.divmod(texts, V)
         for cache in caches:
             cache.select(rows)
-        logits = read(next_tokens, len(prompt) + 1 + i, params, caches, config)  # (R, V)
+        logits = read(next_tokens, len(prompt) + 1 + i, tree, caches, config)  # (R, V)
     return drawn
 
 
 def choose(cumulative: Array, draws: Array) -> Array:
     """The index that random.choices would return for each row and its draw: (W, V) -> (W,)."""
     return (cumulative[:, :-1] <= draws[:, None] * cumulative[:, -1:]).sum(axis=1)
+
+
+class Weight:
+    """A weight, to be used as the text uses one, with results (R, 1, n) in Fortran order.
+
+    Their rows then lie fastest in memory. All rows are one product of matrices, not a product for
+    each, and element-wise loops are as long as the batch.
+    """
+
+    __array_ufunc__ = None  # leaves `x @ w.T` to __rmatmul__
+
+    def __init__(self, w: Array) -> None:
+        self.w = w  # (n_out, n_in)
+        self.T = self
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """x @ w.T: (R, 1, n_in) -> (R, 1, n_out)"""
+        return (self.w @ x[:, 0].T).T[:, None]
+
+    def __getitem__(self, tokens: Array) -> Array:
+        """wte[tokens]: (R, 1) -> (R, 1, C)"""
+        return fortran(self.w, tokens)
+
+
+def fortran(x: Array, rows: Array) -> Array:
+    """x[rows] in Fortran order: the first axis is the fastest in memory."""
+    return x.T.take(rows.T, axis=-1).T

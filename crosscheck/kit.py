@@ -1,0 +1,152 @@
+"""The kit for a port: the inputs of the cases as files, the guide, and the answers on request.
+
+GUIDE.md beside this file says what a port reads, computes and writes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from crosscheck.cases import Case, case_names, load_case
+from crosscheck.compare import simplicity
+from crosscheck.sides import IncompleteError
+from crosscheck.trace import Array, Step, keys, part, split_key, trace
+from microgpt.checkpoint import write_tensors
+from microgpt.data import write_whole, writing
+from microgpt.errors import MicrogptError
+from microgpt.taps import ACTIVATIONS
+from microgpt.train import learning_rate
+
+GUIDE = Path(__file__).with_name("GUIDE.md")
+TOKENS = "batch/tokens"
+STEPS = 3  # of every case
+LATER = {"decay-and-clip": 2}  # the first step, if not 1: Adam's moments at entry are not zero
+REQUIRED = ("forward", "backward", "gradient", "adam_m", "adam_v", "params")  # of a whole port
+STAGES = (
+    "embedding",
+    "norm",
+    "attention",
+    "MLP",
+    "layers",
+    "logits",
+    "loss",
+    "backward",
+    "gradients",
+    "Adam",
+    "several steps",
+)
+PHASES = {  # the stages of what is no tap of the forward pass
+    "eval": "loss",
+    "read": "loss",
+    "backward": "backward",
+    "gradient": "gradients",
+    "unwatched": "gradients",
+    "adam_m": "Adam",
+    "adam_v": "Adam",
+    "update": "Adam",
+    "params": "Adam",
+}
+TAPS = {  # the stages of the taps outside the layers; of layer 0, by their last name
+    "emb": "embedding",
+    "emb_norm": "norm",
+    "attn_norm": "norm",
+    "attn_res": "attention",
+    "logits": "logits",
+    "loss_t": "loss",
+    "loss": "loss",
+}
+
+
+def stage(key: str) -> str:
+    """The stage of a tensor of the first step; none for batch, state at entry and samples."""
+    phase, name = split_key(key)
+    if phase != "forward":
+        return PHASES.get(phase, "")
+    layer, dot, tap = name.rpartition(".")
+    if dot and layer != "layer0":
+        return "layers"
+    return TAPS.get(tap, "MLP" if tap.startswith("mlp_") else "attention")
+
+
+def kit_cases() -> list[str]:
+    """The cases in the order in which a port meets them, the simplest first."""
+    return sorted(case_names(), key=lambda name: simplicity(load_case(name), 1))
+
+
+def expected_keys(case: Case) -> list[str]:
+    """The keys of a step that a complete port writes, in the order of comparison."""
+    order = keys(case.config, case.tokenizer.vocab_size)
+    return [key for key in order if split_key(key)[0] in REQUIRED]
+
+
+def reference_steps(case: Case, reference: str) -> dict[int, Step]:
+    """The steps that a port is asked for, by number, as an implementation of ours computes them.
+
+    Raises MicrogptError if it stops, as at numbers that are not finite.
+    """
+    first = LATER.get(case.name, 1)
+    last = first + STEPS - 1
+    steps = enumerate(trace(case, reference, "float64", last), 1)
+    try:
+        return dict(islice(steps, first - 1, last))
+    except IncompleteError as error:
+        raise MicrogptError(
+            f"case {case.name}: {reference} itself stops with {error.stop.error}"
+        ) from None
+
+
+def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
+    """What a port reads: the configuration, the batches, and the state before the first step."""
+    config, tokenizer, first = case.config, case.tokenizer, min(steps)
+    numbers = {
+        **{name: getattr(config, name) for name in ("n_layer", "n_embd", "n_head", "block_size")},
+        "vocab_size": tokenizer.vocab_size,
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        "norm_embedding": config.norm_embedding,
+        "tie_lm_head": config.tie_lm_head,
+        "activation": list(ACTIVATIONS).index(config.activation),
+        **{name: getattr(config, name) for name in ("norm_eps", "beta1", "beta2", "adam_eps")},
+        "weight_decay": config.weight_decay,
+        "grad_clip": config.grad_clip,
+        "first_step": first,
+        "steps": len(steps),
+    }
+    tensors = {f"config/{name}": np.array(x, "float64") for name, x in numbers.items()}
+    for number, step in steps.items():
+        tensors[f"step{number}/learning_rate"] = np.array(learning_rate(number - 1, config))
+        tensors[f"step{number}/{TOKENS}"] = step[TOKENS].astype("int64")
+    for phase in ("entry", "entry_m", "entry_v"):
+        for name, tensor in part(steps[first], phase).items():
+            tensors[f"step{first}/{phase}/{name}"] = tensor.astype("float64")
+    return tensors
+
+
+def write_kit(folder: Path, names: Sequence[str], answers: bool) -> list[Path]:
+    """Write the guide, and of every case the input and if asked the answers; the files' paths."""
+    cases = [load_case(name) for name in names]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(GUIDE, folder / GUIDE.name)
+    rows = [f"| `{case.name}` | {' '.join(case.why.split())} |\n" for case in cases]
+    table = "# What each case is there to catch\n\n| case | |\n|---|---|\n" + "".join(rows)
+    write_whole(folder / "CASES.md", table.encode())
+    written = [folder / GUIDE.name, folder / "CASES.md"]
+    for case in cases:
+        steps = reference_steps(case, "vectorized")
+        written.append(folder / f"{case.name}.in.safetensors")
+        write_tensors(written[-1], inputs(case, steps))
+        if answers:
+            tensors = {
+                f"step{number}/{key}": step[key]
+                for number, step in steps.items()
+                for key in expected_keys(case)
+            }
+            written.append(folder / f"{case.name}.answers.safetensors")
+            write_tensors(written[-1], tensors)
+    return written

@@ -1,0 +1,451 @@
+"""A program in any language, climbing the ladder of stages: files in, files out.
+
+GUIDE.md beside this file is what the program's author goes by. The program is run once for a case,
+or in single precision once for a step. Nothing is taken for granted: neither that the program ends,
+nor that its file is what the header says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from crosscheck.cases import Case, load_case
+from crosscheck.compare import Disagreement, Outcome, compare_step, explained
+from crosscheck.kit import STAGES, TOKENS, expected_keys, inputs, reference_steps, stage
+from crosscheck.report import as_json, render
+from crosscheck.tolerance import FLOAT64, Standard, float32
+from crosscheck.trace import Step, keys, part, split_key, suited
+from microgpt.backend import State, load_backend
+from microgpt.checkpoint import LARGEST_HEADER, TensorFile, write_tensors
+from microgpt.errors import MicrogptError, printable, shortened
+from microgpt.train import learning_rate
+
+ENTRY = ("entry", "entry_m", "entry_v")
+AFTER = ("params", "adam_m", "adam_v")  # what the next step finds there
+SEVERAL = STAGES[-1]
+ITEM_BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4}
+LAST_WORDS = 4096  # bytes of what a program said before it failed
+
+
+class PortError(Exception):
+    """What a program did instead of writing a trace, in one line."""
+
+
+@dataclass
+class Rung:
+    """One stage of the ladder, over all cases."""
+
+    stage: str
+    expected: int = 0  # tensors that a complete port writes
+    agreed: int = 0  # of these, those that the program wrote and that are right
+    cases: set[str] = field(default_factory=set)  # that have tensors of this stage
+    wrong: dict[str, Disagreement] = field(default_factory=dict)  # the first of each case
+    reached: bool = True
+
+    @property
+    def status(self) -> str:
+        """What there is to say in a word or two."""
+        if not self.reached:
+            return "not reached"
+        if self.wrong:
+            return "wrong"
+        if not self.expected:
+            return "does not apply"
+        if not self.agreed:
+            return "not attempted"
+        return "passed" if self.agreed == self.expected else "incomplete"
+
+    def __str__(self) -> str:
+        cases = _counted(len(self.cases), "case")
+        said = {
+            "passed": f"{_counted(self.agreed, 'tensor')}, {cases}",
+            "incomplete": f"{self.agreed:,} of {self.expected:,} tensors are there, and right",
+            "wrong": f"in {len(self.wrong)} of {cases}",
+        }
+        return f"  {self.stage:13}  {self.status:14}  {said.get(self.status, '')}".rstrip()
+
+
+@dataclass
+class Climb:
+    """How far a program has come."""
+
+    rungs: list[Rung]
+    problems: list[str] = field(default_factory=list)  # where it wrote no trace: a line each
+
+    @property
+    def exit_status(self) -> int:
+        """0: complete and right; 1: something is wrong; 3: nothing is wrong, and some missing."""
+        if self.problems or any(rung.wrong for rung in self.rungs):
+            return 1
+        whole = all(rung.status in ("passed", "does not apply") for rung in self.rungs)
+        return 0 if whole else 3
+
+    def __str__(self) -> str:
+        reports = [
+            render(next(iter(rung.wrong.values())), "reference", "port")
+            for rung in self.rungs
+            if rung.status == "wrong"
+        ]
+        ladder = ["\n".join(map(str, self.rungs))] if self.climbed else []
+        ends = {0: ["all is there, and right"], 3: ["nothing is wrong, and not all is there"]}
+        return "\n\n".join([*self.problems, *ladder, *reports, *ends.get(self.exit_status, [])])
+
+    @property
+    def climbed(self) -> bool:
+        """Whether anything was compared."""
+        return any(rung.expected for rung in self.rungs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for other programs."""
+        return {
+            "exit_status": self.exit_status,
+            "problems": self.problems,
+            "stages": [
+                {
+                    "stage": rung.stage,
+                    "status": rung.status,
+                    "expected": rung.expected,
+                    "agreed": rung.agreed,
+                    "wrong": [as_json(found) for found in rung.wrong.values()],
+                }
+                for rung in self.rungs
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step as it should be and as the program has it."""
+
+    number: int  # from 1
+    first: bool  # of the steps that the program was asked for
+    ours: Step
+    theirs: Step
+    before: tuple[Step, Step] | None  # the same of the step before it
+
+
+def command_line(program: str) -> list[str]:
+    """The words of a command line that contain {in} and {out}.
+
+    Raises MicrogptError if it cannot be split into words, lacks either, or names no program.
+    """
+    try:
+        words = shlex.split(program, posix=os.name != "nt")
+    except ValueError as error:
+        raise MicrogptError(f"--program: {shortened(program)}: {error}") from None
+    if os.name == "nt":  # where a backslash is a part of a path, and quotes stay on
+        words = [word.strip("\"'") for word in words]
+    for mark in ("{in}", "{out}"):
+        if not any(mark in word for word in words[1:]):
+            raise MicrogptError(
+                f"--program: {shortened(program)} has no {mark}; expected such as"
+                " './mine {in} {out}', where the names of the two files are put"
+            )
+    if shutil.which(words[0]) is None:
+        raise MicrogptError(f"--program: {shortened(words[0])} is no program that can be run")
+    return words
+
+
+def climb(
+    program: Sequence[str],
+    names: Sequence[str],
+    stages: Sequence[str],
+    dtype: str,
+    reference: str,
+    time_limit: float,
+    go_on: bool,
+) -> Climb:
+    """Run a program on the cases, and hold what it wrote to the reference, stage by stage.
+
+    Unless told to go on, stop at the first failure of the program, or else at the first stage that
+    is wrong in any case.
+
+    Raises MicrogptError if the cases have none of the stages, so that nothing would be compared.
+    """
+    rungs = {name: Rung(name) for name in STAGES if name in stages}
+    result = Climb(list(rungs.values()))
+    for name in tqdm(names, unit="case", leave=False, disable=None):
+        case = load_case(name)
+        try:
+            for taken in _steps(case, program, dtype, reference, time_limit):
+                _judge(case, taken, float32(case) if dtype == "float32" else FLOAT64, rungs)
+        except PortError as error:
+            result.problems.append(f"case {case.name}: {printable(str(error))}")
+            if not go_on:
+                return Climb([], result.problems)
+    if not result.climbed and not result.problems:
+        raise MicrogptError(f"no case of these has tensors of the stage {', '.join(rungs)}")
+    wrong = [i for i, rung in enumerate(result.rungs) if rung.wrong]
+    if wrong and not go_on:
+        for rung in result.rungs[wrong[0] + 1 :]:
+            rung.reached = False
+    return result
+
+
+def _steps(
+    case: Case, program: Sequence[str], dtype: str, reference: str, time_limit: float
+) -> Iterator[Taken]:
+    """The steps of a case, as they should be and as the program has them.
+
+    In single precision each step is run by itself from the reference's state, since what one step
+    loses would be enlarged by the next.
+    """
+    steps, single = reference_steps(case, reference), dtype == "float32"
+    for run in [{number: step} for number, step in steps.items()] if single else [steps]:
+        written = _written(case, run, program, dtype, time_limit)
+        start = run[min(run)]
+        state = {key: x.astype(dtype) for key, x in start.items() if split_key(key)[0] in ENTRY}
+        before: tuple[Step, Step] | None = None
+        for number, ours in run.items():
+            theirs = {**written[number], **state}
+            theirs |= {f"update/{name}": x for name, x in _differences(theirs).items()}
+            if single:
+                ours = _with_their_gradients(case, number, ours, theirs, reference)
+            yield Taken(number, number == min(steps), ours, theirs, before)
+            before = ours, theirs
+            state = {
+                f"{entry}/{name}": tensor
+                for entry, after in zip(ENTRY, AFTER)
+                for name, tensor in part(theirs, after).items()
+            }
+
+
+def _differences(step: Step) -> Step:
+    """What a step added to each parameter, where both ends are known."""
+    entry, after = part(step, "entry"), part(step, "params")
+    return {
+        name: after[name] - entry[name]
+        for name in after
+        if name in entry and after[name].shape == entry[name].shape
+    }
+
+
+def _with_their_gradients(
+    case: Case, number: int, ours: Step, theirs: Step, reference: str
+) -> Step:
+    """A step of ours, but updated by the program's gradients, whose errors are not Adam's.
+
+    If these are not all there, the step has no update.
+    """
+    ours = {key: x for key, x in ours.items() if split_key(key)[0] not in (*AFTER, "update")}
+    params, m, v = (part(ours, phase) for phase in ENTRY)
+    grads = part(theirs, "gradient", "d")
+    if any(name not in grads or grads[name].shape != params[name].shape for name in params):
+        return ours
+    config = suited(case.config, reference, "float64")
+    backend = load_backend(reference, config, State(params, m, v, number - 1))
+    backend.set_grads({name: grads[name].astype("float64") for name in params})
+    backend.update(learning_rate(number - 1, config))
+    after = backend.state()
+    for phase, tensors in zip(AFTER, (after.params, after.m, after.v)):
+        ours |= {f"{phase}/{name}": np.array(tensor) for name, tensor in tensors.items()}
+    return ours | {f"update/{name}": x for name, x in _differences(ours).items()}
+
+
+def _judge(case: Case, taken: Taken, standard: Standard, rungs: Mapping[str, Rung]) -> None:
+    """Count what agrees at each stage, and note the first tensor that does not."""
+    expected = set(expected_keys(case))
+    by_stage: dict[str, list[str]] = {name: [] for name in rungs}
+    for key in keys(case.config, case.tokenizer.vocab_size):
+        where = stage(key) if taken.first or not stage(key) else SEVERAL
+        if where in by_stage:
+            by_stage[where].append(key)
+    for name, keys_there in by_stage.items():
+        rung, asked = rungs[name], expected.intersection(keys_there)
+        written = [key for key in keys_there if key in taken.theirs and key in taken.ours]
+        if asked:
+            rung.expected += len(asked)
+            rung.cases.add(case.name)
+        found = _first_difference(case, taken, written, standard)
+        if found is None:
+            rung.agreed += len(asked.intersection(written))
+        else:
+            rung.wrong.setdefault(case.name, found)
+
+
+def _first_difference(
+    case: Case, taken: Taken, written: list[str], standard: Standard
+) -> Disagreement | None:
+    """The first of these tensors that is not as it should be, explained."""
+    ours, theirs = taken.ours, {TOKENS: taken.ours[TOKENS], **taken.theirs}
+
+    def compared(some: list[str]) -> list[Disagreement]:
+        outcome, tensors = Outcome(case.name), [TOKENS, *some]
+        a, b = ({key: step[key] for key in tensors} for step in (ours, theirs))
+        compare_step(case, taken.number, a, b, standard, outcome)
+        return outcome.found
+
+    with np.errstate(all="ignore"):  # what is not finite differs, and that says it all
+        found = compared(written)
+        if not found:
+            return None
+        shared = [key for key in ours if key in theirs and stage(key)]
+        everywhere = compared(shared)
+        if everywhere[0].key == found[0].key:
+            found = everywhere
+        sound = {  # of what is not of the right kind no explanation can be made
+            key: x
+            for key, x in theirs.items()
+            if key == found[0].key
+            or (key in ours and x.shape == ours[key].shape and x.dtype.kind == ours[key].dtype.kind)
+        }
+        return explained(case, found, ours, sound, taken.before, standard)
+
+
+def _written(
+    case: Case, steps: Mapping[int, Step], program: Sequence[str], dtype: str, time_limit: float
+) -> dict[int, Step]:
+    """What the program writes for the steps of a case, by their numbers.
+
+    Raises PortError if that is no trace of these steps.
+    """
+    with tempfile.TemporaryDirectory(prefix="crosscheck-", ignore_cleanup_errors=True) as folder:
+        given = Path(folder) / f"{case.name}.in.safetensors"
+        out = Path(folder) / f"{case.name}.out.safetensors"
+        write_tensors(given, inputs(case, dict(steps)))
+        words = [word.replace("{in}", str(given)).replace("{out}", str(out)) for word in program]
+        _run(words, time_limit, Path(folder) / "said")
+        tensors = read_output(out)
+    known = keys(case.config, case.tokenizer.vocab_size)
+    names = {f"step{number}/{key}": (number, key) for number in steps for key in known}
+    written: dict[int, Step] = {number: {} for number in steps}
+    for name, tensor in tensors.items():
+        if name not in names:
+            close = difflib.get_close_matches(name[:200], names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; see GUIDE.md for the names"
+            raise PortError(f"wrote {shortened(name)}, which is no name of a tensor here{hint}")
+        number, key = names[name]
+        written[number][key] = tensor
+    kinds = {tensor.dtype.name for tensor in tensors.values()}
+    if kinds == {"float32"} and dtype != "float32":
+        raise PortError("its file holds float32 numbers; hold them to that with --dtype float32")
+    return written
+
+
+def _run(words: Sequence[str], time_limit: float, said: Path) -> None:
+    """Run a program to its end, in a group of its own so that its children end with it.
+
+    Raises PortError if it fails or takes too long, MicrogptError if it cannot be started.
+    """
+    with open(said, "w+b") as file:
+        try:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise MicrogptError(f"--program: {words[0]}: {error.strerror}") from None
+        try:
+            status = process.wait(time_limit)
+        except subprocess.TimeoutExpired:
+            raise PortError(f"not done after {time_limit:g} seconds (--time-limit)") from None
+        finally:
+            _end(process)
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - LAST_WORDS))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    if status:
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        ending = f"ended with exit status {status}"
+        if status < 0:
+            ending = f"was ended by signal {-status} ({signal.strsignal(-status)})"
+        raise PortError(f"the program {ending}" + (f": {last[:200]}" if last else ""))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a program that runs yet, and what it has started."""
+    if os.name == "nt":
+        process.kill()
+    else:
+        # where there is none, all of them have ended; macOS says that it is not permitted
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def read_output(path: Path) -> Step:
+    """The tensors of a file that a program has written.
+
+    Raises PortError, which says what of the safetensors format the file does not keep.
+    """
+    if not os.path.isfile(path):
+        raise PortError("the program ended well, and wrote no file {out}")
+    try:
+        _check_format(path)
+        return TensorFile(path).tensors()
+    except MicrogptError as error:
+        raise PortError(f"its file is refused: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _check_format(path: Path) -> None:
+    """Refuse what is no safetensors file, in words for the person who wrote the writer."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            claim = f"says that its header has {length:,} bytes, and " if size >= 8 else ""
+            raise PortError(f"its file {claim}has {size:,} bytes in all: cut short?")
+        if length > LARGEST_HEADER:
+            raise PortError(f"its file has a header of {length:,} bytes, too many")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        tensors = {name: x for name, x in header.items() if name != "__metadata__"}
+        spans = sorted((*_span(name, x), name) for name, x in tensors.items())
+    except (ValueError, AttributeError, RecursionError):  # ValueError: also of what is not UTF-8
+        raise PortError("its file has a header that is not JSON as the guide shows it") from None
+    end = 0
+    for begin, stop, name in spans:
+        if begin != end:
+            raise PortError(
+                f"its file has {shortened(name)} begin at {begin:,}, and should at {end:,}"
+            )
+        end = stop
+    if end != size - 8 - length:
+        cut = ": cut short?" if end > size - 8 - length else ""
+        raise PortError(
+            f"its file has {size - 8 - length:,} bytes of numbers, and its header says {end:,}{cut}"
+        )
+
+
+def _span(name: str, described: Any) -> tuple[int, int]:
+    """Where a tensor's numbers begin and end."""
+    try:
+        dtype, shape = described["dtype"], described["shape"]
+        begin, end = described["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (LookupError, TypeError, ValueError):
+        raise PortError(
+            f"its file has {shortened(name)} without dtype, shape or data_offsets"
+        ) from None
+    if dtype not in ITEM_BYTES:
+        raise PortError(f"its file has {shortened(name)} of {dtype!r}; expected F64 or F32")
+    if not whole or end - begin != ITEM_BYTES[dtype] * math.prod(shape):
+        raise PortError(
+            f"its file has {shortened(name)} of shape {shape} and {dtype} in the bytes"
+            f" {begin} to {end}, which is not as many as that takes"
+        )
+    return begin, end
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

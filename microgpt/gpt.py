@@ -1,0 +1,436 @@
+"""A GPT in Python, with either implementation: docs/python.md shows the whole of it."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from microgpt.backend import NAMES, Backend, State, fresh_state, load_backend
+from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, not_finite, save_checkpoint
+from microgpt.config import Config, checked, load_config, typed, typed_fields
+from microgpt.data import digest, load_documents, located, parts
+from microgpt.errors import MicrogptError, shortened
+from microgpt.evaluate import evaluation
+from microgpt.init import init_params
+from microgpt.memory import check_memory
+from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
+from microgpt.train import batch, learning_rate
+
+IN_PYTHON = "(given in Python)"  # where a data set has no name
+LINES = 30  # of a repr
+
+
+class Tensors(dict[str, Any]):
+    """Arrays by name, as copies. To change a model, see `set_params`: writing here is refused."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        super().__init__({name: np.array(tensor) for name, tensor in tensors.items()})
+        for array in self.values():
+            array.flags.writeable = False
+
+    def __missing__(self, name: object) -> Any:
+        raise MicrogptError(f"there is no tensor {shortened(name)}{meant(name, self)}")
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        lines = [f"{name:{width}}  {array.shape}" for name, array in self.items()]
+        return "\n".join([*lines[:LINES], ".."] if len(lines) > LINES else lines)
+
+
+class GPT:
+    """A model, and the documents that it learns.
+
+    data       names, pride, makemore, the path of a text file, or a list of texts; by default the
+               data set of the configuration
+    config     a preset, or the path of a YAML file
+    backend    vectorized or scalar
+    fields     what differs from the configuration, such as n_layer=2
+
+    Raises MicrogptError, as everything here does for what the caller can mend.
+    """
+
+    _watched: Backend | None
+
+    def __init__(
+        self,
+        data: str | Iterable[str] | None = None,
+        config: str = "microgpt",
+        *,
+        backend: str = "vectorized",
+        **fields: Any,
+    ) -> None:
+        given = typed_fields({name: plain(value) for name, value in fields.items()}, "GPT")
+        settings = checked({**asdict(load_config(str(config))), **given})
+        texts, settings = _texts(data, settings)
+        rng = Random(settings.seed)
+        rng.shuffle(texts)
+        tokenizer = build_tokenizer("".join(texts), settings)
+        _check_backend(backend)
+        check_memory(settings, tokenizer.vocab_size, texts, backend)
+        self._take(texts, settings)
+        params = init_params(settings, tokenizer.vocab_size, rng)
+        self._begin(settings, tokenizer, fresh_state(params), rng, backend)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        data: str | Iterable[str] | None = None,
+        *,
+        backend: str = "vectorized",
+    ) -> GPT:
+        """The model of a checkpoint or a run directory; the data are read when they are needed."""
+        _check_backend(backend)
+        held = load_checkpoint(_path(path, "GPT.load"))
+        dtype = "float64" if backend == "scalar" else held.config.dtype
+        config = replace(held.config, cores=1, dtype=dtype)
+        gpt: GPT = cls.__new__(cls)
+        gpt._digest, gpt._parts = held.documents, None
+        gpt._begin(config, held.tokenizer, held.state, held.rng, backend)
+        if data is not None:
+            texts, gpt.config = _texts(data, config)
+            Random(config.seed).shuffle(texts)
+            gpt._take(texts, gpt.config)
+        return gpt
+
+    def save(self, path: str | Path) -> Path:
+        """Write a checkpoint, which `microgpt sample` and `GPT.load` read; returns its path."""
+        path = _path(path, "save")
+        path = path / FILE_NAME if path.is_dir() else path
+        config = replace(self.config, steps=max(self.config.steps, self.updates))
+        state = self._backend.state()
+        try:
+            save_checkpoint(
+                path, Checkpoint(config, self.tokenizer, state, self._rng, self._digest)
+            )
+        except FloatingPointError as error:
+            raise MicrogptError(f"save: {error}; nothing was written") from None
+        return path
+
+    # a step of training
+
+    def forward(self, documents: Any = None) -> float:
+        """The loss of a batch: texts, or lists of token ids; else the next batch of training."""
+        docs = self._tokens(documents)
+        self._stage, self._watched = "", None
+        try:
+            loss = float(self._backend.forward(docs))
+        except ArithmeticError as error:
+            raise MicrogptError(f"forward: {error.args[-1]}; the weights are too large") from None
+        self._stage, self._docs = "forward", docs
+        return loss
+
+    def backward(self) -> None:
+        """Find the gradient of the loss that forward found."""
+        if self._stage != "forward":
+            done = "has been called for it already" if self._stage else "needs a forward pass"
+            raise MicrogptError(f"backward: {done}; call forward(documents) first")
+        self._stage = ""
+        self._backend.backward()
+        self._stage = "backward"
+
+    def update(self, lr: float | None = None) -> None:
+        """One update by Adam; the learning rate is by default that of the schedule."""
+        self._need("update", "backward")
+        if lr is None and self.updates >= self.config.steps:
+            raise MicrogptError(
+                f"update: all {self.config.steps:,} steps of the schedule are done; give a learning"
+                " rate, as in update(lr=0.001), or make a model with more steps"
+            )
+        lr_t = learning_rate(self.updates, self.config) if lr is None else _rate(lr)
+        self._stage, self._watched = "", None
+        self._backend.update(lr_t)
+        self.updates += 1
+
+    def step(self, documents: Any = None, lr: float | None = None) -> float:
+        """forward, backward and update; returns the loss before the update."""
+        if lr is not None:
+            _rate(lr)
+        loss = self.forward(documents)
+        self.backward()
+        self.update(lr)
+        return loss
+
+    # what is in it
+
+    @property
+    def params(self) -> Tensors:
+        """The parameters by name."""
+        return Tensors(self._backend.state().params)
+
+    @property
+    def grads(self) -> Tensors:
+        """The derivative of the loss with respect to each parameter, until the update."""
+        self._need("grads", "backward")
+        return Tensors(self._backend.grads())
+
+    @property
+    def taps(self) -> Tensors:
+        """What the latest forward pass computed in between, zero where a document has ended."""
+        self._need("taps", "forward")
+        return Tensors(self._watching().taps())
+
+    @property
+    def dtaps(self) -> Tensors:
+        """The derivative of the loss with respect to each tap."""
+        self._need("dtaps", "backward")
+        watching = self._watching()
+        if watching is not self._backend:
+            watching.backward()
+        return Tensors(watching.dtaps())
+
+    def set_params(self, tensors: Mapping[str, Any]) -> None:
+        """Put these in the place of the parameters of their names."""
+        state = self._backend.state()
+        params = {**state.params, **self._checked(tensors, "set_params")}
+        self._begin(self.config, self.tokenizer, replace(state, params=params), self._rng,
+                    self.backend)  # fmt: skip
+
+    def set_grads(self, tensors: Mapping[str, Any]) -> None:
+        """Put these in the place of the gradients of their names, for update to go by."""
+        self._need("set_grads", "backward")
+        self._backend.set_grads({**self._backend.grads(), **self._checked(tensors, "set_grads")})
+
+    # what it has learned
+
+    def evaluate(self, documents: Any = None) -> float:
+        """The mean loss over texts; by default those that were held out of training."""
+        if documents is None:
+            documents = self.held_out
+            if not documents:
+                raise MicrogptError("evaluate: nothing was held out of training; give texts")
+        texts = [documents] if isinstance(documents, str) else documents
+        self._tokens(texts)
+        if not all(isinstance(text, str) for text in texts):
+            raise MicrogptError("evaluate: expected texts; for token ids there is forward")
+        try:
+            return evaluation(self._backend, texts, self.tokenizer, self.config).loss
+        except ArithmeticError as error:
+            raise MicrogptError(f"evaluate: {error.args[-1]}") from None
+
+    def sample(
+        self,
+        num: int = 1,
+        *,
+        prompt: str = "",
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Texts drawn from the model; without a seed, each call draws others.
+
+        temperature    divides the logits; 0: the likeliest token each time
+        top_k          draw from so many of the likeliest tokens; 0: from all
+        """
+        if temperature is None:
+            temperature = self.config.temperature
+        temperature = typed("temperature", plain(temperature), "sample: temperature")
+        top_k = self.config.top_k if top_k is None else top_k
+        top_k = typed("top_k", plain(top_k), "sample: top_k")
+        num = typed("num_samples", plain(num), "sample: num")
+        if not isinstance(prompt, str):
+            raise MicrogptError(f"sample: prompt: expected a text, got {shortened(prompt)}")
+        start = prompt_ids(prompt, self.tokenizer, self.config, "sample: prompt")
+        rng = self._rng if seed is None else Random(typed("seed", plain(seed), "sample: seed"))
+        first = self._backend.read([self.tokenizer.bos])
+        if not np.isfinite(first).all():
+            raise MicrogptError("sample: the model's numbers are too large to draw from")
+        drawn = self._backend.sample(self.tokenizer, rng, num, temperature, start, top_k)
+        return [self.tokenizer.decode(ids) for ids in drawn]
+
+    @property
+    def training(self) -> Any:
+        """The documents that training goes through, shuffled; or windows of a text."""
+        return self._split()[0]
+
+    @property
+    def held_out(self) -> list[str]:
+        """The documents that training does not see."""
+        return self._split()[1]
+
+    def __repr__(self) -> str:
+        c, numbers = self.config, sum(array.size for array in self.params.values())
+        return (
+            f"GPT({self.backend}, {c.n_layer} x {c.n_embd} with {c.n_head} heads, context"
+            f" {c.block_size}, vocabulary {self.tokenizer.vocab_size}, {numbers:,} parameters,"
+            f" {self.updates:,} updates)"
+        )
+
+    # how it is done
+
+    def _begin(
+        self, config: Config, tokenizer: Tokenizer, state: State, rng: Random, backend: str
+    ) -> None:
+        self.config, self.tokenizer, self.backend = config, tokenizer, backend
+        self.updates = state.updates
+        self._rng = rng
+        self._stage = ""  # what was done last with the parameters as they are: forward, backward
+        self._watched = None
+        self._backend = load_backend(backend, config, state)
+
+    def _take(self, texts: list[str], config: Config) -> None:
+        self._parts: Any = parts(texts, config)
+        self._digest = digest(texts)
+
+    def _split(self) -> Any:
+        if self._parts is None:  # of a model that was loaded
+            if self.config.dataset == IN_PYTHON:
+                raise MicrogptError(
+                    "the documents of this model are not in its checkpoint; give some, as in"
+                    " step(documents), or all, as in GPT.load(path, data)"
+                )
+            texts = load_documents(self.config.dataset, self.config.documents)
+            Random(self.config.seed).shuffle(texts)
+            if digest(texts) != self._digest:
+                raise MicrogptError(
+                    f"{self.config.dataset}: has changed since this model was trained; give its"
+                    " data, as in GPT.load(path, data)"
+                )
+            self._take(texts, self.config)
+        return self._parts
+
+    def _need(self, what: str, stage: str) -> None:
+        if self._stage not in ("backward", stage):
+            after = "backward()" if stage == "backward" and self._stage else "forward(documents)"
+            also = " and backward()" if stage == "backward" and not self._stage else ""
+            raise MicrogptError(
+                f"{what}: call {after}{also} first; an update or new parameters make them void"
+            )
+
+    def _watching(self) -> Backend:
+        """An implementation that keeps all taps of the latest batch."""
+        if self.backend == "scalar":  # which keeps them anyway
+            return self._backend
+        if self._watched is None:
+            config = replace(self.config, cores=1)
+            self._watched = load_backend(self.backend, config, self._backend.state(), watch=True)
+            self._watched.forward(self._docs)
+        return self._watched
+
+    def _tokens(self, documents: Any) -> list[list[int]]:
+        """The token ids of documents, each of which fits into the context."""
+        if documents is None:
+            return batch(self.updates, self.training, self.tokenizer, self.config)
+        if isinstance(documents, str):
+            documents = [documents]
+        try:
+            items = list(documents)
+        except TypeError:
+            raise MicrogptError(
+                f"expected a list of documents, got {shortened(documents)}"
+            ) from None
+        if not items:
+            raise MicrogptError("an empty batch has no loss; give one document or more")
+        return [self._document(item, f"document {i}") for i, item in enumerate(items, 1)]
+
+    def _document(self, item: Any, where: str) -> list[int]:
+        longest, V = self.config.max_tokens, self.tokenizer.vocab_size
+        if isinstance(item, str):
+            if len(item) > self.config.window:
+                raise MicrogptError(
+                    f"{where}: {shortened(item, 20)} has {len(item):,} characters, and the context"
+                    f" takes {self.config.window:,}; cut it, or take a larger block_size"
+                )
+            return self.tokenizer.document(item, longest)
+        try:
+            ids = [] if isinstance(item, (bytes, Mapping)) else [operator.index(i) for i in item]
+        except TypeError:
+            ids = []
+        if len(ids) < 2:
+            raise MicrogptError(
+                f"{where}: expected a text, or two token ids or more, got {shortened(item)}"
+            )
+        for token in ids:
+            if not 0 <= token < V:
+                raise MicrogptError(
+                    f"{where}: the token id {shortened(token)} is outside the vocabulary, which"
+                    f" has 0 to {V - 1}"
+                )
+        if len(ids) > longest:
+            raise MicrogptError(
+                f"{where}: has {len(ids):,} tokens, and the context takes {longest:,}; cut it, or"
+                " take a larger block_size"
+            )
+        return ids
+
+    def _checked(self, tensors: Any, where: str) -> dict[str, Any]:
+        """Tensors that came from outside, if their names and shapes are those of parameters."""
+        if not isinstance(tensors, Mapping):
+            raise MicrogptError(f"{where}: expected tensors by name, got {shortened(tensors)}")
+        params = self._backend.state().params
+        found: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            if name not in params:
+                raise MicrogptError(
+                    f"{where}: there is no parameter {shortened(name)}{meant(name, params)}"
+                )
+            try:
+                found[name] = np.array(tensor, float)
+            except (TypeError, ValueError):
+                raise MicrogptError(f"{where}: {name}: expected rows of numbers") from None
+            if found[name].shape != np.shape(params[name]):
+                raise MicrogptError(
+                    f"{where}: {name}: expected the shape {np.shape(params[name])}, got"
+                    f" {found[name].shape}"
+                )
+        if not_finite(found):
+            raise MicrogptError(f"{where}: {not_finite(found)}: is not finite everywhere")
+        return found
+
+
+def meant(name: object, names: Iterable[str]) -> str:
+    """The name that is closest to one that there is not."""
+    known = list(names)
+    ends = [full for full in known if full.endswith(f".{name}")]
+    close = ends or difflib.get_close_matches(str(name)[:80], known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known[:4])}, .."
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_backend(name: object) -> None:
+    if name not in NAMES:
+        raise MicrogptError(f"backend: expected {' or '.join(NAMES)}, got {shortened(name)}")
+
+
+def _path(path: Any, where: str) -> Path:
+    if not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path):
+        raise MicrogptError(f"{where}: expected a path, got {shortened(path)}")
+    return Path(path)
+
+
+def _rate(lr: Any) -> float:
+    rate: float = typed("learning_rate", plain(lr), "lr")
+    return rate
+
+
+def _texts(data: Any, config: Config) -> tuple[list[str], Config]:
+    """The documents of what was given as data, and a configuration that knows where they are."""
+    if data is None or isinstance(data, (str, Path)):
+        dataset = config.dataset if data is None else str(data)
+        texts = load_documents(dataset, config.documents)
+        return texts, replace(config, dataset=located(dataset))
+    if isinstance(data, (set, frozenset)):
+        raise MicrogptError("data: a set comes in another order each time; give a list")
+    try:
+        texts = list(data)
+    except TypeError:
+        texts = [data]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise MicrogptError(f"data: expected a name, a path or texts, got {shortened(wrong)}")
+    if not any(texts):
+        raise MicrogptError("data: there is no text in it")
+    if config.documents == "windows":
+        texts = ["\n".join(texts)]
+    return texts, replace(config, dataset=IN_PYTHON)
