@@ -212,7 +212,7 @@ class GPT:
         if documents is None and not texts:
             raise MicrogptError("evaluate: nothing was held out of training; give texts")
         if documents is not None:
-            texts = [texts] if isinstance(texts, str) else list(texts)
+            texts = _items(documents)
             self._tokens(texts)
         if not all(isinstance(text, str) for text in texts):
             raise MicrogptError("evaluate: expected texts; for token ids there is forward")
@@ -324,16 +324,7 @@ class GPT:
         """The token ids of documents, each of which fits into the context."""
         if documents is None:
             return batch(self.updates, self.training, self.tokenizer, self.config)
-        if isinstance(documents, str):
-            documents = [documents]
-        try:
-            items = list(documents)
-        except TypeError:
-            raise MicrogptError(
-                f"expected a list of documents, got {shortened(documents)}"
-            ) from None
-        if not items:
-            raise MicrogptError("an empty batch has no loss; give one document or more")
+        items = _items(documents)
         return [self._document(item, f"document {i}") for i, item in enumerate(items, 1)]
 
     def _document(self, item: Any, where: str) -> list[int]:
@@ -389,6 +380,17 @@ class GPT:
         if not_finite(found):
             raise MicrogptError(f"{where}: {not_finite(found)}: is not finite everywhere")
         return found
+
+
+def _items(documents: Any) -> list[Any]:
+    """The documents of a batch, one by one."""
+    try:
+        items = [documents] if isinstance(documents, str) else list(documents)
+    except TypeError:
+        raise MicrogptError(f"expected a list of documents, got {shortened(documents)}") from None
+    if not items:
+        raise MicrogptError("an empty batch has no loss; give one document or more")
+    return items
 
 
 def meant(name: object, names: Iterable[str]) -> str:

@@ -190,6 +190,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: gpt.set_grads({}), "set_grads: call forward(documents) and backward() first"),
     (lambda gpt: gpt.evaluate(), "evaluate: nothing was held out of training; give texts"),
     (lambda gpt: gpt.evaluate([[0, 1]]), "evaluate: expected texts"),
+    (lambda gpt: gpt.evaluate(5), "expected a list of documents, got 5"),
     (lambda gpt: gpt.evaluate([]), "an empty batch has no loss"),
     (lambda gpt: gpt.sample(-1), "sample: num: expected 0 or more, got -1"),
     (lambda gpt: gpt.sample("ava"), "sample: num: expected a whole number, got 'ava'"),
@@ -253,7 +254,7 @@ def test_what_is_held_out_may_be_longer_than_the_context() -> None:
 
 
 def test_processes_are_for_those_who_ask_for_them() -> None:
-    assert microgpt.GPT(TEXTS, "names-fast").config.cores == 1
+    assert microgpt.GPT(TEXTS, "names-fast", held_out=0).config.cores == 1
 
 
 def test_documents_that_are_not_in_a_checkpoint_are_asked_for(gpt: Any, tmp_path: Path) -> None:
