@@ -127,7 +127,7 @@ def draw_map(wrong: bool) -> str:
         steps[1]["backward/dlayer1.attn_logits"] *= 1.01
         steps[1]["gradient/dwte"] *= 1.01
     outcome = compare(case, trace(case, "scalar", "float64", 3), steps)
-    return html.of_traces(outcome, "ours", HOSTILE if wrong else "theirs")
+    return html.of_outcomes("traces", [outcome], "ours", HOSTILE if wrong else "theirs")
 
 
 def draw_report(folder: Path, count: int) -> str:
