@@ -148,7 +148,12 @@ def summary(tally: Tally, comparisons: int) -> str:
     lines = [
         f"{comparisons} comparisons over {tally.steps:,} steps: {tally.tensors:,} tensors,"
         f" {tally.elements:,} elements",
-        f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})",
+        (
+            f"{tally.within:,} tensors lie within the least noise that there can be; of the others "
+            if tally.within
+            else ""
+        )
+        + f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key or 'none'})",
         f"excused, being farther apart than {RTOL:g} of their size: {', '.join(counted) or 'none'}",
     ]
     return "\n".join(wrapped for line in lines for wrapped in textwrap.wrap(line, WIDTH) or [""])
