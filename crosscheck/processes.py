@@ -93,8 +93,8 @@ def _started(items: Sequence[pytest.Item]) -> Worker:
 def _ended(item: pytest.Item, code: int) -> Any:
     """The report of a test whose process has ended, as plain data."""
     words = (
-        f"the process that ran this test has ended, with exit code {code};"
-        " --processes 1 runs all tests in this one"
+        f"the process that ran this test has ended, with exit code {code};\n"
+        "--processes 1 runs all tests in this one"
     )
     report = pytest.TestReport(item.nodeid, item.location, {}, "failed", words, "call")
     return item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
