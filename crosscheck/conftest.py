@@ -486,7 +486,9 @@ class Session:
         return lines
 
     def _consequences(self, cause: Cause) -> tuple[str, str]:
-        return shared(cause, self.left.runs, _loaded), also(cause)
+        files = {Path(name).stem: name for name in self.config.getoption("--case") or case_names()}
+        runs = [run for run in self.left.runs if run.case in files]  # others have no file
+        return shared(cause, runs, lambda name: _loaded(files[name])), also(cause)
 
     def pytest_sessionfinish(self) -> None:
         html = self.config.getoption("--html")
