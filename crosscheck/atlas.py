@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,9 +38,9 @@ from scalar.backend import Backend as Scalar
 from scalar.value import Value
 
 TEXT = "emma"
-MOST = 4_000_000  # products in scalar's graph: weights times positions
+MOST = 1_000_000  # products in scalar's graph: weights times positions
 SHOWN = 16  # additions of a derivative that are listed
-NUMBERS = 30_000  # numbers of all taps that are written out, twice; of more, the first rows
+NUMBERS = 12_000  # numbers of all taps that are written out, twice; of more, the first rows
 LETTERS = {  # what an axis counts: one, and several
     "B": ("document", "documents"),
     "T": ("position", "positions"),
@@ -171,9 +171,12 @@ class Received(NamedTuple):
 
 
 class Graph:
-    """scalar's graph of a loss: which += its backward pass makes, and through which taps."""
+    """scalar's graph of a loss: which += its backward pass makes, and through which taps.
 
-    def __init__(self, case: Case, state: State) -> None:
+    followed    the elements of which every single += is kept
+    """
+
+    def __init__(self, case: Case, state: State, followed: Container[tuple[str, Index]]) -> None:
         backend = Scalar(suited(case.config, "scalar", "float64"), state)
         backend.forward(case.docs(0))
         self.places = dict(_places(backend))
@@ -200,10 +203,11 @@ class Graph:
             if through not in self.parts[name]:
                 self.parts[name][through] = np.zeros(shapes[name])
             self.parts[name][through][index] += local * value.grad
-            total[child] += local * value.grad
-            self.received[name, index].append(
-                Received(local, value, i, through, where, total[child])
-            )
+            if (name, index) in followed:
+                total[child] += local * value.grad
+                self.received[name, index].append(
+                    Received(local, value, i, through, where, total[child])
+                )
 
     def addition(self, one: Received, letters: Sequence[str], layer: str) -> Addition:
         """A += with everything by its name."""
@@ -277,7 +281,6 @@ class Atlas:
             )
         self.tokens = docs[0]
         self.table, self.params = taps(self.config), params(self.config)
-        self.graph = Graph(case, state)
         self.steps: list[Step] = []
         self.after: list[Step] = []
         rate = learning_rate(min(number, self.config.steps - 1), self.config)
@@ -287,6 +290,8 @@ class Atlas:
             self.steps.append(trace_step(pair, docs, rate))
             if update:
                 self.after.append(trace_step(pair, docs, rate))
+        names = (*self.table, *self.params)
+        self.graph = Graph(case, state, {(name, self.index(name)) for name in names})
         self.number = number + 1
         self.sources = Source("scalar/model.py"), Source("vectorized/model.py")
         self.links = {name: f"text-{name}" for source in self.sources for name in source.functions}
@@ -491,8 +496,7 @@ class Atlas:
         scale = max(self._scale(key), float(np.abs(after).max()))
         change = float(np.abs(after - before).max())
         return [
-            ("before the update", self._pictures(key, before, scale), scale),
-            ("after it", self._pictures(key, after, scale), scale),
+            ("after the update", self._pictures(key, after, scale), scale),
             ("the change", self._pictures(key, after - before, change), change),
         ]
 
@@ -609,7 +613,7 @@ class Atlas:
         """Both models function by function: the forward pass, and the backward pass beneath."""
         left, right = self.sources
         links = dict(self.links)
-        first = f"layer{0}."
+        first = "layer0."
         for name in self.table:
             if "." not in name or name.startswith(first):
                 short = name.rpartition(".")[2]
@@ -652,7 +656,10 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
     origin    where the model comes from, in words
     update    show the model after this step's update, too
     """
-    made = Atlas(case, state, update)
+    try:
+        made = Atlas(case, state, update)
+    except FloatingPointError as error:
+        raise MicrogptError(f"{error}, so there is nothing to draw") from None
     value = Source("scalar/value.py")
     stops = list(made.stops())
     example = next(stop for stop in stops if stop.id.endswith("dlayer0.k"))
@@ -661,12 +668,11 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
         title=f"Atlas of {origin}",
         origin=origin,
         config=made.config,
-        document=case.batches[0][0],
         letters=[made.token(i) for i in made.tokens],
         stops=stops,
         ids={stop.id for stop in stops},
         short=lambda name: name.rpartition(".")[2],
-        groups=groups(stops, made),
+        groups=groups(made),
         texts=made.texts(),
         example=example,
         engine=Snippet(value.path, value.highlighted(value.span("backward"), {})),
@@ -679,7 +685,7 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
     )
 
 
-def groups(stops: Sequence[Stop], made: Atlas) -> list[tuple[str, list[tuple[str, str]]]]:
+def groups(made: Atlas) -> list[tuple[str, list[tuple[str, str]]]]:
     """The taps by the function that computes them, in the order of the forward pass."""
     found: dict[str, list[tuple[str, str]]] = {}
     for tap in made.table.values():
@@ -742,11 +748,14 @@ def _trained(config: Config, steps: int, known: str) -> tuple[Tokenizer, State, 
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend("vectorized", replace(config, cores=1), fresh_state(params))
     training, _ = parts(documents, config)
-    with np.errstate(all="ignore"):
-        for step in range(steps):
-            backend.forward(batch(step, training, tokenizer, config))
-            backend.backward()
-            backend.update(learning_rate(step, config))
+    try:
+        with np.errstate(all="ignore"):
+            for step in range(steps):
+                backend.forward(batch(step, training, tokenizer, config))
+                backend.backward()
+                backend.update(learning_rate(step, config))
+    except FloatingPointError as error:
+        raise MicrogptError(f"step {step + 1}: {error}; choose an earlier --step") from None
     return tokenizer, backend.state(), nth(training, steps * config.batch_size)
 
 

@@ -319,6 +319,8 @@ def mutants(formula: str) -> Iterator[tuple[str, str]]:
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     for number in {node.value for node in constants if isinstance(node.value, (int, float))}:
         alike = [node for node in constants if node.value == number]
+        if len(alike) < 2:
+            continue
         for other in (number - 1, number + 1, number / 2, number * 2):
             for node in alike:
                 node.value = other

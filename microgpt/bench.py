@@ -30,7 +30,7 @@ import numpy as np
 from microgpt import calls
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.config import Config
-from microgpt.data import load_documents
+from microgpt.data import load_documents, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
@@ -523,10 +523,11 @@ def _start(
 ) -> tuple[State, list[Docs]]:
     """The parameters and the first batches of a run, or all batches of the documents given."""
     rng = Random(config.seed)
-    documents = load_documents(config.dataset)
+    documents = load_documents(config.dataset, config.documents)
     tokenizer = build_tokenizer("".join(documents), config)
     documents = list(given) or documents
     rng.shuffle(documents)
+    training = documents if given else parts(documents, replace(config, held_out=0))[0]
     trained = replace(config, num_samples=0)  # nothing is drawn here
     seen = documents
     if backend_name == "scalar":  # which is asked for as much as it can do in seconds
@@ -535,7 +536,7 @@ def _start(
     check_memory(trained, tokenizer.vocab_size, seen, backend_name)
     state = fresh_state(init_params(config, tokenizer.vocab_size, rng))
     batches = (len(given) or max(4 * config.batch_size, 64)) // config.batch_size
-    return state, [batch(step, documents, tokenizer, config) for step in range(batches)]
+    return state, [batch(step, training, tokenizer, config) for step in range(batches)]
 
 
 def _cpu() -> str:

@@ -151,7 +151,8 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    print(f"everything is in {run.out}; to look at it: microgpt report {quote(str(run.out))}")
+    look = "" if options.quiet else f"; to look at it: microgpt report {quote(str(run.out))}"
+    print(f"everything is in {run.out}{look}")
     return 0
 
 

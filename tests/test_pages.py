@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shlex
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -20,16 +21,18 @@ pytest.importorskip("jinja2", reason="pages need the extra `pages`")
 pytest.importorskip("pygments", reason="pages need the extra `pages`")
 
 from crosscheck import html
+from crosscheck.__main__ import main as crosscheck
 from crosscheck.atlas import Atlas, atlas
-from crosscheck.cases import Case, case_names, load_case
+from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.compare import compare
 from crosscheck.trace import Step, trace
 from microgpt.backend import fresh_state
 from microgpt.cli import main
 from microgpt.config import load_config
+from microgpt.errors import MicrogptError
 from microgpt.pages import pictures, run_report
 from microgpt.pages.sources import Source, side_by_side, upside_down
-from microgpt.taps import taps
+from microgpt.taps import consumers, taps
 
 LARGEST_ATLAS, LARGEST_MAP = 2_000_000, 1_000_000
 SCALAR, VECTORIZED = Source("scalar/model.py"), Source("vectorized/model.py")
@@ -99,6 +102,10 @@ def test_a_large_matrix_keeps_its_largest_numbers() -> None:
     levels, _ = pixels(pictures.heat(matrix, 3.0))
     assert levels.shape == (pictures.LARGEST, 2)
     assert levels.min() == 0
+    there = np.arange(1000)[:, None] < [1000, 0]
+    levels, _ = pixels(pictures.heat(matrix, 3.0, there))
+    assert (levels[:, 1] == pictures.ABSENT).all()
+    assert (levels[:, 0] == pictures.LEVELS).all()
 
 
 def test_a_curve_of_many_steps_keeps_its_means_and_its_ends() -> None:
@@ -184,7 +191,8 @@ def test_what_the_consumers_send_back_adds_up_to_the_derivative(name: str) -> No
         key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
         parts = made.graph.parts[stop.id[1:]]
         np.testing.assert_allclose(sum(parts.values()), step[key], rtol=1e-9, atol=1e-12)
-        assert {part.name for part in stop.parts} == {f"d{name}" for name in parts}
+        users = {user.name for user, _ in consumers(case.config)[stop.id[1:]]}
+        assert {part.name for part in stop.parts} == {f"d{user}" for user in users}
         assert sum(part.value for part in stop.parts) == pytest.approx(stop.element.scalar)
         assert sum(part.count for part in stop.parts) == len(stop.additions) + stop.more
         if not stop.more:
@@ -235,7 +243,15 @@ def test_before_and_after_an_update_the_weights_differ_by_the_update() -> None:
     after = made.after[1]["entry/wte"]
     np.testing.assert_allclose(sum(made.steps[1][key] for key in wte), after, rtol=1e-12)
     titles = [title for stop in made.stops() for title, *_ in stop.states]
-    assert {"before the update", "after it", "the change", "m after the step"} <= set(titles)
+    assert {"after the update", "the change", "m after the step"} <= set(titles)
+
+
+def test_three_layers_and_a_full_context_before_and_after_an_update_stay_small() -> None:
+    config = load_config(overrides={"n_layer": "3"})
+    case = Case("full", "", config, "abcdefghijklmnopqrstuvwxyz", [["abcdefghijklmnop"]])
+    page = atlas_of(with_params(case, draw_params(case)), update=True)
+    assert len(page.encode()) < LARGEST_ATLAS
+    assert " rows more" in page
 
 
 def microgpt(*arguments: str) -> int:
@@ -293,6 +309,13 @@ def test_what_cannot_be_drawn_is_told_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "atlas.html").exists()
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_takes_the_memory() -> None:
+    config = load_config(overrides={"n_embd": "256", "n_layer": "4"})
+    case = Case("large", "", config, "ab", [["ab"]])
+    with pytest.raises(MicrogptError, match="take a shorter --text, or a smaller model"):
+        atlas_of(with_params(case, {"wte": np.zeros((3000, 256))}))
 
 
 @pytest.mark.parametrize("command", [["atlas"], ["report", "nowhere"]])
@@ -431,7 +454,7 @@ def test_a_folder_that_holds_no_run_is_refused(
 
 def outcome_page(case: Case, candidate: list[Step]) -> str:
     outcome = compare(case, trace(case, "scalar", "float64", len(candidate)), candidate)
-    return html.of_traces(outcome, "ours", HOSTILE)
+    return html.of_outcomes("traces", [outcome], "ours", HOSTILE)
 
 
 def test_a_map_shows_the_first_divergence_and_what_follows() -> None:
@@ -487,3 +510,31 @@ def test_the_map_of_all_cases_is_small() -> None:
         for i in range(22)
     ]  # fmt: skip
     assert len(html.page(parts, [], "", ("scalar", "vectorized")).encode()) < LARGEST_MAP
+
+
+def test_diff_draws_a_map_of_two_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = []
+    for backend in ("scalar", "vectorized"):
+        traces.append(str(tmp_path / f"{backend}.safetensors"))
+        told = ["--case", "one-document", "--backend", backend, "--steps", "2"]
+        assert crosscheck(["trace", *told, "--out", traces[-1]]) == 0
+    out = tmp_path / "map.html"
+    assert crosscheck(["diff", *traces, "--html", str(out)]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    page = out.read_text(encoding="utf-8")
+    assert "Crosscheck of scalar and vectorized" in page
+    assert page.count("<figcaption") == 1
+
+
+def test_the_crosscheck_draws_a_map_of_what_its_processes_compare(tmp_path: Path) -> None:
+    out = tmp_path / "map.html"
+    told = ["--case", "one-document", "--case", "single-character", "-k", "first or taught"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "crosscheck", "test", *told, "--processes", "2", "--html", str(out)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    page = out.read_text(encoding="utf-8")
+    sheets = re.findall(r'id="sheet-\d+" data-stop><span tabindex="-1">([^<]+)<', page)
+    assert sheets == ["first steps", "steps one by one"]
+    assert page.count(">single-character</figcaption>") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import sys
@@ -163,6 +164,40 @@ def test_what_is_held_out_may_have_no_finite_loss(start: list[str]) -> None:
     with patch("microgpt.train.evaluation", side_effect=FloatingPointError("inf")):
         assert microgpt(*start, "--held-out", 3, "--eval-every", 4, "--out", "run") == 0
     assert not any("held_out" in line for line in figures("run"))
+
+
+def test_eval_measures_what_was_held_out_unless_told_otherwise(
+    start: list[str], words: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert microgpt(*start, "--held-out", 3, "--out", "run") == 0
+    (told,) = re.findall(r"loss (\S+) on 3 documents kept from", capsys.readouterr().out)
+    found = {}
+    for part, documents in (("held-out", 3), ("training", 6), ("all", 9)):
+        assert microgpt("eval", "run", "--json", "--part", part) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["part"], said["documents"], said["kind"]) == (part, documents, "lines")
+        assert said["by_position"][0]["documents"] == documents
+        found[part] = said["loss"]
+    assert f"{found['held-out']:.4f}" == told
+    assert 3 * found["held-out"] + 6 * found["training"] == pytest.approx(9 * found["all"])
+    for more, first in (
+        ([], "words.txt, held out of training: 3 documents"),
+        (["--dataset", words], "words.txt, all: 9 documents"),
+    ):
+        assert microgpt("eval", "run", *more) == 0
+        assert capsys.readouterr().out.splitlines()[0] == first
+
+
+def test_what_was_held_out_of_a_data_set_that_changed_is_not_known(
+    start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path("own.txt")
+    own.write_text("emma\nana\nmia\n", encoding="utf-8")
+    assert microgpt(*start, "--held-out", 1, "--dataset", own, "--out", "run") == 0
+    own.write_text("emma\nana\nmm\n", encoding="utf-8")
+    assert microgpt("eval", "run") == 2
+    assert "has changed since the model was trained" in capsys.readouterr().err
+    assert microgpt("eval", "run", "--part", "all") == 0
 
 
 # divergence

@@ -116,6 +116,11 @@ def test_what_is_held_out_is_the_end_of_the_text_and_never_trained_on() -> None:
     assert [len(window) for window in held_out] == [5, 5, 5]
 
 
+def test_what_does_not_fill_a_window_is_left_over() -> None:
+    assert cut("abcdefgh", 3) == ["abc", "def"]
+    assert cut("ab", 3) == []
+
+
 @pytest.mark.parametrize(("held_out", "block_size"), [("12", "5"), ("0", "61"), ("1", "31")])
 def test_a_text_without_a_window_to_train_on_is_refused(held_out: str, block_size: str) -> None:
     sizes = {"documents": "windows", "block_size": block_size, "held_out": held_out}

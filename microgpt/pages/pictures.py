@@ -34,11 +34,10 @@ DIVERGING = _diverging()
 
 def heat(numbers: Array, scale: float, there: Array | None = None) -> str:
     """A matrix as a PNG, one pixel a number: blue below zero, orange above, full at `scale`."""
-    matrix = _smaller(np.atleast_2d(np.asarray(numbers, float)))
-    shares = np.clip(matrix / scale if scale else matrix, -1.0, 1.0)
+    matrix = np.atleast_2d(np.asarray(numbers, float))
+    matrix = _smaller(matrix if there is None else np.where(there, matrix, np.nan))
+    shares = np.clip(np.nan_to_num(matrix) / (scale or 1.0), -1.0, 1.0)
     levels = np.where(np.isfinite(matrix), np.rint(shares * LEVELS) + LEVELS, ABSENT)
-    if there is not None:
-        levels = np.where(there, levels, ABSENT)
     return png(levels.astype(np.uint8), DIVERGING)
 
 
@@ -47,8 +46,8 @@ def _smaller(matrix: Array) -> Array:
         n = matrix.shape[axis]
         if n > LARGEST:
             starts = np.arange(LARGEST) * n // LARGEST
-            high = np.maximum.reduceat(matrix, starts, axis)
-            low = np.minimum.reduceat(matrix, starts, axis)
+            high = np.fmax.reduceat(matrix, starts, axis)
+            low = np.fmin.reduceat(matrix, starts, axis)
             matrix = np.where(high > -low, high, low)
     return matrix
 

@@ -265,7 +265,7 @@ def _rms(numbers: Array) -> float:
 
 
 def _texts(run: RunSeen, count: int) -> list[str]:
-    """A few documents: emma, if the model knows her letters, and what it has written itself."""
+    """A few documents: emma, if the model knows its letters, and what the model has written."""
     known = set(run.checkpoint.tokenizer.chars) if run.checkpoint else set()
     wished = ["emma", *(sample.text for sample in run.samples), "".join(sorted(known))[:4]]
     usable = [text for text in wished if text and set(text) <= known]

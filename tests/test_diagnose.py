@@ -1,0 +1,106 @@
+"""A diagnosis is reproduced from the numbers: faults are put into a trace, and read off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import crosscheck.diagnose
+from crosscheck.cases import Case, load_case
+from crosscheck.diagnose import diagnose
+from crosscheck.operations import Around, calls
+from crosscheck.trace import Array, Step, trace
+from crosscheck.where import where
+
+JUDGES = ("diagnose", "explain", "operations", "read_again", "variants", "where")
+Fault = Callable[[Step, Around], Array]
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, tuple[Case, list[Step]]]:
+    names = ("two-layers", "tied-two-layers", "three-layers", "ragged-batch", "gelu")
+    cases = {name: load_case(name) for name in names}
+    return {name: (case, list(trace(case, "vectorized", "float64", 2)))
+            for name, case in cases.items()}  # fmt: skip
+
+
+def said(steps: dict[str, tuple[Case, list[Step]]], name: str, key: str, fault: Fault) -> str:
+    case, (before, step) = steps[name]
+    wrong = {**step, key: np.asarray(fault(step, Around(case.config, step)))}
+    return diagnose(case, 2, key, step, wrong, before)
+
+
+def _linear(w: str, x: str) -> Fault:
+    return lambda s, a: s[f"forward/{x}"] @ s[f"entry/{w}"].T
+
+
+def _without(key: str, which: int, times: float = 0.0) -> Fault:
+    """The tensor with one of its contributions multiplied."""
+    return lambda s, a: s[key] + (times - 1) * calls(a, key)[which].total()
+
+
+NORM, LOGITS = "backward/dlayer1.attn_norm", "backward/dlayer1.attn_logits"
+FAULTS: list[tuple[str, str, Fault, str]] = [
+    ("two-layers", "forward/layer1.q", _linear("layer0.attn_wq", "layer1.attn_norm"),
+     "layer0.attn_wq in place of layer1.attn_wq"),
+    ("three-layers", "forward/layer2.k", _linear("layer2.attn_wk", "layer1.mlp_res"),
+     "layer1.mlp_res in place of layer2.attn_norm"),
+    ("tied-two-layers", "forward/layer0.v", lambda s, a: s["forward/layer0.attn_norm"]
+     @ s["entry/layer0.attn_wv"], "layer0.attn_wv transposed"),
+    ("two-layers", NORM, _without(NORM, 2), "missing: the contribution of layer1.v"),
+    ("three-layers", NORM, _without(NORM, 0, 2.0), "there twice: the contribution of layer1.q"),
+    ("gelu", NORM, _without(NORM, 1, -1.0), "the sign of the contribution of layer1.k"),
+    ("tied-two-layers", "gradient/dwte", _without("gradient/dwte", 1),
+     "missing: the contribution of wte as lm_head"),
+    ("two-layers", LOGITS, lambda s, a: calls(a, LOGITS)[0].terms()[
+        "the first term of the softmax's derivative"], "missing: the sum over the row"),
+    ("gelu", "backward/dlayer0.mlp_pre", lambda s, a: s["backward/dlayer0.mlp_act"],
+     "the slope of the activation is left out"),
+    ("ragged-batch", "gradient/dlayer0.attn_wq", lambda s, a: np.einsum(
+        "bto,bti->oi", s["backward/dlayer0.q"][:1], s["forward/layer0.attn_norm"][:1]),
+     "only the first document"),
+    ("two-layers", "gradient/dlayer0.mlp_fc1", lambda s, a: s["gradient/dlayer0.mlp_fc1"] * 3.7,
+     "3.7 times the reference's; no name for this factor"),
+    ("two-layers", "forward/emb", lambda s, a: s["forward/emb"] + s["forward/emb"] * 0.5
+     * (np.arange(s["forward/emb"].shape[1]) == 0)[:, None], "wrong at the first position"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "fault", "words"), FAULTS, ids=lambda x: str(x)[:40])
+def test_a_fault_is_read_off_the_numbers(
+    steps: dict[str, tuple[Case, list[Step]]], name: str, key: str, fault: Fault, words: str
+) -> None:
+    assert words in said(steps, name, key, fault)
+
+
+def test_numbers_that_nothing_explains_are_not_explained(
+    steps: dict[str, tuple[Case, list[Step]]],
+) -> None:
+    case, (_, step) = steps["two-layers"]
+    rng = np.random.default_rng(0)
+    for key in step:
+        if key.startswith(("forward/layer1", "backward/dlayer1", "gradient/", "adam_m/")):
+            noise = rng.standard_normal(step[key].shape)
+            words = diagnose(case, 2, key, step, {**step, key: step[key] * (1 + noise)}, None)
+            assert not words or words.startswith(("wrong ", "rows sum to ")), f"{key}: {words}"
+
+
+def test_an_axis_with_one_index_is_no_place() -> None:
+    case = load_case("one-head")
+    tokens = np.array([[26, 1, 2, 3]])
+    wrong = np.zeros((1, 1, 3, 3), bool)
+    wrong[0, 0, 2] = True
+    there = np.tril(np.ones((3, 3), bool))[None, None]
+    words = where(case, "forward/layer0.attn_weights", wrong, there, tokens)
+    assert words == "at the last position"
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_no_judge_imports_a_candidate(name: str) -> None:
+    folder = Path(crosscheck.diagnose.__file__).parent
+    text = (folder / f"{name}.py").read_text(encoding="utf-8")
+    assert "from vectorized" not in text
+    assert "from scalar" not in text
