@@ -450,7 +450,7 @@ def scaled(pair: Pair) -> Iterator[Guess]:
         plain = {
             "2": "doubled: every element is twice what it should be",
             "-1": "the sign of every element is turned",
-        }.get(name.partition(" =")[0])
+        }.get(name.partition(" (here")[0])
         yield plain or f"every element is multiplied by {name}", times * pair.ours
     if axes(pair.key)[:1] == ("B",) and "T" in axes(pair.key):
         a = pair.around
@@ -596,11 +596,13 @@ def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
 
 
 def factor_name(pair: Pair, factor: float) -> str:
-    """What the configuration and the step call this number; "" if they have no name for it."""
+    """What the configuration and the step call this number, the likeliest name first; "" if they
+    have no name for it."""
     tolerance = max(1e-7, 1e6 * pair.noise) * abs(factor)
     named = factors(pair)
     close = [name for name, value in named.items() if abs(factor - value) <= tolerance]
-    return " = ".join(close[:4])
+    also = f" (here also {', '.join(close[1:4])})" if close[1:] else ""
+    return f"{close[0]}{also}" if close else ""
 
 
 def factors(pair: Pair) -> Mapping[str, float]:

@@ -44,6 +44,10 @@ class Lessons:
         return islice(self, steps)
 
     @property
+    def failed(self) -> Path:
+        """A file that is there once the first step has failed."""
+        return self.folder / f"{self.name}-failed"
+
     def noise(self) -> Sequence[Noise]:
         """The noise of each step, if the reference is scalar."""
         path = self.folder / f"{self.name}-noise"

@@ -5,7 +5,9 @@ moved by one unit in the last place, up or down at random. How far a tensor move
 noise. Sums in another order, or another exp, move it about as far.
 
 One run may leave an element where it was by accident, so an element's noise is no less than the
-root mean square of its row, and than a tenth of that of the tensor, and than its own last place.
+root mean square of its row, and than a tenth of that of the tensor, and than its own last place,
+and than a sixteenth of the last place of the tensor's root mean square: what lies within that needs
+no measurement.
 Adam's v is a square and spans many orders of magnitude: its noise is that of its root.
 
 Source: Parker, "Monte Carlo arithmetic: exploiting randomness in floating-point arithmetic" (1997).
@@ -29,7 +31,8 @@ from microgpt.train import learning_rate
 
 Noise = Mapping[str, Array]  # by key
 ULP = 2.0**-52
-SHARE = 0.1  # of the tensor's root mean square
+SHARE = 0.1  # of the tensor's root mean square, when it moves
+LEAST = 1 / 16  # of the tensor's root mean square, in units of the last place
 SQUARES = ("entry_v", "adam_v")
 FACTORS = 99_991  # random ones, which are used again and again; a prime number
 
@@ -113,8 +116,19 @@ def _moves(step: Step, again: Step) -> Step:
             here, there = here**0.5, there**0.5
         rounded = again[f"params/{name}"] if phase == "update" else here
         at = real(key, here.shape, step["batch/tokens"])
-        found[key] = _smoothed(there - here, at) + ULP * np.abs(rounded)
+        moved = _smoothed(there - here, at) + ULP * np.abs(rounded)
+        found[key] = np.maximum(moved, least_noise(step, key))
     return found
+
+
+def least_noise(step: Step, key: str) -> Array:
+    """What the noise of a tensor of a step is at least, without a measurement."""
+    phase, name = split_key(key)
+    numbers = np.asarray(step[f"params/{name}" if phase == "update" else key], "float64")
+    sizes = np.abs(numbers) ** 0.5 if phase in SQUARES else np.abs(numbers)
+    there = real(key, sizes.shape, step["batch/tokens"])
+    whole = np.sqrt((sizes**2).sum(where=there) / max(there.sum(), 1))
+    return ULP * np.maximum(sizes, LEAST * whole)
 
 
 def _with_second_ways(found: Step, step: Step) -> Noise:
@@ -125,7 +139,8 @@ def _with_second_ways(found: Step, step: Step) -> Noise:
             second[key] = found[same]
     if "forward/logits" in found:
         positions = int((step["batch/tokens"][0] >= 0).sum()) - 1
-        second["read/logits"] = found["forward/logits"][0, :positions]
+        read = found["forward/logits"][0, :positions]
+        second["read/logits"] = np.maximum(read, least_noise(step, "read/logits"))
     return {**found, **second}
 
 

@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 MOST = 8  # processes; there are some twenty cases to share
 
@@ -40,19 +39,12 @@ def in_processes(
 ) -> Iterator[tuple[int, list[Any], list[int]]]:
     """The number of each test, its reports as they come in, and the tests that are not done.
 
+    A test whose process has ended has a report that says so; another process takes its place.
+
     choose    says which test is next, given those that wait and those that are running
     """
-    context = get_context("fork")
     waiting = list(range(len(items)))
-    workers = []
-    for _ in range(min(count, len(items))):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, items))
-        with warnings.catch_warnings():  # threads of libraries are idle here
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
-        theirs.close()
-        workers.append(Worker(process, ours))
+    workers = [_started(items) for _ in range(min(count, len(items)))]
 
     def begin(worker: Worker) -> None:
         if waiting:
@@ -67,16 +59,16 @@ def in_processes(
         while busy := {worker.pipe: worker for worker in workers if worker.item >= 0}:
             for pipe in connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
-                done, worker.item = worker.item, -1
+                done = worker.item
                 try:
                     reports = worker.pipe.recv()
                 except (EOFError, OSError):
                     worker.process.join()
-                    code = worker.process.exitcode
-                    raise pytest.UsageError(
-                        f"the process that ran {items[done].nodeid} has ended ({code});"
-                        " --processes 1 runs all tests in this one"
-                    ) from None
+                    reports = [_ended(items[done], worker.process.exitcode)]
+                    workers.remove(worker)
+                    worker = _started(items)
+                    workers.append(worker)
+                worker.item = -1
                 begin(worker)
                 running = [one.item for one in workers if one.item >= 0]
                 yield done, reports, [*waiting, *running]
@@ -85,6 +77,37 @@ def in_processes(
             worker.pipe.close()
             worker.process.kill()
             worker.process.join()
+
+
+def _started(items: Sequence[pytest.Item]) -> Worker:
+    context = get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, items))
+    with warnings.catch_warnings():  # threads of libraries are idle here
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()
+    return Worker(process, ours)
+
+
+def _ended(item: pytest.Item, code: int) -> Any:
+    """The report of a test whose process has ended, as plain data."""
+    words = (
+        f"the process that ran this test has ended, with exit code {code};\n"
+        "--processes 1 runs all tests in this one"
+    )
+    report = pytest.TestReport(item.nodeid, item.location, {}, "failed", words, "call")
+    return item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+
+
+class _Reports:
+    """A plugin that keeps the reports of the test that is run."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.kept.append(report)
 
 
 def _serve(pipe: Connection, items: Sequence[pytest.Item]) -> None:
@@ -98,8 +121,14 @@ def _serve(pipe: Connection, items: Sequence[pytest.Item]) -> None:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         capture.start_global_capturing()
+    for name in ("terminalreporter", "crosscheck-session"):  # the parent's
+        config.pluginmanager.unregister(name=name)
+    reports = _Reports()
+    config.pluginmanager.register(reports)
+    to_plain = config.hook.pytest_report_to_serializable
     with suppress(EOFError, OSError):
         while True:
-            reports = runtestprotocol(items[pipe.recv()], log=False, nextitem=None)
-            to_plain = config.hook.pytest_report_to_serializable
-            pipe.send([to_plain(config=config, report=report) for report in reports])
+            item = items[pipe.recv()]
+            reports.kept.clear()
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+            pipe.send([to_plain(config=config, report=one) for one in reports.kept])

@@ -147,10 +147,13 @@ def _ordinal(x: float) -> int:
 def summary(tally: Tally, comparisons: int) -> str:
     """What was compared."""
     counted = [f"{count:,} {PHASES[phase]}" for phase, count in tally.excused.items()]
+    within = [f"{tally.within:,} lie within the least noise that there can be"]
+    worst = [f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})"]
+    within, worst = within * (tally.within > 0), worst * (tally.worst > 0 or not tally.within)
     lines = [
         f"{comparisons} comparisons over {tally.steps:,} steps: {tally.tensors:,} tensors,"
         f" {tally.elements:,} elements",
-        f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})",
+        "; of the others ".join(within + worst),
         f"excused, being farther apart than {RTOL:g} of their size: {', '.join(counted) or 'none'}",
     ]
     return "\n".join(wrapped for line in lines for wrapped in textwrap.wrap(line, WIDTH) or [""])

@@ -33,9 +33,12 @@ FREE_PARAMS = 1e-10
 def test_first_step(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
     """The first step of every case, before all that takes longer; it is counted later."""
     if choice.dtype == "float64":
-        settle(_free(case, lessons, choice, choice.coarse(case), 1), counted=False)
+        outcome = _free(case, lessons, choice, choice.coarse(case), 1)
     else:
-        settle(_taught(case, lessons.first(1), choice, choice.coarse(case)), counted=False)
+        outcome = _taught(case, lessons.first(1), choice, choice.coarse(case))
+    if outcome.found:
+        lessons.failed.touch()
+    settle(outcome, counted=False)
 
 
 @pytest.mark.about("steps one by one")

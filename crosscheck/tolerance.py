@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.noise import SQUARES, Noise
+from crosscheck.noise import SQUARES, Noise, least_noise
 from crosscheck.trace import PHASES, Array, Step, split_key
 
 RTOL, ATOL = 1e-9, 1e-12
@@ -75,18 +75,32 @@ class Standard:
 
     dtype: str
     tolerances: Mapping[str, Tolerance]
-    noise: Sequence[Noise] = ()  # by step
+    noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()  # by step; or what measures it
 
     def tolerance(self, step: int, key: str) -> Tolerance:
         """What is allowed to a tensor of a step, counted from 1."""
         phase, _ = split_key(key)
-        known = self.noise[step - 1].get(key) if step <= len(self.noise) else None
+        noise = self.noise() if callable(self.noise) else self.noise
+        known = noise[step - 1].get(key) if step <= len(noise) else None
         most = self.tolerances[phase]
         if known is None:
             return most
         if self.dtype == "float64":
             return replace(most, noise=known, root=phase in SQUARES)
         return most if phase in SQUARES else replace(most, atol=most.atol + SINGLE * known)
+
+    def widening(self, step: int, key: str, reference: Step) -> Iterator[tuple[Tolerance, bool]]:
+        """What is allowed to a tensor; before that, where the noise is still to be measured, what
+        is allowed whatever it turns out to be. And whether that is by the least noise."""
+        phase, name = split_key(key)
+        if callable(self.noise) and (phase != "update" or f"params/{name}" in reference):
+            most = self.tolerances[phase]
+            if self.dtype == "float64":
+                least = least_noise(reference, key)
+                yield replace(most, noise=least, root=phase in SQUARES), True
+            else:
+                yield most, False
+        yield self.tolerance(step, key), False
 
 
 # Adam's v has no atol: many of its numbers are smaller than that, and any would pass
@@ -96,7 +110,7 @@ FLOAT64 = Standard(
 )
 
 
-def float64(noise: Sequence[Noise]) -> Standard:
+def float64(noise: Sequence[Noise] | Callable[[], Sequence[Noise]]) -> Standard:
     """FLOAT64, and of that no more than the noise of each tensor says."""
     return replace(FLOAT64, noise=noise)
 
@@ -128,7 +142,7 @@ MARGIN = 4
 SINGLE = 32 * 2.0**29
 
 
-def float32(case: Case, noise: Sequence[Noise] = ()) -> Standard:
+def float32(case: Case, noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()) -> Standard:
     """What is allowed to single precision, more where a case declares that it loses more.
 
     noise    what excuses numbers that cancel, where no case declares it

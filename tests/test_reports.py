@@ -300,6 +300,16 @@ def test_a_run_with_a_bug_prints_one_report(processes: str, tmp_path: Path) -> N
     assert 'failures="21"' in (tmp_path / "junit.xml").read_text(encoding="utf-8")
 
 
+def test_a_process_that_ends_leaves_one_line_and_a_whole_summary(tmp_path: Path) -> None:
+    text = "    rng = np.random.default_rng(1)\n    explained = set()\n"
+    ends = f'{text}    if name == "ragged-batch":\n        __import__("os")._exit(9)\n'
+    killed = Patch("crosscheck/test_explain.py", text, ends)
+    done = run(tmp_path, [killed], "--processes", "2", "-k", "test_explain or first_step and one")
+    assert done.returncode == 1
+    assert done.stdout.count("has ended, with exit code 9") == 2
+    assert re.search(r"2 failed, \d+ passed", done.stdout)
+
+
 def test_all_reports_are_printed_on_demand(tmp_path: Path) -> None:
     done = run(tmp_path, [NO_ROW_SUM], "-v", *CASES, "-k", "first_step")
     assert done.stdout.count("at fault") == 4  # the first, and all three

@@ -49,6 +49,16 @@ def test_what_is_allowed_is_never_more_than_before() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_what_passes_without_a_measurement_would_pass_with_it(name: str) -> None:
+    measured = standard(name)
+    unmeasured = float64(lambda: measured.noise)
+    for number, step in enumerate(lessons(name, "scalar"), 1):
+        for key in step.keys() & measured.noise[number - 1].keys():
+            (least, _), (most, _) = unmeasured.widening(number, key, step)
+            assert (least.allowed(step[key]) <= most.allowed(step[key])).all(), key
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_there_is_room_for_ten_times_the_worst(name: str) -> None:
     """Of what the noise allows; where 1e-9 allows less, two thirds must be left."""
     allowed = standard(name)
