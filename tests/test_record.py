@@ -271,6 +271,10 @@ def sums_another_axis(x: Any) -> Any:
     return x.sum(axis=1)
 
 
+def takes_the_mean_of_all(x: Any) -> Any:
+    return x.mean()
+
+
 def returns_two(x: Any) -> Any:
     return np.modf(x)[0]
 
@@ -282,7 +286,8 @@ def multiplies_three(x: Any) -> Any:
 REFUSED = [
     decides, takes_a_number, takes_a_whole_number, counts_with_it, takes_a_root, makes_an_array,
     makes_a_list, sorts, measures, iterates, unpacks, adds_up, looks_for, compares, copies,
-    accumulates, chooses, sums_another_axis, returns_two, multiplies_three,
+    accumulates, chooses, sums_another_axis, takes_the_mean_of_all, returns_two,
+    multiplies_three,
 ]  # fmt: skip
 
 

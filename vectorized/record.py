@@ -206,8 +206,9 @@ class Traced(NDArrayOperatorsMixin):
     def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
         return self.recorder.reduced(self, "sum", axis, keepdims)
 
-    def mean(self, axis: int = 0, keepdims: bool = False) -> Traced:
-        return self.recorder.reduced(self, "sum", axis, keepdims, 1 / self.shape[axis])
+    def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
+        n = self.view.size if axis is None else self.shape[axis]
+        return self.recorder.reduced(self, "sum", axis, keepdims, 1 / n)
 
     def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
         return self.recorder.reduced(self, "max", axis, keepdims)
