@@ -514,7 +514,8 @@ def _alike(x: Traced, y: Traced) -> bool:
     """Whether both are all of their memory, in the same order."""
     if x.shape != y.shape or not x.whole or not y.whole:
         return False
-    return all(n == 1 or i == j for n, i, j in zip(x.shape, x.view.strides, y.view.strides))
+    form = zip(x.shape, x.view.strides, y.view.strides)
+    return x.view.strides == y.view.strides or all(n == 1 or i == j for n, i, j in form)
 
 
 def placed(calls: list[Call]) -> tuple[list[Call], int]:
@@ -536,11 +537,11 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
     for call in kept:
         out = call.out.buffer
         if out.home is None and not out.end:
-            over = [x for x in call.inputs if call.elementwise and x.buffer in call.ends]
-            over = [x for x in over if _alike(x, call.out)]
+            over = [x.buffer for x in call.inputs if call.elementwise and _alike(x, call.out)]
+            over = [buffer for buffer in over if buffer in call.ends]
             if over:
-                out.offset, out.end = over[0].buffer.offset, over[0].buffer.end
-                taken[taken.index(over[0].buffer)] = out
+                out.offset, out.end = over[0].offset, over[0].end
+                taken[taken.index(over[0])] = out
             else:
                 start, at, size = 0, 0, out.array.nbytes
                 while at < len(taken) and start + size > taken[at].offset:
@@ -548,7 +549,8 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
                 out.offset, out.end = start, start + size + -size % ALIGN
                 taken.insert(at, out)
                 nbytes = max(nbytes, out.end)
-        taken = [buffer for buffer in taken if buffer not in call.ends]
+        if call.ends:
+            taken = [buffer for buffer in taken if buffer not in call.ends]
     return kept, nbytes
 
 
