@@ -44,8 +44,7 @@ SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that tries a m
 MEMORY = {
     "vectorized/batch.py": ("micro_batches", "_cut", "rounded", "PADDING"),
     "vectorized/record.py": (
-        "place", "ALIGN", "_inherits", "without_copies", "merged_products", "without_unused",
-        "_fused", "_in_memory", "refusal", "EQUAL_ROWS", "EXPANDED", "ONE_HOT",
+        "placed", "ALIGN", "without_copies", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
     ),
     "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
     "vectorized/worker.py": ("Line", "Remote", "_deaf", "AWAKE"),

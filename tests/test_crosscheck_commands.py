@@ -158,7 +158,7 @@ def test_a_mutant_is_caught_and_a_harmless_one_survives() -> None:
 def test_rates_are_given_raw_and_without_lines_that_change_memory() -> None:
     file = "vectorized/record.py"
     source = (ROOT / file).read_text(encoding="utf-8")
-    line = 1 + source[: source.index("def place(")].count("\n")
+    line = 1 + source[: source.index("def placed(")].count("\n")
     memory = Mutant(file, line + 1, "", "", "", source)
     numbers = Mutant("vectorized/model.py", 3, "", "", "", "a = 1\nb = 2\nc = 3\n")
     assert _changes_memory(memory)

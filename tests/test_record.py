@@ -24,7 +24,7 @@ from microgpt.init import init_params
 from microgpt.taps import ACTIVATIONS
 from vectorized.adam import adam
 from vectorized.model import Array
-from vectorized.record import Recorder, RecordingError
+from vectorized.record import Number, Recorder, RecordingError
 from vectorized.replay import Replay
 
 V = 5  # tokens
@@ -497,6 +497,29 @@ def test_a_text_is_recorded_as_it_computes_or_refused(text: Callable[[Any, Any],
         return
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def scales_twice(x: Any, a: Any, b: Any) -> Any:
+    return b * (x / a)
+
+
+def changes_what_it_scales(x: Any, a: Any, b: Any) -> Any:
+    scaled = x / a
+    x += 1.0
+    return b * scaled + x
+
+
+def changes_what_it_has_scaled(x: Any, a: Any, b: Any) -> Any:
+    scaled = x / a
+    scaled += 1.0
+    return b * scaled
+
+
+@pytest.mark.parametrize("text", [scales_twice, changes_what_it_scales, changes_what_it_has_scaled])
+def test_what_is_scaled_twice_may_change_in_between(text: Callable[..., Any]) -> None:
+    a, b = Number(lambda: 4.0), Number(lambda: 3.0)
+    (found,) = replayed(lambda x: text(x * 1.0, a, b), np.arange(6.0))
+    np.testing.assert_allclose(found, text(np.arange(6.0), 4.0, 3.0), rtol=1e-15)
 
 
 def test_one_index_into_two_rows_is_two_places() -> None:

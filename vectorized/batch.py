@@ -80,15 +80,18 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
     tokens, targets, weights = batch
     B, T = tokens.shape
     if B == 1 or isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
-        both = np.asarray(docs)  # (B, n + 1)
-        n = both.shape[1] - 1
-        tokens[:, :n], targets[:, :n], weights[:, :n] = both[:, :-1], both[:, 1:], 1 / (of * n)
-        tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
+        n = len(docs[0]) - 1
+        if B == 1:
+            tokens[0, :n], targets[0, :n], weights[0, :n] = docs[0][:-1], docs[0][1:], 1 / (of * n)
+        else:
+            both = np.asarray(docs)  # (B, n + 1)
+            tokens[:, :n], targets[:, :n], weights[:, :n] = both[:, :-1], both[:, 1:], 1 / (of * n)
+        if n < T:
+            tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
         return
-    n = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
-    t = np.arange(T + 1)  # (T + 1,)
+    lengths = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
+    inside = np.arange(T + 1) <= lengths  # (B, T + 1)
     both = np.zeros((B, T + 1), int)
-    inside = t <= n  # (B, T + 1)
     both[inside] = np.fromiter(chain.from_iterable(docs), int)
     tokens[:], targets[:] = both[:, :-1], both[:, 1:]
-    np.divide(inside[:, 1:], of * n, out=weights)
+    np.divide(inside[:, 1:], of * lengths, out=weights)

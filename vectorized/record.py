@@ -15,7 +15,7 @@ sums           A sum over the last axis is a product with ones. A small sum take
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
                64).
 copies         A result that is only copied is computed in its place: `without_copies` (1.06 at 1).
-products       q, k, v are one product, and so are their gradients: `merged_products` (1.03 at 1).
+numbers        What is scaled by two numbers of a run is scaled once: `scaled` (1.01 at 1).
 memory         Results share memory when their lives do not overlap: `placed`.
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
@@ -29,8 +29,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from bisect import insort
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from math import prod
@@ -38,7 +37,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
-from numpy.lib.stride_tricks import as_strided
 
 from microgpt.errors import MicrogptError
 from vectorized.model import Array
@@ -83,33 +81,27 @@ class Line(NamedTuple):
 class Buffer:
     """The memory of a result, which gets its place when the recording ends; or the caller's."""
 
-    __slots__ = ("array", "home", "leader", "offset", "rows", "shift", "size")
+    __slots__ = ("array", "end", "find", "home", "offset", "rows", "writes")
 
     def __init__(self, array: Array, home: Array | None = None) -> None:
         self.array = array  # of a result: as large as its memory, and never touched
         self.home = home  # the caller's array, if this memory is the caller's
-        self.leader: Buffer | None = None  # the buffer that this one has to lie behind,
-        self.shift = 0  # by so many bytes
-        self.size = array.nbytes  # with all that lie behind it
-        self.offset = 0  # in the block of memory
+        self.offset = self.end = 0  # of a result, in the block of memory
         self.rows: Array | None = None  # the view (.., n) if all n are equal and count as one
-
-    @property
-    def place(self) -> Buffer | None:
-        """The buffer whose place it lies in; None if it is the caller's memory."""
-        return None if self.home is not None else self.leader or self
+        self.find: Callable[[], float] | None = None  # what it holds, if that is a Number
+        self.writes = 0  # so far
 
 
 class Call:
     """One call of the list. Of its operands, the last is written."""
 
-    __slots__ = ("arrays", "elementwise", "f", "line", "operands", "out", "part")
+    __slots__ = ("elementwise", "ends", "f", "inputs", "line", "operands", "out", "part")
 
-    def __init__(self, f: Any, operands: Sequence[Any], line: Line, part: int) -> None:
+    def __init__(self, f: Any, operands: Sequence[Traced], line: Line, part: int) -> None:
         self.f = f  # a ufunc, or a name in BOUND
         self.operands = operands
-        *inputs, self.out = operands
-        self.arrays = [x for x in inputs if isinstance(x, Traced)]  # the others are constants
+        *self.inputs, self.out = operands
+        self.ends: set[Buffer] = set()  # results that are used here for the last time
         self.line = line
         self.part = part  # of the list
         self.elementwise = isinstance(f, np.ufunc) or f == "copy"
@@ -141,13 +133,14 @@ class Number(NDArrayOperatorsMixin):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "dtype", "ndim", "recorder", "shape", "view")
+    __slots__ = ("buffer", "dtype", "ndim", "recorder", "scaled", "shape", "view")
 
     def __init__(self, recorder: Recorder, view: Array, buffer: Buffer) -> None:
         self.recorder = recorder
         self.view = view  # of the buffer's array
         self.buffer = buffer
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
+        self.scaled: Any = None  # (x, n, x's writes) of what has been computed as x times Number n
 
     @property
     def whole(self) -> bool:
@@ -155,18 +148,9 @@ class Traced(NDArrayOperatorsMixin):
         return self.view.nbytes == self.buffer.array.nbytes
 
     @property
-    def start(self) -> tuple[Buffer | None, int]:
-        """Where it begins: so many bytes behind the beginning of a buffer, or in the caller's."""
-        buffer = self.buffer
-        within = 0 if self.whole else address(self.view) - address(buffer.array)
-        if buffer.home is not None:
-            return None, address(buffer.home) + within
-        return buffer.place, buffer.shift + within
-
-    @property
-    def form(self) -> Any:
-        """The same for two views of the same numbers."""
-        return self.start, self.shape, self.view.strides
+    def start(self) -> int:
+        """Where in its memory it begins, in bytes."""
+        return 0 if self.whole else address(self.view) - address(self.buffer.array)
 
     @property
     def rows(self) -> Array | None:
@@ -269,7 +253,6 @@ class Recorder:
         self.dtype = np.dtype(dtype)
         self.calls: list[Call] = []
         self.part = 0
-        self.numbers: list[tuple[Array, Callable[[], float]]] = []
         self.known: dict[Any, Any] = {}  # constants and flat indices
 
     def hold(self, array: Array) -> Any:
@@ -286,14 +269,16 @@ class Recorder:
 
     def recording(self) -> Recording:
         """What has been written down."""
-        calls, nbytes = placed(merged_products(without_copies(self.calls)))
+        calls, nbytes = placed(without_copies(self.calls))
         parts = [[call for call in calls if call.part == part] for part in range(self.part + 1)]
         self.calls, self.known = [], {}  # no circles of references
-        return Recording(parts, nbytes, self.numbers)
+        numbers = [(x.buffer.home, x.buffer.find) for call in calls for x in call.inputs]
+        return Recording(parts, nbytes, [(home, find) for home, find in numbers if find])
 
     def emit(self, f: Any, *operands: Any) -> None:
         """Write down a call. The last operand is written."""
         self.calls.append(Call(f, operands, _line(), self.part))
+        operands[-1].buffer.writes += 1
         if operands[-1].buffer.rows is not None:
             raise refusal("writing into a sum, or into what was computed from it,")
 
@@ -306,10 +291,10 @@ class Recorder:
             self, array.transpose([order.index(axis) for axis in range(n)]), Buffer(array)
         )
 
-    def constant(self, key: Any, value: Callable[[], Any]) -> Any:
+    def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""
         if key not in self.known:
-            self.known[key] = np.asarray(value(), self.dtype)
+            self.known[key] = self.hold(np.asarray(value(), self.dtype))
         return self.known[key]
 
     # --- element by element
@@ -319,28 +304,42 @@ class Recorder:
         x, y = inputs[0], inputs[-1]
         plain = isinstance(y, (int, float))
         if ufunc is np.divide and (plain or isinstance(y, Number)):
-            ufunc, inputs = np.multiply, (x, 1 / y)
+            ufunc, y = np.multiply, 1 / y
+            inputs = (x, y)
         elif ufunc is np.power and plain and y in POWERS:
             *first, ufunc = POWERS[y]
             for root in first:
                 x = self.apply(root, [x])
             inputs = (x,)
+        if ufunc is np.multiply and out is None and isinstance(y, Number):
+            return self.scaled(x, y)
+        if ufunc is np.multiply and out is None and isinstance(x, Number):
+            return self.scaled(y, x)
         return self.apply(ufunc, inputs, out)
+
+    def scaled(self, x: Traced, number: Any) -> Traced:
+        """x times a number; of y times another number, y times both."""
+        if x.scaled and (x.buffer.writes, x.scaled[0].buffer.writes) == (1, x.scaled[2]):
+            x, number = x.scaled[0], x.scaled[1] * number
+        out = self.apply(np.multiply, (x, number))
+        out.scaled = x, number, x.buffer.writes
+        return out
 
     def apply(self, f: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
         """One call of a ufunc, on equal rows if all arrays have them or if that is the shape."""
         operands = [self.operand(x) for x in inputs]
-        arrays = [x for x in operands if x.ndim]
-        wide = {x.rows.shape for x in arrays if _has_rows(x)}
-        as_rows = out is None and len(wide) == 1 and all(_has_rows(x) for x in arrays)
+        every = [x.rows for x in operands if x.ndim]
+        wide = {rows.shape for rows in every if rows is not None}
+        as_rows = out is None and len(wide) == 1 and not any(rows is None for rows in every)
         (shape,) = wide if as_rows else [_broadcast(*[x.shape for x in operands])]
-        for i, x in enumerate(operands):
-            if _has_rows(x) and x.rows.shape == shape:
-                operands[i] = x.like(x.rows)
+        if shape in wide:
+            operands = [
+                x if x.rows is None or x.rows.shape != shape else x.like(x.rows) for x in operands
+            ]
         if out is not None:
             self.emit(f, *operands, out)
             return out
-        alike = [x.view for x in operands if isinstance(x, Traced) and x.shape == shape]
+        alike = [x.view for x in operands if x.shape == shape]
         if not alike or (len(shape) > 2 and alike[0].flags.c_contiguous):  # rows of a table
             out = self.new(shape)
         else:
@@ -354,15 +353,16 @@ class Recorder:
         rows.buffer.rows = rows.view
         return rows.like(rows.view[..., :1])
 
-    def operand(self, x: Any) -> Any:
+    def operand(self, x: Any) -> Traced:
         """What a call is given."""
         if isinstance(x, Traced):
             return x
         if isinstance(x, Number):
-            self.numbers.append((np.empty((), self.dtype), x.find))
-            return self.numbers[-1][0]
+            number: Traced = self.hold(np.empty((), self.dtype))
+            number.buffer.find = x.find
+            return number
         if isinstance(x, np.ndarray):
-            return x.astype(self.dtype, copy=False)
+            return self.hold(np.asarray(x, self.dtype, order="C"))
         return self.constant(("number", x), lambda: x)
 
     # --- sums, maxima, products
@@ -381,12 +381,12 @@ class Recorder:
         if f == "sum" and n * n * N <= EQUAL_ROWS:
             ones = self.constant(("rows", n, weight), lambda: np.full((n, n), weight))
             out = self.new(x.shape)
-            self.emit("dot", self.hold(ones), x.matrix, out.matrix)
+            self.emit("dot", ones, x.matrix, out.matrix)
             return self.as_one(out)
         out = self.new((*x.shape[:-1], 1))
         if f == "sum":
             ones = self.constant(("ones", n, weight), lambda: np.full(n, weight))
-            self.emit("dot", self.hold(ones), x.matrix, out.flat)
+            self.emit("dot", ones, x.matrix, out.flat)
         else:
             self.emit("max", x.matrix, out.flat)
         return out
@@ -448,10 +448,11 @@ class Recorder:
             raise refusal("this index")
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
         first = np.ravel(sum(k * stride for k, stride in zip(rest, strides)))
-        if (key := (index.form, last, first.tobytes())) not in self.known:
+        place = index.buffer, index.start, index.shape, index.view.strides
+        if (key := (place, last, first.tobytes())) not in self.known:
             self.known[key] = out = self.new((index.view.size,), dtype=np.intp)
-            self.emit(np.multiply, index.flat, np.array(last), out)
-            self.emit(np.add, out, first, out)
+            self.emit(np.multiply, index.flat, self.hold(np.array(last)), out)
+            self.emit(np.add, out, self.hold(first), out)
         return x.like(x.buffer.array.ravel("K")), self.known[key]
 
     def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
@@ -462,7 +463,7 @@ class Recorder:
         if n > ONE_HOT:
             self.emit("add_at", index.flat, rows, table)
             return
-        eye = self.hold(self.constant(("eye", n), lambda: np.eye(n)))
+        eye = self.constant(("eye", n), lambda: np.eye(n))
         one_hot, sums = self.new((len(rows), n), (0, 1)), self.new(table.shape, (0, 1))
         if (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
             self.calls.pop()
@@ -473,10 +474,6 @@ class Recorder:
             self.emit(np.add, table, sums, table)
 
 
-def _has_rows(x: Any) -> bool:
-    return isinstance(x, Traced) and x.rows is not None
-
-
 def without_copies(calls: list[Call]) -> list[Call]:
     """Let the results that are only copied lie where the copies would.
 
@@ -485,12 +482,12 @@ def without_copies(calls: list[Call]) -> list[Call]:
     """
     uses: dict[Any, list[int]] = defaultdict(list)  # the calls that use some memory
     for i, call in enumerate(calls):
-        for x in (*call.arrays, call.out):
+        for x in call.operands:
             uses[_memory(x)].append(i)
     kept = []
     for i, call in reversed(list(enumerate(calls))):
         place, home = call.out, call.out.buffer.home
-        for x in call.arrays if call.elementwise and home is not None else ():
+        for x in call.inputs if call.elementwise and home is not None else ():
             first, in_use = uses[_memory(x)][0], uses[id(home)]
             since = first + 1 if calls[first].elementwise else first
             if (
@@ -498,7 +495,7 @@ def without_copies(calls: list[Call]) -> list[Call]:
                 and _alike(x, place)
                 and uses[x.buffer][-1] == i
                 and not any(since <= j < i for j in in_use)
-                and not any(_memory(y) == id(home) for y in call.arrays)
+                and not any(_memory(y) == id(home) for y in call.inputs)
             ):
                 in_use += uses[x.buffer]
                 x.buffer.home = home
@@ -519,74 +516,8 @@ def _alike(x: Traced, y: Traced) -> bool:
     """Whether both are all of their memory, in the same order."""
     if x.shape != y.shape or not x.whole or not y.whole:
         return False
-    return all(n == 1 or i == j for n, i, j in zip(x.shape, x.view.strides, y.view.strides))
-
-
-def merged_products(calls: list[Call]) -> list[Call]:
-    """Merge products that share an operand, or are added, if their other matrices are adjacent.
-
-    wq . x, wk . x, wv . x               -> (wq, wk, wv) . x
-    dq . x^T, dk . x^T, dv . x^T         -> (dq, dk, dv) . x^T
-    wq^T . dq + wk^T . dk + wv^T . dv    -> (wq, wk, wv)^T . (dq, dk, dv)
-    """
-    reads = Counter(x.buffer for call in calls for x in call.arrays)
-    read: set[Buffer] = set()
-    writer: dict[Buffer, Call] = {}  # the last call that writes to a buffer
-    same_right: dict[Any, Call] = {}  # the last product with this right operand
-    kept: dict[Call, None] = {}
-    for call in calls:
-        both: list[Traced] = []
-        terms: list[Any] = []
-        read.update(x.buffer for x in call.arrays)
-        if call.out.buffer in writer:  # what lies there is now something else
-            same_right.clear()
-        product = call.f == "dot" and call.out.ndim == 2
-        if product:
-            left, right, out = call.operands
-            terms = [same_right.get(right.form)]
-            if terms[0] and terms[0].part == call.part and terms[0].out.buffer not in read:
-                both = side_by_side((terms[0].operands[0], left), (terms[0].out, out))
-                left, out = both or (left, out)
-        elif call.f is np.add and len(call.arrays) == 2:
-            terms = [writer.get(x.buffer) for x in call.arrays if _alike(x, call.out)]
-            kinds = [(t.f, t.out.ndim, t.part, reads[t.out.buffer]) for t in terms if t]
-            if kinds == [("dot", 2, call.part, 1)] * 2:
-                (left, right, out), (left2, right2, _) = (term.operands for term in terms)
-                both = side_by_side((left.T, left2.T), (right, right2))
-                left, right = (both[0].T, both[1]) if both else (left, right)
-                out = call.out.like(call.out.buffer.array.ravel("K").reshape(out.shape))
-        if both:
-            for term in terms:
-                del kept[term]
-            call, product = Call("dot", [left, right, out], call.line, call.part), True
-        if product:
-            same_right[right.form] = call
-        writer[call.out.buffer] = call
-        kept[call] = None
-    return list(kept)
-
-
-def side_by_side(*pairs: tuple[Traced, Traced]) -> list[Traced]:
-    """Each pair as one matrix, first above second; empty if a pair cannot be adjacent in memory."""
-    both = []
-    for x, y in pairs:
-        (memory, start), (other, other_start) = x.start, y.start
-        end = start + x.view.nbytes
-        contiguous = x.view.flags.c_contiguous and y.view.flags.c_contiguous
-        if not contiguous or x.shape[1] != y.shape[1]:
-            return []
-        if (memory, end) != (other, other_start):
-            movable = other is y.buffer and other.size == other.array.nbytes == y.view.nbytes
-            if not movable or memory is None or memory is other or memory.size > end:
-                return []
-            y.buffer.leader, y.buffer.shift = memory, end
-            memory.size += y.buffer.size
-        home = x.view if x.buffer.home is None else x.buffer.home
-        view = as_strided(
-            home, (len(x) + len(y), x.shape[1]), (x.shape[1] * x.view.itemsize, x.view.itemsize)
-        )
-        both.append(Traced(x.recorder, view, x.buffer if memory else Buffer(view, view)))
-    return both
+    form = zip(x.shape, x.view.strides, y.view.strides)
+    return x.view.strides == y.view.strides or all(n == 1 or i == j for n, i, j in form)
 
 
 def placed(calls: list[Call]) -> tuple[list[Call], int]:
@@ -596,37 +527,33 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
     A place is free again after the last call that uses it. An element-wise call writes to the place
     of an operand that no later call reads.
     """
-    last: dict[Buffer, int] = {}  # the last call that uses a place
-    used: list[tuple[int, Call, set[Buffer]]] = []  # the calls that are kept, and their places
-    for i, call in reversed(list(enumerate(calls))):
-        if call.out.buffer.place is None or call.out.buffer.place in last:
-            buffers = {x.buffer.place for x in (*call.arrays, call.out)} - {None}
-            used.append((i, call, buffers))
-            for buffer in buffers:
-                last.setdefault(buffer, i)
-    taken: list[tuple[int, int]] = []  # starts and ends of those in use, in order
-    places: dict[Buffer, tuple[int, int]] = {}
-    for i, call, buffers in reversed(used):
-        out = call.out.buffer.place
-        if out and out not in places:
-            over = [x.buffer for x in call.arrays if call.elementwise and _alike(x, call.out)]
-            over = [x for x in over if last.get(x) == i and x.size == out.size]
+    kept: list[Call] = []
+    later: set[Buffer] = set()  # results that later calls use
+    for call in reversed(calls):
+        if call.out.buffer.home is not None or call.out.buffer in later:
+            call.ends = {x.buffer for x in call.operands if x.buffer.home is None} - later
+            later |= call.ends
+            kept.insert(0, call)
+    taken: list[Buffer] = []  # the results in use, as they lie
+    nbytes = 0
+    for call in kept:
+        out = call.out.buffer
+        if out.home is None and not out.end:
+            over = [x for x in call.inputs if call.elementwise and x.buffer in call.ends]
+            over = [x for x in over if _alike(x, call.out)]
             if over:
-                places[out], last[over[0]] = places[over[0]], -1
+                out.offset, out.end = over[0].buffer.offset, over[0].buffer.end
+                taken[taken.index(over[0].buffer)] = out
             else:
-                start = 0
-                for other in taken:
-                    if start + out.size <= other[0]:
-                        break
-                    start = max(start, other[1])
-                places[out] = start, start + out.size + -out.size % ALIGN
-                insort(taken, places[out])
-            out.offset = places[out][0]
-        for buffer in buffers:
-            if last[buffer] == i:
-                taken.remove(places[buffer])
-    nbytes = max((end for _, end in places.values()), default=0)
-    return [call for _, call, _ in reversed(used)], nbytes
+                start, at, size = 0, 0, out.array.nbytes
+                while at < len(taken) and start + size > taken[at].offset:
+                    start, at = taken[at].end, at + 1
+                out.offset, out.end = start, start + size + -size % ALIGN
+                taken.insert(at, out)
+                nbytes = max(nbytes, out.end)
+        if call.ends:
+            taken = [buffer for buffer in taken if buffer not in call.ends]
+    return kept, nbytes
 
 
 class Recording:
@@ -636,7 +563,7 @@ class Recording:
         self,
         parts: list[list[Call]],
         nbytes: int,
-        numbers: list[tuple[Array, Callable[[], float]]],
+        numbers: list[tuple[Any, Callable[[], float]]],
     ) -> None:
         self.parts = parts
         self.nbytes = nbytes  # of the block of memory that its results share
@@ -662,25 +589,17 @@ def _bound(
     call: Call, block: Array, known: dict[Any, Array]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The function and its arguments, in memory that exists."""
-    arrays = [x.view if isinstance(x, Traced) else np.asarray(x) for x in call.operands]
-    forms = [(x.shape, x.strides) for x in arrays]
+    forms = [(x.shape, x.view.strides) for x in call.operands]
     if call.elementwise:
         forms = _fused(tuple(forms))
     views = []
-    for x, array, (shape, strides) in zip(call.operands, arrays, forms):
-        place, start = x.start if isinstance(x, Traced) else (None, id(x))
-        key = place is None, start + (place.offset if place else 0), shape, strides, array.dtype
-        if key not in known:
-            if not isinstance(x, Traced) or x.buffer.array is x.buffer.home:
-                same = (array.shape, array.strides) == (shape, strides)
-                known[key] = array if same else as_strided(array, shape, strides)
-            elif place:
-                known[key] = np.ndarray(shape, x.dtype, block.data, key[1], strides)
-            else:
-                home: Any = x.buffer.home
-                start -= address(home)
-                known[key] = np.ndarray(shape, x.dtype, home.ravel("K"), start, strides)
-        views.append(known[key])
+    for x, (shape, strides) in zip(call.operands, forms):
+        memory = block if x.buffer.home is None else x.buffer.home
+        start = x.buffer.offset + x.start
+        key = id(memory), start, shape, strides, x.dtype
+        if (view := known.get(key)) is None:
+            view = known[key] = np.ndarray(shape, x.dtype, memory, start, strides)
+        views.append(view)
     return BOUND[call.f](*views) if call.f in BOUND else (call.f, tuple(views))
 
 
