@@ -1,0 +1,705 @@
+"""Each function by itself: the inputs that it gets, and what it should make of them.
+
+Inputs are recorded from the text while it computes the cases and models drawn at random, whose axes
+differ in size; and drawn directly, for functions of single rows. What a function should give back
+is what the shipped one gives for them. A backward function is also held to the derivative of the
+shipped forward function along a direction, by a complex step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import product
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from crosscheck.candidate import (
+    RESULTS,
+    TEXTS,
+    Candidate,
+    Told,
+    in_place,
+    text_functions,
+    watched,
+)
+from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
+from crosscheck.noise import ULP
+from crosscheck.tolerance import FACTOR, RTOL
+from crosscheck.witness import STEP
+from microgpt.backend import State, fresh_state
+from microgpt.config import config_from
+from microgpt.layout import Tree
+from microgpt.taps import ACTIVATIONS
+
+Array = Any
+OUTPUTS = {"forward": ("tap",), "backward": ("dw", "dparams", "dtap")}  # trees that are filled
+IN_PLACE = {"adam": ("params", "m", "v")}
+OPTIONAL = ("tap", "dtap")  # what only a function's own other half needs
+MOST = 60  # inputs of a function
+UNUSUAL = ("impossible-padding",)  # holds infinities in padding, which nothing depends on
+RUNS = 3  # of the shipped function with its input moved by rounding
+
+
+@dataclass(eq=False)
+class Input:
+    """What a function is called with, and what it should make of that."""
+
+    function: str
+    origin: str  # where it comes from, in words
+    args: list[Any]
+    wanted: dict[str, Array] = field(default_factory=dict)
+    case: Case | None = None
+    traits: tuple[str, ...] = ()  # what is special about it
+
+    @property
+    def names(self) -> list[str]:
+        """What the arguments are called."""
+        return ARGUMENTS[self.function]
+
+
+@dataclass
+class Wrong:
+    """What a function got wrong, alone: everything a report says about it."""
+
+    function: str
+    origin: str
+    problem: str
+    line: str = ""
+    label: str = ""  # of the result: dx, dw.attn_wq
+    shape: tuple[int, ...] = ()
+    index: tuple[int, ...] = ()
+    reference: float = 0.0
+    candidate: float = 0.0
+    exceeding: int = 0
+    elements: int = 0
+    arguments: str = ""
+    share: str = ""  # how many inputs fail, and which
+    case: Case | None = None
+
+
+class _Arguments(dict[str, list[str]]):
+    def __missing__(self, name: str) -> list[str]:
+        import inspect
+
+        function = text_functions("vectorized")[name]
+        self[name] = list(inspect.signature(function).parameters)
+        return self[name]
+
+
+ARGUMENTS = _Arguments({"loss_and_grads": ["params", "docs", "config"]})
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def inputs(names: list[str], seed: int) -> dict[str, list[Input]]:
+    """The inputs of each of these functions of vectorized/, with what it should make of them."""
+    found: dict[str, list[Input]] = {name: [] for name in names}
+    models = [*stored_cases(), *drawn_cases(seed)]
+    for case in models:
+        for one in recorded(case, names):
+            found[one.function].append(one)
+    shipped = text_functions("vectorized")
+    for name in names:
+        if len(found[name]) > MOST:
+            order = Random(seed).sample(range(len(found[name])), MOST)
+            found[name] = [found[name][i] for i in sorted(order)]
+        direct = [Input(name, f"numbers drawn, {words}", args, traits=traits)
+                  for words, traits, args in DIRECT.get(name, lambda _: [])(seed)]  # fmt: skip
+        for one in direct:
+            one.wanted = outputs(name, call(shipped[name], one.args), one.args)
+        found[name] = [*direct[:1], *found[name], *direct[1:]]
+    return found
+
+
+def stored_cases() -> list[Case]:
+    """The cases with finite numbers, the smallest models first."""
+    return [load_case(name) for name in case_names() if name not in UNUSUAL]
+
+
+def drawn_cases(seed: int, count: int = 14) -> list[Case]:
+    """Models drawn at random, no two axes of one size; among them one position, one document, one
+    head, one channel a head, three layers, tied weights, rows of zeros."""
+    rng, found = Random(seed), []
+    for number in range(count):
+        H, D, L = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 3])
+        T = 1 if number % 7 == 1 else rng.choice([2, 3, 4, 5, 6, 7])
+        B = 1 if number % 5 == 2 else rng.choice([2, 3, 4, 6])
+        while len({H * D, T, B, *([H, D] if number % 3 else [])}) < (5 if number % 3 else 3):
+            H, D = rng.choice([1, 2, 3, 4]), rng.choice([1, 2, 3, 5])
+            T, B = (1 if T == 1 else rng.randint(2, 8)), (1 if B == 1 else rng.randint(2, 7))
+            if (T == 1) + (B == 1) and H * D not in (T, B):
+                break
+        config = config_from(
+            {
+                "n_layer": L,
+                "n_embd": H * D,
+                "n_head": H,
+                "block_size": T + rng.choice([0, 1]),
+                "norm_embedding": rng.random() < 0.7,
+                "activation": [*ACTIVATIONS][number % len(ACTIVATIONS)],
+                "tie_lm_head": rng.random() < 0.3,
+                "norm_eps": rng.choice([1e-5, 1e-2]),
+                "init_std": rng.choice([0.3, 1.0]),
+                "init_std_residual": rng.choice([0.3, 1.0]),
+                "weight_decay": rng.choice([0.0, 0.1]),
+                "grad_clip": rng.choice([0.0, 0.5]),
+                "seed": rng.randrange(1000),
+            },
+            "drawn at random",
+        )
+        chars = "abcdefghi"[: rng.randint(2, 9)]
+        longest = max(1, T - 1)
+        docs = [[rng.choice(chars) for _ in range(longest)]]
+        docs += [[rng.choice(chars) for _ in range(rng.randint(1, longest))] for _ in range(B - 1)]
+        if T == 1:
+            config = dataclasses.replace(config, block_size=1)
+        rng.shuffle(docs)
+        name = f"drawn-{number + 1}"
+        batch = ["".join(doc) for doc in docs]
+        case = Case(name, "", config, chars, [batch], random="drawn at random")
+        params = {p: np.array(x) for p, x in draw_params(case).items()}
+        if number % 4 == 3:
+            for x in params.values():
+                x[:: rng.choice([2, 3])] = 0.0
+        found.append(with_params(case, params))
+    return found
+
+
+def recorded(case: Case, names: list[str]) -> Iterator[Input]:
+    """The calls of these functions while the shipped text computes a step."""
+    calls: list[Input] = []
+    shipped = text_functions("vectorized")
+
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(*args: Any) -> Any:
+            kept = copied(args)
+            result = shipped[name](*args)
+            wanted = outputs(name, result, args)
+            number = 1 + sum(one.function == name for one in calls)
+            words = f"{case.name}, call {number}"
+            calls.append(Input(name, words, kept, copied(wanted), case, traits(case)))
+            return result
+
+        return record
+
+    modules = [import_module(name) for name in (*TEXTS["vectorized"], "vectorized.backend")]
+    before = [(module, name, vars(module)[name]) for module in modules for name in names
+              if vars(module).get(name) is shipped.get(name) is not None]  # fmt: skip
+    for module, name, _ in before:
+        setattr(module, name, recorder(name))
+    try:
+        backend = watched_backend(case)
+        with np.errstate(all="ignore"):
+            loss = backend.forward(case.docs(0))
+            backend.backward()
+            if "loss_and_grads" in names:
+                args = [dict(case.params), case.docs(0), case.config]
+                args[0] = {name: np.array(x) for name, x in case.params.items()}
+                wanted = {"loss": np.array(loss), **{f"d{k}": np.array(x)
+                          for k, x in backend.grads().items()}}  # fmt: skip
+                calls.append(Input("loss_and_grads", case.name, args, wanted, case, traits(case)))
+            if {"adam", "clip"} & set(names):
+                backend.update(0.01)
+                backend.update(0.01)
+            if "probabilities" in names and not case.name.startswith("drawn"):
+                backend.sample(case.tokenizer, Random(0), 1, case.temperature, [], 2)
+                backend.sample(case.tokenizer, Random(0), 1, 0.0, [])
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+    first = [one for one in calls if one.function in names]
+    yield from first
+
+
+def watched_backend(case: Case, start: State | None = None) -> Any:
+    """vectorized/ as it stands, for this case."""
+    from vectorized.backend import Backend
+
+    return Backend(case.config, start or fresh_state(case.params), watch=True)
+
+
+def traits(case: Case) -> tuple[str, ...]:
+    """What is special about a case's first batch and model, in words."""
+    docs, config = case.docs(0), case.config
+    B, T = len(docs), max(map(len, docs)) - 1
+    lengths = {len(doc) for doc in docs}
+    return tuple(
+        words
+        for words, holds in (
+            ("T = 1", T == 1),
+            ("T > 1", T > 1),
+            ("B = 1", B == 1),
+            ("B > 1", B > 1),
+            ("documents of different length", len(lengths) > 1),
+            ("a token that occurs again", any(len({*doc[:-1]}) < len(doc) - 1 for doc in docs)),
+            ("one layer", config.n_layer == 1),
+            ("n_layer >= 2", config.n_layer >= 2),
+            ("n_layer >= 3", config.n_layer >= 3),
+            ("n_head = 1", config.n_head == 1),
+            ("n_head > 1", config.n_head > 1),
+            ("B other than T", T != B),
+            ("an lm_head of its own", not config.tie_lm_head),
+            ("tie_lm_head", config.tie_lm_head),
+            ("norm_embedding off", not config.norm_embedding),
+            *((f"activation {kind}", config.activation == kind) for kind in ACTIVATIONS),
+        )
+        if holds
+    )
+
+
+Drawn = tuple[str, tuple[str, ...], list[Any]]
+SHAPES = [(2, 3, 5), (1, 1, 1), (1, 1, 4), (3, 1, 2), (1, 4, 3), (4, 2, 1), (5, 4, 7), (2, 2, 2)]
+SIZES = [(1.0, ""), (1e8, "large"), (1e-8, "tiny"), (0.0, "some of them zero")]
+
+
+def _drawn(seed: int) -> Iterator[tuple[str, tuple[str, ...], np.random.Generator, Any, Any]]:
+    """Shapes and sizes: words, traits, a generator, a function that draws, the shape."""
+    rng = np.random.default_rng(seed)
+    for shape, (size, words) in product(SHAPES, SIZES):
+
+        def numbers(shape: Any, size: float = size) -> Array:
+            x = rng.standard_normal(shape) * (size or 1.0)
+            return x * rng.integers(0, 2, shape) if size == 0.0 else x
+
+        B, T, n = shape
+        about = tuple(
+            words
+            for words, holds in (
+                ("T = 1", T == 1),
+                ("T > 1", T > 1),
+                ("B = 1", B == 1),
+                ("B > 1", B > 1),
+                ("one channel", n == 1),
+                ("an odd number of channels", n % 2 == 1),
+                ("axes of different size", len({*shape}) == 3),
+                ("large numbers", size > 1),
+                ("tiny numbers", 0 < size < 1),
+                ("zeros", size == 0),
+            )
+            if holds
+        )
+        yield words or "of size 1", about, rng, numbers, shape
+
+
+def _linear(seed: int, backward: bool) -> Iterator[Drawn]:
+    for words, about, rng, draw, (B, T, n) in _drawn(seed):
+        o = int(rng.integers(1, 9))
+        x, w = draw((B, T, n)), draw((o, n), 1.0)
+        yield words, about, [draw((B, T, o), 1.0), x, w] if backward else [x, w]
+
+
+def _rows(seed: int, function: str) -> Iterator[Drawn]:
+    text = text_functions("vectorized")
+    for words, about, rng, draw, shape in _drawn(seed):
+        x, dy = draw(shape), rng.standard_normal(shape)
+        if function.startswith("softmax"):
+            x = np.clip(x, -600, 600)
+        if function.endswith("forward"):
+            extra = [1e-5] if function == "rmsnorm_forward" else []
+            yield words, about, [x, *extra]
+        elif function == "softmax_backward":
+            yield words, about, [dy, text["softmax_forward"](x)]
+        else:
+            yield words, about, [dy, *text["rmsnorm_forward"](x, 1e-5)]
+
+
+def _activations(seed: int, backward: bool) -> Iterator[Drawn]:
+    kinds = [*ACTIVATIONS]
+    for i, (words, about, rng, draw, shape) in enumerate(_drawn(seed)):
+        kind = kinds[i // len(SIZES) % len(kinds)]
+        x = np.clip(draw(shape), -1e3, 1e3)
+        about = (*about, f"activation {kind}")
+        yield words, about, [*([rng.standard_normal(shape)] if backward else []), x, kind]
+
+
+def _cross_entropies(seed: int, backward: bool) -> Iterator[Drawn]:
+    text = text_functions("vectorized")
+    for words, about, rng, draw, shape in _drawn(seed):
+        logits, targets = np.clip(draw(shape), -30, 30), rng.integers(0, shape[-1], shape[:2])
+        if backward:
+            _, probs = text["cross_entropy_forward"](logits, targets)
+            yield words, about, [rng.random(shape[:2]), probs, targets]
+        else:
+            yield words, about, [logits, targets]
+
+
+DIRECT: dict[str, Callable[[int], Any]] = {
+    "linear_forward": lambda seed: _linear(seed, False),
+    "linear_backward": lambda seed: _linear(seed, True),
+    "softmax_forward": lambda seed: _rows(seed, "softmax_forward"),
+    "softmax_backward": lambda seed: _rows(seed, "softmax_backward"),
+    "rmsnorm_forward": lambda seed: _rows(seed, "rmsnorm_forward"),
+    "rmsnorm_backward": lambda seed: _rows(seed, "rmsnorm_backward"),
+    "activation_forward": lambda seed: _activations(seed, False),
+    "activation_backward": lambda seed: _activations(seed, True),
+    "cross_entropy_forward": lambda seed: _cross_entropies(seed, False),
+    "cross_entropy_backward": lambda seed: _cross_entropies(seed, True),
+}
+
+
+# --- what a call gives ---------------------------------------------------------------------------
+
+
+def call(function: Callable[..., Any], args: list[Any]) -> Any:
+    """What a shipped function returns."""
+    with np.errstate(all="ignore"):
+        return function(*args)
+
+
+def copied(x: Any) -> Any:
+    """A copy that shares no numbers."""
+    return copy.deepcopy(x)
+
+
+def outputs(name: str, result: Any, args: Any) -> dict[str, Array]:
+    """What a call gave back and wrote, by name: dx, dw.attn_wq, tap.layer0.q."""
+    labels = RESULTS.get(name, "").split()
+    found = dict(zip(labels, result if len(labels) > 1 else [result]))
+    for argument, x in zip(ARGUMENTS[name], args):
+        if isinstance(x, Tree) and argument in _filled(name):
+            found.update(leaves(x, f"{argument}."))
+        elif argument in IN_PLACE.get(name, ()):
+            found[argument] = x
+    return found
+
+
+def leaves(tree: Tree, prefix: str) -> dict[str, Array]:
+    """The tensors of a tree by name."""
+    found = {f"{prefix}{name}": x for name, x in vars(tree).items() if name != "layers"}
+    for i, layer in enumerate(getattr(tree, "layers", [])):
+        found |= leaves(layer, f"{prefix}layer{i}.")
+    return found
+
+
+def _filled(name: str) -> tuple[str, ...]:
+    """The trees that a function fills."""
+    return OUTPUTS["backward" if name.endswith("_backward") else "forward"]
+
+
+def _changed(one: Input, given: list[Any]) -> str:
+    """The first input that a call has written into; "" if none."""
+    for name, before, after in zip(one.names, one.args, given):
+        if name in IN_PLACE.get(one.function, ()) or name in ("cache", "caches"):
+            continue
+        if isinstance(before, Tree):
+            if name in _filled(one.function):
+                continue
+            was, now = leaves(before, f"{name}."), leaves(after, f"{name}.")
+            for label, x in was.items():
+                if label not in now or not _same(x, now[label]):
+                    return label
+        elif isinstance(before, dict):
+            for label, x in before.items():
+                if label not in after or not _same(x, after[label]):
+                    return f"{name}[{label!r}]"
+        elif isinstance(before, tuple) and hasattr(before, "_fields"):
+            for label, x, y in zip(before._fields, before, after):
+                if not _same(x, y):
+                    return f"{name}.{label}"
+        elif isinstance(before, np.ndarray) and not _same(before, after):
+            return name
+    return ""
+
+
+def _same(a: Any, b: Any) -> bool:
+    x, y = np.asarray(a), np.asarray(b)
+    return x.shape == y.shape and bool(np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
+
+
+# --- alone ---------------------------------------------------------------------------------------
+
+
+def alone(candidate: Candidate, name: str, given: list[Input]) -> Wrong | None:
+    """The first thing that a function gets wrong on these inputs, by itself.
+
+    Raises Told for what is no matter of numbers.
+    """
+    kept: list[tuple[dict[str, Array], dict[str, Array], str]] = []
+    failed: list[Input] = []
+    first: Wrong | None = None
+    with in_place(candidate, [name]) as guards:
+        for one in given:
+            args = copied(one.args)
+            try:
+                if name == "loss_and_grads":
+                    found = loss_and_grads(candidate, args)
+                else:
+                    found = outputs(name, guards[name](*args), args)
+                written = _changed(one, args)
+                if written:
+                    line = candidate.statement(name, _writes_to(written.partition(".")[0]))
+                    raise Told(name, f"writes into {written}, which is its input", line)
+                noise = _noise(one)
+                wrong = _compared(candidate, one, found, noise)
+                if not wrong and name in WITNESSED:
+                    wrong = _witnessed(candidate, one, found, noise)
+            except Told as told:
+                if first is None:
+                    told.words += f"\non {one.origin}: {shapes(one)}"
+                    raise
+                continue
+            kept.append((found, copied(found), one.origin))
+            if wrong:
+                failed.append(one)
+                first = first or wrong
+        for found, before, origin in kept:
+            for label in found if first is None else ():
+                if not _same(found[label], before[label]):
+                    words = (
+                        f"returns {label} in memory that it writes again later: what it returned"
+                        f"\non {origin} has changed since"
+                    )
+                    raise Told(name, words, candidate.line_of(name))
+    if first:
+        first.share = _shared(failed, given)
+    return first
+
+
+def _writes_to(name: str) -> Callable[[Any], bool]:
+    import ast
+
+    def writes(node: Any) -> bool:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        for target in targets if isinstance(node, (ast.Assign, ast.AugAssign)) else []:
+            plain = isinstance(target, ast.Name) and isinstance(node, ast.Assign)
+            while isinstance(target, (ast.Subscript, ast.Attribute)):
+                target = target.value
+            if isinstance(target, ast.Name) and target.id == name and not plain:
+                return True
+        return False
+
+    return writes
+
+
+def loss_and_grads(candidate: Candidate, args: list[Any]) -> dict[str, Array]:
+    """What the candidate's own loss_and_grads gives, by name.
+
+    Raises Told if that is not a loss and gradients by name.
+    """
+    from crosscheck.candidate import as_our_array
+
+    name = "loss_and_grads"
+    candidate.calls[name] += 1
+    theirs = candidate.functions[name]
+    given = list(args)
+    if candidate.torch:
+        from crosscheck.candidate import _to_theirs
+
+        given[0] = {k: _to_theirs(x) for k, x in given[0].items()}
+    result = watched(candidate, name, lambda: theirs(*given))
+    line = candidate.line_of(name)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise Told(name, f"returns {type(result).__name__}; expected loss, {{name: gradient}}", line)
+    loss, grads = result
+    if not isinstance(grads, Mapping):
+        words = f"returns {type(grads).__name__} for the gradients; expected {{name: gradient}}"
+        raise Told(name, words, line)
+    found: dict[str, Array] = {}
+    for label, x in {"loss": loss, **{f"d{k}": x for k, x in grads.items()}}.items():
+        try:
+            found[label] = as_our_array(x)
+        except ValueError as error:
+            raise Told(name, f"returns {error} for {label}", line) from None
+    return found
+
+
+def _compared(
+    candidate: Candidate, one: Input, found: Mapping[str, Array], noise: Mapping[str, Array]
+) -> Wrong | None:
+    """The first result that is not as it should be."""
+    name, line = one.function, candidate.line_of(one.function)
+    base = Wrong(name, one.origin, "", line, arguments=shapes(one), case=one.case)
+    for label, ours in one.wanted.items():
+        if label not in found:
+            tree = label.partition(".")[0]
+            if tree == "dtap" or (tree == "tap" and _other_half(name) in candidate.functions):
+                continue
+            words = f"does not write {label}" if tree in ("tap", "dw", "dparams") else (
+                f"gives no {label}"
+            )  # fmt: skip
+            return dataclasses.replace(base, problem=words, label=label)
+        theirs, ours = np.asarray(found[label]), np.asarray(ours)
+        if theirs.shape != ours.shape:
+            words = f"gives {label} of shape {theirs.shape}, and should {ours.shape}"
+            return dataclasses.replace(base, problem=words, label=label)
+        if ours.dtype.kind == "f" and theirs.dtype != ours.dtype and theirs.ndim:
+            words = f"gives {label} in {theirs.dtype}, and should in {ours.dtype}"
+            return dataclasses.replace(base, problem=words, label=label)
+        with np.errstate(all="ignore"):
+            apart = np.abs(theirs.astype("float64") - ours)
+            bound = np.maximum(RTOL * np.abs(ours), FACTOR * noise[label])
+            good = (theirs == ours) | (np.isnan(theirs) & np.isnan(ours)) | (apart <= bound)
+            shares = np.where(good, 0.0, apart / np.maximum(bound, 1e-300))
+        if not good.all():
+            shares = np.where(np.isnan(shares), np.inf, shares)
+            typical = np.abs(ours) >= 0.1 * np.median(np.abs(ours))
+            chosen = np.where(~good & typical, shares, -1.0) if (~good & typical).any() else (
+                np.where(good, -1.0, shares)
+            )  # fmt: skip
+            index = np.unravel_index(int(np.argmax(chosen)), ours.shape)
+            index = tuple(map(int, index))
+            return dataclasses.replace(
+                base,
+                problem=f"gives a wrong {label}",
+                label=label,
+                shape=ours.shape,
+                index=index,
+                reference=float(ours[index]),
+                candidate=float(theirs[index]),
+                exceeding=int((~good).sum()),
+                elements=ours.size,
+            )
+    extra = [label for label in found if label not in one.wanted and name == "loss_and_grads"]
+    if extra:
+        return dataclasses.replace(base, problem=f"gives {extra[0]}, and there is no such parameter")
+    return None
+
+
+def _other_half(name: str) -> str:
+    return name.replace("_forward", "_backward")
+
+
+def _noise(one: Input) -> dict[str, Array]:
+    """How far each result moves when every number of the input moves by its last place."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(RUNS):
+        args = _moved(one.args, rng)
+        if one.function == "loss_and_grads":
+            assert one.case is not None
+            backend = watched_backend(with_params(one.case, args[0]))
+            loss = backend.forward(args[1])
+            backend.backward()
+            again: dict[str, Any] = {"loss": loss}
+            again |= {f"d{k}": x for k, x in backend.grads().items()}
+        else:
+            result = call(text_functions("vectorized")[one.function], args)
+            again = outputs(one.function, result, args)
+        runs.append(again)
+    found = {}
+    for label, ours in one.wanted.items():
+        with np.errstate(all="ignore"):
+            ours = np.asarray(ours, "float64")
+            moves = [np.abs(np.asarray(run[label]) - ours) for run in runs]
+            most = np.nan_to_num(np.max(moves, axis=0), nan=0.0, posinf=0.0)
+            row = np.sqrt((most**2).mean(-1, keepdims=True)) if most.ndim else most
+        found[label] = np.where(ours == 0.0, most, np.maximum(most, row))
+    return found
+
+
+def _moved(x: Any, rng: np.random.Generator) -> Any:
+    """The same with every number of every array moved by one unit in the last place."""
+    if isinstance(x, np.ndarray):
+        return x + ULP * x * rng.choice((-1, 1), x.shape) if x.dtype.kind == "f" else x.copy()
+    if isinstance(x, Tree):
+        tree = Tree()
+        vars(tree).update({name: _moved(y, rng) for name, y in vars(x).items()})
+        return tree
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_moved(y, rng) for y in x))
+    if isinstance(x, dict):
+        return {name: _moved(y, rng) for name, y in x.items()}
+    return [_moved(y, rng) for y in x] if isinstance(x, list) else copied(x)
+
+
+def shapes(one: Input) -> str:
+    """The arguments that are arrays, with their shapes."""
+    words = []
+    for name, x in zip(one.names, one.args):
+        if isinstance(x, np.ndarray):
+            words.append(f"{name} {x.shape}")
+        elif name == "docs":
+            words.append(f"docs of {', '.join(str(len(doc)) for doc in x)} tokens")
+        elif isinstance(x, (float, str)):
+            words.append(f"{name} {x}")
+    return ", ".join(words)
+
+
+def _shared(failed: list[Input], given: list[Input]) -> str:
+    """How many inputs fail, and what these have that the others have not."""
+    count = f"{len(failed)} of {len(given)} inputs"
+    passed = [one for one in given if one not in failed]
+    if not passed:
+        return f"all {len(given)} inputs"
+    common = [
+        words
+        for words in failed[0].traits
+        if all(words in one.traits for one in failed)
+        and not any(words in one.traits for one in passed)
+    ]
+    if common:
+        return f"{count}: those with {' and '.join(common[:2])}"
+    every = [
+        words
+        for words in failed[0].traits
+        if all(words in one.traits for one in failed)
+        and sum(words in one.traits for one in passed) < len(passed) / 2
+    ]
+    if every:
+        return f"{count}, all of them with {' and '.join(every[:2])}"
+    return count
+
+
+# --- the complex step ----------------------------------------------------------------------------
+
+
+def _derivative(one: Input, rng: np.random.Generator) -> tuple[float, float, dict[str, Array]]:
+    """The derivative of <dy, forward(x)> along a direction; its size; the direction by result."""
+    text, name = text_functions("vectorized"), one.function
+    args = dict(zip(one.names, one.args))
+    dy = np.asarray(one.args[0])
+
+    def direction(x: Array) -> Array:
+        return rng.standard_normal(np.shape(x))
+
+    if name == "linear_backward":
+        x, w = args["x"], args["w"]
+        v, u = direction(x), direction(w)
+        y = text["linear_forward"](x + 1j * STEP * v, w + 1j * STEP * u)
+        ways = {"dx": v, "dw": u}
+    elif name == "activation_backward":
+        v = direction(args["x"])
+        y = text["activation_forward"](args["x"] + 1j * STEP * v, args["kind"])
+        ways = {"dx": v}
+    elif name == "softmax_backward":
+        x = np.log(args["y"])
+        v = np.where(np.isfinite(x), direction(x), 0.0)
+        y = text["softmax_forward"](x + 1j * STEP * v)
+        ways = {"dx": v}
+    else:  # rmsnorm_backward, whose eps follows from its operands
+        x = args["y"] / args["scale"]
+        eps = args["scale"] ** -2.0 - (x * x).mean(axis=-1, keepdims=True)
+        v = direction(x)
+        y = text["rmsnorm_forward"](x + 1j * STEP * v, eps)[0]
+        ways = {"dx": v}
+    terms = dy * np.imag(y) / STEP
+    return float(terms.sum()), float(np.abs(terms).sum()), ways
+
+
+WITNESSED = ("linear_backward", "softmax_backward", "rmsnorm_backward", "activation_backward")
+WITNESS = 1e-7  # of the size of the terms: operands that are made from results have lost digits
+
+
+def _witnessed(
+    candidate: Candidate, one: Input, found: Mapping[str, Array], noise: Mapping[str, Array]
+) -> Wrong | None:
+    """A derivative that does not agree with the shipped forward function, by a complex step."""
+    with np.errstate(all="ignore"):
+        wanted, size, ways = _derivative(one, np.random.default_rng(0))
+        products = [np.asarray(found[label]) * way for label, way in ways.items()]
+        given = sum(float(x.sum()) for x in products)
+        size += sum(float(np.abs(x).sum()) for x in products)
+        lost = sum(float((noise[label] * np.abs(way)).sum()) for label, way in ways.items())
+    if not np.isfinite(wanted) or abs(given - wanted) <= WITNESS * size + FACTOR * lost:
+        return None
+    forward = one.function.replace("_backward", "_forward")
+    words = f"gives {given:.9g} along a direction in which {forward} has the slope {wanted:.9g}"
+    return Wrong(one.function, one.origin, words, candidate.line_of(one.function),
+                 arguments=shapes(one), case=one.case)  # fmt: skip
