@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -52,6 +53,7 @@ from crosscheck.trace import (
 )
 from microgpt.backend import fresh_state
 from microgpt.errors import MicrogptError, printable
+from microgpt.memory import most_walkers
 from microgpt.train import learning_rate
 from scalar.backend import Backend as Scalar
 from vectorized.backend import Backend as Watched
@@ -312,11 +314,10 @@ def _steps(
     candidate: Candidate, case: Case, steps: int, names: Sequence[str], draws: bool = False
 ) -> Iterator[Step]:
     """The steps of a case with these functions in their place; without any, vectorized's own."""
-    from unittest.mock import patch
-
     side = candidate.side if names else "vectorized"
     config = suited(case.config, side, "float64")
-    with in_place(candidate, names), patch("vectorized.backend.most_walkers", lambda _: 1):
+    walkers = most_walkers if "sample_many" in names else lambda _: 1
+    with in_place(candidate, names), patch("vectorized.backend.most_walkers", walkers):
         if candidate.whole and names:
             backend: Any = Own(candidate, config, case)
         elif side == "scalar":
