@@ -103,7 +103,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     try:
         candidate = load_candidate(path)
     except Told as told:
-        verdict = Verdict(CANNOT if told.words.startswith("cannot be read") else WRONG, "")
+        verdict = Verdict(CANNOT if told.function == path.name else WRONG, "")
         verdict.report = _told(told)
         verdict.end = ["", f"next: mend it, then: {again}"]
         return verdict

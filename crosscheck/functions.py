@@ -13,6 +13,8 @@ import cmath
 import copy
 import dataclasses
 import inspect
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -52,6 +54,7 @@ OPTIONAL = ("tap", "dtap")  # what only a function's own other half needs
 MOST = 40  # inputs of a function
 UNUSUAL = ("impossible-padding",)  # holds infinities in padding, which nothing depends on
 LARGEST_LOSS = 30.0  # of a position in a model drawn at random
+ENOUGH = 2.0  # seconds, after which no more inputs are counted that fail
 RUNS = 2  # of the shipped function with its input moved by rounding
 
 
@@ -432,6 +435,8 @@ def _changed(one: Input, given: list[Any]) -> str:
                     return f"{name}.{label}"
         elif isinstance(before, np.ndarray) and not _same(before, after):
             return name
+        elif isinstance(before, list) and before != after:
+            return name
     return ""
 
 
@@ -452,8 +457,13 @@ def alone(candidate: Candidate, name: str, given: list[Input]) -> Wrong | None:
     failed: list[Input] = []
     evidence: list[tuple[Input, Mapping[str, Array]]] = []
     first: Wrong | None = None
+    tried: list[Input] = []
+    since = time.monotonic()
     with in_place(candidate, [name]) as guards:
         for one in given:
+            if first and time.monotonic() - since > ENOUGH:
+                break
+            tried.append(one)
             args = copied(one.args)
             try:
                 if name == "loss_and_grads":
@@ -487,7 +497,7 @@ def alone(candidate: Candidate, name: str, given: list[Input]) -> Wrong | None:
                     )
                     raise Told(name, words, candidate.line_of(name))
     if first:
-        first.share = _shared(failed, given)
+        first.share = _shared(failed, tried)
         first.evidence = [*evidence[:: len(evidence) // 3 + 1], evidence[-1]]
     return first
 
@@ -557,6 +567,8 @@ def _compared(
             return dataclasses.replace(base, problem=words, label=label)
         if ours.dtype.kind == "f" and theirs.dtype != ours.dtype and theirs.ndim:
             words = f"gives {label} in {theirs.dtype}, and should in {ours.dtype}"
+            if "jax" in sys.modules:
+                words += "; for JAX: jax.config.update('jax_enable_x64', True)"
             return dataclasses.replace(base, problem=words, label=label)
         with np.errstate(all="ignore"):
             apart = np.abs(theirs.astype("float64") - ours)

@@ -27,6 +27,7 @@ from crosscheck.candidate import (
 from crosscheck.check import CANNOT, INCOMPLETE, RIGHT, WRONG, Verdict, check
 from crosscheck.defects import load_defects
 from crosscheck.functions import alone, inputs
+from microgpt.config import FIXTURES
 
 NORM = """\
 def rmsnorm_backward(dy, y, scale):
@@ -398,6 +399,13 @@ def test_hints_tell_more_each_time(checked: Check) -> None:
     assert none.endswith("mine.py --hint")
     assert one.endswith("mine.py --hint --hint")
     assert two.endswith("mine.py")
+
+
+def test_the_readme_shows_what_is_said(checked: Check) -> None:
+    readme = (FIXTURES.parent / "README.md").read_text(encoding="utf-8")
+    source = readme.partition("```python\n")[2].partition("```")[0]
+    said = str(checked(source, 1)).partition("\n\n(")[0]
+    assert said in readme, said
 
 
 def test_the_hint_names_what_was_computed_instead(checked: Check) -> None:
