@@ -386,8 +386,8 @@ class Own:
 
 def _at_fault(candidate: Candidate, found: Disagreement) -> str:
     """The function of the candidate that a disagreement points at, where that can be said."""
-    words = found.function.partition(",")[0]
-    return words if words in candidate.functions else ""
+    named, only = found.function.partition(",")[0], [*candidate.functions]
+    return named if named in only else only[0] if len(only) == 1 else ""
 
 
 def _shown(found: Disagreement, candidate: Candidate, hint: int) -> str:

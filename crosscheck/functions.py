@@ -433,9 +433,9 @@ def _changed(one: Input, given: list[Any]) -> str:
             for label, x, y in zip(before._fields, before, after):
                 if not _same(x, y):
                     return f"{name}.{label}"
-        elif isinstance(before, np.ndarray) and not _same(before, after):
-            return name
-        elif isinstance(before, list) and before != after:
+        elif (isinstance(before, np.ndarray) and not _same(before, after)) or (
+            isinstance(before, list) and before != after
+        ):
             return name
     return ""
 
