@@ -229,6 +229,18 @@ def port(options: argparse.Namespace) -> int:
     return result.exit_status
 
 
+def check(options: argparse.Namespace) -> int:
+    """Check functions of your own. Exit status 3: right so far, and not all are there."""
+    from crosscheck.check import asked, run, watch
+
+    asked(options.candidate)
+    if not 0 < options.time_limit < float("inf"):
+        raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    if options.watch:
+        return watch(options.candidate, options.hint, options.time_limit)
+    return run(options.candidate, options.hint, not options.json, options.time_limit)
+
+
 def _draw(path: Path, about: str, outcomes: Sequence[Outcome], labels: tuple[str, str]) -> None:
     """The map of these comparisons as a page."""
     try:
@@ -345,6 +357,17 @@ def _parser() -> argparse.ArgumentParser:
                      " case (default: 60)")  # fmt: skip
     one.add_argument("--all", action="store_true", help="go on behind the first wrong stage")
     one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
+    one.add_argument("--json", action="store_true", help="for other programs")
+
+    one = command("check", check)
+    one.add_argument("candidate", type=Path, metavar="FILE", help="such as mine.py, or a package,"
+                     " with functions of vectorized/ or scalar/, or loss_and_grads(params, docs,"
+                     " config), or a class Backend or Value")  # fmt: skip
+    one.add_argument("--hint", action="count", default=0, help="say what it looks like; given"
+                     " twice, the equation with its numbers as well")  # fmt: skip
+    one.add_argument("--watch", action="store_true", help="again whenever the file has changed")
+    one.add_argument("--time-limit", type=float, default=5.0, metavar="SECONDS", help="for one"
+                     " call (default: 5)")  # fmt: skip
     one.add_argument("--json", action="store_true", help="for other programs")
 
     command("float32", float32)

@@ -1,0 +1,53 @@
+"""For pytest, wherever this package is installed: `pytest crosscheck`, and `--candidate mine.py`.
+
+Runs that ask for neither are not touched, and import nothing of the crosscheck.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+CANNOT = 2  # exit status where nothing can be checked
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("candidate", "functions of a GPT, checked (microgpt-crosscheck)")
+    group.addoption("--candidate", type=Path, metavar="FILE", help="check the functions in this"
+                    " file or package, instead of running tests")  # fmt: skip
+    group.addoption("--hint", action="count", default=0, help="with --candidate: what it looks"
+                    " like; given twice, the equation as well")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
+    """Let `pytest crosscheck` mean the installed one where there is no file of that name."""
+    if Path("crosscheck").exists():
+        return
+    for given in (args, early_config.known_args_namespace.file_or_dir):
+        if "crosscheck" in given:
+            given[given.index("crosscheck")] = str(Path(__file__).parent)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With --candidate, the verdict on it takes the place of the run."""
+    path: Path | None = config.getoption("--candidate")
+    if path is None:
+        return None
+    from crosscheck.check import run
+    from microgpt.errors import MicrogptError
+
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture:
+        capture.suspend_global_capture(in_=True)
+    try:
+        return run(path, config.getoption("--hint"), True, 5.0)
+    except MicrogptError as error:
+        print(f"pytest --candidate: error: {error}", file=sys.stderr)
+        return CANNOT
+    finally:
+        if capture:
+            capture.resume_global_capture()
