@@ -58,6 +58,7 @@ PANEL = {
 STEPS = 3
 SECONDS = 20.0  # for the steps of a case; what takes longer is taken to go on for ever
 DRAWN = 6  # models drawn at random, of other numbers whenever the text is another
+FILLED = 40  # batches of drawn documents
 LARGEST = 600.0  # a loss whose probability scalar's numbers can hold
 
 
@@ -174,6 +175,10 @@ def _judged(
         verdict = _operations(exercise, learner, written, hint)
         if verdict:
             return verdict
+    if "fill" in learner.functions and not exercise.defect:
+        verdict = _filling(learner)
+        if verdict:
+            return verdict
     found = _in_model(exercise, learner)
     if not found:
         return None
@@ -205,7 +210,7 @@ def shown(found: Disagreement, hint: int) -> str:
         quiet["diagnosis"] = ""
     if hint < 2:
         quiet.update(formula="", operands={})
-    return render(replace(found, **quiet), "should be", "yours")
+    return render(replace(found, **quiet), "reference", "yours")
 
 
 # --- operations by themselves ------------------------------------------------------------------
@@ -317,6 +322,38 @@ def _values(functions: Mapping[str, Any], one: Expression) -> dict[str, Any]:
     for letter, operand in zip("abcd", operands):
         found[f"d({one.words}) / d{letter}"] = operand.grad
     return found
+
+
+def _filling(learner: Candidate) -> Verdict | None:
+    """What `fill` gets wrong in arrays that have held other documents, and have room for more."""
+    rng = Random(learner.seed)
+    shipped = import_module("vectorized.batch")
+    for _ in range(FILLED):
+        B, T = rng.randint(1, 5), rng.randint(1, 7)
+        docs = [[rng.randrange(9) for _ in range(rng.randint(2, T + 1))] for _ in range(B)]
+        docs = rng.choice([docs, [doc[:2] for doc in docs]])
+        right, theirs = (shipped.empty_batch(B, T, np.dtype("float64")) for _ in range(2))
+        for array in theirs:
+            array[:] = 7  # of the documents before
+        shipped.fill(right, docs, B + 1)
+        call = guard(learner, "fill")
+        call(theirs, [list(doc) for doc in docs], B + 1)
+        for name, x, y in zip(right._fields, right, theirs):
+            if not np.allclose(x, y, rtol=1e-9, atol=0.0):
+                b, t = (int(i[0]) for i in np.nonzero(x != y))
+                rows = [
+                    (
+                        "given",
+                        f"{B} documents of {', '.join(str(len(doc)) for doc in docs)} tokens",
+                    ),
+                    ("", f"of {B + 1} in the whole batch; arrays of {x.shape}, which hold others"),
+                    ("at", f"{name}[b={b}, t={t}]"),
+                    ("should be", repr(x[b, t].item())),
+                    ("yours", repr(y[b, t].item())),
+                ]
+                lines = [f"  {label:10}  {words}" for label, words in rows]
+                return Verdict(WRONG, (), "fill", ("", "fill is wrong:", *lines))
+    return None
 
 
 # --- in the model --------------------------------------------------------------------------------
