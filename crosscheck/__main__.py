@@ -357,8 +357,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("check", check)
     one.add_argument("candidate", type=Path, metavar="FILE", help="such as mine.py, or a package,"
-                     " with functions under the names and signatures of vectorized/ or scalar/, or"
-                     " loss_and_grads(params, docs, config), or a class Backend or Value")  # fmt: skip
+                     " with functions of vectorized/ or scalar/, or loss_and_grads(params, docs,"
+                     " config), or a class Backend or Value")  # fmt: skip
     one.add_argument("--hint", action="count", default=0, help="say what it looks like; given"
                      " twice, the equation with its numbers as well")  # fmt: skip
     one.add_argument("--watch", action="store_true", help="again whenever the file has changed")

@@ -17,7 +17,6 @@ import linecache
 import os
 import sys
 import threading
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +73,7 @@ GRACE = 2.0  # seconds in which what loops may notice that it is told to stop
 DEEPEST = 5000  # calls within calls: recursion along a graph is how most people write it
 
 
-class Told(BaseException):  # noqa: N818  # no error of ours, and not to be caught by the text
+class Told(BaseException):  # not an Exception: no error of ours, and not to be caught by the text
     """What a candidate's function did, in words, and its own line."""
 
     def __init__(self, function: str, words: str, line: str = "") -> None:
@@ -168,7 +167,7 @@ def load_candidate(path: Path) -> Candidate:
     if side == "scalar" and "Value" in own:
         names.append("Value")
     whole = [name for name in names if name in WHOLE]
-    names = whole[:1] or names
+    names = whole[-1:] or names
     stubs = [name for name in names if _is_stub(own[name])]
     functions = {name: own[name] for name in names if name not in stubs}
     wanted = [name for name in known if name not in HELPERS] if not whole else []
@@ -182,8 +181,9 @@ def load_candidate(path: Path) -> Candidate:
     near = {name: difflib.get_close_matches(name, [*absent, *WHOLE], 1, 0.8) for name in defined}
     unknown = {name: close[0] for name, close in near.items() if close and not whole}
     for name in functions:
-        if any(x is known.get(name) for x in vars(module).values()):
-            raise Told(name, "hands on the reference's own function of that name")
+        if name in known and any(x is known[name] for x in vars(module).values()):
+            words = f"has {side}'s own function of that name beside it: {path.name} imports it"
+            raise Told(name, words, _line(str(file), _imports(file, name)))
     if not names:
         hint = "".join(f"; {name}: did you mean {to}?" for name, to in unknown.items())
         raise MicrogptError(
@@ -214,6 +214,14 @@ def _side(own: Mapping[str, Any]) -> str:
     return "scalar" if set(own) & ((others - ours) | {"Value"}) else "vectorized"
 
 
+def _imports(file: Path, name: str) -> int:
+    """The line on which a file imports a name."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and any(one.name == name for one in node.names):
+            return node.lineno
+    return 1
+
+
 def _ours(x: Any) -> bool:
     """Whether something comes from this project, not from the candidate."""
     home = str(getattr(x, "__module__", "")).partition(".")[0]
@@ -237,9 +245,8 @@ def _imported(path: Path, file: Path) -> ModuleType:
     linecache.clearcache()
     try:
         with redirect_stdout(io.StringIO()):
-            exec(compile(file.read_bytes(), str(file), "exec"), vars(module)) if not places else (
-                spec.loader.exec_module(module)
-            )
+            # compiled anew: what is cached beside it may be of a change within the same second
+            exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
         line = f"{Path(error.filename or file).name}:{error.lineno} {(error.text or '').strip()}"
         raise Told(path.name, f"cannot be read: {error.msg}", line) from None
@@ -281,7 +288,8 @@ def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, A
 
     Gives them as they stand there. The text as it is shipped is back afterwards.
     """
-    shipped: dict[str, Any] = {**text_functions(candidate.side)}
+    shipped: dict[str, Any] = dict(text_functions(candidate.side))
+    exchanged: dict[str, tuple[Any, Any]]
     guards = {name: guard(candidate, name) for name in names if name != "Value"}
     exchanged = {name: (shipped[name], guards[name]) for name in guards if name in shipped}
     if "Value" in names:
@@ -324,13 +332,13 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
             signature.bind(*args, **kwargs)
         except TypeError:
             asked = ", ".join(inspect.signature(wanted).parameters) if wanted else "other arguments"
-            given = ", ".join(signature.parameters)
-            words = f"takes ({given}); the text calls it with ({asked})"
+            taken = ", ".join(signature.parameters)
+            words = f"takes ({taken}); the text calls it with ({asked})"
             raise Told(name, words, candidate.line_of(name)) from None
         candidate.calls[name] += 1
         inside = True
         try:
-            given = [_to_theirs(x) for x in args] if candidate.torch else list(args)
+            given = [to_theirs(x) for x in args] if candidate.torch else list(args)
             found = watched(candidate, name, lambda: theirs(*given, **kwargs))
             if candidate.torch:
                 for x, y in zip(args, given):
@@ -384,15 +392,14 @@ def _limited(candidate: Candidate, name: str) -> Iterator[None]:
     def watch() -> None:
         if done.wait(candidate.time_limit):
             return
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(caller), ctypes.py_object(_Late)
-        )
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(_Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
             frame = sys._current_frames().get(caller)
             while frame and not candidate.own(frame.f_code.co_filename):
                 frame = frame.f_back
             line = _line(frame.f_code.co_filename, frame.f_lineno) if frame else ""
-            print(f"{name} {_late(candidate)}\n  your line  {line}", file=sys.__stdout__, flush=True)
+            words = f"{name} {_late(candidate)}\n  your line   {line}"
+            print(words, file=sys.__stdout__, flush=True)
             os._exit(1)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -441,7 +448,7 @@ def as_our_array(x: Any) -> Any:
     return array
 
 
-def _results(candidate: Candidate, name: str, found: Any, results: list[str]) -> Any:
+def _results(candidate: Candidate, name: str, found: Any, results: Sequence[str]) -> Any:
     """What a function gave back, as the arrays that the text expects."""
     line = candidate.statement(name, lambda node: isinstance(node, ast.Return))
     if not results:
@@ -449,7 +456,7 @@ def _results(candidate: Candidate, name: str, found: Any, results: list[str]) ->
             words = f"returns {shortened(found)}; it has nothing to return"
             raise Told(name, words, line)
         return None
-    many = found if len(results) > 1 else [found]
+    many: Sequence[Any] = found if len(results) > 1 else [found]
     if len(results) > 1 and (not isinstance(found, (tuple, list)) or len(found) != len(results)):
         kind = f"{len(found)} of them" if isinstance(found, tuple) else type(found).__name__
         raise Told(name, f"returns {kind}; expected the tuple {', '.join(results)}", line)
@@ -485,7 +492,7 @@ def _converted(x: Any) -> Any:
         return x
 
 
-def _to_theirs(x: Any) -> Any:
+def to_theirs(x: Any) -> Any:
     """An argument with tensors of PyTorch in the place of arrays; they share their memory."""
     import torch
 
@@ -493,11 +500,11 @@ def _to_theirs(x: Any) -> Any:
         return torch.from_numpy(np.require(x, requirements=["W"]))
     if isinstance(x, Tree):
         tree = Tree()
-        vars(tree).update({name: _to_theirs(y) for name, y in vars(x).items()})
+        vars(tree).update({name: to_theirs(y) for name, y in vars(x).items()})
         return tree
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*map(_to_theirs, x))
-    return [_to_theirs(y) for y in x] if isinstance(x, list) else x
+        return type(x)(*map(to_theirs, x))
+    return [to_theirs(y) for y in x] if isinstance(x, list) else x
 
 
 def _back(x: Any, given: Any) -> None:
@@ -558,8 +565,3 @@ WRITTEN_OUT = {  # what scalar/value.py makes one Value of, by the operations al
     "mean": lambda x: _total(x) * (1 / len(x)),
     "dot": lambda x, y: _total([a * b for a, b in zip(x, y)]),
 }
-
-
-def elapsed(since: float) -> str:
-    """Seconds, for the last line."""
-    return f"{time.monotonic() - since:.1f} s"

@@ -6,31 +6,67 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from crosscheck.candidate import Candidate, Told, in_place, load_candidate, watched
+from crosscheck.candidate import (
+    RESULTS,
+    Candidate,
+    Told,
+    as_our_array,
+    in_place,
+    load_candidate,
+    text_functions,
+    watched,
+)
 from crosscheck.cases import Case, load_case
-from crosscheck.compare import Disagreement, compare
-from crosscheck.functions import RESULTS, Wrong, alone, drawn_cases, inputs, stored_cases
+from crosscheck.compare import Disagreement, compare, explained
+from crosscheck.functions import (
+    Wrong,
+    alone,
+    drawn_cases,
+    inputs,
+    loss_and_grads,
+    stored_cases,
+    value_alone,
+)
+from crosscheck.likeness import likeness
 from crosscheck.noise import noise
 from crosscheck.report import as_json, render, wrapped
 from crosscheck.sides import IncompleteError
 from crosscheck.tolerance import FLOAT64, float64
-from crosscheck.trace import Step, drawn, split_key, suited, trace, trace_step
+from crosscheck.trace import (
+    Step,
+    drawn,
+    in_order,
+    padded_tokens,
+    split_key,
+    suited,
+    trace,
+    trace_step,
+)
 from microgpt.backend import fresh_state
 from microgpt.errors import MicrogptError, printable
+from microgpt.memory import most_walkers
 from microgpt.train import learning_rate
+from scalar.backend import Backend as Scalar
+from vectorized.backend import Backend as Watched
 
 RIGHT, WRONG, CANNOT, INCOMPLETE = 0, 1, 2, 3  # exit status
-# small models that between them reach every line of the text; the first shows most
-PANEL = ("cold-samples", "microgpt-243", "single-character", "decay-and-clip", "two-layers")
-STEPS = 3
+# small models that between them reach every line of the text, and how many steps of each
+PANEL = {
+    "cold-samples": 3,
+    "single-character": 2,
+    "decay-and-clip": 3,
+    "microgpt-243": 1,
+    "two-layers": 1,
+}
 QUIET = {"lines": (), "function": "", "operands": {}, "formula": "", "diagnosis": ""}
 
 
@@ -86,7 +122,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
         verdict.report = _told(told)
         verdict.fields = {"function": told.function, "problem": told.words, "line": told.line}
     for name, line in candidate.said.items():
-        verdict.report.append(f"{name} prints, which is left out here: {printable(line)[:60]}")
+        verdict.report += ["", f"{name} prints; left out here: {printable(line)}"[:80]]
     verdict.seconds = time.monotonic() - since
     if verdict.status == RIGHT and "not attempted" in verdict.functions.values():
         verdict.status = INCOMPLETE
@@ -108,9 +144,16 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
             if wrong:
                 verdict.functions[name], verdict.status = "wrong", WRONG
                 verdict.report = _alone(candidate, wrong, hint)
-                verdict.fields = {k: v for k, v in vars(wrong).items() if k != "case"}
+                verdict.fields = _plain(wrong)
                 return
             verdict.functions[name] = "right alone"
+    if "Value" in names:
+        wrong = value_alone(candidate)
+        if wrong:
+            verdict.functions["Value"], verdict.status = "wrong", WRONG
+            verdict.report = _alone(candidate, wrong, 0)
+            verdict.fields = _plain(wrong)
+            return
     found = in_whole(candidate)
     if found:
         name = _at_fault(candidate, found)
@@ -124,29 +167,34 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
         verdict.functions[name] = "right"
 
 
+def _plain(wrong: Wrong) -> dict[str, Any]:
+    """What is wrong, for other programs."""
+    return {k: v for k, v in vars(wrong).items() if k not in ("case", "evidence")}
+
+
 def _told(told: Told) -> list[str]:
     first, *rest = told.words.split("\n")
     lines = ["", *wrapped(f"{told.function} {first}")]
     for words in rest:
         lines += wrapped(words, "  ", "    ")
-    return [*lines, *([f"  your line  {told.line}"[:80]] if told.line else [])]
+    return [*lines, *([f"  your line   {told.line}"[:80]] if told.line else [])]
 
 
 def _alone(candidate: Candidate, wrong: Wrong, hint: int) -> list[str]:
     """The report on a function by itself."""
     rows = []
-    if wrong.shape != () or wrong.exceeding:
+    if wrong.exceeding:
         at = f"{wrong.label}[{', '.join(map(str, wrong.index))}]" if wrong.index else wrong.label
         apart = abs(wrong.candidate - wrong.reference)
         relative = f"{apart / abs(wrong.reference):.3g} relative" if wrong.reference else "inf"
         rows += [
-            ("at", f"{at} of {wrong.shape}"),
+            ("at", f"{at} of {wrong.shape}" if wrong.shape else at),
             ("should be", repr(wrong.reference)),
             ("yours", repr(wrong.candidate)),
             ("difference", f"{apart:.3g} absolute, {relative}; allowed 1e-09 relative"),
             ("wrong", f"{wrong.exceeding:,} of {wrong.elements:,} elements"),
         ]
-    rows += [("given", wrong.arguments), ("fails for", wrong.share), ("your line", wrong.line)]
+    rows += [("given", wrong.arguments), ("fails for", wrong.share), ("your line", wrong.line[:64])]
     if hint:
         rows += _hints(candidate, wrong, hint)
     lines = ["", *wrapped(f"{wrong.function} {wrong.problem}, by itself, on {wrong.origin}:")]
@@ -157,11 +205,10 @@ def _alone(candidate: Candidate, wrong: Wrong, hint: int) -> list[str]:
 
 def _hints(candidate: Candidate, wrong: Wrong, hint: int) -> list[tuple[str, str]]:
     """The diagnosis, and the equation with its numbers, from the model with this function in it."""
-    own = [wrong.case] if wrong.case else []
+    own, words = [wrong.case] if wrong.case else [], ""
     for case in [*own, *map(load_case, PANEL)]:
         lessons = list(_steps(candidate, case, 1, ()))
-        with np.errstate(all="ignore"):
-            found = _compared(candidate, case, lessons, [wrong.function], 1, FLOAT64)
+        found = _compared(candidate, case, lessons, [wrong.function], 1, FLOAT64)
         if found and found.diagnosis:
             rows = [("looks like", found.diagnosis)]
             if hint > 1 and found.formula:
@@ -169,15 +216,15 @@ def _hints(candidate: Candidate, wrong: Wrong, hint: int) -> list[tuple[str, str
                 rows.append(("equation", f"{name} = {found.formula} = {found.expected:.6g}"))
                 rows += [("", f"{x} = {numbers}") for x, numbers in found.operands.items()]
             return rows
-    equation = (candidate_equation(wrong.function) if hint > 1 else "") or ""
-    rows = [("looks like", "nothing that has a name here")]
+    if wrong.function in RESULTS:
+        words = likeness(wrong.function, wrong.evidence)
+    equation = equation_of(wrong.function) if hint > 1 else ""
+    rows = [("looks like", words or "nothing that has a name here")]
     return [*rows, ("equation", equation)] if equation else rows
 
 
-def candidate_equation(name: str) -> str:
+def equation_of(name: str) -> str:
     """The first line of the docstring of the text's function of that name."""
-    from crosscheck.candidate import text_functions
-
     function = text_functions("vectorized").get(name)
     return (function.__doc__ or "").partition("\n")[0] if function else ""
 
@@ -191,23 +238,31 @@ def in_whole(candidate: Candidate) -> Disagreement | None:
     The reference is the other text: scalar for functions of vectorized, and the other way round.
     """
     names = [*candidate.functions]
-    for name in PANEL:
+    slow = "Value" in names  # its graphs are larger, a number for each operation
+    for name, steps in list(PANEL.items())[: 3 if slow else None]:
         case = load_case(name)
         draws = bool({"sample", "probabilities", "sample_many"} & set(names))
-        lessons = list(trace(case, "scalar", "float64", STEPS, draws=draws))
+        lessons = list(trace(case, "scalar", "float64", steps, draws=draws))
         standard = float64(noise(case, lessons))
         if candidate.side == "scalar":
-            lessons = list(_steps(candidate, case, STEPS, (), draws))
-        found = _compared(candidate, case, lessons, names, STEPS, standard, draws)
+            lessons = list(_steps(candidate, case, steps, (), draws))
+        found = _compared(candidate, case, lessons, names, steps, standard, draws)
         if found:
             return found
-    cases = [case for case in stored_cases() if case.name not in PANEL]
-    for case in [*cases, *drawn_cases(candidate.seed)] if candidate.whole else []:
-        lessons = list(_steps(candidate, case, 2, ()))
-        found = _compared(candidate, case, lessons, names, 2, FLOAT64)
+    cases = [*stored_cases(), *drawn_cases(candidate.seed)] if candidate.whole == "Backend" else []
+    if candidate.side == "scalar" and not slow:
+        cases = sorted(drawn_cases(candidate.seed), key=_work)[:3]
+    for case in cases:
+        lessons = list(_steps(candidate, case, 1, ()))
+        found = _compared(candidate, case, lessons, names, 1, FLOAT64)
         if found:
             return found
     return None
+
+
+def _work(case: Case) -> int:
+    """Numbers that a step computes, more or less."""
+    return case.config.n_layer * case.config.n_embd**2 * sum(map(len, case.docs(0)))
 
 
 def _compared(
@@ -227,7 +282,7 @@ def _compared(
     except IncompleteError as error:
         stopped = error
         theirs.append(error.step)
-    ours = list(lessons)
+    ours = whole = list(lessons)
     if candidate.whole:
         ours = [{key: x for key, x in a.items() if key in b} for a, b in zip(ours, theirs)]
     elif stopped is None:
@@ -245,28 +300,29 @@ def _compared(
     sides = ("scalar", "vectorized")
     names_of_sides = sides if candidate.side == "vectorized" else sides[::-1]
     with np.errstate(all="ignore"):
-        outcome = compare(case, ours[: len(theirs)], stepped(), standard, names_of_sides)
-    return outcome.found[0] if outcome.found else None
+        found = compare(case, ours[: len(theirs)], stepped(), standard, names_of_sides).found
+        if found and found[0].shape is not None and not found[0].stop:
+            at = found[0].step - 1  # once more, with all that the reference has of this step
+            before = (whole[at - 1], theirs[at - 1]) if at else None
+            found = [
+                explained(case, found, whole[at], theirs[at], before, standard, names_of_sides)
+            ]
+    return found[0] if found else None
 
 
 def _steps(
     candidate: Candidate, case: Case, steps: int, names: Sequence[str], draws: bool = False
 ) -> Iterator[Step]:
     """The steps of a case with these functions in their place; without any, vectorized's own."""
-    from unittest.mock import patch
-
     side = candidate.side if names else "vectorized"
     config = suited(case.config, side, "float64")
-    with in_place(candidate, names), patch("vectorized.backend.most_walkers", lambda _: 1):
+    walkers = most_walkers if "sample_many" in names else lambda _: 1
+    with in_place(candidate, names), patch("vectorized.backend.most_walkers", walkers):
         if candidate.whole and names:
             backend: Any = Own(candidate, config, case)
         elif side == "scalar":
-            from scalar.backend import Backend
-
-            backend = Backend(config, fresh_state(case.params), watch=True)
+            backend = Scalar(config, fresh_state(case.params), watch=True)
         else:
-            from vectorized.backend import Backend as Watched
-
             backend = Watched(config, fresh_state(case.params), watch=True)
         pair: Any = SimpleNamespace(name=side, config=config, watched=backend, trained=backend)
         for step in range(steps):
@@ -283,57 +339,47 @@ class Own:
     """A whole model of the candidate's: its loss and gradients, and its update or else ours."""
 
     def __init__(self, candidate: Candidate, config: Any, case: Case) -> None:
-        from vectorized.backend import Backend
-
         self.candidate, self.config = candidate, config
-        self.ours = Backend(config, fresh_state(case.params), watch=True)  # for the update
-        self.theirs: Any = None
-        if candidate.whole == "Backend":
-            state = fresh_state({name: np.array(x) for name, x in case.params.items()})
-            make = candidate.functions["Backend"]
-            self.theirs = watched(candidate, "Backend", lambda: make(config, state))
+        self.params = {name: np.array(x) for name, x in case.params.items()}
+        self.updating = candidate.whole == "Backend"
+        state = fresh_state({name: x.copy() for name, x in self.params.items()})
+        make = candidate.functions["Backend"] if self.updating else Watched
+        self.backend: Any = self._asked(lambda: make(config, state, True))
+
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        return watched(self.candidate, self.candidate.whole, call)
 
     def step(self, docs: Any, lr_t: float) -> Step:
         """A step as far as the candidate computes it."""
-        from crosscheck.trace import padded_tokens
-
-        state = self.ours.state()
-        entry = {name: np.array(x) for name, x in state.params.items()}
         record: Step = {"batch/tokens": padded_tokens(docs)}
-        record |= {f"entry/{name}": x for name, x in entry.items()}
-        loss, grads = self._loss_and_grads(docs, entry)
+        record |= {f"entry/{name}": x for name, x in self.params.items()}
+        if self.updating:
+            self.candidate.calls["Backend"] += 1
+            loss = self._asked(lambda: self.backend.forward(docs))
+            self._asked(self.backend.backward)
+            grads = self._arrays("grads()", self._asked(self.backend.grads))
+        else:
+            given = {name: x.copy() for name, x in self.params.items()}
+            found = loss_and_grads(self.candidate, [given, docs, self.config])
+            loss = found.pop("loss")
+            grads = {name.removeprefix("d"): x for name, x in found.items()}
+            self.backend.set_grads(grads)
         record["forward/loss"] = np.array(loss, "float64")
         record |= {f"gradient/d{name}": x for name, x in grads.items()}
-        if self.theirs is None:
-            self.ours.set_grads(grads)
-            self.ours.update(lr_t)
-            after = self.ours.state().params
-        else:
-            watched(self.candidate, "Backend", lambda: self.theirs.update(lr_t))
-            after = watched(self.candidate, "Backend", lambda: self.theirs.state().params)
-        params = {name: np.array(after[name], "float64") for name in entry}
-        record |= {f"update/{name}": params[name] - entry[name] for name in entry}
-        record |= {f"params/{name}": x for name, x in params.items()}
-        if self.theirs is not None:
-            from microgpt.backend import State
+        self._asked(lambda: self.backend.update(lr_t))
+        after = self._arrays("state().params", self._asked(self.backend.state).params)
+        record |= {f"update/{name}": after[name] - x for name, x in self.params.items()}
+        record |= {f"params/{name}": x for name, x in after.items()}
+        self.params = after
+        return in_order(record)
 
-            state = self.ours.state()
-            type(self.ours).__init__(
-                self.ours, self.config, State(params, state.m, state.v, state.updates + 1), True
-            )
-        return record
-
-    def _loss_and_grads(self, docs: Any, params: Any) -> tuple[Any, dict[str, Any]]:
-        from crosscheck.functions import loss_and_grads
-
-        if self.theirs is None:
-            found = loss_and_grads(self.candidate, [params, docs, self.config])
-            return found.pop("loss"), {k.removeprefix("d"): x for k, x in found.items()}
-        self.candidate.calls["Backend"] += 1
-        loss = watched(self.candidate, "Backend", lambda: self.theirs.forward(docs))
-        watched(self.candidate, "Backend", lambda: self.theirs.backward())
-        grads = watched(self.candidate, "Backend", lambda: dict(self.theirs.grads()))
-        return loss, {name: np.array(x, "float64") for name, x in grads.items()}
+    def _arrays(self, what: str, found: Any) -> dict[str, Any]:
+        """Copies of tensors by name, all that there should be."""
+        try:
+            return {name: np.array(as_our_array(found[name])) for name in self.params}
+        except (KeyError, TypeError, ValueError) as error:
+            words = f"gives no arrays by name in {what}: {type(error).__name__} {error}"
+            raise Told("Backend", words, self.candidate.line_of("Backend")) from None
 
 
 def _at_fault(candidate: Candidate, found: Disagreement) -> str:
@@ -365,7 +411,7 @@ def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[
         wrong = next((k for k, words in verdict.functions.items() if words == "wrong"), "it")
         right = [k for k, words in verdict.functions.items() if words.startswith("right")]
         before = f"right before it: {', '.join(right)} {took}" if right else took
-        more = " --hint" * (hint + 1) if hint < 2 and "index" in verdict.fields else ""
+        more = " --hint" * (hint + 1) if hint < 2 and verdict.fields.get("index") else ""
         words = f"mend {wrong} and type it again" if not more else f"for a hint about {wrong}"
         return ["", *wrapped(before), f"{words}:", f"  {again}{more}"]
     done = [name for name, words in verdict.functions.items() if words == "right"]

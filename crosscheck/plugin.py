@@ -5,9 +5,12 @@ Runs that ask for neither are not touched, and import nothing of the crosscheck.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+
+CANNOT = 2  # exit status where nothing can be checked
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,10 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(args: list[str]) -> None:
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
     """Let `pytest crosscheck` mean the installed one where there is no file of that name."""
-    if "crosscheck" in args and not Path("crosscheck").exists():
-        args[args.index("crosscheck")] = str(Path(__file__).parent)
+    if Path("crosscheck").exists():
+        return
+    for given in (args, early_config.known_args_namespace.file_or_dir):
+        if "crosscheck" in given:
+            given[given.index("crosscheck")] = str(Path(__file__).parent)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,7 +46,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     try:
         return run(path, config.getoption("--hint"), True, 5.0)
     except MicrogptError as error:
-        raise pytest.UsageError(str(error)) from None
+        print(f"pytest --candidate: error: {error}", file=sys.stderr)
+        return CANNOT
     finally:
         if capture:
             capture.resume_global_capture()
