@@ -26,6 +26,7 @@ LIBRARIES = (  # what an exercise may import beside what it is given
 DOORS = ("__import__", "compile", "eval", "exec", "globals", "open", "vars", "__builtins__")
 
 
+NUMPY = "import numpy as np"
 HELPERS = {"Value._topological_order": "Value.backward"}  # taken out with what calls them
 
 
@@ -388,6 +389,8 @@ def _imports(exercise: Exercise, tree: ast.Module) -> str:
                 (ours if home in ("microgpt", "scalar", "vectorized") else libraries).append(
                     ast.unparse(node)
                 )
+    if exercise.package == "vectorized" and NUMPY not in libraries:
+        libraries.append(NUMPY)  # to write it in another way
     own = sorted(used & _defined(tree) - {*_homes(exercise)}, key=str.lower)
     if own:
         line = f"from {exercise.module} import {', '.join(own)}"

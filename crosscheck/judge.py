@@ -421,6 +421,9 @@ def _theirs(
             words = f"{type(cause).__name__}: {cause}".partition("\n")[0][:200]
             raise Told(Path(line.partition(":")[0]).name, f"raises {words}", line) from None
         return [*steps, error.step], error
+    except Exception as error:  # what a function gave back is of no use to those who call it
+        words = f"stops the model, with {type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise Told(exercise.name, words, innermost(learner, error)) from None
     return steps, None
 
 

@@ -65,7 +65,8 @@ def write_exercises(folder: Path) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise MicrogptError(f"{printable(str(folder))} is a file; name a folder for the exercises")
     begun = (folder / PROGRESS).exists()
-    if not begun and folder.is_dir() and any(folder.glob("*.py")):
+    others = [path for path in folder.glob("*.py") if not re.match(r"\d+_", path.name)]
+    if not begun and others:
         raise MicrogptError(
             f"{printable(str(folder))} has other Python files; name a folder for the exercises"
         )
