@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -121,9 +121,12 @@ class Candidate:
 
     def line_of(self, name: str, node: ast.AST | None = None) -> str:
         """A line of the candidate's: "mine.py:7 return dy"; that of the definition by default."""
-        function = self.functions.get(name, self.module)
-        code = getattr(inspect.unwrap(function), "__code__", None)
+        function = inspect.unwrap(self.functions.get(name, self.module))
+        code = getattr(function, "__code__", None)
         if code is None:
+            with suppress(OSError, TypeError):  # a class
+                file = inspect.getsourcefile(function) or ""
+                return _line(file, inspect.getsourcelines(function)[1])
             return ""
         number = getattr(node, "lineno", code.co_firstlineno)
         return _line(code.co_filename, number)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ from crosscheck.functions import (
 )
 from crosscheck.likeness import likeness
 from crosscheck.noise import noise
-from crosscheck.report import as_json, render, wrapped
+from crosscheck.report import WIDTH, as_json, render, wrapped
 from crosscheck.sides import IncompleteError
 from crosscheck.tolerance import FLOAT64, float64
 from crosscheck.trace import (
@@ -102,7 +103,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     try:
         candidate = load_candidate(path)
     except Told as told:
-        verdict = Verdict(CANNOT if told.words.startswith("cannot be read") else WRONG, "")
+        verdict = Verdict(CANNOT if told.function == path.name else WRONG, "")
         verdict.report = _told(told)
         verdict.end = ["", f"next: mend it, then: {again}"]
         return verdict
@@ -122,7 +123,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
         verdict.report = _told(told)
         verdict.fields = {"function": told.function, "problem": told.words, "line": told.line}
     for name, line in candidate.said.items():
-        verdict.report += ["", f"{name} prints; left out here: {printable(line)}"[:80]]
+        verdict.report += ["", f"{name} prints; left out here: {printable(line)}"[:WIDTH]]
     verdict.seconds = time.monotonic() - since
     if verdict.status == RIGHT and "not attempted" in verdict.functions.values():
         verdict.status = INCOMPLETE
@@ -177,7 +178,7 @@ def _told(told: Told) -> list[str]:
     lines = ["", *wrapped(f"{told.function} {first}")]
     for words in rest:
         lines += wrapped(words, "  ", "    ")
-    return [*lines, *([f"  your line   {told.line}"[:80]] if told.line else [])]
+    return [*lines, *([f"  your line   {told.line}"[:WIDTH]] if told.line else [])]
 
 
 def _alone(candidate: Candidate, wrong: Wrong, hint: int) -> list[str]:
@@ -344,7 +345,8 @@ class Own:
         self.updating = candidate.whole == "Backend"
         state = fresh_state({name: x.copy() for name, x in self.params.items()})
         make = candidate.functions["Backend"] if self.updating else Watched
-        self.backend: Any = self._asked(lambda: make(config, state, True))
+        watch = [True] if len(signature(make).parameters) > 2 else []
+        self.backend: Any = self._asked(lambda: make(config, state, *watch))
 
     def _asked(self, call: Callable[[], Any]) -> Any:
         return watched(self.candidate, self.candidate.whole, call)
@@ -384,8 +386,8 @@ class Own:
 
 def _at_fault(candidate: Candidate, found: Disagreement) -> str:
     """The function of the candidate that a disagreement points at, where that can be said."""
-    words = found.function.partition(",")[0]
-    return words if words in candidate.functions else ""
+    named, only = found.function.partition(",")[0], [*candidate.functions]
+    return named if named in only else only[0] if len(only) == 1 else ""
 
 
 def _shown(found: Disagreement, candidate: Candidate, hint: int) -> str:
@@ -401,7 +403,8 @@ def _shown(found: Disagreement, candidate: Candidate, hint: int) -> str:
     reference = "vectorized" if candidate.side == "scalar" else "scalar"
     text = render(replace(found, **kept), reference, candidate.path.name)
     name = _at_fault(candidate, found)
-    return f"{text}\n  your line   {candidate.line_of(name)}" if name else text
+    line = f"  your line   {candidate.line_of(name)}"
+    return f"{text}\n{line[:WIDTH]}" if name else text
 
 
 def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[str]:

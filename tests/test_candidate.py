@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from crosscheck import check as checking
+from crosscheck import functions
 from crosscheck.__main__ import main
 from crosscheck.candidate import (
     RESULTS,
@@ -24,6 +27,7 @@ from crosscheck.candidate import (
 from crosscheck.check import CANNOT, INCOMPLETE, RIGHT, WRONG, Verdict, check
 from crosscheck.defects import load_defects
 from crosscheck.functions import alone, inputs
+from microgpt.config import FIXTURES
 
 NORM = """\
 def rmsnorm_backward(dy, y, scale):
@@ -397,6 +401,13 @@ def test_hints_tell_more_each_time(checked: Check) -> None:
     assert two.endswith("mine.py")
 
 
+def test_the_readme_shows_what_is_said(checked: Check) -> None:
+    readme = (FIXTURES.parent / "README.md").read_text(encoding="utf-8")
+    source = readme.partition("```python\n")[2].partition("```")[0]
+    said = str(checked(source, 1)).partition("\n\n(")[0]
+    assert said in readme, said
+
+
 def test_the_hint_names_what_was_computed_instead(checked: Check) -> None:
     verdict = checked(ATTENTION.replace(" + dk @ w.attn_wk", ""), 1)
     assert "a term dropped: dattn_norm = dtap.attn_norm = (dnorm_q) + dnorm_v" in str(verdict)
@@ -532,3 +543,71 @@ def test_in_place_exchanges_what_the_text_calls_and_no_recording(tmp_path: Path)
         assert model.gpt_forward is sample.gpt_forward is guards["gpt_forward"] is not before
         assert before not in vars(replay).values()
     assert model.gpt_forward is sample.gpt_forward is before
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.00001])
+def test_a_complex_step_is_a_second_witness(
+    scale: float, checked: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the reference is out of the way: whatever is given counts as equal to it."""
+    monkeypatch.setattr(functions, "_compared", lambda *_: None)
+    verdict = checked(WHOLE.replace("g |= {", f"g['attn_wo'] *= {scale}\n        g |= {{"))
+    assert ("has the slope" in " ".join(str(verdict).split())) == (scale != 1)
+
+
+def test_watch_says_what_changed_in_the_verdict(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(NORM.replace("return dx", "return -dx"), encoding="utf-8")
+    command = [sys.executable, "-u", "-m", "crosscheck", "check", str(path), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            first = list(iter(process.stdout.readline, "-" * 80 + "\n"))
+            path.write_text(NORM, encoding="utf-8")
+            second = list(iter(process.stdout.readline, "-" * 80 + "\n"))
+        finally:
+            process.kill()
+    assert any("gives wrong numbers in dx" in line for line in first)
+    assert second[-1] == "rmsnorm_backward: wrong -> right\n"
+
+
+def test_a_package_is_a_candidate(tmp_path: Path) -> None:
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "norm.py").write_text(NORM.replace("return dx", "return dx @ y"), encoding="utf-8")
+    (package / "__init__.py").write_text("from .norm import rmsnorm_backward\n", encoding="utf-8")
+    verdict = check(package)
+    assert verdict.status == WRONG
+    assert "norm.py:3" in str(verdict)
+
+
+class Tensor(np.ndarray):
+    """What PyTorch's tensors have that NumPy's arrays have not."""
+
+    def detach(self) -> Tensor:
+        return self
+
+    def cpu(self) -> Tensor:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self.view(np.ndarray)
+
+    def __array__(self, *_: object) -> np.ndarray:
+        raise TypeError("can't convert a tensor that requires grad")
+
+
+def test_a_file_that_imports_torch_is_handed_tensors(
+    checked: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = ModuleType("torch")
+    torch.Tensor, torch.from_numpy = Tensor, lambda x: x.view(Tensor)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    given = "    assert isinstance(dy, torch.Tensor)\n    return"
+    assert checked("import torch\n" + NORM.replace("    return", given)).status == INCOMPLETE
+    attention = ATTENTION.replace("import numpy as np", "import torch\nimport numpy")
+    trees = attention.replace("np.", "numpy.").replace("import numpy\n", "")
+    trees = trees.replace("    B, T", "    import numpy\n    B, T").replace(
+        "    p = tap", "    assert isinstance(q, torch.Tensor)\n    p = tap"
+    )
+    assert checked(trees).status == INCOMPLETE
