@@ -232,7 +232,7 @@ def exercises() -> tuple[Exercise, ...]:
         _wrong(7, "token-mean-for-document-mean"),
         _wrong(8, "tied-gradient-lost"),
         _wrong(9, "cached-values-in-front"),
-        _wrong(10, "past-keys-do-not-reach-the-embedding"),
+        _wrong(10, "residual-gradient-before-the-norm"),
     )
 
 

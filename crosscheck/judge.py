@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
 import linecache
 import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -56,7 +57,7 @@ PANEL = {
     ),
 }
 STEPS = 3
-SECONDS = 20.0  # for the steps of a case; what takes longer is taken to go on for ever
+SECONDS = 10.0  # for the steps of a case; what takes longer is taken to go on for ever
 DRAWN = 6  # models drawn at random, of other numbers whenever the text is another
 FILLED = 40  # batches of drawn documents
 
@@ -120,6 +121,9 @@ def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -
     try:
         run = compile(text, str(path), "exec")
         watched(learner, path.name, lambda: exec(run, vars(module)))
+    except SystemExit as error:
+        words = "ends the program while it is imported; leave exit() out"
+        raise Told(path.name, words, innermost(learner, error)) from None
     finally:
         del sys.modules[name]
     shipped = import_module(exercise.module)
@@ -419,9 +423,12 @@ def _theirs(
             raise Told(line.partition(":")[0], "is not attempted", line) from None
         if line:
             words = f"{type(cause).__name__}: {cause}".partition("\n")[0][:200]
-            raise Told(Path(line.partition(":")[0]).name, f"raises {words}", line) from None
+            raise Told(exercise.name, f"raises {words}", line) from None
         return [*steps, error.step], error
     except Exception as error:  # what a function gave back is of no use to those who call it
+        if "inhomogeneous" in str(error) and exercise.source.endswith("sample.py"):
+            words = "returns documents longer than the context: BOS is no part of what it returns"
+            raise Told("sample", words) from None
         words = f"stops the model, with {type(error).__name__}: {error}".partition("\n")[0][:200]
         raise Told(exercise.name, words, innermost(learner, error)) from None
     return steps, None
@@ -479,7 +486,10 @@ def _numbers(x: Any) -> bool:
 
 @contextmanager
 def _placed(exercise: Exercise, learner: Candidate) -> Iterator[None]:
-    """Within this context, the learner's functions and classes stand in the place of the text's."""
+    """Within this context, the learner's functions and classes stand in the place of the text's.
+
+    What they print is left out.
+    """
     shipped = vars(import_module(exercise.module))
     plain = exercise.package == "vectorized"
     exchanged = [
@@ -503,7 +513,8 @@ def _placed(exercise: Exercise, learner: Candidate) -> Iterator[None]:
     try:
         for module, name, _, new in before:
             setattr(module, name, new)
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         sys.setrecursionlimit(deepest)
         for module, name, old, _ in before:
