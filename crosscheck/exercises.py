@@ -19,11 +19,18 @@ from crosscheck.defects import ROOT, Defect, load_defects
 
 DEF = (ast.FunctionDef, ast.ClassDef)
 LIBRARIES = (  # what an exercise may import beside what it is given
-    *("__future__", "collections", "dataclasses", "functools", "itertools", "math", "operator"),
-    *("numpy", "random", "typing"),
+    *("__future__", "collections", "dataclasses", "functools", "itertools", "math", "numpy"),
+    *("random", "typing"),
 )
 # the ways by which Python reaches what was not imported
-DOORS = ("__import__", "compile", "eval", "exec", "globals", "open", "vars", "__builtins__")
+DOORS = (
+    *("__import__", "__builtins__", "compile", "eval", "exec", "getattr", "globals", "locals"),
+    *("open", "vars"),
+)
+INNER = (
+    *("__globals__", "__builtins__", "__dict__", "__subclasses__", "__code__", "__closure__"),
+    *("__wrapped__", "__module__", "f_globals", "gi_frame", "modules", "sys", "os", "_sys", "_os"),
+)
 
 
 NUMPY = "import numpy as np"
@@ -486,21 +493,18 @@ def refused(exercise: Exercise, tree: ast.Module) -> tuple[int, str] | None:
         number = getattr(node, "lineno", 0)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for name in _imported(ast.Module([node], [])) - given:
-                home = name.partition(".")[0]
+                home, last = name.partition(".")[0], name.rpartition(".")[2]
                 if home in ("scalar", "vectorized", "microgpt", "crosscheck", "fixtures"):
                     return number, (
                         f"imports {name}, which the exercise was not given: it is to be solved"
                         " without the text's own answer. Write it yourself, and leave that import"
                         " out"
                     )
-                if home not in LIBRARIES:
+                if home not in LIBRARIES or last in INNER:
                     allowed = ", ".join(x for x in LIBRARIES if x != "__future__")
                     return number, f"imports {name}; an exercise may import {allowed}"
         reaching = isinstance(node, ast.Name) and node.id in DOORS
-        inner = isinstance(node, ast.Attribute) and node.attr in (
-            *("__globals__", "__builtins__", "__dict__", "__subclasses__", "__code__"),
-            *("__closure__", "__wrapped__", "__module__"),
-        )
+        inner = isinstance(node, ast.Attribute) and node.attr in INNER
         if reaching or inner:
             what = getattr(node, "id", getattr(node, "attr", ""))
             return number, (

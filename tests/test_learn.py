@@ -197,6 +197,8 @@ def test_the_operation_that_is_wrong_is_named(tmp_path: Path) -> None:
         "from crosscheck.functions import inputs",
         "theirs = mean.__globals__",
         "theirs = __import__('vectorized')",
+        "theirs = getattr(mean, '__glo' + 'bals__')",
+        "from collections import _sys",
     ],
 )
 def test_the_texts_own_answer_cannot_be_reached(line: str, tmp_path: Path) -> None:
