@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from crosscheck.exercises import (
     solution,
     source_text,
 )
+from crosscheck.functions import Input, inputs
 from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
 from crosscheck.learn import check, place, read_progress, shown_solution, write_exercises
 from microgpt.cli import main
@@ -31,9 +33,17 @@ FUNCTIONS = [exercise for exercise in exercises() if not exercise.defect]
 PLANTED = [exercise for exercise in exercises() if exercise.defect]
 
 
+@cache
+def all_inputs() -> dict[str, list[Input]]:
+    """The inputs of every function that is checked by itself."""
+    names = [x for one in FUNCTIONS if one.package == "vectorized" for x in one.functions]
+    return inputs([name for name in names if name in judging.RESULTS and name != "read"], SEED)
+
+
 @pytest.fixture(autouse=True)
 def _the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the inputs of a function are made once for all tests."""
+    """So that the inputs of all functions are made once for all tests."""
+    monkeypatch.setattr(judging, "_inputs", lambda name, seed: all_inputs()[name])
     monkeypatch.setattr(judging, "_seed", lambda text: SEED)
     monkeypatch.setattr(judging, "DRAWN", 1)
     monkeypatch.setattr(judging, "STEPS", 2)
