@@ -69,6 +69,7 @@ RESULTS = {  # what a function returns, by name; the others return nothing, or n
     "read": "logits",
     "probabilities": "p",
 }
+UNDONE = "is not attempted"
 GRACE = 2.0  # seconds in which what loops may notice that it is told to stop
 DEEPEST = 5000  # calls within calls: recursion along a graph is how most people write it
 
@@ -79,6 +80,11 @@ class Told(BaseException):  # not an Exception: no error of ours, and not to be 
     def __init__(self, function: str, words: str, line: str = "") -> None:
         super().__init__(words)
         self.function, self.words, self.line = function, words, line
+
+    @property
+    def undone(self) -> bool:
+        """Whether the function says itself that it is not written."""
+        return self.words.startswith(UNDONE)
 
 
 class _Late(BaseException):
@@ -134,15 +140,19 @@ class Candidate:
     def statement(self, name: str, wanted: Callable[[ast.AST], bool]) -> str:
         """The last line of a function that does something, or else its first."""
         code = getattr(inspect.unwrap(self.functions[name]), "__code__", None)
-        found = None
-        if code is not None:
-            tree = ast.parse("".join(linecache.getlines(code.co_filename)))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef) and node.lineno <= code.co_firstlineno + len(
-                    node.decorator_list
-                ) <= (node.end_lineno or 0):
-                    found = next((x for x in reversed([*ast.walk(node)]) if wanted(x)), found)
-        return self.line_of(name, found)
+        if code is None:
+            return self.line_of(name)
+        tree = ast.parse("".join(linecache.getlines(code.co_filename)))
+        found = [
+            node
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef) and function.name == code.co_name
+            for node in ast.walk(function)
+            if wanted(node)
+        ]
+        return self.line_of(
+            name, max(found, key=lambda node: getattr(node, "lineno", 0), default=None)
+        )
 
     def own(self, filename: str) -> bool:
         """Whether a file is the candidate's."""
@@ -368,7 +378,7 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
         with redirect_stdout(printed), np.errstate(all="ignore"), _limited(candidate, name):
             found = call()
     except NotImplementedError as error:
-        raise Told(name, "is not attempted: raises NotImplementedError",
+        raise Told(name, f"{UNDONE}: it raises NotImplementedError",
                    innermost(candidate, error)) from None  # fmt: skip
     except _Late as late:
         line = innermost(candidate, late)

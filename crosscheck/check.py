@@ -68,6 +68,7 @@ PANEL = {
     "microgpt-243": 1,
     "two-layers": 1,
 }
+ONE_BY_ONE = "single-character"  # where documents are drawn by `sample`, not by `sample_many`
 QUIET = {"lines": (), "function": "", "operands": {}, "formula": "", "diagnosis": ""}
 
 
@@ -114,7 +115,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     try:
         _judge(candidate, verdict, hint)
     except Told as told:
-        if told.words.startswith("is not attempted"):
+        if told.undone:
             verdict.functions[told.function] = "not attempted"
             verdict.status = INCOMPLETE
         else:
@@ -141,7 +142,14 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
         by_itself = [name for name in by_itself if name != "read"]
         given = inputs(by_itself, candidate.seed)
         for name in by_itself:
-            wrong = alone(candidate, name, given[name])
+            try:
+                wrong = alone(candidate, name, given[name])
+            except Told as told:
+                if not told.undone:
+                    raise
+                del candidate.functions[name]
+                verdict.functions[name] = "not attempted"
+                continue
             if wrong:
                 verdict.functions[name], verdict.status = "wrong", WRONG
                 verdict.report = _alone(candidate, wrong, hint)
@@ -155,14 +163,14 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
             verdict.report = _alone(candidate, wrong, 0)
             verdict.fields = _plain(wrong)
             return
-    found = in_whole(candidate)
+    found = in_whole(candidate) if candidate.functions else None
     if found:
         name = _at_fault(candidate, found)
         verdict.functions[name or names[0]], verdict.status = "wrong", WRONG
         verdict.report = ["", *_shown(found, candidate, hint).splitlines()]
         verdict.fields = as_json(found)
         return
-    for name in names:
+    for name in candidate.functions:
         if not candidate.calls[name]:
             raise Told(name, "was never called, so nothing is known of it", candidate.line_of(name))
         verdict.functions[name] = "right"
@@ -317,7 +325,8 @@ def _steps(
     """The steps of a case with these functions in their place; without any, vectorized's own."""
     side = candidate.side if names else "vectorized"
     config = suited(case.config, side, "float64")
-    walkers = most_walkers if "sample_many" in names else lambda _: 1
+    many = "sample_many" in names and case.name != ONE_BY_ONE
+    walkers = most_walkers if many else lambda _: 1
     with in_place(candidate, names), patch("vectorized.backend.most_walkers", walkers):
         if candidate.whole and names:
             backend: Any = Own(candidate, config, case)

@@ -51,7 +51,6 @@ from vectorized.batch import pad
 Array = Any
 OUTPUTS = {"forward": ("tap",), "backward": ("dw", "dparams", "dtap")}  # trees that are filled
 IN_PLACE = {"adam": ("params", "m", "v")}
-OPTIONAL = ("tap", "dtap")  # what only a function's own other half needs
 MOST = 40  # inputs of a function
 UNUSUAL = ("impossible-padding",)  # holds infinities in padding, which nothing depends on
 LARGEST_LOSS = 30.0  # of a position in a model drawn at random
@@ -240,8 +239,7 @@ def recorded(case: Case, names: list[str]) -> Iterator[Input]:
                 backend.update(0.01)
                 backend.update(0.01)
             if "probabilities" in names and not case.name.startswith("drawn"):
-                # one document after another: sample_many hands on weights that are no arrays
-                with patch("vectorized.backend.most_walkers", lambda _: 1):
+                with patch("vectorized.backend.most_walkers", lambda _: 1):  # on plain arrays
                     backend.sample(case.tokenizer, Random(0), 1, case.temperature, [], 2)
                     backend.sample(case.tokenizer, Random(0), 1, 0.0, [])
     finally:

@@ -378,6 +378,16 @@ def test_the_first_line_says_what_was_found(checked: Check) -> None:
     assert "unknown: linear_backwards (did you mean linear_backward?)" in first
 
 
+def test_what_turns_out_to_be_a_stub_does_not_keep_the_rest_from_its_verdict(
+    checked: Check,
+) -> None:
+    undone = "def linear_forward(x, w):\n    x = 2 * x\n    raise NotImplementedError\n\n\n"
+    verdict = checked(undone + NORM)
+    assert verdict.functions["linear_forward"] == "not attempted"
+    assert verdict.functions["rmsnorm_backward"] == "right"
+    assert verdict.status == INCOMPLETE
+
+
 def test_a_function_that_was_never_called_is_an_error(
     checked: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,6 +540,18 @@ def test_every_function_of_the_text_is_right_and_every_defect_of_it_is_wrong(
                     pass
     assert passed == []
     assert len(DEFECTS) > 60
+
+
+def test_the_whole_text_as_a_candidate_is_all_right(checked: Check) -> None:
+    sources = [inspect.getsource(sys.modules[name]) for name in TEXTS["vectorized"]]
+    lines = [
+        line
+        for line in "\n".join(sources).splitlines()
+        if not line.startswith(("from vectorized", "from __future__"))
+    ]
+    verdict = checked("from __future__ import annotations\n" + "\n".join(lines))
+    assert verdict.status == RIGHT, str(verdict)
+    assert {*verdict.functions.values()} == {"right"}
 
 
 def test_in_place_exchanges_what_the_text_calls_and_no_recording(tmp_path: Path) -> None:
