@@ -340,6 +340,38 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def learn(options: argparse.Namespace) -> int:
+    """`microgpt learn`: writes the exercises, and leaves alone what has been written in them."""
+    from crosscheck.learn import DIRECTORY, write_exercises
+
+    folder = options.folder or DIRECTORY
+    written = write_exercises(folder)
+    name = quote(printable(str(folder)))
+    if written:
+        print(f"{len(written)} exercises in {name}; the first is {written[0].name}")
+    else:
+        print(f"all exercises are in {name} already; none has been touched")
+    print(f"to see where you stand: microgpt check {name}")
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """`microgpt check`: 0 when all exercises are done, 1 if one is wrong, 3 if none is."""
+    import json
+
+    from crosscheck import learn as exercises
+
+    folder = exercises.found_folder(options.folder)
+    if options.solution is not None:
+        print(exercises.shown_solution(folder, options.solution))
+        return 0
+    if options.watch:
+        exercises.watch(folder, options.hint)
+    found = exercises.check(folder, options.hint)
+    print(json.dumps(found.as_json(), indent=1) if options.json else found)
+    return found.exit_status
+
+
 @contextlib.contextmanager
 def _extra() -> Iterator[None]:
     """What to install, where the libraries that make pages are missing."""
@@ -527,6 +559,19 @@ def _parser() -> argparse.ArgumentParser:
     command = _page(commands, "report", report, "draw how runs went, and where they differ")
     command.add_argument("runs", nargs="+", type=_directory, metavar="RUN", help="a run directory")
 
+    command = _plain(commands, "learn", learn, "write exercises: this GPT, with bodies taken out")
+    command.add_argument("folder", nargs="?", type=_directory, metavar="DIR", help="where to put"
+                         " them (default: exercises)")  # fmt: skip
+
+    command = _plain(commands, "check", check, "check the exercises, and say how far you are")
+    command.add_argument("folder", nargs="?", type=_directory, metavar="DIR", help="where they are"
+                         " (default: this folder, or exercises in it)")  # fmt: skip
+    command.add_argument("--hint", action="count", default=0, help="say what a mistake looks like;"
+                         " given twice, the equation with its numbers as well")  # fmt: skip
+    command.add_argument("--solution", metavar="NAME", help="show how the text does an exercise")
+    command.add_argument("--watch", action="store_true", help="again whenever a file has changed")
+    command.add_argument("--json", action="store_true", help="for other programs")
+
     command = commands.add_parser(
         "bench",
         help="time both implementations, side by side",
@@ -593,11 +638,16 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
     return command
 
 
-def _page(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+def _plain(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
     )
     command.set_defaults(run=run, parser=command)
+    return command
+
+
+def _page(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command = _plain(commands, name, run, help)
     command.add_argument(
         "--out",
         type=Path,

@@ -1,0 +1,525 @@
+"""The exercises: the two texts with bodies taken out, in the order in which they were built.
+
+An exercise is one file. It is made from the source of scalar/ or vectorized/, so that it cannot
+drift from it: signatures, docstrings, equations, block comments and shapes stay, and the rest of a
+body becomes `raise NotImplementedError`. The last exercises are whole sources with a named defect.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from textwrap import fill
+from typing import NamedTuple
+
+from crosscheck.defects import ROOT, Defect, load_defects
+
+DEF = (ast.FunctionDef, ast.ClassDef)
+LIBRARIES = (  # what an exercise may import beside what it is given
+    *("__future__", "collections", "dataclasses", "functools", "itertools", "math", "numpy"),
+    *("random", "typing"),
+)
+# the ways by which Python reaches what was not imported
+DOORS = (
+    *("__import__", "__builtins__", "compile", "eval", "exec", "getattr", "globals", "locals"),
+    *("open", "vars"),
+)
+INNER = (
+    *("__globals__", "__builtins__", "__dict__", "__subclasses__", "__code__", "__closure__"),
+    *("__wrapped__", "__module__", "f_globals", "gi_frame", "modules", "sys", "os", "_sys", "_os"),
+)
+
+
+NUMPY = "import numpy as np"
+HELPERS = {"Value._topological_order": "Value.backward"}  # taken out with what calls them
+
+
+class Exercise(NamedTuple):
+    """What is taken out of a source, and what to say about it."""
+
+    name: str
+    source: str  # such as vectorized/model.py
+    functions: tuple[str, ...]  # taken out; Value.exp is a method. None: a defect is planted
+    task: str
+    defect: str = ""  # its name in fixtures/defects.yaml
+
+    @property
+    def package(self) -> str:
+        """The text that it belongs to."""
+        return self.source.partition("/")[0]
+
+    @property
+    def module(self) -> str:
+        """The name by which Python imports the source."""
+        return self.source.removesuffix(".py").replace("/", ".")
+
+
+def _scalar(name: str, file: str, functions: str, task: str) -> Exercise:
+    return Exercise(name, f"scalar/{file}.py", tuple(functions.split()), task)
+
+
+def _tensors(name: str, file: str, functions: str, task: str) -> Exercise:
+    return Exercise(name, f"vectorized/{file}.py", tuple(functions.split()), task)
+
+
+def _wrong(number: int, defect: str) -> Exercise:
+    task = (
+        "Something is wrong in this copy of the text, in one place. The report says which number"
+        " is not what it should be; from there, find the line, and mend it."
+    )
+    (file,) = {patch.file for patch in _defect(defect).patches}
+    return Exercise(f"something_wrong_{number}", file, (), task, defect)
+
+
+@cache
+def _defect(name: str) -> Defect:
+    return next(one for one in load_defects() if one.name == name)
+
+
+@cache
+def exercises() -> tuple[Exercise, ...]:
+    """All of them, in order."""
+    operations = "__add__ __mul__ __pow__ log exp relu tanh"
+    return (
+        _scalar(
+            "value",
+            "value",
+            " ".join(f"Value.{name}" for name in operations.split()),
+            "A number that remembers how it was made. Each operation returns a new Value: what it"
+            " comes to, what it was made from, and the derivative with respect to each of those.",
+        ),
+        _scalar(
+            "sums",
+            "value",
+            "total mean dot",
+            "Sums as one Value, so that a product of two vectors is one node of the graph and not"
+            " twice as many as they have numbers.",
+        ),
+        _scalar(
+            "backward",
+            "value",
+            "Value.backward",
+            "The chain rule: from the last value that was made to the first, each one hands its"
+            " derivative on to what it was made from. A value that is used twice is handed two.",
+        ),
+        _scalar("linear", "model", "linear", "A matrix times a vector."),
+        _scalar("softmax", "model", "softmax", "Numbers of any size become shares of 1."),
+        _scalar("rmsnorm", "model", "rmsnorm", "A vector is brought to a mean square of 1."),
+        _scalar("activation", "model", "activation", "What makes an MLP more than a product."),
+        _scalar(
+            "attention",
+            "model",
+            "attention",
+            "A position looks back: its query meets the keys of all positions so far, and it takes"
+            " their values in these shares. The lists `keys` and `values` grow by one a position.",
+        ),
+        _scalar("mlp", "model", "mlp", "What each position works out for itself."),
+        _scalar("gpt", "model", "gpt", "One token in, a number for every token that may follow."),
+        _scalar(
+            "loss",
+            "model",
+            "cross_entropy loss",
+            "How surprised the model is by what follows: a mean over positions, and of that a mean"
+            " over documents.",
+        ),
+        _scalar("adam", "adam", "clip adam", "One step downhill, with a memory of earlier ones."),
+        _scalar(
+            "sampling",
+            "sample",
+            "probabilities sample",
+            "Write a document: read a token, draw the next one, and read that.",
+        ),
+        _tensors("linear_forward", "model", "linear_forward", "The product for all positions."),
+        _tensors("softmax_forward", "model", "softmax_forward", "Each row along the last axis."),
+        _tensors("rmsnorm_forward", "model", "rmsnorm_forward", "Each vector of the last axis."),
+        _tensors("activation_forward", "model", "activation_forward", "Each number by itself."),
+        _tensors(
+            "heads",
+            "model",
+            "split_heads merge_heads causal_mask",
+            "What attention needs: the channels cut into heads and put together again, and the mask"
+            " that hides what comes later.",
+        ),
+        _tensors(
+            "attention_forward",
+            "model",
+            "attention_forward",
+            "All positions look back at once. The growing lists become an axis U, and the mask"
+            " stands for what a position cannot see.",
+        ),
+        _tensors("mlp_forward", "model", "mlp_forward", "The MLP of all positions."),
+        _tensors(
+            "gpt_forward",
+            "model",
+            "gpt_forward",
+            "The embedding is a look-up with two axes; the layers follow; tied weights read wte"
+            " once more, as lm_head.",
+        ),
+        _tensors(
+            "loss_forward",
+            "model",
+            "cross_entropy_forward loss_forward",
+            "The loss of a batch. `weights` makes it the mean over documents of the mean over"
+            " positions, and leaves padding out.",
+        ),
+        _tensors(
+            "ragged_batches",
+            "batch",
+            "fill",
+            "Documents of unlike lengths side by side: tokens, targets, and the weight of every"
+            " position. Padding is token 0 with a weight of 0.",
+        ),
+        _tensors(
+            "cross_entropy_backward",
+            "model",
+            "cross_entropy_backward",
+            "The first derivative on the way back.",
+        ),
+        _tensors(
+            "linear_backward",
+            "model",
+            "linear_backward",
+            "The derivatives with respect to both factors. A weight is used at every position.",
+        ),
+        _tensors(
+            "softmax_backward",
+            "model",
+            "softmax_backward",
+            "When one share rises, the others fall.",
+        ),
+        _tensors(
+            "rmsnorm_backward",
+            "model",
+            "rmsnorm_backward",
+            "Each number is used twice: as a factor, and in the scale of all.",
+        ),
+        _tensors(
+            "activation_backward",
+            "model",
+            "activation_backward",
+            "The slope of the forward function, number by number.",
+        ),
+        _tensors("mlp_backward", "model", "mlp_backward", "The MLP read upside down."),
+        _tensors(
+            "attention_backward",
+            "model",
+            "attention_backward",
+            "Attention read upside down: three paths lead back to its input, and a fourth around.",
+        ),
+        _tensors(
+            "gpt_backward",
+            "model",
+            "gpt_backward",
+            "The model read upside down, to the embedding: a token that occurs twice adds twice,"
+            " wpe is shared by all documents, and tied weights have two gradients to add.",
+        ),
+        _tensors("loss_backward", "model", "loss_backward", "Where the backward pass begins."),
+        _tensors(
+            "adam_in_one_buffer",
+            "adam",
+            "clip adam",
+            "All parameters are one array, and so are the gradients and both memories.",
+        ),
+        _tensors(
+            "sampling_with_a_cache",
+            "sample",
+            "Cache.extend read probabilities sample",
+            "Write a document without reading its beginning again for every token: the keys and"
+            " values of what has been read are kept.",
+        ),
+        _wrong(1, "attention-scaled-by-width"),
+        _wrong(2, "rmsnorm-backward-sum-for-mean"),
+        _wrong(3, "gradient-assigned-not-added"),
+        _wrong(4, "repeated-tokens-once"),
+        _wrong(5, "adam-eps-inside-root"),
+        _wrong(6, "value-path-lost"),
+        _wrong(7, "token-mean-for-document-mean"),
+        _wrong(8, "tied-gradient-lost"),
+        _wrong(9, "cached-values-in-front"),
+        _wrong(10, "residual-gradient-before-the-norm"),
+    )
+
+
+def exercise_named(name: str) -> Exercise | None:
+    """The exercise of that name, if there is one."""
+    return next((one for one in exercises() if one.name == name), None)
+
+
+def filename(exercise: Exercise) -> str:
+    """Of the file that a learner gets."""
+    return f"{exercises().index(exercise) + 1:02}_{exercise.name}.py"
+
+
+@cache
+def source_text(file: str) -> str:
+    """The source of a module of the project."""
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+# --- making them ---------------------------------------------------------------------------------
+
+
+@cache
+def made(exercise: Exercise) -> str:
+    """The file of an exercise, as a learner gets it."""
+    source = source_text(exercise.source)
+    tree = ast.parse(source)
+    heading = _heading(exercise, ast.get_docstring(tree) or "")
+    if exercise.defect:
+        for patch in _defect(exercise.defect).patches:
+            source = source.replace(patch.old, patch.new)
+        return heading + "\n".join(source.splitlines()[tree.body[0].end_lineno :]) + "\n"
+    pieces = [_piece(exercise, tree, source, name) for name in _homes(exercise)]
+    return "\n\n".join([heading + _imports(exercise, tree), *pieces])
+
+
+def _heading(exercise: Exercise, about: str) -> str:
+    number = exercises().index(exercise) + 1
+    title = exercise.name.replace("_", " ")
+    text = about.partition("\n")[2].strip("\n")
+    return (
+        f'"""Exercise {number} of {len(exercises())}: {title}.\n\n{fill(exercise.task, 98)}\n\n'
+        "To check it, type `microgpt check` in this folder. `microgpt check --hint` says what a\n"
+        "mistake looks like, `--hint --hint` what the number should be, and of what it is made.\n"
+        + (f"\n{text}\n" if text and not exercise.defect else "")
+        + '"""\n'
+        + "\n" * (not exercise.defect)
+    )
+
+
+def _homes(exercise: Exercise) -> list[str]:
+    """The functions and classes at the top level that an exercise is about, in its order."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in exercise.functions))
+
+
+def _top(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    """The functions and classes of a module, by name."""
+    return {node.name: node for node in tree.body if isinstance(node, DEF)}
+
+
+def _methods(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:
+    return {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
+
+
+def _piece(exercise: Exercise, tree: ast.Module, source: str, name: str) -> str:
+    """A function or class of the source, with what is to be written taken out."""
+    node, lines = _top(tree)[name], source.splitlines()
+    if isinstance(node, ast.FunctionDef):
+        return _stub(node, source)
+    pieces = ["\n".join(lines[node.lineno - 1 : next(iter(_methods(node).values())).lineno - 1])]
+    for method in _methods(node).values():
+        full = f"{name}.{method.name}"
+        if full in exercise.functions:
+            pieces.append(_stub(method, source))
+        elif full not in taken_out():
+            pieces.append("\n".join(lines[method.lineno - 1 : method.end_lineno]) + "\n")
+    return "\n".join(piece.rstrip("\n") + "\n" for piece in pieces).replace("\n\n\n", "\n\n")
+
+
+@cache
+def taken_out() -> frozenset[str]:
+    """The methods that some exercise is about."""
+    names = {name for one in exercises() for name in one.functions if "." in name}
+    return frozenset({*names, *HELPERS})
+
+
+def _stub(node: ast.FunctionDef, source: str) -> str:
+    """A function with the comments and shapes of its body, and no more of it."""
+    lines = source.splitlines()
+    indent = " " * (node.col_offset + 4)
+    documented = ast.get_docstring(node) is not None
+    first = node.body[0]
+    head = first.end_lineno if documented else first.lineno - 1
+    kept = lines[node.lineno - 1 : head or 0]
+    comments = _comments(source)
+    for statement in _statements(node.body[1:] if documented else node.body):
+        above = statement.lineno - 1
+        block: list[str] = []
+        while above in comments and lines[above - 1].strip() == comments[above]:
+            block.insert(0, comments[above])
+            above -= 1
+        kept += [indent + one for one in block if indent + one not in kept]
+        shape = comments.get(statement.end_lineno or 0, "").removeprefix("# ")
+        left = _left(statement)
+        if left and shape[:1] in ("(", "[", "."):
+            kept.append(f"{indent}# {left}..  # {shape}")
+        elif "tap." in left:
+            kept.append(f"{indent}# {left}..")
+    return "\n".join([*kept, f"{indent}raise NotImplementedError"]) + "\n"
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a body that are one line of thought each, those within others too."""
+    for statement in body:
+        inner = [
+            *getattr(statement, "body", []),
+            *getattr(statement, "orelse", []),
+        ]
+        if inner:
+            yield from _statements(inner)
+        else:
+            yield statement
+
+
+def _left(statement: ast.stmt) -> str:
+    """What stands before the value of a statement."""
+    if isinstance(statement, ast.Assign):
+        return "".join(f"{ast.unparse(target).strip('(),')} = " for target in statement.targets)
+    if isinstance(statement, ast.AugAssign):
+        return f"{ast.unparse(statement.target)} = "
+    return "return " if isinstance(statement, ast.Return) else ""
+
+
+@cache
+def _comments(source: str) -> dict[int, str]:
+    """The comment of each line that has one."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {one.start[0]: one.string for one in tokens if one.type == tokenize.COMMENT}
+
+
+def _imports(exercise: Exercise, tree: ast.Module) -> str:
+    """The imports of the source that are needed here, and one of what the source itself defines."""
+    used = _used(exercise, tree)
+    found = ["from __future__ import annotations\n"]
+    libraries: list[str] = []
+    ours: list[str] = []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [x for x in node.names if (x.asname or x.name) in used]
+            module = getattr(node, "module", "") or ""
+            if names and module != "__future__":
+                node.names = names
+                home = module.partition(".")[0]
+                (ours if home in ("microgpt", "scalar", "vectorized") else libraries).append(
+                    ast.unparse(node)
+                )
+    if exercise.package == "vectorized" and NUMPY not in libraries:
+        libraries.append(NUMPY)  # to write it in another way
+    own = sorted(used & _defined(tree) - {*_homes(exercise)}, key=str.lower)
+    if own:
+        line = f"from {exercise.module} import {', '.join(own)}"
+        if len(line) > 100:
+            line = f"from {exercise.module} import (\n    " + ",\n    ".join(own) + ",\n)"
+        ours.append(line)
+    blocks = ["\n".join(block) + "\n" for block in (libraries, ours) if block]
+    return "\n".join([*found, *blocks])
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """The names that a module defines."""
+    names = set(_top(tree))
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {x.id for x in node.targets if isinstance(x, ast.Name)}
+    return names
+
+
+def _used(exercise: Exercise, tree: ast.Module) -> set[str]:
+    """The names that the functions of an exercise mention, as they were before."""
+    top = _top(tree)
+    nodes: list[ast.AST] = []
+    for name in exercise.functions:
+        home, _, method = name.partition(".")
+        node = top[home]
+        nodes.append(_methods(node)[method] if isinstance(node, ast.ClassDef) else node)
+    for home in _homes(exercise):
+        node = top[home]
+        if isinstance(node, ast.ClassDef):
+            nodes += [m for n, m in _methods(node).items() if f"{home}.{n}" not in taken_out()]
+    return {x.id for node in nodes for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
+def solution(exercise: Exercise) -> str:
+    """What was taken out, or which words the defect has changed."""
+    if exercise.defect:
+        defect = _defect(exercise.defect)
+        rows = [defect.story]
+        for patch in defect.patches:
+            rows += ["", "it says", f"    {patch.new}", "and should say", f"    {patch.old}"]
+        return "\n".join(rows)
+    source = source_text(exercise.source)
+    top, lines = _top(ast.parse(source)), source.splitlines()
+    pieces = []
+    for name in [*exercise.functions, *(x for x, y in HELPERS.items() if y in exercise.functions)]:
+        home, _, method = name.partition(".")
+        node = top[home]
+        if isinstance(node, ast.ClassDef):
+            node = _methods(node)[method]
+        pieces.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+    return "\n\n".join(pieces)
+
+
+# --- reading what was made of them ---------------------------------------------------------------
+
+
+def is_stub(node: ast.FunctionDef) -> bool:
+    """Whether a body is nothing but a docstring and `raise NotImplementedError`."""
+    body = [x for x in node.body if not (isinstance(x, ast.Expr) and _constant(x.value))]
+    if not body:
+        return True
+    last = body[0].exc if len(body) == 1 and isinstance(body[0], ast.Raise) else None
+    last = last.func if isinstance(last, ast.Call) else last
+    return isinstance(last, ast.Name) and last.id == "NotImplementedError"
+
+
+def _constant(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant)
+
+
+def attempted(exercise: Exercise, tree: ast.Module) -> list[str]:
+    """The functions of an exercise that a learner has begun to write."""
+    top = _top(tree)
+    if exercise.defect:
+        same = ast.dump(tree) == ast.dump(ast.parse(made(exercise)))
+        return [] if same else [*top]
+    found = []
+    for name in exercise.functions:
+        home, _, method = name.partition(".")
+        node: ast.AST | None = top.get(home)
+        if isinstance(node, ast.ClassDef):
+            node = _methods(node).get(method)
+        if isinstance(node, ast.FunctionDef) and not is_stub(node):
+            found.append(name)
+    return found
+
+
+def refused(exercise: Exercise, tree: ast.Module) -> tuple[int, str] | None:
+    """The line, and in words why an exercise must not do that; None if there is nothing."""
+    given = _imported(ast.parse(made(exercise)))
+    for node in ast.walk(tree):
+        number = getattr(node, "lineno", 0)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in _imported(ast.Module([node], [])) - given:
+                home, last = name.partition(".")[0], name.rpartition(".")[2]
+                if home in ("scalar", "vectorized", "microgpt", "crosscheck", "fixtures"):
+                    return number, (
+                        f"imports {name}, which the exercise was not given: it is to be solved"
+                        " without the text's own answer. Write it yourself, and leave that import"
+                        " out"
+                    )
+                if home not in LIBRARIES or last in INNER:
+                    allowed = ", ".join(x for x in LIBRARIES if x != "__future__")
+                    return number, f"imports {name}; an exercise may import {allowed}"
+        reaching = isinstance(node, ast.Name) and node.id in DOORS
+        inner = isinstance(node, ast.Attribute) and node.attr in INNER
+        if reaching or inner:
+            what = getattr(node, "id", getattr(node, "attr", ""))
+            return number, (
+                f"uses {what}, by which the text's own answer could be reached; an exercise"
+                " does without"
+            )
+    return None
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """What a module imports, with the names of modules written out."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {x.name for x in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}.{x.name}" for x in node.names}
+    return names

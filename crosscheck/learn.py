@@ -1,0 +1,313 @@
+"""A folder of exercises: written, checked, and how far one is.
+
+Progress is the file progress.json in that folder. What is done counts for as long as neither the
+learner's file nor the exercise has changed; otherwise it is judged again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from crosscheck.exercises import (
+    Exercise,
+    exercise_named,
+    exercises,
+    filename,
+    made,
+    solution,
+    source_text,
+)
+from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
+from crosscheck.report import wrapped
+from microgpt.data import write_whole
+from microgpt.errors import MicrogptError, printable
+
+DIRECTORY = Path("exercises")
+PROGRESS = "progress.json"
+FORMAT = 1
+KINDS = {  # of what is kept of an exercise
+    "file": str,
+    "stub": str,
+    "state": str,
+    "written": list,
+    "judged": str,
+    "attempts": int,
+    "asked": bool,
+}
+
+
+@dataclass
+class Kept:
+    """What progress.json holds of an exercise."""
+
+    file: str = ""
+    stub: str = ""  # a hash of the file as it was written for the learner
+    state: str = UNTRIED
+    written: list[str] = field(default_factory=list)
+    judged: str = ""  # a hash of what the state is about: the learner's file and the exercise
+    attempts: int = 0
+    asked: bool = False  # for the solution
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def write_exercises(folder: Path) -> list[Path]:
+    """The files that were written. What a learner has changed is left as it is."""
+    if folder.exists() and not folder.is_dir():
+        raise MicrogptError(f"{printable(str(folder))} is a file; name a folder for the exercises")
+    begun = (folder / PROGRESS).exists()
+    others = [path for path in folder.glob("*.py") if not re.match(r"\d+_", path.name)]
+    if not begun and others:
+        raise MicrogptError(
+            f"{printable(str(folder))} has other Python files; name a folder for the exercises"
+        )
+    progress = read_progress(folder) if begun else {}
+    written = []
+    for exercise in exercises():
+        kept = progress.setdefault(exercise.name, Kept())
+        path, text = place(folder, exercise), made(exercise)
+        there = path.read_bytes() if path.exists() else b""
+        if there == text.encode() or (there and _hash(there) != kept.stub):
+            continue
+        write_whole(path, text.encode())
+        kept.file, kept.stub = path.name, _hash(text.encode())
+        written.append(path)
+    write_progress(folder, progress)
+    return written
+
+
+def place(folder: Path, exercise: Exercise) -> Path:
+    """The file of an exercise: the one that is there, whatever its number, or a new one."""
+    form = re.compile(rf"\d+_{exercise.name}\.py")
+    there = sorted(path for path in folder.glob("*.py") if form.fullmatch(path.name))
+    return there[0] if there else folder / filename(exercise)
+
+
+def found_folder(folder: Path | None) -> Path:
+    """The folder that is meant where none is named: this one, or exercises in it.
+
+    Raises MicrogptError if no exercises were written to it.
+    """
+    tried = [folder] if folder else [Path(), DIRECTORY]
+    for one in tried:
+        if (one / PROGRESS).is_file():
+            return one
+    name = quote(printable(str(folder))) if folder else "this folder"
+    again = f"microgpt learn {name}" if folder else "microgpt learn"
+    raise MicrogptError(f"there are no exercises in {name}; to write them: {again}")
+
+
+def read_progress(folder: Path) -> dict[str, Kept]:
+    """What is kept of each exercise, by name; of those that are no longer there as well.
+
+    Raises MicrogptError if the file is damaged.
+    """
+    path = folder / PROGRESS
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["format"] != FORMAT:
+            raise ValueError
+        found = {}
+        for name, values in kept["exercises"].items():
+            if {key: type(value) for key, value in values.items()} != KINDS:
+                raise ValueError
+            found[str(name)] = Kept(**values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise MicrogptError(
+            f"{printable(str(path))} is damaged; delete it and type microgpt learn"
+            f" {quote(printable(str(folder)))}: what you have written stays as it is"
+        ) from None
+    return found
+
+
+def write_progress(folder: Path, progress: Mapping[str, Kept]) -> None:
+    """Put it into the folder, whole or not at all."""
+    kept = {"format": FORMAT, "exercises": {name: vars(one) for name, one in progress.items()}}
+    write_whole(folder / PROGRESS, (json.dumps(kept, indent=1) + "\n").encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+# --- the check -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Check:
+    """Where a learner stands."""
+
+    folder: Path
+    verdicts: dict[str, Verdict]
+    hint: int = 0
+
+    @property
+    def first(self) -> Exercise | None:
+        """The first exercise that is not done."""
+        return next((x for x in exercises() if self.verdicts[x.name].state != DONE), None)
+
+    @property
+    def exit_status(self) -> int:
+        """0: all done; 1: something is wrong; 3: right so far."""
+        states = {verdict.state for verdict in self.verdicts.values()}
+        return 1 if WRONG in states else 0 if states == {DONE} else 3
+
+    def __str__(self) -> str:
+        return "\n".join([*self._list(), *self._report(), "", *self._end()])
+
+    def _list(self) -> list[str]:
+        """A line for each exercise."""
+        lines = []
+        for number, exercise in enumerate(exercises(), 1):
+            verdict = self.verdicts[exercise.name]
+            words = verdict.state
+            if words == RIGHT_SO_FAR:
+                words += f", {len(verdict.written)} of {len(exercise.functions)} functions"
+            elif words == WRONG and verdict.function in exercise.functions:
+                words += f": {verdict.function}" * (len(exercise.functions) > 1)
+            lines.append(f"{number:4}  {exercise.name:24}  {words}")
+        return lines
+
+    def _report(self) -> list[str]:
+        """On the first exercise that is not done."""
+        return [*self.verdicts[self.first.name].report] if self.first else []
+
+    def _end(self) -> list[str]:
+        """How far one is, and the next thing to do."""
+        first, done = self.first, self.done
+        if not first:
+            return [f"All {done} exercises are done."]
+        number = exercises().index(first) + 1
+        path = printable(str(place(self.folder, first)))
+        verdict = self.verdicts[first.name]
+        again = self.again
+        lines = []
+        if all(one.state == UNTRIED for one in self.verdicts.values()):
+            lines += wrapped(
+                f"Nothing is broken: nothing has been written yet. This is exercise {number}."
+            )
+        else:
+            lines.append(f"{done} of {len(self.verdicts)} done; this is exercise {number}.")
+        if verdict.state == WRONG:
+            lines += wrapped(f"next: mend {path}, then: {again}", "", "  ")
+            if self.hint < 2:
+                hints = " --hint" * (self.hint + 1)
+                more = "the equation with its numbers" if self.hint else "what it looks like"
+                lines += wrapped(f"for {more}: {again}{hints}", "", "  ")
+        else:
+            left = [name for name in first.functions if name not in verdict.written]
+            what = f"write {left[0]} in" if left else "find what is wrong in"
+            lines += wrapped(f"next: {what} {path}, then: {again}", "", "  ")
+        return lines
+
+    @property
+    def again(self) -> str:
+        """The command that checks once more."""
+        here = self.folder in (Path(), DIRECTORY)
+        return "microgpt check" if here else f"microgpt check {quote(printable(str(self.folder)))}"
+
+    @property
+    def done(self) -> int:
+        """How many are."""
+        return sum(verdict.state == DONE for verdict in self.verdicts.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for other programs."""
+        return {
+            "done": self.done,
+            "first": self.first.name if self.first else None,
+            "exercises": {
+                name: {
+                    "state": verdict.state,
+                    "written": list(verdict.written),
+                    "function": verdict.function,
+                    "report": list(verdict.report),
+                }
+                for name, verdict in self.verdicts.items()
+            },
+        }
+
+
+def check(folder: Path, hint: int = 0) -> Check:
+    """Where a learner stands; what has not changed since it was judged is not judged again."""
+    progress = read_progress(folder)
+    before = json.dumps([vars(one) for one in progress.values()])
+    verdicts: dict[str, Verdict] = {}
+    shown = False  # whether there is a report: only the first is shown, and wants its lines
+    for exercise in exercises():
+        kept = progress.setdefault(exercise.name, Kept())
+        path = place(folder, exercise)
+        if not path.exists():
+            verdicts[exercise.name] = Verdict(UNTRIED)
+            continue
+        now = _hash(path.read_bytes() + (made(exercise) + source_text(exercise.source)).encode())
+        if now == kept.judged and (kept.state != WRONG or shown):
+            verdicts[exercise.name] = Verdict(kept.state, tuple(kept.written))
+        else:
+            verdict = judge(exercise, path, hint)
+            verdicts[exercise.name] = verdict
+            if now != kept.judged:
+                kept.attempts += verdict.state != UNTRIED
+            kept.file, kept.state, kept.judged = path.name, verdict.state, now
+            kept.written = list(verdict.written)
+        shown = shown or verdicts[exercise.name].state != DONE
+    if json.dumps([vars(one) for one in progress.values()]) != before:
+        write_progress(folder, progress)
+    return Check(folder, verdicts, hint)
+
+
+def shown_solution(folder: Path, name: str) -> str:
+    """The solution of an exercise, or a warning to one who has not tried; asked again, it comes.
+
+    Raises MicrogptError if there is no exercise of that name or number.
+    """
+    numbered = {str(i): exercise for i, exercise in enumerate(exercises(), 1)}
+    plain = re.sub(r"^\d+_|\.py$", "", Path(name).name)
+    exercise = numbered.get(name.lstrip("0")) or exercise_named(plain)
+    if exercise is None:
+        names = ", ".join(one.name for one in exercises())
+        raise MicrogptError(
+            f"--solution: there is no exercise {printable(name)!r}; there are {names}"
+        )
+    check(folder)
+    progress = read_progress(folder)
+    kept = progress[exercise.name]
+    if not kept.attempts and not kept.asked:
+        kept.asked = True
+        write_progress(folder, progress)
+        return "\n".join(
+            wrapped(
+                f"You have not tried {exercise.name} yet, and to have seen the solution spoils it."
+                " The same command once more shows it."
+            )
+        )
+    about = "" if exercise.defect else f"# {exercise.source}\n\n"
+    return about + solution(exercise)
+
+
+def watch(folder: Path, hint: int = 0, every: float = 1.0) -> None:
+    """Print the check again whenever a file has changed, until interrupted."""
+    seen: list[tuple[str, int, int]] = []
+    before: Mapping[str, Verdict] = {}
+    while True:
+        stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.py"))]
+        now = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+        if now != seen:
+            seen, found = now, check(folder, hint)
+            changes = [
+                f"{name}: {before[name].state} -> {verdict.state}"
+                for name, verdict in found.verdicts.items()
+                if name in before and before[name].state != verdict.state
+            ]
+            print("\n".join([str(found), *changes, "-" * 80]), flush=True)
+            before = found.verdicts
+        time.sleep(every)
