@@ -25,6 +25,7 @@ from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
 from crosscheck.trace import PHASES, Step, split_key
 from microgpt.backend import NAMES
+from microgpt.data import check_target, write_whole
 from microgpt.errors import MicrogptError
 from microgpt.whereabouts import described, refuse_another_copy
 
@@ -129,6 +130,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"{candidate} against itself proves nothing; choose another --reference, or --dtype"
         )
+    for name in ("--json", "--html", "--save-case"):
+        if option(name):
+            _check_target(option(name), name)
     if option("--save-case") and option("--save-case").suffix != ".yaml":
         raise pytest.UsageError(f"--save-case {option('--save-case')}: expected a name in .yaml")
     if option("--html"):
@@ -508,7 +512,7 @@ class Session:
                     for cause in causes(self.in_order)
                 ],
             }
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _stop_if_asked(session: pytest.Session) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from shlex import quote
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any
 
-from microgpt import __version__
+from microgpt import __version__, shell
 from microgpt.config import (
     DEFAULT_PRESET,
     FIELDS,
@@ -26,8 +23,9 @@ from microgpt.config import (
     presets,
     typed_flag,
 )
-from microgpt.errors import MicrogptError, printable
-from microgpt.whereabouts import refuse_another_copy
+from microgpt.errors import MicrogptError
+from microgpt.shell import Parser, one_line, say
+from microgpt.signals import SIGNALLED
 
 if TYPE_CHECKING:
     from microgpt.backend import Backend
@@ -37,84 +35,24 @@ if TYPE_CHECKING:
 PORTION = 1000  # samples drawn before the first of them is printed
 PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
-SIGNALLED = 128  # and the signal's number, as shells have it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend."""
-    if sys.stdout is None:  # closed before we began
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
-        sys.stdout.reconfigure(errors="backslashreplace")
-    status = 0
-    try:
-        status = _run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone
-        status = status or BROKEN_PIPE
-        _silence()
-    except KeyboardInterrupt:  # once more, while the last lines were on their way
-        status = status or SIGNALLED + signal.SIGINT
-        _silence()
-    except OSError as error:
-        _say(f"microgpt: error: {error.filename or 'output'}: {error.strerror}", sys.stderr)
-        status = status or 2
-        _silence()
-    return status
-
-
-def _silence() -> None:
-    """Let the interpreter's last flush of what nobody takes go nowhere."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    """Print for whoever is still there: the terminal may have been closed."""
-    with contextlib.suppress(OSError):
-        print(text, file=file, flush=True)
-
-
-def _run(arguments: Sequence[str] | None) -> int:
-    try:
-        options, unknown = _parser().parse_known_args(arguments)
-        if unknown:
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    except SystemExit as done:  # --help and --version are printed, mistakes explained
-        return int(done.code or 0)
-    try:
-        refuse_another_copy()
-        status: int = options.run(options)
-    except MicrogptError as error:
-        print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print(
-            f"microgpt {options.command}: error: there is not enough memory; try a smaller model,"
-            " batch or block_size",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt as interrupt:
-        _say(f"microgpt {options.command}: interrupted", sys.stderr)
-        return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)
-    return status
+    return shell.run(_parser, arguments)
 
 
 def train(options: argparse.Namespace) -> int:
     """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
-    from microgpt.signals import at_once
-
     log_every(options)
-    with at_once(), _resumed(options) if options.resume else _new(options) as run:
+    with _resumed(options) if options.resume else _new(options) as run:
         if run.lock.left_by and not options.quiet:
-            left_by = _one_line(run.lock.left_by)
+            left_by = one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
         try:
             return _train(run, options)
         except KeyboardInterrupt:
-            _say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
+            say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
             raise
 
 
@@ -131,7 +69,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     finally:
         progress.close()
     if not finished:
-        _say(
+        say(
             f"stopped after step {run.step:,} of {config.steps:,}; everything is in {run.out}\n"
             f"{run.how_to_resume}"
         )
@@ -435,21 +373,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
     return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
 
 
-def _one_line(message: object) -> str:
-    """Whatever a path, a file or a server's answer may contain."""
-    return printable(" ".join(str(message).splitlines()))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {_one_line(message)}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="microgpt",
         description="One GPT, written twice: train it, sample it, evaluate it, with either"
         " implementation.",
