@@ -29,8 +29,9 @@ from crosscheck.trace import PHASES, real, split_key, taught, trace
 from microgpt import shell
 from microgpt.backend import NAMES
 from microgpt.checkpoint import save_params
+from microgpt.data import check_target
 from microgpt.errors import MicrogptError
-from microgpt.shell import Parser, bare
+from microgpt.shell import Parser, bare, directory
 from microgpt.whereabouts import described
 
 SEEDS = 9  # sets of parameters for which single precision is measured
@@ -149,6 +150,7 @@ def record(options: argparse.Namespace) -> int:
     case = load_case(options.case)
     if options.steps < 1:
         raise MicrogptError(f"--steps: expected 1 or more, got {options.steps}")
+    check_target(options.out, "--out")
     steps = trace(case, options.backend, options.dtype, options.steps)
     steps = _progress(steps, "step", options.steps)
     count = save_trace(options.out, case, options.backend, options.dtype, steps)
@@ -165,6 +167,8 @@ def diff(options: argparse.Namespace) -> int:
     """Compare two traces."""
     from crosscheck.traces import diff
 
+    if options.html:
+        check_target(options.html, "--html")
     only = [pattern for text in options.only or ["*"] for pattern in text.split(",")]
     outcome = diff(options.reference, options.candidate, only)
     first = outcome.found[0] if outcome.found else None
@@ -308,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true", help="for other programs")
 
     one = command("kit", kit)
-    one.add_argument("folder", type=Path, metavar="DIR", help="where to put them")
+    one.add_argument("folder", type=directory, metavar="DIR", help="where to put them")
     one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
     one.add_argument("--answers", action="store_true", help="and what a port should compute")
 

@@ -24,12 +24,10 @@ from microgpt.config import (
     typed_flag,
 )
 from microgpt.errors import MicrogptError
-from microgpt.shell import Parser, one_line, say
+from microgpt.shell import Parser, directory, one_line, say
 from microgpt.signals import SIGNALLED
 
 if TYPE_CHECKING:
-    from microgpt.backend import Backend
-    from microgpt.tokenizer import Tokenizer
     from microgpt.train import Run
 
 PORTION = 1000  # samples drawn before the first of them is printed
@@ -58,6 +56,7 @@ def train(options: argparse.Namespace) -> int:
 
 def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt import report
+    from microgpt.backend import drawing
     from microgpt.rundir import write_samples
 
     config, tokenizer = run.config, run.tokenizer
@@ -79,10 +78,10 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
     if run.held_out:
         said.append(_loss_of_held_out(run, options.quiet))
-    _check_numbers(run.backend, tokenizer)
-    documents = run.backend.sample(
-        tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
-    )
+    with drawing():
+        documents = run.backend.sample(
+            tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
+        )
     samples = [tokenizer.decode(ids) for ids in documents]
     windows = config.documents == "windows"
     write_samples(run.out, samples, f"{report.DASHES}\n" if windows else "")
@@ -127,7 +126,7 @@ def _loss_of_held_out(run: Run, quiet: bool) -> str:
 def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
     from microgpt import report
-    from microgpt.backend import load_backend
+    from microgpt.backend import drawing, load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.memory import check_memory
     from microgpt.tokenizer import prompt_ids
@@ -148,21 +147,15 @@ def sample(options: argparse.Namespace) -> int:
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
-    _check_numbers(backend, tokenizer)
     windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
-        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
+        with drawing():
+            drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
         for i, ids in enumerate(drawn, num - left):
             if windows and i:
                 print(report.DASHES)
             print(report.shown(tokenizer.decode(ids), windows))
     return 0
-
-
-def _check_numbers(backend: Backend, tokenizer: Tokenizer) -> None:
-    """Refuse a model whose first logits are not finite: nothing can be drawn from it."""
-    if not all(math.isfinite(x) for row in backend.read([tokenizer.bos]) for x in row):
-        raise MicrogptError("the model's numbers are too large to draw from")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -259,10 +252,13 @@ def bench(options: argparse.Namespace) -> int:
 
 def atlas(options: argparse.Namespace) -> int:
     """`microgpt atlas`: writes a page with every number of one document."""
+    from microgpt.data import check_target
+
     with _extra():
         from crosscheck import atlas as drawn
         from microgpt.pages.page import write
 
+    check_target(options.out, "--out")
     step = typed_flag("steps", options.step, "--step") if options.step is not None else None
     _written(options.out, drawn.of_run(options.run_directory, options.text, step), write)
     return 0
@@ -270,10 +266,13 @@ def atlas(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """`microgpt report`: writes a page about one or several runs."""
+    from microgpt.data import check_target
+
     with _extra():
         from microgpt.pages import run_report
         from microgpt.pages.page import write
 
+    check_target(options.out, "--out")
     _written(options.out, run_report.report(options.runs), write)
     return 0
 
@@ -390,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a preset ({', '.join(presets())}) or a YAML file, where `preset: NAME` says what it"
         f" differs from (default: {DEFAULT_PRESET})",
     )
-    command.add_argument("--out", type=_directory, metavar="DIR", help="the run directory"
+    command.add_argument("--out", type=directory, metavar="DIR", help="the run directory"
                          " (default: a new one under runs/)")  # fmt: skip
     command.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     command.add_argument(
@@ -442,7 +441,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _page(commands, "atlas", atlas, "draw every number of one document, in both"
                     " implementations")  # fmt: skip
-    command.add_argument("run_directory", nargs="?", type=_directory, metavar="RUN", help="a"
+    command.add_argument("run_directory", nargs="?", type=directory, metavar="RUN", help="a"
                          " checkpoint or run directory (default: the default preset)")  # fmt: skip
     command.add_argument(
         "--text", metavar="TEXT", help="the document (default: emma; with --step, that step's)"
@@ -450,7 +449,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--step", metavar="N", help="before and after this step of the run")
 
     command = _page(commands, "report", report, "draw how runs went, and where they differ")
-    command.add_argument("runs", nargs="+", type=_directory, metavar="RUN", help="a run directory")
+    command.add_argument("runs", nargs="+", type=directory, metavar="RUN", help="a run directory")
 
     command = commands.add_parser(
         "bench",
@@ -493,12 +492,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="for other programs")
     return parser
-
-
-def _directory(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a directory")
-    return Path(text)
 
 
 METAVARS = {"int": "N", "float": "X", "bool": "true|false", "str": "NAME|FILE"}

@@ -121,6 +121,8 @@ def read_text(path: Path) -> list[str]:
 def _text(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file, open. What cannot be read becomes a MicrogptError."""
     try:
+        if not path.stat().st_size:  # of files of the system that say 0, some wait for ever
+            raise MicrogptError(f"{path}: has no text: 0 bytes; expected a text file")
         check_file(path, lines=True)
         with open(path, encoding="utf-8-sig") as file:
             yield file

@@ -23,13 +23,14 @@ from microgpt.checkpoint import (
     save_checkpoint,
 )
 from microgpt.config import TINIEST, Config, checked, flag
-from microgpt.data import digest, load_documents, located, nth, parts
+from microgpt.data import check_target, digest, load_documents, located, nth, parts
 from microgpt.errors import LostHelpError, MicrogptError
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.memory import check_memory
 from microgpt.rundir import (
+    RUN_FILES,
     SAMPLES,
     Metrics,
     RunLock,
@@ -346,6 +347,8 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
 
 def _begin(run: Run, metrics: bytes) -> None:
     """Make the directory that of this run. After a kill in between, --resume does the rest."""
+    for name in RUN_FILES:
+        check_target(run.out / name)
     tidy(run.out)  # first: what a killed run left may be what fills the disk
     run.save()
     write_metrics(run.out, metrics)
