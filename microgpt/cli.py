@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from shlex import quote
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from microgpt.train import Run
 
 PORTION = 1000  # samples drawn before the first of them is printed
+RUN_NAME = re.compile(r"\w[\w.-]*")
 PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 
@@ -47,6 +50,11 @@ def train(options: argparse.Namespace) -> int:
         if run.lock.left_by and not options.quiet:
             left_by = one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
+        if run.unlike:
+            print(
+                f"config.yaml had {run.unlike}, unlike the checkpoint, which counts; to change how"
+                " a run goes on, use the options"
+            )
         try:
             return _train(run, options)
         except KeyboardInterrupt:
@@ -58,6 +66,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt import report
     from microgpt.backend import drawing
     from microgpt.rundir import write_samples
+    from microgpt.train import MANY
 
     config, tokenizer = run.config, run.tokenizer
     if not options.quiet:
@@ -78,6 +87,8 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
     if run.held_out:
         said.append(_loss_of_held_out(run, options.quiet))
+    if run.num_params > MANY and not options.quiet:
+        print(f"drawing {config.num_samples:,} samples ..", flush=True)
     with drawing():
         documents = run.backend.sample(
             tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
@@ -347,7 +358,14 @@ def _new(options: argparse.Namespace) -> Run:
 
     source = options.config or DEFAULT_PRESET
     config = load_config(source, _overrides(options))
-    return new_run(config, options.backend, options.out, Path(source).stem, options.overwrite)
+    name = source if source in presets() else Path(source).stem
+    if not options.out and not RUN_NAME.fullmatch(name):
+        raise MicrogptError(
+            f"--config {source}: its name would be the run's, which has letters, digits, '-', '_'"
+            " and '.', and begins with a letter or digit; name a directory with --out DIR"
+        )
+    say_so = id if options.quiet else partial(print, flush=True)
+    return new_run(config, options.backend, options.out, name, options.overwrite, say_so)
 
 
 def _resumed(options: argparse.Namespace) -> Run:

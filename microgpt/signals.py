@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import FrameType
 
 SIGNALLED = 128  # and the signal's number, as shells have it
 
@@ -49,7 +49,7 @@ def at_once() -> Iterator[None]:
     In there the exception could become another: NumPy makes an ImportError of what it meets.
     """
 
-    def receive(number: int, frame: Any) -> None:
+    def receive(number: int, frame: FrameType | None) -> None:
         if _importing(frame):
             end(number)
         raise Interrupted(number)
@@ -73,7 +73,7 @@ def between_steps() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _handled_by(receive: Callable[[int, Any], None]) -> Iterator[None]:
+def _handled_by(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _numbers()}
     try:
         for number in before:
@@ -92,7 +92,7 @@ def _numbers() -> list[int]:
     return numbers
 
 
-def _importing(frame: Any) -> bool:
+def _importing(frame: FrameType | None) -> bool:
     """Whether a module is being imported."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -101,10 +101,12 @@ def _importing(frame: Any) -> bool:
     return False
 
 
-def _not_lost(before: Callable[[Any], object]) -> Callable[[Any], object]:
+def _not_lost(
+    before: Callable[[sys.UnraisableHookArgs], object],
+) -> Callable[[sys.UnraisableHookArgs], object]:
     """What Python does with an exception that it cannot raise, as in a __del__."""
 
-    def hook(unraisable: Any) -> object:
+    def hook(unraisable: sys.UnraisableHookArgs) -> object:
         if isinstance(unraisable.exc_value, Interrupted):
             end(unraisable.exc_value.number)
         return before(unraisable)
