@@ -56,8 +56,19 @@ def test(options: argparse.Namespace) -> int:
             " and PYTHONOPTIMIZE"
         )
     print(f"crosscheck of {described()}", flush=True)
+
+    class Ended:
+        """Keeps what pytest makes an exit status of its own of."""
+
+        def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+            self.by = excinfo.value
+
+    ended = Ended()
     with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
-        return int(pytest.main([str(Path(__file__).parent), *options.rest]))
+        status = pytest.main([str(Path(__file__).parent), *options.rest], plugins=[ended])
+    if isinstance(getattr(ended, "by", None), KeyboardInterrupt):
+        raise ended.by
+    return int(status)
 
 
 def _help_of_test() -> str:

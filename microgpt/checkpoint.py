@@ -49,10 +49,11 @@ VERSION = "2"
 FILE_NAME = "checkpoint.safetensors"
 MOMENTS = ("", "adam.m.", "adam.v.")  # what stands before the names of parameters
 LARGEST_HEADER = 10_000_000  # bytes, and four times as many as there are of numbers
+SMALL_HEADER = 1_000_000  # bytes, in which names that are there twice are looked for
 
 # what comes of metadata that are not what they should be, and of reading no safetensors file
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
-UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError)
 
 Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
 
@@ -297,6 +298,9 @@ class TensorFile:
             if file.read(1) not in (b"{", b""):
                 raise NoTensorsError(f"{self.path}: not a safetensors file")
             data = os.fstat(file.fileno()).st_size - 8 - length
+            file.seek(8)
+            text = file.read(length) if length <= SMALL_HEADER else b"{}"
+        read_json(text.decode())  # safetensors takes the last of two of one name
         if length > LARGEST_HEADER + 4 * max(0, data):
             raise ValueError(f"a header of {length:,} bytes")
 

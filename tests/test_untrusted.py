@@ -201,6 +201,8 @@ def entry(shape: object, start: int = 0, end: int = 8, dtype: str = "F64") -> di
         (b"{}", b"", 2**64 - 1),
         (b"{}", b"", 3),
         (b"[" * 100_000, b"", None),
+        (b'{"__metadata__":{"a":"1","a":"2"}}', b"", None),
+        (b'{"__metadata__":{"a":"1"},"__metadata__":{"a":"2"}}', b"", None),
         (b'{"a":' * 100_000, b"", None),
         (b" " * 11_000_000, b"", None),
         ({f"t{i}": entry([0], 0, 0) for i in range(200_000)}, b"", None),
@@ -755,7 +757,7 @@ def test_samples_are_text_and_no_commands(
     tmp_path: Path, rewrite: Rewrite, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = made(tmp_path)
-    rewrite(out / "checkpoint.safetensors", tmp_path / "forged", text("chars", "\x1b\x07\x9bahlm"))
+    rewrite(out / "checkpoint.safetensors", tmp_path / "forged", text("chars", "\x07\x1bahlm\x9b"))
     capsys.readouterr()
     assert microgpt(["sample", str(tmp_path / "forged"), "--num", "50", "--temperature", "9"]) == 0
     out_text = capsys.readouterr().out
