@@ -184,7 +184,8 @@ def diff(options: argparse.Namespace) -> int:
     outcome = diff(options.reference, options.candidate, only)
     first = outcome.found[0] if outcome.found else None
     if options.html:
-        _draw(options, outcome)
+        names = options.reference.stem, options.candidate.stem
+        _draw(options.html, "traces", [outcome], names)
     if options.json:
         report = {
             "compared": dataclasses.asdict(outcome.tally),
@@ -226,20 +227,22 @@ def port(options: argparse.Namespace) -> int:
         options.time_limit,
         options.all,
     )
+    if options.html:
+        _draw(options.html, "the ladder", result.outcomes, (options.reference, "port"))
     print(json.dumps(result.as_json(), indent=1) if options.json else result)
     return result.exit_status
 
 
-def _draw(options: argparse.Namespace, outcome: Outcome) -> None:
-    """The map of two traces as a page."""
+def _draw(path: Path, about: str, outcomes: Sequence[Outcome], labels: tuple[str, str]) -> None:
+    """The map of these comparisons as a page."""
     try:
-        from crosscheck.html import of_traces, write
+        from crosscheck.html import of_outcomes, write
     except ModuleNotFoundError as error:
         raise MicrogptError(
             f"--html: the library {error.name} is not there; install what pages need with:"
             " python -m pip install jinja2 pygments"
         ) from None
-    write(options.html, of_traces(outcome, options.reference.stem, options.candidate.stem))
+    write(path, of_outcomes(about, outcomes, *labels))
 
 
 def params(options: argparse.Namespace) -> int:
@@ -339,6 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for one"
                      " case (default: 60)")  # fmt: skip
     one.add_argument("--all", action="store_true", help="go on behind the first wrong stage")
+    one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
     one.add_argument("--json", action="store_true", help="for other programs")
 
     command("float32", float32)

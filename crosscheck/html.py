@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from crosscheck.causes import Cause, Finding
-from crosscheck.compare import Outcome
+from crosscheck.causes import Cause, Finding, causes
+from crosscheck.compare import Outcome, Tally
 from crosscheck.report import as_json, axes, headline, summary
 from crosscheck.report import render as render_text
 from crosscheck.trace import PHASES, Array, split_key
@@ -23,7 +23,7 @@ from microgpt.pages.page import render, write
 from microgpt.pages.pictures import png
 from microgpt.pages.sources import highlighted
 
-__all__ = ["Part", "of_traces", "page", "part", "write"]
+__all__ = ["Part", "of_outcomes", "page", "part", "write"]
 
 GIVEN = ("batch", "entry", "entry_m", "entry_v")
 DECADES = 8  # below what is allowed, in which shares are told apart
@@ -166,17 +166,19 @@ def page(
     )
 
 
-def of_traces(outcome: Outcome, reference: str, candidate: str) -> str:
-    """The page for two traces."""
-    about, labels = "traces", (reference, candidate)
-    causes = []
-    if outcome.found:
-        first = outcome.found[0]
-        headlines = headline(first, *labels), render_text(first, *labels)
-        found = Finding(about, first.case, first.step, first.key, headlines[0], first.diagnosis,
-                        headlines[1], "", as_json(first))  # fmt: skip
-        causes = [Cause(found)]
-    return page([part(outcome, about)], causes, summary(outcome.tally, 1), labels)
+def of_outcomes(about: str, outcomes: Sequence[Outcome], reference: str, candidate: str) -> str:
+    """The page for comparisons of one kind."""
+    labels, tally = (reference, candidate), Tally()
+    findings = []
+    for outcome in outcomes:
+        tally.add(outcome.tally)
+        if outcome.found:
+            first = outcome.found[0]
+            report = render_text(first, *labels)
+            at = about, first.case, first.step, first.key, headline(first, *labels)
+            findings.append(Finding(*at, first.diagnosis, report, "", as_json(first)))
+    parts = [part(outcome, about) for outcome in outcomes]
+    return page(parts, causes(findings), summary(tally, len(outcomes)), labels)
 
 
 def difference(cause: Cause, parts: Iterable[Part]) -> Difference:

@@ -87,6 +87,7 @@ class Climb:
 
     rungs: list[Rung]
     problems: list[str] = field(default_factory=list)  # where it wrote no trace: a line each
+    outcomes: list[Outcome] = field(default_factory=list)  # of each case as a whole, for the map
 
     @property
     def exit_status(self) -> int:
@@ -181,14 +182,17 @@ def climb(
     rungs = {name: Rung(name) for name in STAGES if name in stages}
     result = Climb(list(rungs.values()))
     for name in tqdm(names, unit="case", leave=False, disable=None):
-        case = load_case(name)
+        case, outcome = load_case(name), Outcome(name)
+        standard = float32(case) if dtype == "float32" else FLOAT64
+        result.outcomes.append(outcome)
         try:
             for taken in _steps(case, program, dtype, reference, time_limit):
-                _judge(case, taken, float32(case) if dtype == "float32" else FLOAT64, rungs)
+                _judge(case, taken, standard, rungs)
+                _compare_whole(case, taken, standard, outcome)
         except PortError as error:
             result.problems.append(f"case {case.name}: {printable(str(error))}")
             if not go_on:
-                return Climb([], result.problems)
+                return Climb([], result.problems, result.outcomes)
     if not result.climbed and not result.problems:
         raise MicrogptError(f"no case of these has tensors of the stage {', '.join(rungs)}")
     wrong = [i for i, rung in enumerate(result.rungs) if rung.wrong]
@@ -279,32 +283,58 @@ def _judge(case: Case, taken: Taken, standard: Standard, rungs: Mapping[str, Run
             rung.wrong.setdefault(case.name, found)
 
 
+def _compare_whole(case: Case, taken: Taken, standard: Standard, outcome: Outcome) -> None:
+    """Take a step into the outcome of its case, if the steps before it agreed."""
+    if outcome.found:
+        return
+    _compare(case, taken, _shared(taken), standard, outcome)
+    if outcome.found:
+        outcome.found[0] = _explained(case, taken, outcome.found, standard)
+    else:
+        outcome.tally.steps += 1
+
+
 def _first_difference(
     case: Case, taken: Taken, written: list[str], standard: Standard
 ) -> Disagreement | None:
     """The first of these tensors that is not as it should be, explained."""
-    ours, theirs = taken.ours, {TOKENS: taken.ours[TOKENS], **taken.theirs}
+    found = _compare(case, taken, written, standard, Outcome(case.name))
+    if not found:
+        return None
+    everywhere = _compare(case, taken, _shared(taken), standard, Outcome(case.name))
+    if everywhere[0].key == found[0].key:
+        found = everywhere
+    return _explained(case, taken, found, standard)
 
-    def compared(some: list[str]) -> list[Disagreement]:
-        outcome, tensors = Outcome(case.name), [TOKENS, *some]
-        a, b = ({key: step[key] for key in tensors} for step in (ours, theirs))
-        compare_step(case, taken.number, a, b, standard, outcome)
-        return outcome.found
 
+def _shared(taken: Taken) -> list[str]:
+    """The tensors of a step that both sides have computed."""
+    return [key for key in taken.ours if key in taken.theirs and stage(key)]
+
+
+def _compare(
+    case: Case, taken: Taken, some: list[str], standard: Standard, outcome: Outcome
+) -> list[Disagreement]:
+    """Hold these tensors of a step against each other: what differs, noted in the outcome."""
+    theirs = {TOKENS: taken.ours[TOKENS], **taken.theirs}
+    a, b = ({key: step[key] for key in [TOKENS, *some]} for step in (taken.ours, theirs))
     with np.errstate(all="ignore"):  # what is not finite differs, and that says it all
-        found = compared(written)
-        if not found:
-            return None
-        shared = [key for key in ours if key in theirs and stage(key)]
-        everywhere = compared(shared)
-        if everywhere[0].key == found[0].key:
-            found = everywhere
-        sound = {  # of what is not of the right kind no explanation can be made
-            key: x
-            for key, x in theirs.items()
-            if key == found[0].key
-            or (key in ours and x.shape == ours[key].shape and x.dtype.kind == ours[key].dtype.kind)
-        }
+        compare_step(case, taken.number, a, b, standard, outcome)
+    return outcome.found
+
+
+def _explained(
+    case: Case, taken: Taken, found: list[Disagreement], standard: Standard
+) -> Disagreement:
+    """The first of these disagreements, with what is behind it."""
+    ours = taken.ours
+    sound = {  # of what is not of the right kind no explanation can be made
+        key: x
+        for key, x in {TOKENS: ours[TOKENS], **taken.theirs}.items()
+        if key == found[0].key
+        or (key in ours and x.shape == ours[key].shape and x.dtype.kind == ours[key].dtype.kind)
+    }
+    with np.errstate(all="ignore"):
         return explained(case, found, ours, sound, taken.before, standard)
 
 

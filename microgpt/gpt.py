@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from warnings import warn
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from microgpt.errors import MicrogptError, shortened
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.memory import check_memory
+from microgpt.report import cropped
 from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
 from microgpt.train import batch, learning_rate
 
@@ -68,7 +70,11 @@ class GPT:
     ) -> None:
         given = typed_fields({name: plain(value) for name, value in fields.items()}, "GPT")
         settings = checked({**asdict(load_config(str(config))), **given})
+        if "cores" not in fields:  # processes are for those who ask for them
+            settings = replace(settings, cores=1)
         texts, settings = _texts(data, settings)
+        if settings.documents == "lines" and len(said := cropped(texts, settings.window)) > 1:
+            warn(f"{said[0]}; to learn all of it: documents='windows'", stacklevel=2)
         rng = Random(settings.seed)
         rng.shuffle(texts)
         tokenizer = build_tokenizer("".join(texts), settings)
@@ -202,12 +208,12 @@ class GPT:
 
     def evaluate(self, documents: Any = None) -> float:
         """The mean loss over texts; by default those that were held out of training."""
-        if documents is None:
-            documents = self.held_out
-            if not documents:
-                raise MicrogptError("evaluate: nothing was held out of training; give texts")
-        texts = [documents] if isinstance(documents, str) else documents
-        self._tokens(texts)
+        texts = self.held_out if documents is None else documents
+        if documents is None and not texts:
+            raise MicrogptError("evaluate: nothing was held out of training; give texts")
+        if documents is not None:
+            texts = _items(documents)
+            self._tokens(texts)
         if not all(isinstance(text, str) for text in texts):
             raise MicrogptError("evaluate: expected texts; for token ids there is forward")
         try:
@@ -218,8 +224,8 @@ class GPT:
     def sample(
         self,
         num: int = 1,
-        *,
         prompt: str = "",
+        *,
         temperature: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
@@ -316,16 +322,7 @@ class GPT:
         """The token ids of documents, each of which fits into the context."""
         if documents is None:
             return batch(self.updates, self.training, self.tokenizer, self.config)
-        if isinstance(documents, str):
-            documents = [documents]
-        try:
-            items = list(documents)
-        except TypeError:
-            raise MicrogptError(
-                f"expected a list of documents, got {shortened(documents)}"
-            ) from None
-        if not items:
-            raise MicrogptError("an empty batch has no loss; give one document or more")
+        items = _items(documents)
         return [self._document(item, f"document {i}") for i, item in enumerate(items, 1)]
 
     def _document(self, item: Any, where: str) -> list[int]:
@@ -371,7 +368,7 @@ class GPT:
                 )
             try:
                 found[name] = np.array(tensor, float)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise MicrogptError(f"{where}: {name}: expected rows of numbers") from None
             if found[name].shape != np.shape(params[name]):
                 raise MicrogptError(
@@ -381,6 +378,17 @@ class GPT:
         if not_finite(found):
             raise MicrogptError(f"{where}: {not_finite(found)}: is not finite everywhere")
         return found
+
+
+def _items(documents: Any) -> list[Any]:
+    """The documents of a batch, one by one."""
+    try:
+        items = [documents] if isinstance(documents, str) else list(documents)
+    except TypeError:
+        raise MicrogptError(f"expected a list of documents, got {shortened(documents)}") from None
+    if not items:
+        raise MicrogptError("an empty batch has no loss; give one document or more")
+    return items
 
 
 def meant(name: object, names: Iterable[str]) -> str:
@@ -429,6 +437,10 @@ def _texts(data: Any, config: Config) -> tuple[list[str], Config]:
         raise MicrogptError(f"data: expected a name, a path or texts, got {shortened(wrong)}")
     if not any(texts):
         raise MicrogptError("data: there is no text in it")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise MicrogptError(f"data: {error.object[error.start]!r} is no character") from None
     if config.documents == "windows":
         texts = ["\n".join(texts)]
     return texts, replace(config, dataset=IN_PYTHON)

@@ -454,7 +454,7 @@ def test_a_folder_that_holds_no_run_is_refused(
 
 def outcome_page(case: Case, candidate: list[Step]) -> str:
     outcome = compare(case, trace(case, "scalar", "float64", len(candidate)), candidate)
-    return html.of_traces(outcome, "ours", HOSTILE)
+    return html.of_outcomes("traces", [outcome], "ours", HOSTILE)
 
 
 def test_a_map_shows_the_first_divergence_and_what_follows() -> None:

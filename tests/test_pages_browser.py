@@ -127,7 +127,7 @@ def draw_map(wrong: bool) -> str:
         steps[1]["backward/dlayer1.attn_logits"] *= 1.01
         steps[1]["gradient/dwte"] *= 1.01
     outcome = compare(case, trace(case, "scalar", "float64", 3), steps)
-    return html.of_traces(outcome, "ours", HOSTILE if wrong else "theirs")
+    return html.of_outcomes("traces", [outcome], "ours", HOSTILE if wrong else "theirs")
 
 
 def draw_report(folder: Path, count: int) -> str:
@@ -341,7 +341,8 @@ def test_a_picture_is_drawn_in_its_colours(browser: Chrome, pages: Any) -> None:
 SCREENSHOTS = os.environ.get("MICROGPT_SCREENSHOTS")  # a folder to look at the pages in
 
 
-@pytest.mark.parametrize("name", PAGES if SCREENSHOTS else [])
+@pytest.mark.skipif(not SCREENSHOTS, reason="MICROGPT_SCREENSHOTS names no folder for pictures")
+@pytest.mark.parametrize("name", PAGES)
 def test_screenshots(browser: Chrome, pages: Any, name: str) -> None:
     folder = Path(SCREENSHOTS or "")
     folder.mkdir(parents=True, exist_ok=True)

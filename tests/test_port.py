@@ -394,6 +394,21 @@ def test_the_exit_status_and_json_tell_other_programs(
     assert main([*call, "--case", "no-such"]) == 2
 
 
+def test_a_map_is_drawn_of_all_cases(
+    program: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(tensors: Tensors) -> None:
+        tensors["step1/backward/demb"] *= 2
+
+    command = " ".join(f'"{word}"' for word in program(wrong))
+    out = tmp_path / "map.html"
+    assert main(["port", "--program", command, "--case", *CASES, "--html", str(out)]) == 1
+    page = out.read_text(encoding="utf-8")
+    assert all(f">{name}</figcaption>" in page for name in CASES)
+    assert page.count("demb disagrees") >= 1
+    assert "Crosscheck of vectorized and port" in page
+
+
 def test_no_line_is_wider_than_80_columns(
     program: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

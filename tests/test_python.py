@@ -190,6 +190,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: gpt.set_grads({}), "set_grads: call forward(documents) and backward() first"),
     (lambda gpt: gpt.evaluate(), "evaluate: nothing was held out of training; give texts"),
     (lambda gpt: gpt.evaluate([[0, 1]]), "evaluate: expected texts"),
+    (lambda gpt: gpt.evaluate(5), "expected a list of documents, got 5"),
     (lambda gpt: gpt.evaluate([]), "an empty batch has no loss"),
     (lambda gpt: gpt.sample(-1), "sample: num: expected 0 or more, got -1"),
     (lambda gpt: gpt.sample("ava"), "sample: num: expected a whole number, got 'ava'"),
@@ -207,6 +208,8 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: microgpt.GPT([]), "data: there is no text in it"),
     (lambda gpt: microgpt.GPT([""]), "data: there is no text in it"),
     (lambda gpt: microgpt.GPT([1]), "data: expected a name, a path or texts, got 1"),
+    (lambda gpt: microgpt.GPT(["a\ud800"]), "data: '\\ud800' is no character"),
+    (lambda gpt: gpt.set_params({"wte": [[10**400] * 4] * 8}), "wte: expected rows of numbers"),
     (lambda gpt: microgpt.GPT({"a", "b"}), "data: a set comes in another order each time"),
     (lambda gpt: microgpt.GPT("missing"), "'missing' names no data set and no file"),
     (lambda gpt: microgpt.GPT(TEXTS, "wombat"), "there is no preset and no file 'wombat'"),
@@ -237,6 +240,21 @@ def test_numbers_that_are_too_large_are_told_in_one_sentence(gpt: Any) -> None:
             misuse()
     with pytest.raises(microgpt.MicrogptError, match=r"^taps: call forward\(documents\) first"):
         gpt.taps  # noqa: B018
+
+
+def test_a_text_of_which_little_is_seen_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"1 of 1 documents is .* 1\.6 % .*: documents='windows'"):
+        microgpt.GPT(["ab" * 500])
+    microgpt.GPT(["ab" * 500], documents="windows")
+
+
+def test_what_is_held_out_may_be_longer_than_the_context() -> None:
+    gpt = microgpt.GPT([*TEXTS, "o" * 9], n_embd=4, n_head=2, block_size=6, held_out=4)
+    assert gpt.evaluate() > 0
+
+
+def test_processes_are_for_those_who_ask_for_them() -> None:
+    assert microgpt.GPT(TEXTS, "names-fast", held_out=0).config.cores == 1
 
 
 def test_documents_that_are_not_in_a_checkpoint_are_asked_for(gpt: Any, tmp_path: Path) -> None:

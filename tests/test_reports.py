@@ -132,8 +132,8 @@ def test_every_tensor_has_a_line_in_both_texts() -> None:
 
 
 def test_drawn_documents_are_told_as_texts() -> None:
-    patch = Patch("vectorized/sample.py", "logits.astype(float) / temperature)  # (R, V)",
-                  "logits.astype(float))  # (R, V)")  # fmt: skip
+    patch = Patch("vectorized/sample.py", "logits.astype(float) / (temperature or 1.0)",
+                  "logits.astype(float)")  # fmt: skip
     said = report(patch, "one-document")
     assert "scalar document 0: " in said
     assert "at draw" in said
