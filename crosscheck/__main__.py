@@ -218,6 +218,8 @@ def port(options: argparse.Namespace) -> int:
 
     if not 0 < options.time_limit < float("inf"):
         raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    if options.html:
+        check_target(options.html, "--html")
     result = climb(
         command_line(options.program),
         options.case or kit_cases(),

@@ -115,6 +115,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "test --save-case": lambda path: _check_targets({"--save-case": path}.get),
     "a case": _case,
     "a library's checkpoint": _gpt,
+    "port --html": lambda path: crosscheck(["port", "--program", "{in}{out}", "--html", str(path)]),
     "report --out": lambda path: microgpt(["report", "run", "--out", str(path)]),
     "atlas --out": lambda path: microgpt(["atlas", "--out", str(path)]),
     "diff --html": lambda path: crosscheck(["diff", "a", "b", "--html", str(path)]),

