@@ -119,8 +119,9 @@ def bare(stream: Any) -> TextIO:
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Standard output as a Plain one that takes every character, closed or not."""
-    if sys.stdout is None:  # closed before we began
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before we began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
         sys.stdout.reconfigure(errors="backslashreplace")
     before = sys.stdout

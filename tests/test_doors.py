@@ -258,6 +258,15 @@ def test_a_command_whose_output_is_closed_full_or_unread_ends_in_a_line_or_none(
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("program", ["microgpt", "crosscheck"])
+def test_what_cannot_be_said_on_a_closed_stderr_is_said_nowhere(program: str) -> None:
+    words = [sys.executable, "-m", program, "wombat"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *words], cwd=ROOT, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
 # Signals from the first import on
 
 COUNTED = """
