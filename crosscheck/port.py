@@ -12,13 +12,14 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ ENTRY = ("entry", "entry_m", "entry_v")
 AFTER = ("params", "adam_m", "adam_v")  # what the next step finds there
 SEVERAL = STAGES[-1]
 ITEM_BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4}
+TAPS = ("forward", "backward")
+CLIMB = (
+    "the mistake may be anywhere before this tensor: write the names of step1/forward/ and"
+    " step1/backward/ as well, and the first that is wrong is where it is"
+)
+CAUSE = re.compile("error|exception|panic", re.IGNORECASE)  # in what a program says at its end
 LAST_WORDS = 4096  # bytes of what a program said before it failed
 
 
@@ -192,7 +199,7 @@ def climb(
         except PortError as error:
             result.problems.append(f"case {case.name}: {printable(str(error))}")
             if not go_on:
-                return Climb([], result.problems, result.outcomes)
+                return replace(result, rungs=result.rungs if result.climbed else [])
     if not result.climbed and not result.problems:
         raise MicrogptError(f"no case of these has tensors of the stage {', '.join(rungs)}")
     wrong = [i for i, rung in enumerate(result.rungs) if rung.wrong]
@@ -233,11 +240,12 @@ def _steps(
 def _differences(step: Step) -> Step:
     """What a step added to each parameter, where both ends are known."""
     entry, after = part(step, "entry"), part(step, "params")
-    return {
-        name: after[name] - entry[name]
-        for name in after
-        if name in entry and after[name].shape == entry[name].shape
-    }
+    with np.errstate(all="ignore"):
+        return {
+            name: after[name] - entry[name]
+            for name in after
+            if name in entry and after[name].shape == entry[name].shape
+        }
 
 
 def _with_their_gradients(
@@ -335,7 +343,10 @@ def _explained(
         or (key in ours and x.shape == ours[key].shape and x.dtype.kind == ours[key].dtype.kind)
     }
     with np.errstate(all="ignore"):
-        return explained(case, found, ours, sound, taken.before, standard)
+        first = explained(case, found, ours, sound, taken.before, standard)
+    if first.shape is None or any(split_key(key)[0] in TAPS for key in taken.theirs):
+        return first
+    return replace(first, diagnosis="; ".join(filter(None, (first.diagnosis, CLIMB))))
 
 
 def _written(
@@ -394,7 +405,8 @@ def _run(words: Sequence[str], time_limit: float, said: Path) -> None:
         file.seek(max(0, file.tell() - LAST_WORDS))
         lines = file.read().decode("utf-8", "replace").split("\n")
     if status:
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        words = [line.strip() for line in reversed(lines) if line.strip()]
+        last = next(filter(CAUSE.search, words), words[0] if words else "")
         ending = f"ended with exit status {status}"
         if status < 0:
             ending = f"was ended by signal {-status} ({signal.strsignal(-status)})"
