@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
+from microgpt.signals import begin
+
+if __name__ == "__main__":
+    begin("python -m crosscheck")  # before NumPy, whose import takes a moment
+
 import argparse
+import contextlib
 import dataclasses
 import json
-import os
-import signal
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,37 +26,21 @@ from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
+from microgpt import shell
 from microgpt.backend import NAMES
 from microgpt.checkpoint import save_params
+from microgpt.data import check_target
 from microgpt.errors import MicrogptError
-from microgpt.whereabouts import described, refuse_another_copy
+from microgpt.shell import Parser, bare, directory
+from microgpt.whereabouts import described
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
-INTERRUPTED = 128 + signal.SIGINT
 SEEDS = 9  # sets of parameters for which single precision is measured
 T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit status 0: as it should be; 1: a difference; 2: a mistake in the call."""
-    options, rest = _parser().parse_known_args(arguments)
-    if rest and options.run is not test:
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest = rest
-    try:
-        refuse_another_copy()
-        status: int = options.run(options)
-        sys.stdout.flush()
-    except MicrogptError as error:
-        print(f"python -m crosscheck {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the program that read the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print(f"python -m crosscheck {options.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return status
+    return shell.run(_parser, arguments)
 
 
 def test(options: argparse.Namespace) -> int:
@@ -67,7 +56,19 @@ def test(options: argparse.Namespace) -> int:
             " and PYTHONOPTIMIZE"
         )
     print(f"crosscheck of {described()}", flush=True)
-    return int(pytest.main([str(Path(__file__).parent), *options.rest]))
+
+    class Ended:
+        """Keeps what pytest makes an exit status of its own of."""
+
+        def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+            self.by = excinfo.value
+
+    ended = Ended()
+    with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
+        status = pytest.main([str(Path(__file__).parent), *options.rest], plugins=[ended])
+    if isinstance(getattr(ended, "by", None), KeyboardInterrupt):
+        raise ended.by
+    return int(status)
 
 
 def _help_of_test() -> str:
@@ -160,6 +161,7 @@ def record(options: argparse.Namespace) -> int:
     case = load_case(options.case)
     if options.steps < 1:
         raise MicrogptError(f"--steps: expected 1 or more, got {options.steps}")
+    check_target(options.out, "--out")
     steps = trace(case, options.backend, options.dtype, options.steps)
     steps = _progress(steps, "step", options.steps)
     count = save_trace(options.out, case, options.backend, options.dtype, steps)
@@ -176,6 +178,8 @@ def diff(options: argparse.Namespace) -> int:
     """Compare two traces."""
     from crosscheck.traces import diff
 
+    if options.html:
+        check_target(options.html, "--html")
     only = [pattern for text in options.only or ["*"] for pattern in text.split(",")]
     outcome = diff(options.reference, options.candidate, only)
     first = outcome.found[0] if outcome.found else None
@@ -214,6 +218,8 @@ def port(options: argparse.Namespace) -> int:
 
     if not 0 < options.time_limit < float("inf"):
         raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    if options.html:
+        check_target(options.html, "--html")
     result = climb(
         command_line(options.program),
         options.case or kit_cases(),
@@ -286,14 +292,8 @@ def float32(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m crosscheck", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m crosscheck", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: object) -> argparse.ArgumentParser:
@@ -308,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run, parser=added)
         return added
 
-    command("test", test)
+    command("test", test).set_defaults(rest=[])
 
     one = command("defects", defects)
     one.add_argument("name", nargs="*", help="only these (default: all)")
@@ -340,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true", help="for other programs")
 
     one = command("kit", kit)
-    one.add_argument("folder", type=Path, metavar="DIR", help="where to put them")
+    one.add_argument("folder", type=directory, metavar="DIR", help="where to put them")
     one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
     one.add_argument("--answers", action="store_true", help="and what a port should compute")
 

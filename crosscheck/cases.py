@@ -126,6 +126,8 @@ def load_case(name: str) -> Case:
 
 def read_case(path: Path) -> Case:
     """A case without its parameters."""
+    if not path.stem.isprintable():
+        raise MicrogptError(f"{path}: a case is named after its file; take printable characters")
     raw = read_yaml(path)
     for key, (kind, words) in KEYS.items():
         if key in raw and not _made_of(raw[key], kind):

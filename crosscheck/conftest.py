@@ -25,7 +25,8 @@ from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
 from crosscheck.trace import PHASES, split_key
 from microgpt.backend import NAMES
-from microgpt.errors import MicrogptError
+from microgpt.data import check_target, write_whole
+from microgpt.errors import MicrogptError, printable
 from microgpt.whereabouts import described, refuse_another_copy
 
 STEPS = 5
@@ -123,8 +124,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"{candidate} against itself proves nothing; choose another --reference, or --dtype"
         )
-    if option("--save-case") and option("--save-case").suffix != ".yaml":
-        raise pytest.UsageError(f"--save-case {option('--save-case')}: expected a name in .yaml")
+    _check_targets(option)
     if option("--html"):
         try:
             import crosscheck.html  # noqa: F401
@@ -141,7 +141,7 @@ def pytest_configure(config: pytest.Config) -> None:
         try:
             load_case(name)
         except MicrogptError as error:
-            raise pytest.UsageError(str(error)) from None
+            raise pytest.UsageError(printable(str(error))) from None
     _import_sides()
     config.stash[CHOICE] = Choice(
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
@@ -149,6 +149,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LESSONS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
     atexit.register(shutil.rmtree, config.stash[LESSONS], ignore_errors=True)
     config.pluginmanager.register(Session(config), "crosscheck-session")
+
+
+def _check_targets(option: Any) -> None:
+    """Refuse files that cannot be written, before hours are spent on what is to be in them."""
+    for name in ("--json", "--html", "--save-case"):
+        path = option(name)
+        if path is None:
+            continue
+        if name == "--save-case" and path.suffix != ".yaml":
+            raise pytest.UsageError(f"--save-case {path}: expected a name in .yaml")
+        try:
+            check_target(path, name)
+            if name == "--save-case":
+                check_target(path.with_suffix(".safetensors"), name)
+        except MicrogptError as error:
+            raise pytest.UsageError(printable(str(error))) from None
 
 
 def _import_sides() -> None:
@@ -490,17 +506,26 @@ class Session:
         runs = [run for run in self.left.runs if run.case in files]  # others have no file
         return shared(cause, runs, lambda name: _loaded(files[name])), also(cause)
 
-    def pytest_sessionfinish(self) -> None:
-        html = self.config.getoption("--html")
-        if html and not hasattr(self.config, "workerinput"):
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workerinput"):
+            return
+        try:
+            self._write(self.config.getoption("--html"), self.config.getoption("--json"))
+        except MicrogptError as error:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"error: {printable(str(error))}")
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def _write(self, html: Path | None, path: Path | None) -> None:
+        """Write the files that were asked for."""
+        if html:
             from crosscheck.html import Part, page, write
 
             parts = [Part(**one) for one in self.left.parts]
             tallies = self.left.tallies
             compared = summary(_total(tallies), len(tallies)) if tallies else ""
             write(html, page(parts, causes(self.in_order), compared, self.choice.labels))
-        path = self.config.getoption("--json")
-        if path and not hasattr(self.config, "workerinput"):
+        if path:
             report = {
                 "compared": vars(_total(self.left.tallies)),
                 "notes": self.left.notes,
@@ -514,7 +539,7 @@ class Session:
                     for cause in causes(self.in_order)
                 ],
             }
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _stop_if_asked(session: pytest.Session) -> None:

@@ -5,7 +5,6 @@ GUIDE.md beside this file says what a port reads, computes and writes.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from crosscheck.compare import simplicity
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Array, Step, keys, part, split_key, trace
 from microgpt.checkpoint import write_tensors
-from microgpt.data import write_whole, writing
+from microgpt.data import write_whole
 from microgpt.errors import MicrogptError
 from microgpt.taps import ACTIVATIONS
 from microgpt.train import learning_rate
@@ -130,9 +129,7 @@ def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
 def write_kit(folder: Path, names: Sequence[str], answers: bool) -> list[Path]:
     """Write the guide, and of every case the input and if asked the answers; the files' paths."""
     cases = [load_case(name) for name in names]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(GUIDE, folder / GUIDE.name)
+    write_whole(folder / GUIDE.name, GUIDE.read_bytes())
     rows = [f"| `{case.name}` | {' '.join(case.why.split())} |\n" for case in cases]
     table = "# What each case is there to catch\n\n| case | |\n|---|---|\n" + "".join(rows)
     write_whole(folder / "CASES.md", table.encode())

@@ -479,7 +479,7 @@ def _span(name: str, described: Any) -> tuple[int, int]:
         raise PortError(
             f"its file has {shortened(name)} without dtype, shape or data_offsets"
         ) from None
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise PortError(f"its file has {shortened(name)} of {dtype!r}; expected F64 or F32")
     if not whole or end - begin != ITEM_BYTES[dtype] * math.prod(shape):
         raise PortError(

@@ -18,7 +18,7 @@ from crosscheck.compare import Outcome, compare_step, explained
 from crosscheck.noise import noise
 from crosscheck.tolerance import FLOAT64, float32, float64
 from crosscheck.trace import Array, Step, expected_shape, keys, split_key
-from microgpt.checkpoint import DAMAGED, TensorFile, write_tensors
+from microgpt.checkpoint import DAMAGED, TensorFile, read_json, whole, write_tensors
 from microgpt.config import FIELDS, Config, stored_config
 from microgpt.errors import MicrogptError, shortened
 
@@ -77,9 +77,9 @@ def load_trace(path: Path) -> Trace:
             f" {shortened(metadata['format'])} and {shortened(metadata['version'])}"
         )
     try:
-        config = _config(path, json.loads(metadata["config"]))
+        config = _config(path, read_json(metadata["config"]))
         chars, dtype, name = metadata["chars"], metadata["dtype"], metadata.get("case", path.stem)
-        count = int(metadata["steps"])
+        count = whole(metadata["steps"])
         if dtype not in ("float64", "float32") or not 1 <= count <= len(file.layouts):
             raise ValueError(f"dtype {dtype!r}, {count} steps of {len(file.layouts)} tensors")
         if not name.isprintable():

@@ -1,9 +1,14 @@
 """What the two GPTs share: configuration, tokens, data, files, the training loop, the shell."""
 
+from __future__ import annotations
+
 import os
-from typing import Any
 
 from microgpt.errors import MicrogptError
+
+TYPE_CHECKING = False  # known to type checkers by its name; typing takes a moment to import
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "MicrogptError"]

@@ -1,5 +1,17 @@
+"""The entry of the command line: signals are handled before anything else is imported."""
+
 import sys
 
-from microgpt.cli import main
+from microgpt.signals import begin
 
-sys.exit(main())
+
+def main() -> int:
+    """Run a command; returns the exit status."""
+    begin("microgpt")
+    from microgpt.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from random import Random
@@ -90,6 +91,8 @@ class Backend(Protocol):
         top_k          only from so many of the likeliest tokens; 0: from all
 
         Draws from rng as one document after another would with rng.choices, a token a draw.
+
+        Raises FloatingPointError if a logit that is drawn from is not finite.
         """
 
     def state(self) -> State:
@@ -130,3 +133,14 @@ def load_backend(name: str, config: Config, state: State, watch: bool = False) -
         )
     backend: Backend = import_module(f"{name}.backend").Backend(config, state, watch)
     return backend
+
+
+@contextmanager
+def drawing(where: str = "") -> Iterator[None]:
+    """Where Backend.sample is called: numbers that nothing can be drawn from are refused."""
+    try:
+        yield
+    except ArithmeticError as error:
+        raise MicrogptError(
+            f"{where}{error}; the model's numbers are too large to draw from"
+        ) from None

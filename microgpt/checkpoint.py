@@ -26,7 +26,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -48,10 +49,11 @@ VERSION = "2"
 FILE_NAME = "checkpoint.safetensors"
 MOMENTS = ("", "adam.m.", "adam.v.")  # what stands before the names of parameters
 LARGEST_HEADER = 10_000_000  # bytes, and four times as many as there are of numbers
+SMALL_HEADER = 1_000_000  # bytes, in which names that are there twice are looked for
 
 # what comes of metadata that are not what they should be, and of reading no safetensors file
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
-UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError)
 
 Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
 
@@ -160,12 +162,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f" program reads version {VERSION!r}; use the release that wrote it"
         )
     try:
-        config = stored_config(json.loads(metadata["config"]), str(path))
+        config = stored_config(read_json(metadata["config"]), str(path))
         tokenizer = build_tokenizer(metadata["chars"], config)
-        updates = int(metadata["updates"])
-        if not 0 <= updates <= config.steps:
+        if "".join(tokenizer.chars) != metadata["chars"]:
+            raise ValueError("chars are not sorted, or one of them is there twice")
+        updates = whole(metadata["updates"])
+        if updates > config.steps:
             raise ValueError(f"{updates} updates of {config.steps}")
-        rng = _random_stream(*json.loads(metadata["random"]))
+        rng = _random_stream(*read_json(metadata["random"]))
         documents, sha256 = metadata["documents"], metadata["sha256"]
     except DAMAGED as error:
         raise MicrogptError(
@@ -184,10 +188,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
 
-def _random_stream(version: int, numbers: Iterable[int], gauss_next: float | None) -> Random:
+def whole(text: str) -> int:
+    """The number that a text in metadata means, written as str() writes it."""
+    if not re.fullmatch("0|[1-9][0-9]{0,18}", text):
+        raise ValueError(f"{shortened(text)} for a whole number")
+    return int(text)
+
+
+def read_json(text: str) -> Any:
+    """What a text in metadata means; refused where a key is there twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _random_stream(version: int, numbers: list[int], gauss_next: float | None) -> Random:
     """A random stream that goes on from this state."""
-    if gauss_next is not None and not math.isfinite(gauss_next):
+    if gauss_next is not None and not (type(gauss_next) is float and math.isfinite(gauss_next)):
         raise ValueError(f"{gauss_next} as the next number")
+    if not all(type(number) is int for number in (version, *numbers)):
+        raise ValueError("a random state that is not of whole numbers")
     rng = Random()
     rng.setstate((version, tuple(numbers), gauss_next))
     return rng
@@ -222,6 +247,8 @@ class TensorFile:
             there = "not a regular file" if os.path.exists(path) else "there is no such file"
             raise MicrogptError(f"{path}: {there}")
         try:
+            if not path.stat().st_size:  # of files of the system that say 0, some wait for ever
+                raise ValueError("it is empty")
             self._check_header()
             self._file = cast("Any", safe_open(path, framework="numpy"))
             self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -271,6 +298,9 @@ class TensorFile:
             if file.read(1) not in (b"{", b""):
                 raise NoTensorsError(f"{self.path}: not a safetensors file")
             data = os.fstat(file.fileno()).st_size - 8 - length
+            file.seek(8)
+            text = file.read(length) if length <= SMALL_HEADER else b"{}"
+        read_json(text.decode())  # safetensors takes the last of two of one name
         if length > LARGEST_HEADER + 4 * max(0, data):
             raise ValueError(f"a header of {length:,} bytes")
 

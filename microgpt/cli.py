@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import os
-import signal
-import sys
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from shlex import quote
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any
 
-from microgpt import __version__
+from microgpt import __version__, shell
 from microgpt.config import (
     DEFAULT_PRESET,
     FIELDS,
@@ -26,101 +25,48 @@ from microgpt.config import (
     presets,
     typed_flag,
 )
-from microgpt.errors import MicrogptError, printable
-from microgpt.whereabouts import refuse_another_copy
+from microgpt.errors import MicrogptError
+from microgpt.shell import Parser, directory, one_line, say
+from microgpt.signals import SIGNALLED
 
 if TYPE_CHECKING:
-    from microgpt.backend import Backend
-    from microgpt.tokenizer import Tokenizer
     from microgpt.train import Run
 
 PORTION = 1000  # samples drawn before the first of them is printed
+RUN_NAME = re.compile(r"\w[\w.-]*")
 PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
-SIGNALLED = 128  # and the signal's number, as shells have it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend."""
-    if sys.stdout is None:  # closed before we began
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
-        sys.stdout.reconfigure(errors="backslashreplace")
-    status = 0
-    try:
-        status = _run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone
-        status = status or BROKEN_PIPE
-        _silence()
-    except KeyboardInterrupt:  # once more, while the last lines were on their way
-        status = status or SIGNALLED + signal.SIGINT
-        _silence()
-    except OSError as error:
-        _say(f"microgpt: error: {error.filename or 'output'}: {error.strerror}", sys.stderr)
-        status = status or 2
-        _silence()
-    return status
-
-
-def _silence() -> None:
-    """Let the interpreter's last flush of what nobody takes go nowhere."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    """Print for whoever is still there: the terminal may have been closed."""
-    with contextlib.suppress(OSError):
-        print(text, file=file, flush=True)
-
-
-def _run(arguments: Sequence[str] | None) -> int:
-    try:
-        options, unknown = _parser().parse_known_args(arguments)
-        if unknown:
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    except SystemExit as done:  # --help and --version are printed, mistakes explained
-        return int(done.code or 0)
-    try:
-        refuse_another_copy()
-        status: int = options.run(options)
-    except MicrogptError as error:
-        print(f"microgpt {options.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print(
-            f"microgpt {options.command}: error: there is not enough memory; try a smaller model,"
-            " batch or block_size",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt as interrupt:
-        _say(f"microgpt {options.command}: interrupted", sys.stderr)
-        return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)
-    return status
+    return shell.run(_parser, arguments)
 
 
 def train(options: argparse.Namespace) -> int:
     """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
-    from microgpt.signals import at_once
-
     log_every(options)
-    with at_once(), _resumed(options) if options.resume else _new(options) as run:
+    with _resumed(options) if options.resume else _new(options) as run:
         if run.lock.left_by and not options.quiet:
-            left_by = _one_line(run.lock.left_by)
+            left_by = one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
+        if run.unlike:
+            print(
+                f"config.yaml had {run.unlike}, unlike the checkpoint, which counts; to change how"
+                " a run goes on, use the options"
+            )
         try:
             return _train(run, options)
         except KeyboardInterrupt:
-            _say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
+            say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
             raise
 
 
 def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt import report
+    from microgpt.backend import drawing
     from microgpt.rundir import write_samples
+    from microgpt.train import MANY
 
     config, tokenizer = run.config, run.tokenizer
     if not options.quiet:
@@ -131,7 +77,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     finally:
         progress.close()
     if not finished:
-        _say(
+        say(
             f"stopped after step {run.step:,} of {config.steps:,}; everything is in {run.out}\n"
             f"{run.how_to_resume}"
         )
@@ -141,10 +87,12 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
     if run.held_out:
         said.append(_loss_of_held_out(run, options.quiet))
-    _check_numbers(run.backend, tokenizer)
-    documents = run.backend.sample(
-        tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
-    )
+    if run.num_params > MANY and not options.quiet:
+        print(f"drawing {config.num_samples:,} samples ..", flush=True)
+    with drawing():
+        documents = run.backend.sample(
+            tokenizer, run.rng, config.num_samples, config.temperature, [], config.top_k
+        )
     samples = [tokenizer.decode(ids) for ids in documents]
     windows = config.documents == "windows"
     write_samples(run.out, samples, f"{report.DASHES}\n" if windows else "")
@@ -189,7 +137,7 @@ def _loss_of_held_out(run: Run, quiet: bool) -> str:
 def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
     from microgpt import report
-    from microgpt.backend import load_backend
+    from microgpt.backend import drawing, load_backend
     from microgpt.checkpoint import load_checkpoint
     from microgpt.memory import check_memory
     from microgpt.tokenizer import prompt_ids
@@ -210,21 +158,15 @@ def sample(options: argparse.Namespace) -> int:
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
-    _check_numbers(backend, tokenizer)
     windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
-        drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
+        with drawing():
+            drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
         for i, ids in enumerate(drawn, num - left):
             if windows and i:
                 print(report.DASHES)
             print(report.shown(tokenizer.decode(ids), windows))
     return 0
-
-
-def _check_numbers(backend: Backend, tokenizer: Tokenizer) -> None:
-    """Refuse a model whose first logits are not finite: nothing can be drawn from it."""
-    if not all(math.isfinite(x) for row in backend.read([tokenizer.bos]) for x in row):
-        raise MicrogptError("the model's numbers are too large to draw from")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -321,10 +263,13 @@ def bench(options: argparse.Namespace) -> int:
 
 def atlas(options: argparse.Namespace) -> int:
     """`microgpt atlas`: writes a page with every number of one document."""
+    from microgpt.data import check_target
+
     with _extra():
         from crosscheck import atlas as drawn
         from microgpt.pages.page import write
 
+    check_target(options.out, "--out")
     step = typed_flag("steps", options.step, "--step") if options.step is not None else None
     _written(options.out, drawn.of_run(options.run_directory, options.text, step), write)
     return 0
@@ -332,10 +277,13 @@ def atlas(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """`microgpt report`: writes a page about one or several runs."""
+    from microgpt.data import check_target
+
     with _extra():
         from microgpt.pages import run_report
         from microgpt.pages.page import write
 
+    check_target(options.out, "--out")
     _written(options.out, run_report.report(options.runs), write)
     return 0
 
@@ -442,7 +390,14 @@ def _new(options: argparse.Namespace) -> Run:
 
     source = options.config or DEFAULT_PRESET
     config = load_config(source, _overrides(options))
-    return new_run(config, options.backend, options.out, Path(source).stem, options.overwrite)
+    name = source if source in presets() else Path(source).stem
+    if not options.out and not RUN_NAME.fullmatch(name):
+        raise MicrogptError(
+            f"--config {source}: its name would be the run's, which has letters, digits, '-', '_'"
+            " and '.', and begins with a letter or digit; name a directory with --out DIR"
+        )
+    say_so = id if options.quiet else partial(print, flush=True)
+    return new_run(config, options.backend, options.out, name, options.overwrite, say_so)
 
 
 def _resumed(options: argparse.Namespace) -> Run:
@@ -467,21 +422,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
     return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
 
 
-def _one_line(message: object) -> str:
-    """Whatever a path, a file or a server's answer may contain."""
-    return printable(" ".join(str(message).splitlines()))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {_one_line(message)}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="microgpt",
         description="One GPT, written twice: train it, sample it, evaluate it, with either"
         " implementation.",
@@ -497,7 +439,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a preset ({', '.join(presets())}) or a YAML file, where `preset: NAME` says what it"
         f" differs from (default: {DEFAULT_PRESET})",
     )
-    command.add_argument("--out", type=_directory, metavar="DIR", help="the run directory"
+    command.add_argument("--out", type=directory, metavar="DIR", help="the run directory"
                          " (default: a new one under runs/)")  # fmt: skip
     command.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     command.add_argument(
@@ -549,7 +491,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _page(commands, "atlas", atlas, "draw every number of one document, in both"
                     " implementations")  # fmt: skip
-    command.add_argument("run_directory", nargs="?", type=_directory, metavar="RUN", help="a"
+    command.add_argument("run_directory", nargs="?", type=directory, metavar="RUN", help="a"
                          " checkpoint or run directory (default: the default preset)")  # fmt: skip
     command.add_argument(
         "--text", metavar="TEXT", help="the document (default: emma; with --step, that step's)"
@@ -557,7 +499,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--step", metavar="N", help="before and after this step of the run")
 
     command = _page(commands, "report", report, "draw how runs went, and where they differ")
-    command.add_argument("runs", nargs="+", type=_directory, metavar="RUN", help="a run directory")
+    command.add_argument("runs", nargs="+", type=directory, metavar="RUN", help="a run directory")
 
     command = _plain(commands, "learn", learn, "write exercises: this GPT, with bodies taken out")
     command.add_argument("folder", nargs="?", type=_directory, metavar="DIR", help="where to put"
@@ -613,12 +555,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="for other programs")
     return parser
-
-
-def _directory(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a directory")
-    return Path(text)
 
 
 METAVARS = {"int": "N", "float": "X", "bool": "true|false", "str": "NAME|FILE"}

@@ -223,7 +223,10 @@ def typed_flag(name: str, text: str, where: str = "") -> Any:
     kind = KINDS[str(FIELDS[name].type)]
     value: Any = text
     with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
-        value = kind(text) if kind is not bool else {"true": True, "false": False}[text]
+        if kind is bool:
+            value = {"true": True, "false": False}[text]
+        elif text.isascii() and "_" not in text:  # Python takes more for a number than people do
+            value = kind(text)
     return typed(name, value, where or flag(name))
 
 
@@ -254,8 +257,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     from microgpt.strict_yaml import Loader
 
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_YAML + 1)
+        content = b""
+        if path.stat().st_size:  # of files of the system that say 0, some wait for ever
+            with open(path, "rb") as file:
+                content = file.read(LARGEST_YAML + 1)
         if len(content) > LARGEST_YAML:
             raise MicrogptError(f"{path}: more than {LARGEST_YAML:,} bytes, too many for YAML here")
         raw = yaml.load(content.decode(), Loader)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -120,6 +122,9 @@ def read_text(path: Path) -> list[str]:
 def _text(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file, open. What cannot be read becomes a MicrogptError."""
     try:
+        if not path.stat().st_size:  # of files of the system that say 0, some wait for ever
+            yield io.StringIO()
+            return
         check_file(path, lines=True)
         with open(path, encoding="utf-8-sig") as file:
             yield file
@@ -180,7 +185,10 @@ def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that is to be seen whole or not at all, also after a power cut.
 
     It is in a folder of its own, since a library may put files beside the one it writes.
+
+    Raises MicrogptError if it cannot be written, or would take the place of what is no file.
     """
+    check_target(path)
     folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     file = folder / path.name
     try:
@@ -194,6 +202,25 @@ def whole(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         remove_begun(folder)
+
+
+def check_target(path: Path, name: str = "") -> None:
+    """Refuse to write where a folder, a device, a pipe or a link to one is; name: of the option.
+
+    A file is put in the place of what is there, so that these would be gone.
+    """
+    where = f"{name}: " if name else ""
+    if path == Path():  # of an empty name
+        raise MicrogptError(f"{where}expected the name of a file")
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MicrogptError(f"{where}{path}: cannot be written: {error.strerror}") from None
+    if not stat.S_ISREG(kind):
+        what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
+        raise MicrogptError(f"{where}{path}: is {what}, not a file; choose another name")
 
 
 def remove_begun(begun: Path) -> None:

@@ -1,6 +1,6 @@
 """The errors that are written for the person who meets them."""
 
-import re
+CONTROLS = {i: repr(chr(i))[1:-1] for i in (*range(0x20), *range(0x7F, 0xA0))}
 
 
 class MicrogptError(Exception):
@@ -13,7 +13,7 @@ class LostHelpError(MicrogptError):
 
 def printable(text: str) -> str:
     """A text that came from outside, without what a terminal would take for a command."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], text)
+    return text.translate(CONTROLS)
 
 
 def shortened(value: object, longest: int = 60) -> str:

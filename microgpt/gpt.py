@@ -13,7 +13,7 @@ from warnings import warn
 
 import numpy as np
 
-from microgpt.backend import NAMES, Backend, State, fresh_state, load_backend
+from microgpt.backend import NAMES, Backend, State, drawing, fresh_state, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, not_finite, save_checkpoint
 from microgpt.config import Config, checked, load_config, typed, typed_fields
 from microgpt.data import digest, load_documents, located, parts
@@ -245,10 +245,8 @@ class GPT:
             raise MicrogptError(f"sample: prompt: expected a text, got {shortened(prompt)}")
         start = prompt_ids(prompt, self.tokenizer, self.config, "sample: prompt")
         rng = self._rng if seed is None else Random(typed("seed", plain(seed), "sample: seed"))
-        first = self._backend.read([self.tokenizer.bos])
-        if not np.isfinite(first).all():
-            raise MicrogptError("sample: the model's numbers are too large to draw from")
-        drawn = self._backend.sample(self.tokenizer, rng, num, temperature, start, top_k)
+        with drawing("sample: "):
+            drawn = self._backend.sample(self.tokenizer, rng, num, temperature, start, top_k)
         return [self.tokenizer.decode(ids) for ids in drawn]
 
     @property

@@ -28,6 +28,7 @@ DOCUMENT = 200  # a list of tokens
 PROCESS = 35e6  # one more of those that share a batch
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
+PIECES, PIECE = 64, 2**14  # of a text file that are looked at, and bytes of each
 
 COLUMNS = 512  # positions that vectorized works on at once, or those of one document
 
@@ -72,14 +73,22 @@ def check_file(path: Path, lines: bool = False) -> None:
     size = path.stat().st_size
     needed = float(size)
     if lines:
-        with open(path, "rb") as file:
-            first = file.read(1 << 20)
-        needed = size * (COPIES + LINE * first.count(b"\n") / max(1, len(first)))
+        needed = size * (COPIES + LINE * _line_ends(path, size))
     if needed > machine_memory():
         raise MicrogptError(
             f"{path}: to read it would take about {_words(needed)} of memory, and this machine has"
             f" {_words(machine_memory())}"
         )
+
+
+def _line_ends(path: Path, size: int) -> float:
+    """The share of line ends in a file, by pieces from all over it."""
+    pieces = b""
+    with open(path, "rb") as file:
+        for i in range(PIECES):
+            file.seek(i * size // PIECES)
+            pieces += file.read(min(PIECE, size // PIECES + 1))
+    return pieces.count(b"\n") / max(1, len(pieces))
 
 
 def machine_memory() -> float:

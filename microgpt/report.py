@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 from microgpt.errors import printable
+from microgpt.shell import bare
 from microgpt.windows import Windows
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Progress:
         if self.bar is None:
             print(line)
         else:
-            self.bar.write(line, file=sys.stdout)
+            self.bar.write(line, file=self.bar.fp)
         self.printed = perf_counter()
 
     def mean(self) -> float:
@@ -96,7 +97,9 @@ def bar(file: TextIO, total: int, unit: str, initial: int = 0) -> Any:
         return None
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=initial, unit=unit, file=file, dynamic_ncols=True, ascii=True)
+    return tqdm(
+        total=total, initial=initial, unit=unit, file=bare(file), dynamic_ncols=True, ascii=True
+    )
 
 
 class Evaluating:

@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from microgpt.checkpoint import FILE_NAME
-from microgpt.config import Config
+from microgpt.config import Config, read_yaml, stored_config
 from microgpt.data import remove_begun, sync_folder, write_whole, writing
 from microgpt.errors import MicrogptError
 
@@ -252,22 +252,23 @@ def metrics_until(out: Path, updates: int) -> bytes:
     path = out / METRICS
     try:
         if not updates or not os.path.lexists(path):
-            lines = []
-        elif not os.path.isfile(path) or path.stat().st_size > LONGEST * updates + MARGIN:
+            return b""
+        if not os.path.isfile(path) or path.stat().st_size > LONGEST * updates + MARGIN:
             raise MicrogptError(f"{path}: not the metrics of {updates:,} steps; delete it to go on")
-        else:
-            lines = path.read_bytes().split(b"\n")
+        with open(path if path.stat().st_size else os.devnull, "rb") as file:
+            lines = [file.readline(10 * LONGEST).rstrip(b"\n")]
+            first = _step(lines[0]) or 1
+            for number, step in enumerate(range(first, updates + 1), 1):
+                if _step(lines[-1]) != step:
+                    raise MicrogptError(
+                        f"{path}: line {number} is not that of step {step}, which the checkpoint"
+                        " has had; bring the file back as it was, or delete it to go on without"
+                        " the lines so far"
+                    )
+                lines.append(file.readline(10 * LONGEST).rstrip(b"\n"))
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
-    first = (_step(lines[0]) or 1) if lines else updates + 1
-    steps = range(first, updates + 1)
-    for number, (step, line) in enumerate(zip(steps, [*lines, b""]), 1):
-        if _step(line) != step:
-            raise MicrogptError(
-                f"{path}: line {number} is not that of step {step}, which the checkpoint has had;"
-                " bring the file back as it was, or delete it to go on without the lines so far"
-            )
-    return b"".join(line + b"\n" for line in lines[: len(steps)])
+    return b"".join(line + b"\n" for line in lines[:-1])
 
 
 def best_held_out(lines: bytes) -> tuple[float, int] | None:
@@ -294,6 +295,16 @@ def write_config(out: Path, config: Config) -> None:
     """config.yaml: every field."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     write_whole(out / CONFIG, text.encode())
+
+
+def unlike(out: Path, config: Config) -> str:
+    """What config.yaml has that the run, by its checkpoint, does not have; empty if nothing."""
+    try:
+        found = stored_config(read_yaml(out / CONFIG), str(out / CONFIG))
+    except MicrogptError as error:
+        return str(error) if os.path.lexists(out / CONFIG) else ""
+    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(found)
+    return ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name])
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:

@@ -5,8 +5,9 @@ Where PyYAML comes with libyaml, its parser reads the text, in a fraction of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from yaml.composer import Composer
@@ -17,6 +18,10 @@ from microgpt.errors import shortened
 
 DEEPEST = 20  # levels of lists and mappings
 LONGEST = 100  # characters of a number: longer ones take time out of all proportion
+MOST = 10_000  # keys and values: the parser that PyYAML has everywhere takes a second for these
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+
+T = TypeVar("T", int, float)
 
 
 class Section(dict[Any, Any]):
@@ -30,9 +35,10 @@ class Strict(Composer, SafeConstructor, Resolver):
 
     Aliases are refused: a file of a few lines can ask for billions of values by them. So are tags,
     which nothing here needs, and keys that are there twice, of which PyYAML would take the last.
+    Numbers are decimal: YAML 1.1 takes 017 for 15 and 1:30 for 90, and these are refused.
     """
 
-    level = 0
+    level = count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[attr-defined]
@@ -42,6 +48,9 @@ class Strict(Composer, SafeConstructor, Resolver):
             raise _refusal(event, "tags are not read")
         if self.level == DEEPEST:
             raise _refusal(event, f"nested more than {DEEPEST} levels deep")
+        self.count += 1
+        if self.count > MOST:
+            raise _refusal(event, f"more than {MOST:,} keys and values")
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1
@@ -64,11 +73,13 @@ class Strict(Composer, SafeConstructor, Resolver):
 
     def whole(self, node: yaml.ScalarNode) -> int:
         """A whole number."""
-        return self.construct_yaml_int(_short(node))
+        number = self.construct_yaml_int(_short(node))
+        return _as_written(node, number, WHOLE.fullmatch(node.value) is not None)
 
     def real(self, node: yaml.ScalarNode) -> float:
         """A number with a point."""
-        return self.construct_yaml_float(_short(node))
+        number = self.construct_yaml_float(_short(node))
+        return _as_written(node, number, ":" not in node.value)
 
 
 constructors: dict[str, Any] = {"map": Strict.section, "int": Strict.whole, "float": Strict.real}
@@ -99,6 +110,15 @@ def _short(node: yaml.ScalarNode) -> yaml.ScalarNode:
     if len(node.value) > LONGEST:
         raise _refusal(node, f"a number of {len(node.value):,} characters")
     return node
+
+
+def _as_written(node: yaml.ScalarNode, number: T, decimal: bool) -> T:
+    """The number, if it is what one reads; in YAML 1.1 there are other bases, and minutes."""
+    if not decimal:
+        text = shortened(node.value)
+        problem = f"YAML reads {text[1:-1]} as {shortened(number)}; write it as a decimal number"
+        raise _refusal(node, f"{problem}, or as {text} if it is a text")
+    return number
 
 
 def _refusal(what: Any, problem: str) -> yaml.MarkedYAMLError:

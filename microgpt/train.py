@@ -23,13 +23,14 @@ from microgpt.checkpoint import (
     save_checkpoint,
 )
 from microgpt.config import TINIEST, Config, checked, flag
-from microgpt.data import digest, load_documents, located, nth, parts
+from microgpt.data import check_target, digest, load_documents, located, nth, parts
 from microgpt.errors import LostHelpError, MicrogptError
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
 from microgpt.memory import check_memory
 from microgpt.rundir import (
+    RUN_FILES,
     SAMPLES,
     Metrics,
     RunLock,
@@ -42,6 +43,7 @@ from microgpt.rundir import (
     released_on_error,
     remove_samples,
     tidy,
+    unlike,
     write_config,
     write_metrics,
 )
@@ -66,6 +68,8 @@ RESUMABLE = (
     "temperature",
     "top_k",
 )
+
+MANY = 2_000_000  # weights, whose drawing takes a second
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out
@@ -98,6 +102,7 @@ class Run:
     numbered: bool = False  # whether the directory's name was not asked for
     saved: int = -1  # how many steps the checkpoint has had
     signal: int = 0  # the signal that ended training early
+    unlike: str = ""  # what config.yaml had that the checkpoint has not, when the run went on
     remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
 
     def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
@@ -242,20 +247,31 @@ class Run:
     @property
     def num_params(self) -> int:
         """How many numbers the model consists of."""
-        shapes = param_shapes(self.config, self.tokenizer.vocab_size)
-        return sum(n_out * n_in for n_out, n_in in shapes.values())
+        return count_params(self.config, self.tokenizer.vocab_size)
 
     def checkpoint(self) -> Checkpoint:
         """The run as it stands."""
         return Checkpoint(self.config, self.tokenizer, self.backend.state(), self.rng, self.digest)
 
 
+def count_params(config: Config, vocab_size: int) -> int:
+    """How many numbers a model consists of."""
+    shapes = param_shapes(config, vocab_size)
+    return sum(n_out * n_in for n_out, n_in in shapes.values())
+
+
 def new_run(
-    config: Config, backend_name: str, out: Path | None, name: str, overwrite: bool = False
+    config: Config,
+    backend_name: str,
+    out: Path | None,
+    name: str,
+    overwrite: bool = False,
+    say: Callable[[str], object] = id,
 ) -> Run:
     """A run from its beginning: documents shuffled, weights drawn, directory made.
 
     Without `out`, the run goes to runs/<name>, or to runs/<name>-2 and so on if there is one.
+    Where drawing the weights takes long, `say` is told.
     Everything that can be wrong with the input is found before the directory is touched, and a run
     that is replaced is there until the first checkpoint of this one, of step 0, is complete.
 
@@ -272,6 +288,9 @@ def new_run(
     tokenizer = build_tokenizer("".join(documents), config)
     check_memory(config, tokenizer.vocab_size, documents, backend_name)
     parts(documents, config)
+    num_params = count_params(config, tokenizer.vocab_size)
+    if num_params > MANY:
+        say(f"drawing {num_params:,} weights and writing the first checkpoint ..")
     params = init_params(config, tokenizer.vocab_size, rng)
     backend = load_backend(backend_name, config, fresh_state(params))
     lock = claim_free(Path("runs") / name) if out is None else claim(out, overwrite)
@@ -317,6 +336,7 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
         lines = metrics_until(out, updates)
         best = best_held_out(lines)
         run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates, best)
+        run.unlike = unlike(out, held.config)
         _begin(run, lines)
     return run
 
@@ -346,6 +366,8 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
 
 def _begin(run: Run, metrics: bytes) -> None:
     """Make the directory that of this run. After a kill in between, --resume does the rest."""
+    for name in RUN_FILES:
+        check_target(run.out / name)
     tidy(run.out)  # first: what a killed run left may be what fills the disk
     run.save()
     write_metrics(run.out, metrics)

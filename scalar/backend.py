@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -83,10 +84,9 @@ class Backend:
         prompt: Sequence[int],
         top_k: int = 0,
     ) -> list[list[int]]:
-        return [
-            sample(self.params, self.config, tokenizer, rng, temperature, prompt, top_k)
-            for _ in range(num)
-        ]
+        model = self.params, self.config, tokenizer, rng
+        with _overflows():
+            return [sample(*model, temperature, prompt, top_k) for _ in range(num)]
 
     def state(self) -> State:
         params = self._by_name(p.data for p in self.flat)
@@ -102,10 +102,8 @@ class Backend:
         return self._batched("grad")
 
     def _loss(self, docs: Docs) -> tuple[Value, list[list[Tree]]]:
-        try:
+        with _overflows():
             return loss(docs, self.params, self.config)
-        except OverflowError:  # powers of Python's floats raise where products become inf
-            raise FloatingPointError("a power is too large for a number") from None
 
     def _by_name(self, numbers: Iterable[float]) -> Nested:
         """One number per parameter, as matrices by name."""
@@ -136,6 +134,15 @@ class Backend:
                 nothing = [0.0] * len(docs[0][0]) if len(entry.axes) > 2 else 0.0
                 batched[name] = [_padded(doc, T, nothing) for doc in docs]  # [B][T][channels]
         return {**batched, "loss": getattr(self.loss, field)}
+
+
+@contextmanager
+def _overflows() -> Iterator[None]:
+    """Powers of Python's floats raise where products become inf: FloatingPointError for both."""
+    try:
+        yield
+    except OverflowError:
+        raise FloatingPointError("a power is too large for a number") from None
 
 
 def _numbers(tap: Any, field: str) -> Any:

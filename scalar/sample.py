@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from random import Random
 
 from microgpt.config import Config
@@ -15,10 +16,15 @@ def probabilities(logits: Vector, temperature: float, top_k: int) -> list[float]
     """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
 
     top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+
+    Raises FloatingPointError if a logit is not finite, also after the division.
     """
-    by_size = sorted(range(len(logits)), key=lambda i: -logits[i].data)
+    scaled = [logit / (temperature or 1.0) for logit in logits]  # [V]
+    if not all(isfinite(logit.data) for logit in scaled):
+        raise FloatingPointError("a logit is not finite")
+    by_size = sorted(range(len(scaled)), key=lambda i: -scaled[i].data)
     kept = sorted(by_size[: 1 if temperature == 0 else top_k or len(logits)])
-    probs = softmax([logits[i] / (temperature or 1.0) for i in kept])  # [K]
+    probs = softmax([scaled[i] for i in kept])  # [K]
     chances = {i: p.data for i, p in zip(kept, probs)}
     return [chances.get(i, 0.0) for i in range(len(logits))]  # [V]
 

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import yaml
 
-from microgpt import cli, data, download, evaluate, report, train
+from microgpt import data, download, evaluate, report, shell, train
 from microgpt.backend import NAMES, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.cli import main
@@ -922,14 +922,14 @@ def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
 def test_ctrl_c_at_the_very_end_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_silence", lambda: None)  # this process has more to say
+    monkeypatch.setattr(shell, "_silence", lambda: None)  # this process has more to say
     with monkeypatch.context() as patch:
 
-        def done(arguments: Any) -> int:
+        def done(*arguments: Any) -> int:
             patch.setattr(sys.stdout, "flush", Mock(side_effect=KeyboardInterrupt))
             return 0
 
-        patch.setattr(cli, "_run", done)
+        patch.setattr(shell, "_run", done)
         assert microgpt("train") == 130
     assert capsys.readouterr().err == ""
 

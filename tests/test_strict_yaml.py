@@ -49,6 +49,12 @@ def test_both_parsers_read_the_same(path: Any) -> None:
         ("a: 1\nb: " + "[" * 30 + "]" * 30, 2, "nested more than 20 levels deep"),
         ("a: 1\nb: " + "9" * 200, 2, "a number of 200 characters"),
         ("a: 1\nb: 1." + "9" * 200, 2, "a number of 202 characters"),
+        ("a: 1\nb: 017\n", 2, "YAML reads 017 as 15; write it as a decimal number"),
+        ("a: 1\nb: [1, -1:30]\n", 2, "YAML reads -1:30 as -90; write it as a decimal number"),
+        ("a: 1\nb: 1:30.5\n", 2, "YAML reads 1:30.5 as 90.5; write it as a decimal number"),
+        ("a: 1\nb: 0x1f\n", 2, "YAML reads 0x1f as 31; write it as a decimal number"),
+        ("a: 1\nb: 0b11\n", 2, "YAML reads 0b11 as 3; write it as a decimal number, or as '0b11'"),
+        ("a: 1\n010: 2\n", 2, "YAML reads 010 as 8"),
         ("a: 1\nb: [1, 2\n", 3, "expected ',' or ']'"),
         ("a: 1\nb: 'x\n", 3, "found unexpected end of stream"),
     ],
@@ -59,3 +65,10 @@ def test_what_is_refused_and_where(loader: Any, text: str, line: int, problem: s
     assert refused.value.problem_mark
     assert refused.value.problem_mark.line + 1 == line
     assert problem in str(refused.value.problem)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_numbers_are_what_they_are_written_as(loader: Any) -> None:
+    text = "[0, -7, +7, 10_000, 1.5, -0.5, 017.5, .5, 1.0e-8, '017', '1:30']"
+    values = [0, -7, 7, 10_000, 1.5, -0.5, 17.5, 0.5, 1e-8, "017", "1:30"]
+    assert yaml.load(text, loader) == values

@@ -53,8 +53,12 @@ def probabilities(logits: Array, temperature: float, top_k: int) -> Array:
     """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
 
     top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+
+    Raises FloatingPointError if a logit is not finite, also after the division.
     """
     scaled = logits.astype(float) / (temperature or 1.0)  # (R, V); float32 might overflow
+    if not np.isfinite(scaled).all():
+        raise FloatingPointError("a logit is not finite")
     most = 1 if temperature == 0 else top_k or scaled.shape[1]
     if most < scaled.shape[1]:
         by_size = np.argsort(-scaled, axis=1, kind="stable")  # (R, V)
@@ -112,7 +116,12 @@ def sample_many(
         places = min(most_walkers(config), left * length)
         before = rng.getstate()
         draws = np.array([rng.random() for _ in range(places + longest)])
-        drawn = draw(params, config, tokenizer, draws, places, temperature, prompt, top_k)
+        try:
+            drawn = draw(params, config, tokenizer, draws, places, temperature, prompt, top_k)
+        except FloatingPointError:  # perhaps at a place where no document begins
+            rng.setstate(before)
+            one = params, config, tokenizer, rng, temperature, prompt, top_k
+            return samples + [sample(*one) for _ in range(left)]
         place = 0
         while place < places and len(samples) < num:
             text = [token for token in drawn[place].tolist() if token != tokenizer.eos]
