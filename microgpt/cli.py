@@ -294,7 +294,7 @@ def learn(options: argparse.Namespace) -> int:
 
     folder = options.folder or DIRECTORY
     written = write_exercises(folder)
-    name = quote(printable(str(folder)))
+    name = quote(str(folder))
     if written:
         print(f"{len(written)} exercises in {name}; the first is {written[0].name}")
     else:
@@ -502,11 +502,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", type=directory, metavar="RUN", help="a run directory")
 
     command = _plain(commands, "learn", learn, "write exercises: this GPT, with bodies taken out")
-    command.add_argument("folder", nargs="?", type=_directory, metavar="DIR", help="where to put"
+    command.add_argument("folder", nargs="?", type=directory, metavar="DIR", help="where to put"
                          " them (default: exercises)")  # fmt: skip
 
     command = _plain(commands, "check", check, "check the exercises, and say how far you are")
-    command.add_argument("folder", nargs="?", type=_directory, metavar="DIR", help="where they are"
+    command.add_argument("folder", nargs="?", type=directory, metavar="DIR", help="where they are"
                          " (default: this folder, or exercises in it)")  # fmt: skip
     command.add_argument("--hint", action="count", default=0, help="say what a mistake looks like;"
                          " given twice, the equation with its numbers as well")  # fmt: skip
