@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -334,7 +335,9 @@ def _steps(
             backend = Scalar(config, fresh_state(case.params), watch=True)
         else:
             backend = Watched(config, fresh_state(case.params), watch=True)
-        pair: Any = SimpleNamespace(name=side, config=config, watched=backend, trained=backend)
+        pair: Any = SimpleNamespace(
+            name=side, config=config, watched=backend, trained=backend, begun=math.inf
+        )
         for step in range(steps):
             if isinstance(backend, Own):
                 yield backend.step(case.docs(step), learning_rate(step, config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import linecache
+import math
 import sys
 import types
 import zlib
@@ -454,7 +455,9 @@ def _steps(case: Case, package: str, draws: bool, lessons: Sequence[Step] = ()) 
     backend: Any = import_module(f"{package}.backend").Backend(
         config, fresh_state(case.params), watch=True
     )
-    pair: Any = SimpleNamespace(name=package, config=config, watched=backend, trained=backend)
+    pair: Any = SimpleNamespace(
+        name=package, config=config, watched=backend, trained=backend, begun=math.inf
+    )
     count = 1 if case.random else STEPS
     for step in range(count):
         grads = part(lessons[step], "gradient", "d") if case.random and lessons else None
