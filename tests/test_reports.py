@@ -194,8 +194,22 @@ def test_drawn_documents_are_told_as_texts() -> None:
     assert "scalar document 0: " in said
     assert "at draw" in said
     assert "p after it, scalar: " in said
-    assert "the difference is in the temperature" in said
+    assert "vectorized.sample.probabilities of the same logits is not softmax(logits / 2)" in said
+    assert "scalar.sample.probabilities" not in said
+    assert "documents drawn: the drawn documents differ" in said
     assert "ulp" not in said
+
+
+def test_a_draw_that_is_at_fault_is_not_blamed_on_the_temperature() -> None:
+    line = "token = rng.choices(range(tokenizer.vocab_size)"
+    patch = Patch("scalar/sample.py", line, f"rng.random()\n        {line}")
+    said = report(patch, "one-document")
+    assert "the draw, the prompt or the closing token is at fault" in said
+    patch = Patch("scalar/sample.py", "top_k or len(logits)]", "len(logits)]")
+    said = report(patch, "one-document")
+    assert "scalar.sample.probabilities of the same logits is not softmax" in said
+    assert "over the 2 largest logits" in said
+    assert "the documents of the likeliest tokens differ" in said
 
 
 def test_reading_has_its_expression_and_its_side() -> None:
