@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from crosscheck.cases import load_case
 from crosscheck.causes import STEPS, Finding, Run, also, causes, shared
 from crosscheck.compare import compare, exhibit, simplicity
+from crosscheck.conftest import Session
 from crosscheck.defects import Patch, planted
 from crosscheck.lessons import Lessons
 from crosscheck.lines import function_of, lines_of
@@ -113,8 +115,11 @@ def test_what_only_the_recorder_refuses_does_not_read_like_a_wrong_number() -> N
 
 def test_a_wrong_number_is_told_before_what_the_recorder_refuses() -> None:
     refusal = replace(finding("a", "", words="x"), stopped="m.py:1 RecordingError: x", headline="x")
-    assert refusal.refused
-    assert not finding("a", "forward/emb").refused
+    wrong = finding("b", "forward/emb")
+    findings = {"first": [refusal], "second": [wrong]}
+    session = SimpleNamespace(findings=findings, order={"first": 0, "second": 1})
+    found = Session.in_order.fget(session)  # type: ignore[attr-defined]
+    assert [cause.all for cause in causes(found)] == [[wrong, refusal]]
 
 
 def test_only_memory_that_was_not_written_is_said_to_be_that() -> None:
