@@ -25,6 +25,7 @@ from crosscheck.lines import function_of, lines_of
 from crosscheck.report import WIDTH, render
 from crosscheck.sides import is_marked, marked_memory
 from crosscheck.trace import keys, trace
+from crosscheck.where import where
 
 ROOT = Path(__file__).resolve().parent.parent
 SCREENS = 48  # lines of two
@@ -145,6 +146,7 @@ def test_what_is_looked_for_first_follows_the_two_numbers() -> None:
 def test_a_tensor_overwritten_after_it_was_written_is_told_and_is_one_cause() -> None:
     line = "attn_res = tap.attn_res = projected + x  # (B, T, C)"
     said = report(Patch(MODEL, line, "x += projected\n    attn_res = tap.attn_res = x"))
+    assert "agreed 1 tensor before it, the last emb" in said
     assert "emb_norm holds other numbers than its own inputs give; was it changed in place" in said
     first, second = (f"these are the numbers of layer{i}.attn_res (forward pass)" for i in (0, 1))
     found = [
@@ -154,6 +156,16 @@ def test_a_tensor_overwritten_after_it_was_written_is_told_and_is_one_cause() ->
         finding("d", "forward/emb", words=first.replace("attn_res", "mlp_res")),
     ]
     assert [cause.first.case for cause in causes(found)] == ["a", "d"]
+
+
+def test_the_last_of_two_positions_has_a_number() -> None:
+    case, there = load_case("single-character"), np.ones((1, 2, 16), bool)
+    last = there & (np.arange(2) == 1)[None, :, None]
+    assert where(case, "forward/emb", last, there, np.array([[0, 1, 0]])) == "at position 1"
+    there, last = np.ones((1, 3, 16), bool), np.zeros((1, 3, 16), bool)
+    last[:, 2] = True
+    tokens = np.array([[0, 1, 2, 0]])
+    assert where(case, "forward/emb", last, there, tokens) == "at the last position"
 
 
 def test_a_gradient_of_another_shape_is_blamed_on_its_side() -> None:
