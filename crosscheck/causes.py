@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from crosscheck.cases import Case
+from crosscheck.diagnose import OF_ANOTHER
+from crosscheck.sides import REFUSED
 from crosscheck.trace import PHASES, split_key
 from microgpt.config import Config, config_from
 from microgpt.taps import taps
 
+LAYER = re.compile(r"layer\d+\.")
 STEPS = ("first steps", "steps one by one", "running freely")  # in float64, in one batch
 
 
@@ -28,6 +32,11 @@ class Finding:
     report: str
     stopped: str  # where, and with what error, if a side did
     fields: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def refused(self) -> bool:
+        """Whether only the recorder refused the text; a number that is wrong is told first."""
+        return f" {REFUSED}: " in self.stopped
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,9 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 
 def _follows(finding: Finding, first: Finding) -> bool:
     """Whether one finding may come of the cause of another."""
+    in_place = first.diagnosis.startswith(OF_ANOTHER)
+    if in_place and finding.diagnosis.startswith(OF_ANOTHER) and _kind(first.key)[0] == "forward":
+        return LAYER.sub("", first.diagnosis) == LAYER.sub("", finding.diagnosis)
     if first.stopped or finding.stopped:
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
@@ -130,6 +142,9 @@ def also(cause: Cause) -> str:
 # --- what the failing cases share ----------------------------------------------------------------
 
 
+FEWEST = 10  # cases of which a property says something
+
+
 @dataclass(frozen=True)
 class Moment:
     """A step of a case."""
@@ -189,11 +204,17 @@ def _with(name: str, value: Any) -> Property:
     return f"{name} {value}", lambda at: bool(getattr(at.config, name) == value)
 
 
-def shared(cause: Cause, runs: Sequence[Run], load: Callable[[str], Case]) -> str:
+def shared(
+    cause: Cause, runs: Sequence[Run], load: Callable[[str], Case], listed: Collection[str]
+) -> str:
     """Which cases fail, and the property that tells them from those that do not, if one does.
 
-    runs    of all tests on cases, also those that passed
-    load    gives a case by its name
+    No property is told where the comparison did not run on the whole list, or on few cases; nor of
+    a single case, where it is one property of several.
+
+    runs      of all tests on cases, also those that passed
+    load      gives a case by its name
+    listed    the names of the cases that were to be run
     """
     abouts = {one.about for one in cause.all}
     kinds = STEPS if abouts & set(STEPS) else (cause.first.about,)
@@ -201,10 +222,15 @@ def shared(cause: Cause, runs: Sequence[Run], load: Callable[[str], Case]) -> st
     failing = {(one.case, one.step) for one in cause.all if one.about in kinds}
     agreed = {(run.case, n) for run in own for n in range(1, run.agreed + 1)} - failing
     names, failed = {run.case for run in own}, {name for name, _ in failing}
-    if not names or not failed <= names:
+    if len(names) < 2 or not failed <= names:
         return _only(cause)
+    whole = all(
+        {run.case for run in own if run.about == about} >= set(listed)
+        for about in {one.about for one in cause.all if one.about in kinds}
+    )
     passed = names - {run.case for run in own if run.failed} - failed
     count = f"all {len(names)} cases" if failed == names else f"{len(failed)} of {len(names)} cases"
+    count += " that were run" * (not whole)
     moments = {pair: _moment(load(pair[0]), pair[1]) for pair in failing | agreed}
     activations = sorted({moment.config.activation for moment in moments.values()})
     named = [_with("activation", name) for name in activations]
@@ -222,6 +248,11 @@ def shared(cause: Cause, runs: Sequence[Run], load: Callable[[str], Case]) -> st
         and all(holds(moments[one]) for one in failing)
         and not any(holds(moments[one]) for one in agreed)
     ]
+    enough = whole and len(names) >= FEWEST
+    if not enough or (len(split) > 1 and min(len(failed), len(passed)) < 2):
+        split = []
+    if not enough or (len(by_step) > 1 and min(len(failing), len(agreed)) < 2):
+        by_step = []
     words = [f"those with {' and '.join(split[:2])}"] if split else by_step[:2]
     if not words and len(failed) < min(4, len(names)):
         words = [", ".join(sorted(failed))]

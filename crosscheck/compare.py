@@ -25,7 +25,7 @@ COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out P
 WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which they are kept
 TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
 NEAR = 0.5  # of the largest share: such elements count as ties
-CHOICE = "the first near the largest share of what is allowed, among typical ones"
+CHOICE = "one of the worst"
 KINK = 1e-9  # a ReLU input this close to 0 may fall on either side by rounding alone
 
 
@@ -49,6 +49,7 @@ class Disagreement:
     operands: Mapping[str, str] = field(default_factory=dict)  # of the side that is right
     expected: float = 0.0  # what they come to
     at_fault: str = ""  # "reference" or "candidate": whose number is not what its operands say
+    recomputed: float = 0.0  # what the operands of the side at fault come to
     diagnosis: str = ""  # what it looks like, where that is known
     where: str = ""  # which elements are wrong, where that is a pattern
     phases: tuple[str, ...] = ()  # all in which this step differs
@@ -197,20 +198,23 @@ def compare_step(
     ended = next((stop for stop in stops if stop), None)
     if ended and not outcome.found:
         at_fault = SIDES[stops.index(ended)]
-        kind, _, words = ended.error.partition(": ")
-        outcome.found.append(
-            Disagreement(
-                case.name,
-                step,
-                "",
-                f"stops with {kind}",
-                at_fault=at_fault,
-                agreed=tuple(agreed),
-                diagnosis=words,
-            )
-        )
+        outcome.found.append(stopped(case.name, step, at_fault, ended, tuple(agreed)))
     if ended:
         outcome.found[0] = replace(outcome.found[0], stop=ended)
+
+
+def stopped(
+    case: str, step: int, at_fault: str, stop: Stop, agreed: tuple[str, ...] = ()
+) -> Disagreement:
+    """What there is to say of a side that has stopped where no number was wrong before."""
+    kind, _, words = stop.error.partition(": ")
+    problem = f"stops with {kind}"
+    if stop.refused:
+        words = words.removesuffix(" cannot be recorded")
+        problem = f"stops: the recorder cannot repeat {words}"
+    return Disagreement(
+        case, step, "", problem, at_fault=at_fault, agreed=agreed, diagnosis=words, stop=stop
+    )
 
 
 def _not_reached(key: str, step: Step, order: Sequence[str]) -> bool:
@@ -242,9 +246,10 @@ def explained(
     """
     first = replace(found[0], phases=tuple(split_key(one.key)[0] for one in found if one.key))
     if first.shape is not None:
-        follows = _follows(case, first, ours, standard), _follows(case, first, theirs, standard)
-        if follows[0] is not None and follows[1] is not None and follows[0] != follows[1]:
-            first = replace(first, at_fault="candidate" if follows[0] else "reference")
+        own = [_follows(case, first, step, standard) for step in (ours, theirs)]
+        wrong = [(side, one[0]) for side, one in zip(SIDES, own) if one and not one[1]]
+        if None not in own and len(wrong) == 1:
+            first = replace(first, at_fault=wrong[0][0], recomputed=wrong[0][1])
     sound, faulty = (theirs, ours) if first.at_fault == "reference" else (ours, theirs)
     incomplete = (KeyError, IndexError, TypeError, ValueError, AttributeError)
     with suppress(*incomplete):
@@ -295,8 +300,10 @@ def behind_element(
     return expression(case, number, key, index, step)
 
 
-def _follows(case: Case, found: Disagreement, step: Step, standard: Standard) -> bool | None:
-    """Whether an element is what its own operands come to; None where they cannot be had."""
+def _follows(
+    case: Case, found: Disagreement, step: Step, standard: Standard
+) -> tuple[float, bool] | None:
+    """What an element's own operands come to, and whether it is that; None if there are none."""
     try:
         behind = behind_element(case, found.step, found.key, found.index, step)
     except (KeyError, IndexError, ArithmeticError, ValueError, TypeError):
@@ -306,7 +313,7 @@ def _follows(case: Case, found: Disagreement, step: Step, standard: Standard) ->
     number = np.asarray(step[found.key][found.index])
     tolerance = standard.tolerance(found.step, found.key).at(found.index)
     share = tolerance.shares(np.asarray(behind.value), number)
-    return bool(share <= 1)
+    return float(behind.value), bool(share <= 1)
 
 
 def _compare_tensor(

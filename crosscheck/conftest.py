@@ -17,7 +17,7 @@ import pytest
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.causes import Cause, Finding, Run, also, causes, shared
-from crosscheck.compare import Disagreement, Outcome, Tally, simplicity
+from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.lessons import Lessons
 from crosscheck.processes import cores, in_processes
 from crosscheck.report import as_json, headline, render, summary, wrapped
@@ -342,12 +342,9 @@ def pytest_runtest_makereport(
     left = item.stash.setdefault(LEFT, Left(marker.args[0] if marker else item.name))
     stop = stop_of(call.excinfo.value) if report.failed and call.excinfo else None
     if stop and not left.findings:
-        kind, _, words = stop.error.partition(": ")
-        name = _case_of(item) or item.name
-        found = Disagreement(name, 0, "", f"stops with {kind}", stop=stop, diagnosis=words)
         labels = item.config.stash[CHOICE].labels
         at_fault = "reference" if stop.side == labels[0] else "candidate"
-        found = replace(found, at_fault=at_fault)
+        found = stopped(_case_of(item) or item.name, 0, at_fault, stop)
         left.findings.append(_finding(found, labels, left.about))
         report.longrepr = left.findings[-1].headline
     left.order = _order(item)
@@ -374,9 +371,10 @@ class Session:
 
     @property
     def in_order(self) -> list[Finding]:
-        """All findings, the simplest first."""
+        """All findings, the simplest first; what the recorder refuses after what is wrong."""
         names = sorted(self.findings, key=lambda name: self.order[name])
-        return [finding for name in names for finding in self.findings[name]]
+        found = [finding for name in names for finding in self.findings[name]]
+        return sorted(found, key=lambda finding: finding.refused)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
@@ -435,9 +433,10 @@ class Session:
 
     def announce(self) -> None:
         """Print the first report, if no test that is not done could have a simpler one."""
-        if self.announced or not self.findings or self.undone is None:
+        wrong = [name for name, found in self.findings.items() if not found[0].refused]
+        if self.announced or not wrong or self.undone is None:
             return
-        name = min(self.findings, key=lambda name: self.order[name])
+        name = min(wrong, key=lambda name: self.order[name])
         if any(self.order[one] < self.order[name] for one in self.undone):
             return
         self.announced = self.findings[name][0].report
@@ -504,7 +503,7 @@ class Session:
     def _consequences(self, cause: Cause) -> tuple[str, str]:
         files = {Path(name).stem: name for name in self.config.getoption("--case") or case_names()}
         runs = [run for run in self.left.runs if run.case in files]  # others have no file
-        return shared(cause, runs, lambda name: _loaded(files[name])), also(cause)
+        return shared(cause, runs, lambda name: _loaded(files[name]), files), also(cause)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(self.config, "workerinput"):

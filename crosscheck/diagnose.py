@@ -35,6 +35,7 @@ from microgpt.train import learning_rate
 NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: differences that say nothing
 ENOUGH = 8  # wrong elements that a guess gives, of many that it cannot know
 MOST_PARTS = 40  # of a sum, whose coefficients are found together
+OF_ANOTHER = "these are the numbers of"
 ALL_OF_THEM, THE_WRONG_ONES = "all", "wrong"
 
 
@@ -386,7 +387,7 @@ def moved_about(pair: Pair) -> Iterator[Guess]:
     for key, tensor in pair.step.items():
         if tensor.shape == ours.shape and key != pair.key and ours.size > 1:
             phase, name = split_key(key)
-            yield f"these are the numbers of {name} ({PHASES[phase]})", tensor
+            yield f"{OF_ANOTHER} {name} ({PHASES[phase]})", tensor
 
 
 def _order(pair: Pair) -> str:

@@ -10,11 +10,21 @@ from typing import Any
 
 from crosscheck import trace
 from crosscheck.compare import CHOICE, Disagreement, Tally
+from crosscheck.diagnose import OF_ANOTHER
+from crosscheck.sides import is_marked
 from crosscheck.tolerance import RTOL
 from crosscheck.trace import PHASES, split_key
 from microgpt.backend import NAMES
 
 WIDTH = 80
+INSTEAD = (
+    "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis; what is known:"
+    " vectorized/record.py"
+)
+DRAWN = {
+    "sample/documents": "the drawn documents differ",
+    "sample/likeliest": "the documents of the likeliest tokens differ",
+}
 
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:
@@ -22,28 +32,31 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     phase, _ = split_key(found.key)
     names = {"reference": reference, "candidate": candidate}
     where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
-    rows = _difference(found, reference, candidate) if found.shape is not None else []
-    if found.formula:
-        rows.append(("should be", f"{found.formula} = {found.expected:.6g}"))
-        rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
-    if found.at_fault and found.shape is not None:
-        reason = "its number is not what its own operands come to"
-        rows.append(("at fault", f"{names[found.at_fault]}: {reason}"))
+    rows = _numbers(found, reference, candidate) if found.shape is not None else []
     if found.diagnosis and found.key:
         rows.append(("looks like", found.diagnosis))
-    if found.where:
-        rows.append(("wrong in", found.where))
+    if found.at_fault and found.shape is not None:
+        rows.append(("at fault", f"{names[found.at_fault]}: {_reason(found, names)}"))
     rows += [("computed at" if not i else "", line) for i, line in enumerate(found.lines)]
     if found.function:
         rows.append(("look at", found.function))
-    rows += _stop(found)
+    if found.formula:
+        number = f"{found.expected:.6g}"
+        is_number = found.formula == number
+        rows.append(("should be", number if is_number else f"{found.formula} = {number}"))
+        rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
+    if found.shape is not None and not found.texts:
+        rows += _difference(found, reference, candidate)
+    if found.where:
+        rows.append(("wrong", found.where))
+    if found.shape is None:  # what follows from a wrong number says nothing of its own
+        rows += _stop(found)
     if len(found.phases) > 1:
         rows.append(("differs in", ", ".join(PHASES[phase] for phase in found.phases)))
-    compared = [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
-    if compared:
-        rows.append(
-            ("agreed", f"{len(compared)} tensors before it, the last {split_key(compared[-1])[1]}")
-        )
+    compared = _compared(found)
+    if compared and not (found.stop and found.stop.refused and not found.key):
+        count = f"{len(compared)} tensor{'s' * (len(compared) > 1)}"
+        rows.append(("agreed", f"{count} before it, the last {split_key(compared[-1])[1]}"))
     lines = [f"{', '.join(where)}:", *wrapped(headline(found, reference, candidate))]
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
@@ -51,8 +64,15 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     return "\n".join(lines)
 
 
+def _compared(found: Disagreement) -> list[str]:
+    """The tensors of the text that agreed before."""
+    return [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
+
+
 def headline(found: Disagreement, reference: str, candidate: str) -> str:
     """What is wrong, in a few words."""
+    if found.texts and found.key in DRAWN:
+        return DRAWN[found.key]
     names = {"reference": reference, "candidate": candidate}
     name = split_key(found.key)[1] or (names.get(found.at_fault, "") if found.stop else "")
     problem = found.problem
@@ -61,26 +81,46 @@ def headline(found: Disagreement, reference: str, candidate: str) -> str:
     return f"{name} {problem}".strip()
 
 
-def _difference(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:
+def _numbers(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:
     """Rows on the element that is shown, or on the texts that token ids stand for."""
     if found.texts:
         return list(found.texts)
     _, name = split_key(found.key)
     at = ", ".join(f"{axis}={i}" for axis, i in zip(axes(found.key), found.index))
+    return [
+        ("at", f"{name}[{at}] of {found.shape}" if at else name),
+        (reference, f"{found.reference!r}"),
+        (candidate, f"{found.candidate!r}"),
+    ]
+
+
+def _reason(found: Disagreement, names: dict[str, str]) -> str:
+    """Why a side is at fault."""
+    phase, name = split_key(found.key)
+    other = found.diagnosis.removeprefix(OF_ANOTHER).strip().partition(" ")[0]
+    of_another = phase == "forward" and found.diagnosis.startswith(OF_ANOTHER)
+    if of_another and f"forward/{other}" not in found.agreed:  # it was written later
+        return (
+            f"{name} holds other numbers than its own inputs give; was it changed in place after"
+            " it was written?"
+        )
+    own = f"{names[found.at_fault]}'s own inputs"
+    return f"recomputed from {own}, it should be {found.recomputed:.6g}"
+
+
+def _difference(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:
+    """Rows on how far apart the two numbers are, and how many elements are."""
     difference = abs(found.candidate - found.reference)
     relative = difference / abs(found.reference) if found.reference else math.inf
     exceeding = f"{found.exceeding:,} of {found.elements:,} elements"
     sizes = f"{difference:.3g} absolute, {relative:.3g} relative"
     rows = [
-        ("at", f"{name}[{at}] of {found.shape}" if at else name),
-        (reference, f"{found.reference!r}"),
-        (candidate, f"{found.candidate!r}"),
         ("difference", f"{sizes}, {ulps(found.reference, found.candidate)} ulp"),
         ("allowed", str(found.tolerance)),
         ("exceeded by", exceeding + (f"; shown is {CHOICE}" if found.exceeding > 1 else "")),
     ]
     ours = reference in NAMES and candidate in NAMES  # a port has no such memory
-    if ours and math.isnan(found.candidate) != math.isnan(found.reference):
+    if ours and is_marked(found.candidate) != is_marked(found.reference):
         rows.append(("nan", "memory that is never written holds nan here, so that it shows"))
     return rows
 
@@ -90,13 +130,29 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
     stop = found.stop
     if not stop:
         return []
-    rows = [
-        ("then" if found.key else "error", f"{stop.side} stops: " * bool(found.key) + stop.error)
-    ]
+    rows = []
+    if not stop.refused:
+        rows.append(
+            (
+                "then" if found.key else "error",
+                f"{stop.side} stops: " * bool(found.key) + stop.error,
+            )
+        )
+    elif compared := _compared(found):
+        rows.append(
+            ("numbers", f"agree so far: {len(compared)} tensors, computed in plain NumPy; only the"
+             " recorder of vectorized/record.py does not know this operation")
+        )  # fmt: skip
+    else:
+        rows.append(
+            ("numbers", "none is wrong here: only the recorder does not know this operation")
+        )
     if stop.line:
         within = f"  (in {stop.function})" if stop.function else ""
         rows.append(("its line", f"{stop.line} {stop.text.partition('  # ')[0]}{within}"))
-    if stop.last:
+    if stop.refused:
+        rows.append(("instead", INSTEAD))
+    if stop.last and not stop.refused:
         empty = ", which is None: a function returned nothing" if stop.empty else ""
         rows.append(("got to", f"{stop.last}, the last tap that it wrote{empty}"))
     return rows

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.trace import Array, Step, part
+from crosscheck.trace import TOP_K, Array, Step, part
 from microgpt.backend import NAMES, fresh_state, load_backend
 from microgpt.tokenizer import Tokenizer
 
@@ -19,7 +20,7 @@ def parted(
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """What it looks like, and rows of label and text: the first two documents that differ.
 
-    names    of the two implementations, which are then asked for their probabilities
+    names    of the two implementations, which are then asked for logits and probabilities
     """
     tokenizer = case.tokenizer
     a, b = ours[key], theirs[key]
@@ -35,47 +36,81 @@ def parted(
     after = _text(a[row, :at], tokenizer)
     texts.append(("they part", f"at draw {at} of it, after {after}"))
     here = [int(tokens[row, at]) if tokens[row, at] >= 0 else tokenizer.eos for tokens in (a, b)]
-    chances: list[Array] = []
+    read: list[Array] = []
+    said: list[Array] = []
+    settings = _settings(case, key, row)
     for name, step in zip(names, (ours, theirs)):
         with suppress(Exception):  # a side that cannot say is reported all the same
-            chances.append(_chances(case, name, step, a[row, :at]))
-            said = ", ".join(
-                f"{_letter(token, tokenizer)} {chances[-1][token]:.6g}" for token in here
+            read.append(_logits(case, name, step, a[row, :at]))
+            said.append(_said(name, read[0], *settings))
+            numbers = ", ".join(
+                f"{_letter(token, tokenizer)} {said[-1][token]:.6g}" for token in here
             )
-            texts.append(("", f"p after it, {name}: {said}"))
-    if len(chances) == 2 and np.allclose(chances[0], chances[1], rtol=1e-6, atol=1e-12):
-        choice = (
-            "in which tokens are taken for the likeliest, in the temperature, or in the draw"
-            if key == "sample/likeliest"
-            else "in the temperature, in how a token is drawn from them, in the prompt, or in how"
-            " many random numbers were taken before"
-        )
-        return (
-            f"both give the next token these probabilities at temperature {case.temperature:g}:"
-            f" the difference is {choice}"
-        ), tuple(texts)
-    return "", tuple(texts)
+            texts.append(("", f"p after it, {name}: {numbers}"))
+    if len(said) < 2 or not np.allclose(read[0], read[1], rtol=1e-6, atol=1e-12):
+        return "", tuple(texts)
+    temperature, top_k = settings
+    of = f" over the {top_k} largest logits" * (top_k > 0)
+    rule = f"softmax(logits / {temperature:g}){of}" if temperature else "1 for the largest logit"
+    right = _probabilities(read[0], *settings)
+    wrong = [
+        name for name, p in zip(names, said) if not np.allclose(p, right, rtol=1e-6, atol=1e-12)
+    ]
+    if wrong:
+        numbers = ", ".join(f"{_letter(token, tokenizer)} {right[token]:.6g}" for token in here)
+        texts.append(("", f"{rule}: {numbers}"))
+        own = " and ".join(f"{name}.sample.probabilities" for name in wrong)
+        return f"{own} of the same logits is not {rule}", tuple(texts)
+    return (
+        "both read the same logits and make the same probabilities of them: the draw, the prompt or"
+        " the closing token is at fault"
+    ), tuple(texts)
 
 
-def _chances(case: Case, name: str, step: Step, tokens: Array) -> Array:
-    """The probabilities of the token that follows these, (V,)."""
+def _settings(case: Case, key: str, row: int) -> tuple[float, int]:
+    """The temperature and top_k of a drawn document; see crosscheck.trace.drawn."""
+    if key != "sample/likeliest":
+        return case.temperature, 0
+    return (0.0, 0) if row else (case.temperature, TOP_K)
+
+
+def _logits(case: Case, name: str, step: Step, tokens: Array) -> Array:
+    """The logits of the token that follows these, (V,)."""
     if name not in NAMES:
         raise ValueError(name)
     backend = load_backend(name, replace(case.config, cores=1), fresh_state(part(step, "params")))
-    logits = np.asarray(backend.read(tokens.tolist())[-1], float) / case.temperature
-    exps = np.exp(logits - logits.max())
-    chances: Array = exps / exps.sum()
-    return chances
+    logits: Array = np.asarray(backend.read(tokens.tolist())[-1], float)
+    return logits
+
+
+def _said(name: str, logits: Array, temperature: float, top_k: int) -> Array:
+    """What a side's own `probabilities` makes of logits, (V,)."""
+    probabilities = import_module(f"{name}.sample").probabilities
+    if name == "vectorized":
+        return np.asarray(probabilities(logits[None], temperature, top_k)[0])
+    value = import_module("scalar.value").Value
+    return np.asarray(probabilities([value(x) for x in logits.tolist()], temperature, top_k))
+
+
+def _probabilities(logits: Array, temperature: float, top_k: int) -> Array:
+    """What it should be: softmax(logits / temperature) over the top_k largest, (V,)."""
+    most = 1 if temperature == 0 else top_k or len(logits)
+    kept = np.argsort(-logits, kind="stable")[:most]
+    chances = np.zeros_like(logits)
+    chances[kept] = np.exp((logits[kept] - logits.max()) / (temperature or 1.0))
+    return chances / chances.sum()
 
 
 def _text(tokens: Array, tokenizer: Tokenizer) -> str:
-    """Token ids as a text; the opening token is left out, and the closing one shown as a dot."""
+    """Token ids as a text, without the opening token."""
     return (
         "".join(_letter(int(token), tokenizer) for token in tokens[1:] if token >= 0) or "nothing"
     )
 
 
 def _letter(token: int, tokenizer: Tokenizer) -> str:
-    if token < 0 or token in (tokenizer.bos, tokenizer.eos):
-        return "(end)"
+    if token in (-1, tokenizer.eos):
+        return "(EOS)"
+    if token == tokenizer.bos:
+        return "(BOS)"
     return repr(tokenizer.decode([token]))[1:-1]

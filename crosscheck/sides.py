@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import struct
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from microgpt.config import Config
 from microgpt.layout import Tree, tap_names, written
 from microgpt.whereabouts import IMPLEMENTATIONS, imported_from
 
+REFUSED = "RecordingError"  # see vectorized/record.py
+# a NaN that no computation gives; copies, sums and float32 keep the bits that tell it
+MARK: float = struct.unpack("<d", struct.pack("<Q", 0x7FF8_5EED_0000_0000))[0]
 LONGEST = 200  # characters of an error's message that a report quotes
 
 
@@ -32,6 +36,11 @@ class Stop:
     function: str = ""
     last: str = ""  # the last tap or derivative that it wrote
     empty: bool = False  # whether that is None: a function that returned nothing
+
+    @property
+    def refused(self) -> bool:
+        """Whether only vectorized/record.py refused the text, which may be right."""
+        return self.error.startswith(REFUSED)
 
     @property
     def not_finite(self) -> bool:
@@ -55,6 +64,9 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
     if isinstance(error, IncompleteError):
         return error.stop
     first = str(error).strip().partition("\n")[0]
+    refused = type(error).__name__ == REFUSED
+    if refused:  # the place is told apart
+        first = first.partition(": ")[2] or first
     words = f"{type(error).__name__}: {first[:LONGEST]}" if first else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         place = _own(error.filename)
@@ -66,6 +78,8 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
     own = [(frame, line) for frame, line in frames if _own(frame.f_code.co_filename)]
     if not own:
         return None
+    if refused:  # the line of the text, not that of the recorder
+        own = [one for one in own if Path(one[0].f_code.co_filename).name != "record.py"] or own
     frame, line = own[-1]
     side, file = _own(frame.f_code.co_filename) or ("", "")
     text = linecache.getline(frame.f_code.co_filename, line).strip()
@@ -97,12 +111,12 @@ def _last_written(frames: list[FrameType], config: Config) -> tuple[str, bool]:
 
 @contextmanager
 def marked_memory() -> Iterator[None]:
-    """Within this context np.empty gives arrays of NaN, so that what is never written shows."""
+    """Within this context np.empty gives arrays of MARK, so that what is never written shows."""
     empty, empty_like = np.empty, np.empty_like
 
     def marked(made: Any) -> Any:
         if made.dtype.kind == "f":
-            made.fill(np.nan)
+            made.fill(MARK)
         return made
 
     with patch.multiple(
@@ -111,6 +125,12 @@ def marked_memory() -> Iterator[None]:
         empty_like=lambda *args, **kwargs: marked(empty_like(*args, **kwargs)),
     ):
         yield
+
+
+def is_marked(number: float) -> bool:
+    """Whether a number comes of memory that was never written, within marked_memory."""
+    bits: int = struct.unpack("<Q", struct.pack("<d", number))[0]
+    return bits >> 32 & 0x7FFF_FFFF == 0x7FF8_5EED  # whatever its sign
 
 
 def as_array(tensor: Any) -> Any:

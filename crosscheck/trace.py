@@ -56,7 +56,7 @@ PHASES = {
     "read": "reading token by token",
     "backward": "backward pass",
     "gradient": "parameter gradients",
-    "unwatched": "training unwatched",
+    "unwatched": "the recorded training run",
     "adam_m": "Adam's m",
     "adam_v": "Adam's v",
     "update": "Adam's update",

@@ -63,9 +63,13 @@ def _documents_and_positions(
     else:
         t = np.arange(T)
         repeated = _repeated(tokens)[:, :T]
+        ends = {
+            "first": np.broadcast_to(t == 0, bad.shape),
+            "last": t == n[:, None] - 1,
+        }
+        ends = ends if T > 2 else {}  # of two positions, the number says more
         places = {
-            "at the first position": np.broadcast_to(t == 0, bad.shape),
-            "at the last position": t == n[:, None] - 1,
+            **{f"at the {words} position": place for words, place in ends.items()},
             "at positions whose token occurs more than once": repeated,
         }
         for words, place in places.items():
@@ -73,8 +77,8 @@ def _documents_and_positions(
                 yield words
                 break
         else:
-            for words in ("first", "last"):
-                if (bad == (there & ~places[f"at the {words} position"])).all():
+            for words, place in ends.items():
+                if (bad == (there & ~place)).all():
                     yield f"at all positions but the {words}"
                     break
             else:

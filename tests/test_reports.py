@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ import pytest
 from crosscheck.cases import load_case
 from crosscheck.causes import STEPS, Finding, Run, also, causes, shared
 from crosscheck.compare import compare, exhibit, simplicity
+from crosscheck.conftest import Session
 from crosscheck.defects import Patch, planted
 from crosscheck.lessons import Lessons
 from crosscheck.lines import function_of, lines_of
 from crosscheck.report import WIDTH, render
+from crosscheck.sides import is_marked, marked_memory
 from crosscheck.trace import keys, trace
+from crosscheck.where import where
 
 ROOT = Path(__file__).resolve().parent.parent
 SCREENS = 48  # lines of two
@@ -95,6 +99,75 @@ def test_a_side_that_stops_is_reported_like_one_that_is_wrong(
         assert one in said, said
 
 
+ROW_MEAN = "return scale * (dy - y * mean(dy * y))"
+
+
+def test_what_only_the_recorder_refuses_does_not_read_like_a_wrong_number() -> None:
+    said = report(Patch(MODEL, ROW_MEAN, ROW_MEAN.replace("dy * y)", "dy.transpose(0, 1, 2) * y)")))
+    assert "the recorder cannot repeat .transpose of an array" in said
+    assert "tensors, computed in plain NumPy; only the recorder" in said
+    assert "its line vectorized/model.py:" in said
+    assert "instead write it with einsum, reshape, x @ w.T" in said
+    wrong = ROW_MEAN.replace("dy - y * mean(dy", "dy + y * mean(dy.transpose(0, 1, 2)")
+    said = report(Patch(MODEL, ROW_MEAN, wrong))
+    assert "the sign of the second term of the norm's derivative" in said
+    assert "transpose of an array" not in said
+
+
+def test_a_wrong_number_is_told_before_what_the_recorder_refuses() -> None:
+    refusal = replace(finding("a", "", words="x"), stopped="m.py:1 RecordingError: x", headline="x")
+    wrong = finding("b", "forward/emb")
+    findings = {"first": [refusal], "second": [wrong]}
+    session = SimpleNamespace(findings=findings, order={"first": 0, "second": 1})
+    found = Session.in_order.fget(session)  # type: ignore[attr-defined]
+    assert [cause.all for cause in causes(found)] == [[wrong, refusal]]
+
+
+def test_only_memory_that_was_not_written_is_said_to_be_that() -> None:
+    with marked_memory():
+        marks = np.empty(2), np.empty(2, "float32")
+    assert all(is_marked(float(numbers[0])) for numbers in marks)
+    assert is_marked(float(-marks[0][0] + 1.0))
+    with np.errstate(all="ignore"):
+        assert not is_marked(float(np.exp(np.float64(1e4)) * 0.0))
+    assert not is_marked(np.nan)
+    assert not is_marked(1.0)
+
+
+def test_what_is_looked_for_first_follows_the_two_numbers() -> None:
+    said = report(NO_ROW_SUM)
+    order = ["vectorized", "looks like", "at fault", "computed at", "look at", "should be w",
+             "difference", "allowed", "exceeded by", "differs in", "agreed"]  # fmt: skip
+    places = [said.index(f" {words}") for words in order]
+    assert places == sorted(places)
+    assert "recomputed from vectorized's own inputs, it should be" in said
+
+
+def test_a_tensor_overwritten_after_it_was_written_is_told_and_is_one_cause() -> None:
+    line = "attn_res = tap.attn_res = projected + x  # (B, T, C)"
+    said = report(Patch(MODEL, line, "x += projected\n    attn_res = tap.attn_res = x"))
+    assert "agreed 1 tensor before it, the last emb" in said
+    assert "emb_norm holds other numbers than its own inputs give; was it changed in place" in said
+    first, second = (f"these are the numbers of layer{i}.attn_res (forward pass)" for i in (0, 1))
+    found = [
+        finding("a", "forward/emb_norm", words=first),
+        finding("b", "forward/layer0.mlp_res", words=second),
+        finding("c", "forward/emb", words=first),
+        finding("d", "forward/emb", words=first.replace("attn_res", "mlp_res")),
+    ]
+    assert [cause.first.case for cause in causes(found)] == ["a", "d"]
+
+
+def test_the_last_of_two_positions_has_a_number() -> None:
+    case, there = load_case("single-character"), np.ones((1, 2, 16), bool)
+    last = there & (np.arange(2) == 1)[None, :, None]
+    assert where(case, "forward/emb", last, there, np.array([[0, 1, 0]])) == "at position 1"
+    there, last = np.ones((1, 3, 16), bool), np.zeros((1, 3, 16), bool)
+    last[:, 2] = True
+    tokens = np.array([[0, 1, 2, 0]])
+    assert where(case, "forward/emb", last, there, tokens) == "at the last position"
+
+
 def test_a_gradient_of_another_shape_is_blamed_on_its_side() -> None:
     patch = Patch(MODEL, "dparams.wte, dparams.wpe = dwte, dwpe",
                   "dparams.wte, dparams.wpe = dwte.T, dwpe")  # fmt: skip
@@ -138,8 +211,22 @@ def test_drawn_documents_are_told_as_texts() -> None:
     assert "scalar document 0: " in said
     assert "at draw" in said
     assert "p after it, scalar: " in said
-    assert "the difference is in the temperature" in said
+    assert "vectorized.sample.probabilities of the same logits is not softmax(logits / 2)" in said
+    assert "scalar.sample.probabilities" not in said
+    assert "documents drawn: the drawn documents differ" in said
     assert "ulp" not in said
+
+
+def test_a_draw_that_is_at_fault_is_not_blamed_on_the_temperature() -> None:
+    line = "token = rng.choices(range(tokenizer.vocab_size)"
+    patch = Patch("scalar/sample.py", line, f"rng.random()\n        {line}")
+    said = report(patch, "one-document")
+    assert "the draw, the prompt or the closing token is at fault" in said
+    patch = Patch("scalar/sample.py", "top_k or len(logits)]", "len(logits)]")
+    said = report(patch, "one-document")
+    assert "scalar.sample.probabilities of the same logits is not softmax" in said
+    assert "over the 2 largest logits" in said
+    assert "the documents of the likeliest tokens differ" in said
 
 
 def test_reading_has_its_expression_and_its_side() -> None:
@@ -223,37 +310,41 @@ def test_another_diagnosis_is_another_cause() -> None:
     assert len(causes([first, finding("b", "gradient/dwpe", words="doubled")])) == 2
 
 
-@pytest.mark.parametrize(
-    ("failing", "words"),
-    [
-        ({("three-layers", 1), ("four-layers", 1)}, "2 of 5 cases: those with n_layer >= 3"),
-        ({("ragged-batch", 1), ("one-document", 0)}, "1 of 5 cases"),
-        ({("tied-two-layers", 1)}, "1 of 5 cases: those with "),
-    ],
-)
-def test_the_property_that_failing_cases_share_is_told(
-    failing: set[tuple[str, int]], words: str
-) -> None:
-    failing = {one for one in failing if one[1]}
-    names = ["one-document", "ragged-batch", "tied-two-layers", "three-layers", "four-layers"]
-    runs = [
-        Run(STEPS[0], name, 0, 1) if (name, 1) in failing else Run(STEPS[0], name, 1, 0)
-        for name in names
-    ]
-    (cause,) = causes(finding(name, "forward/emb") for name, _ in sorted(failing))
-    assert words in shared(cause, runs, load_case)
+TEN = ["one-document", "ragged-batch", "tied-two-layers", "three-layers", "four-layers",
+       "two-layers", "one-head", "single-character", "one-position", "repeated-token"]  # fmt: skip
+
+
+def told(failing: Sequence[str], names: Sequence[str] = TEN, listed: Sequence[str] = TEN) -> str:
+    """What is said of the cases that fail, of those that were run."""
+    runs = [Run(STEPS[0], name, name not in failing, name in failing) for name in names]
+    (cause,) = causes(finding(name, "forward/emb") for name in failing)
+    return shared(cause, runs, load_case, listed)
+
+
+def test_the_property_that_failing_cases_share_is_told() -> None:
+    assert told(TEN[3:5]) == "fails in 2 of 10 cases: those with n_layer >= 3"
+    assert told(TEN[4:5]) == "fails in 1 of 10 cases: those with n_layer >= 4"
+
+
+def test_a_property_that_proves_nothing_is_not_told() -> None:
+    deep = TEN[3:5]
+    assert told(deep, TEN[:9], TEN[:9]) == "fails in 2 of 9 cases: four-layers, three-layers"
+    assert told(deep, TEN, [*TEN, "other"]).startswith("fails in 2 of 10 cases that were run: fo")
+    several = [name for name in TEN if not load_case(name).config.tie_lm_head]
+    assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
+    assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
 
 
 def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
-    runs = [Run(STEPS[1], name, 1, 2) for name in ("one-document", "two-layers")]
+    runs = [Run(STEPS[1], name, 1, 2) for name in TEN]
     found = [finding(run.case, "update/wte", STEPS[1], 2) for run in runs]
-    assert "all 2 cases: from step 2 on" in shared(causes(found)[0], runs, load_case)
+    assert "all 10 cases: from step 2 on" in shared(causes(found)[0], runs, load_case, TEN)
 
 
 def test_what_fails_in_float32_alone_says_so() -> None:
     runs = [Run("float32", "one-document", 0, 1), Run(STEPS[0], "one-document", 1, 0)]
     (cause,) = causes([finding("one-document", "forward/emb", "float32")])
-    assert "only in: float32" in shared(cause, runs, load_case)
+    assert "only in: float32" in shared(cause, runs, load_case, TEN)
 
 
 # --- whole runs ----------------------------------------------------------------------------------
