@@ -12,6 +12,7 @@ from crosscheck.trace import PHASES, split_key
 from microgpt.config import Config, config_from
 from microgpt.taps import taps
 
+VALUE = "Value alone"  # what fails there shows in everything that scalar computes
 STEPS = ("first steps", "steps one by one", "running freely")  # in float64, in one batch
 
 
@@ -67,6 +68,8 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 
 def _follows(finding: Finding, first: Finding) -> bool:
     """Whether one finding may come of the cause of another."""
+    if first.about == VALUE:
+        return finding.fields.get("at_fault") in ("", first.fields.get("at_fault"))
     if first.stopped or finding.stopped:
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
@@ -241,7 +244,7 @@ def _moment(case: Case, number: int) -> Moment:
 def _only(cause: Cause) -> str:
     """Where alone it fails, if it does so in one kind of comparison only."""
     abouts = {one.about for one in cause.all}
-    if len(abouts) == 1 and not abouts & set(STEPS):
+    if len(abouts) == 1 and not abouts & {*STEPS, VALUE}:
         return f"only in: {cause.first.about}"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {"unwatched", "eval"}:

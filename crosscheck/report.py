@@ -19,9 +19,7 @@ WIDTH = 80
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:
     """A disagreement in a few lines: what, where, by how much, what is behind it, what agreed."""
-    phase, _ = split_key(found.key)
     names = {"reference": reference, "candidate": candidate}
-    where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
     rows = _difference(found, reference, candidate) if found.shape is not None else []
     if found.formula:
         rows.append(("should be", f"{found.formula} = {found.expected:.6g}"))
@@ -29,7 +27,7 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     if found.at_fault and found.shape is not None:
         reason = "its number is not what its own operands come to"
         rows.append(("at fault", f"{names[found.at_fault]}: {reason}"))
-    if found.diagnosis and found.key:
+    if found.diagnosis and (found.key or not found.stop):
         rows.append(("looks like", found.diagnosis))
     if found.where:
         rows.append(("wrong in", found.where))
@@ -44,11 +42,22 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
         rows.append(
             ("agreed", f"{len(compared)} tensors before it, the last {split_key(compared[-1])[1]}")
         )
-    lines = [f"{', '.join(where)}:", *wrapped(headline(found, reference, candidate))]
+    lines = [
+        f"{place(found.case, found.step, found.key)}:",
+        *wrapped(headline(found, reference, candidate)),
+    ]
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         lines += wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
     return "\n".join(lines)
+
+
+def place(case: str, step: int, key: str) -> str:
+    """Where in a run something was found."""
+    if not case:
+        return "before any case"
+    phase = PHASES.get(split_key(key)[0], "")
+    return ", ".join(filter(None, (f"case {case}", f"step {step}", phase)))
 
 
 def headline(found: Disagreement, reference: str, candidate: str) -> str:
