@@ -16,6 +16,7 @@ from microgpt.config import Config, config_from
 from microgpt.taps import taps
 
 LAYER = re.compile(r"layer\d+\.")
+VALUE = "Value alone"  # what fails there shows in everything that scalar computes
 STEPS = ("first steps", "steps one by one", "running freely")  # in float64, in one batch
 
 
@@ -76,6 +77,8 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 
 def _follows(finding: Finding, first: Finding) -> bool:
     """Whether one finding may come of the cause of another."""
+    if first.about == VALUE:
+        return finding.fields.get("at_fault") in ("", first.fields.get("at_fault"))
     in_place = first.diagnosis.startswith(OF_ANOTHER)
     if in_place and finding.diagnosis.startswith(OF_ANOTHER) and _kind(first.key)[0] == "forward":
         return LAYER.sub("", first.diagnosis) == LAYER.sub("", finding.diagnosis)
@@ -272,7 +275,7 @@ def _moment(case: Case, number: int) -> Moment:
 def _only(cause: Cause) -> str:
     """Where alone it fails, if it does so in one kind of comparison only."""
     abouts = {one.about for one in cause.all}
-    if len(abouts) == 1 and not abouts & set(STEPS):
+    if len(abouts) == 1 and not abouts & {*STEPS, VALUE}:
         return f"only in: {cause.first.about}"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {"unwatched", "eval"}:

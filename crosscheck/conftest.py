@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.causes import Cause, Finding, Run, also, causes, shared
+from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.lessons import Lessons
 from crosscheck.processes import cores, in_processes
-from crosscheck.report import as_json, headline, render, summary, wrapped
+from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
-from crosscheck.trace import PHASES, split_key
 from microgpt.backend import NAMES
 from microgpt.data import check_target, write_whole
 from microgpt.errors import MicrogptError, printable
@@ -186,12 +185,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --case, only what runs on a case. The crosscheck's tests in order, the rest before."""
+    """With --case, only Value and what runs on a case. Our tests in order, the rest before."""
     for item in filter(_ours, items):
         if _name(item) not in SLOW:
             item.add_marker("quick")
     if config.getoption("--case"):
-        chosen = [item for item in items if "case_name" in getattr(item, "fixturenames", ())]
+        chosen = [item for item in items if _on_value(item) or _case_of(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
     items.sort(key=_order)
@@ -205,9 +204,16 @@ def _name(item: pytest.Item) -> str:
     return str(getattr(item, "originalname", item.name))
 
 
+def _on_value(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("about")
+    return marker is not None and marker.args[0] == VALUE
+
+
 def _order(item: pytest.Item) -> tuple[int, ...]:
-    """First steps, simple cases first; then case by case; then the rest; then what takes long."""
+    """Value; first steps, simple cases first; case by case; the rest; then what takes long."""
     if not _ours(item):
+        return (-1,)
+    if _on_value(item):
         return (0,)
     if _name(item) in SLOW:
         return 4, SLOW.index(_name(item))
@@ -302,8 +308,9 @@ def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
         labels: tuple[str, str] = choice.labels,
     ) -> None:
         failed = outcome.found[0].step if outcome.found else 0
-        left.runs.append(Run(left.about, outcome.case, outcome.tally.steps, failed))
-        if pytestconfig.getoption("--html"):
+        if outcome.case:
+            left.runs.append(Run(left.about, outcome.case, outcome.tally.steps, failed))
+        if pytestconfig.getoption("--html") and outcome.case:
             from crosscheck.html import part
 
             left.parts.append(asdict(part(outcome, left.about)))
@@ -342,9 +349,10 @@ def pytest_runtest_makereport(
     left = item.stash.setdefault(LEFT, Left(marker.args[0] if marker else item.name))
     stop = stop_of(call.excinfo.value) if report.failed and call.excinfo else None
     if stop and not left.findings:
+        name = "" if _on_value(item) else _case_of(item) or item.name
         labels = item.config.stash[CHOICE].labels
         at_fault = "reference" if stop.side == labels[0] else "candidate"
-        found = stopped(_case_of(item) or item.name, 0, at_fault, stop)
+        found = stopped(name, 0, at_fault, stop)
         left.findings.append(_finding(found, labels, left.about))
         report.longrepr = left.findings[-1].headline
     left.order = _order(item)
@@ -386,17 +394,17 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Run the crosscheck's tests in several processes, after all others."""
+        """Run the crosscheck's tests in several processes, after all others and Value's."""
         option = self.config.getoption
         count = option("--processes") or cores()
         alone = option("usepdb", False) or option("capture") == "no" or option("collectonly")
-        ours = [item for item in session.items if _ours(item)]
+        ours = [item for item in session.items if _ours(item) and not _on_value(item)]
         if self.config.pluginmanager.hasplugin("dsession") or hasattr(self.config, "workerinput"):
             self.undone = None  # pytest-xdist deals out the tests, in an order of its own
             return None
         if alone or count < 2 or len(ours) < 2 or session.testsfailed:
             return None
-        others = [item for item in session.items if not _ours(item)]
+        others = [item for item in session.items if item not in ours]
         for item, following in zip(others, [*others[1:], None]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             _stop_if_asked(session)
@@ -484,16 +492,15 @@ class Session:
     def _lines(self, cause: Cause, number: int, of: int) -> list[str]:
         """A cause in the summary."""
         first = cause.first
-        phase = PHASES.get(split_key(first.key)[0], "")
-        place = ", ".join(filter(None, (f"case {first.case}", f"step {first.step}", phase)))
+        at = place(first.case, first.step, first.key)
         if number >= SHOWN:
             return wrapped(
-                f"cause {number + 1} of {of}: {place}: {first.headline} (-v shows the report)"
+                f"cause {number + 1} of {of}: {at}: {first.headline} (-v shows the report)"
             )
         lines = [""]
         if first.report == self.announced:
             title = "one cause" if of == 1 else f"cause 1 of {of}"
-            lines += wrapped(f"{title}, reported above: {place}: {first.headline}")
+            lines += wrapped(f"{title}, reported above: {at}: {first.headline}")
         else:
             lines += [f"cause {number + 1} of {of}:"] * (of > 1) + first.report.splitlines()
         for line in self._consequences(cause):

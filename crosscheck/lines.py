@@ -53,6 +53,27 @@ def function_of(key: str, config: Config, side: str) -> str:
     return f"{name}, {found.file}:{functions[name].lineno}"
 
 
+def place_of(file: str, name: str) -> str:
+    """Where a function stands, or nothing if the file has none of that name."""
+    function = _functions(file).get(name)
+    return f"{name}, {file}:{function.lineno}" if function else ""
+
+
+def statement_in(file: str, name: str, number: int, attribute: str = "") -> tuple[str, ...]:
+    """File, line and text of one of a function's returns, or of what changes an attribute."""
+    function = _functions(file).get(name)
+    found = [
+        one
+        for one in (_statements(function) if function else [])
+        if (
+            any(getattr(target, "attr", "") == attribute for target in _targets(one))
+            if attribute
+            else isinstance(one, ast.Return)
+        )
+    ]
+    return (str(Found(file, function, found[number])),) if function and found else ()
+
+
 def _find(side: str, key: str, config: Config) -> Found | None:
     """The statement of a side that computes a tensor."""
     phase, name = split_key(key)

@@ -29,11 +29,9 @@ DRAWN = {
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:
     """A disagreement in a few lines: what, where, by how much, what is behind it, what agreed."""
-    phase, _ = split_key(found.key)
     names = {"reference": reference, "candidate": candidate}
-    where = [f"case {found.case}", f"step {found.step}", *([PHASES[phase]] if phase else [])]
     rows = _numbers(found, reference, candidate) if found.shape is not None else []
-    if found.diagnosis and found.key:
+    if found.diagnosis and (found.key or not found.stop):
         rows.append(("looks like", found.diagnosis))
     if found.at_fault and found.shape is not None:
         rows.append(("at fault", f"{names[found.at_fault]}: {_reason(found, names)}"))
@@ -57,7 +55,10 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     if compared and not (found.stop and found.stop.refused and not found.key):
         count = f"{len(compared)} tensor{'s' * (len(compared) > 1)}"
         rows.append(("agreed", f"{count} before it, the last {split_key(compared[-1])[1]}"))
-    lines = [f"{', '.join(where)}:", *wrapped(headline(found, reference, candidate))]
+    lines = [
+        f"{place(found.case, found.step, found.key)}:",
+        *wrapped(headline(found, reference, candidate)),
+    ]
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         lines += wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
@@ -67,6 +68,14 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
 def _compared(found: Disagreement) -> list[str]:
     """The tensors of the text that agreed before."""
     return [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
+
+
+def place(case: str, step: int, key: str) -> str:
+    """Where in a run something was found."""
+    if not case:
+        return "before any case"
+    phase = PHASES.get(split_key(key)[0], "")
+    return ", ".join(filter(None, (f"case {case}", f"step {step}", phase)))
 
 
 def headline(found: Disagreement, reference: str, candidate: str) -> str:

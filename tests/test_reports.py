@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import load_case
-from crosscheck.causes import STEPS, Finding, Run, also, causes, shared
+from crosscheck.causes import STEPS, VALUE, Finding, Run, also, causes, shared
 from crosscheck.compare import compare, exhibit, simplicity
 from crosscheck.conftest import Session
 from crosscheck.defects import Patch, planted
@@ -435,3 +435,67 @@ def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path)
     assert "is not the derivative of the loss, in scalar and vectorized" in said
     assert "both sides agree with each other, and the witness does not" in said
     assert len(done.stdout.splitlines()) <= SCREENS
+
+
+# --- Value by itself -----------------------------------------------------------------------------
+
+VALUE_FILE = "scalar/value.py"
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (
+            Patch(VALUE_FILE, "exponent * self.data ** (exponent - 1)",
+                  "exponent * self.data**exponent - 1"),
+            ["Value.__pow__: d(a ** 2)/da at a = 0.7 is given as -0.02, should be 1.4",
+             "looks like n a^n - 1"],
+        ),
+        (
+            Patch(VALUE_FILE, "(other.data, self.data))", "(self.data, other.data))"),
+            ["Value.__mul__: d(a * b)/da", "d/db: two local derivatives are exchanged"],
+        ),
+        (
+            Patch(VALUE_FILE, "child.grad +=", "child.grad ="),
+            ["Value.backward: a value that is used twice gets only its last contribution"],
+        ),
+        (
+            Patch(VALUE_FILE, "in reversed(order)", "in order"),
+            ["passes its gradient on before all its uses have added to it", "_topological_order"],
+        ),
+        (
+            Patch(VALUE_FILE, "        self.grad = 1.0\n", ""),
+            ["Value.backward never sets self.grad = 1", "look at backward, scalar/value.py:"],
+        ),
+        (
+            Patch(VALUE_FILE, "return Value(exp, (self,), (exp,))", "Value(exp, (self,), (exp,))"),
+            ["Value.exp: exp(a) gives None, which is no Value"],
+        ),
+    ],
+    ids=["power", "product", "assignment", "order", "end", "no return"],
+)  # fmt: skip
+def test_a_mistake_in_value_is_told_before_any_case(
+    patch: Patch, words: list[str], tmp_path: Path
+) -> None:
+    done = run(tmp_path, [patch], "-x", "-m", "quick")
+    assert done.returncode == 1
+    said = re.sub(r"\s+", " ", done.stdout)
+    for one in [*words, "before any case:", "one cause, reported above", "1 failed"]:
+        assert one in said, done.stdout
+    assert max(map(len, done.stdout.splitlines()[7:])) <= WIDTH
+
+
+def test_all_that_fails_follows_from_a_mistake_in_value(tmp_path: Path) -> None:
+    patch = Patch(VALUE_FILE, "(other.data, self.data))", "(self.data, other.data))")
+    done = run(tmp_path, [patch], *CASES, "-k", "value or first_step or taught")
+    assert "one cause, reported above: before any case: Value.__mul__" in done.stdout
+    assert "also fails: 3 cases" in done.stdout
+    assert len(done.stdout.splitlines()) <= SCREENS, done.stdout
+
+
+def test_a_fault_of_the_other_side_does_not_follow_from_one_in_value() -> None:
+    ours, same, other = (
+        Finding(about, "", 0, "", "", "", "", "", {"at_fault": side})
+        for about, side in [(VALUE, "reference"), ("a", "reference"), ("b", "candidate")]
+    )
+    assert [cause.first for cause in causes([ours, same, other])] == [ours, other]
