@@ -6,6 +6,7 @@ import doctest
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,12 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: microgpt.GPT(TEXTS, seed=-5), "seed: expected 0 or more, got -5"),
     (lambda gpt: microgpt.GPT(TEXTS, n_embd=10**9), "and this machine has"),
 ]
+
+
+def test_steps_that_overflow_give_no_warning_of_numpy(gpt: Any) -> None:
+    for _ in range(3):
+        with suppress(microgpt.MicrogptError):  # a loss that is not finite
+            gpt.step(lr=1e300)
 
 
 @pytest.mark.parametrize(("misuse", "said"), MISUSES)
