@@ -16,7 +16,7 @@ import numpy as np
 from microgpt.backend import NAMES, Backend, State, fresh_state, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, not_finite, save_checkpoint
 from microgpt.config import Config, checked, load_config, typed, typed_fields
-from microgpt.data import digest, load_documents, located, parts
+from microgpt.data import IN_PYTHON, digest, load_documents, located, parts
 from microgpt.errors import MicrogptError, shortened
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
@@ -25,7 +25,6 @@ from microgpt.report import cropped
 from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
 from microgpt.train import batch, learning_rate
 
-IN_PYTHON = "(given in Python)"  # where a data set has no name
 LINES = 30  # of a repr
 
 

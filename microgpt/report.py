@@ -12,6 +12,7 @@ from microgpt.errors import printable
 from microgpt.windows import Windows
 
 if TYPE_CHECKING:
+    from microgpt.config import Config
     from microgpt.evaluate import Evaluation
     from microgpt.train import Run
 
@@ -171,17 +172,31 @@ def shown(text: str, windows: bool) -> str:
     return "\n".join(map(printable, text.split("\n") if windows else [text]))
 
 
-def ending(progress: Progress, vocab_size: int) -> str:
-    """The loss beside that of a model that knows nothing, what that means, and the time it took."""
+def counted(documents: int, config: Config) -> str:
+    """How many documents or windows: 1 document, 2 documents."""
+    return f"{documents:,} {config.documents_are if documents != 1 else config.documents_are[:-1]}"
+
+
+def ending(
+    progress: Progress, vocab_size: int, held_out: float | None = None, kept: str = ""
+) -> str:
+    """The loss beside that of a model that knows nothing, what that means, and the time it took.
+
+    held_out    the loss of what training did not see, by which the model is judged if there is one
+    kept        a line about it
+    """
     loss, uniform = progress.mean(), math.log(vocab_size)
     steps = len(progress.recent)
     over = f"the last {steps} steps" if steps > 1 else "the last step"
-    return (
+    lines = [
         f"loss {figure(loss)}, mean of {over}; knowing nothing would be"
-        f" ln {vocab_size} = {uniform:.4f}\n{meaning(loss, vocab_size)}\n"
-        f"{progress.done:,} steps in {progress.seconds:.2f} s,"
-        f" {1000 * progress.seconds / progress.done:.3f} ms a step"
-    )
+        f" ln {vocab_size} = {uniform:.4f}",
+        kept,
+        meaning(loss if held_out is None else held_out, vocab_size),
+        f"{progress.done:,} step{'' if progress.done == 1 else 's'} in {progress.seconds:.2f} s,"
+        f" {1000 * progress.seconds / progress.done:.3f} ms a step",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def evaluated(result: Evaluation, vocab_size: int) -> dict[str, Any]:
@@ -198,8 +213,9 @@ def evaluated(result: Evaluation, vocab_size: int) -> dict[str, Any]:
 
 def meaning(loss: float, vocab_size: int) -> str:
     """One sentence on what a loss says."""
-    choices = f"{math.exp(loss):.1f}" if loss < 20 else f"e^{loss:.0f}"
+    if loss > math.log(vocab_size):
+        return f"That is worse than knowing nothing, which is a fair choice among all {vocab_size}."
     return (
-        f"The next token is as uncertain as a fair choice among {choices}"
+        f"The next token is as uncertain as a fair choice among {math.exp(loss):.1f}"
         f" instead of all {vocab_size}."
     )

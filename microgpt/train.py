@@ -49,8 +49,8 @@ from microgpt.signals import between_steps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.windows import Windows
 
-# what --resume may change: nothing that the model or the order of the data depends on (where the
-# data set lies may change, what is in it may not)
+# What --resume may change: nothing that the model or the order of the data depends on. Of the data
+# set, which is the first, the place may change, but not the text.
 RESUMABLE = (
     "dataset",
     "steps",
@@ -308,6 +308,11 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
         documents = _documents(config, out)
         Random(config.seed).shuffle(documents)
         if digest(documents) != held.documents:
+            if "dataset" in overrides:
+                raise MicrogptError(
+                    f"--dataset {overrides['dataset']}: is not the text that the run in {out} was"
+                    " trained on; leave out --dataset"
+                )
             raise MicrogptError(
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
@@ -336,7 +341,7 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
         if name not in RESUMABLE and value != getattr(config, name):
             raise MicrogptError(
                 f"--resume: {name} is part of what was trained and cannot change on the way;"
-                f" what can is {', '.join(RESUMABLE)}"
+                f" what can is {', '.join(RESUMABLE[1:])}"
             )
     changes = {name: value for name, value in overrides.items() if name in RESUMABLE}
     if "dataset" in changes:

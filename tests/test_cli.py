@@ -624,9 +624,11 @@ def plain_losses(held: Checkpoint, text: str) -> np.ndarray:
 SEEN = ["a", "emma", "ana", "evangeline", "m", "vivian", "noam", "emma"]
 
 
-def test_a_large_loss_is_told_as_a_power() -> None:
+def test_above_ln_v_a_loss_is_worse_than_knowing_nothing() -> None:
     assert "among 2.7 instead" in report.meaning(1.0, 27)
-    assert "among e^2000 instead" in report.meaning(2000.0, 27)
+    assert "among 26.9 instead of all 27" in report.meaning(3.293, 27)
+    for loss in (3.4, 2000.0):
+        assert "worse than knowing nothing" in report.meaning(loss, 27)
 
 
 def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]]]:
