@@ -25,7 +25,7 @@ from crosscheck.trace import Array, Pair, Step, real, suited, trace_step
 from microgpt.backend import State, Tensors, fresh_state, load_backend
 from microgpt.checkpoint import load_checkpoint, not_finite
 from microgpt.config import DEFAULT_PRESET, Config, load_config
-from microgpt.data import digest, load_documents, nth, parts
+from microgpt.data import IN_PYTHON, TEXTS_ARE_GONE, digest, load_documents, nth, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import pick
@@ -759,6 +759,8 @@ def _trained(config: Config, steps: int, known: str) -> tuple[Tokenizer, State, 
 
     known    the digest of the documents that the run was trained on, if there was one
     """
+    if config.dataset == IN_PYTHON:
+        raise MicrogptError(f"{TEXTS_ARE_GONE}; leave --step out")
     rng = Random(config.seed)
     documents = load_documents(config.dataset, config.documents)
     rng.shuffle(documents)

@@ -308,7 +308,7 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
         documents = _documents(config, out)
         Random(config.seed).shuffle(documents)
         if digest(documents) != held.documents:
-            if "dataset" in overrides:
+            if config.dataset != held.config.dataset:
                 raise MicrogptError(
                     f"--dataset {overrides['dataset']}: is not the text that the run in {out} was"
                     " trained on; leave out --dataset"
