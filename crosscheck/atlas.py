@@ -736,7 +736,8 @@ def of_run(path: Path | None, text: str | None, step: int | None) -> str:
         known = set(TEXT) <= set(tokenizer.chars)
         text = document if step else TEXT if known else _known_document(config, tokenizer)
     tokenizer.encode(text)
-    where = f"after {state.updates:,} steps" if step is None else f"before and after step {step:,}"
+    steps = f"{state.updates:,} step{'' if state.updates == 1 else 's'}"
+    where = f"after {steps}" if step is None else f"before and after step {step:,}"
     params, m, v = (_double(named) for named in (state.params, state.m, state.v))
     state = State(params, m, v, state.updates)
     case = Case(

@@ -410,10 +410,11 @@ def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> Non
 
 
 def _new(options: argparse.Namespace) -> Run:
-    from microgpt.train import new_run
+    from microgpt.train import check_measured, new_run
 
-    source = options.config or DEFAULT_PRESET
-    config = load_config(source, _overrides(options))
+    source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
+    config = load_config(source, overrides)
+    check_measured(config, overrides)
     return new_run(config, options.backend, options.out, Path(source).stem, options.overwrite)
 
 

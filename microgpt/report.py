@@ -125,15 +125,17 @@ class Evaluating:
 
 def beginning(run: Run) -> str:
     """The figures by which two runs are recognised as the same, and how much they see of a text."""
-    config, held_out = run.config, f", {len(run.held_out):,} held out" if run.held_out else ""
+    config, more = run.config, ""
     if isinstance(run.training, Windows):
-        count = f"windows {run.training.per_epoch:,} of {config.window:,} characters"
+        n, more = run.training.per_epoch, " more"
+        windows = "window" if n == 1 else "windows"
+        count = f"{n:,} {windows} of {config.window:,} characters to train on"
         seen = []
     else:
         count = f"documents {len(run.training):,}"
         seen = cropped(run.documents, config.window)
     figures = [
-        f"{count}{held_out}",
+        f"{count}, {len(run.held_out):,}{more} held out" if run.held_out else count,
         f"vocabulary {run.tokenizer.vocab_size:,}",
         f"parameters {run.num_params:,}",
         f"steps {config.steps:,} x {config.batch_size:,}",
@@ -156,7 +158,8 @@ def cropped(documents: list[str], window: int) -> list[str]:
         f"{longer:,} of {len(documents):,} documents {'is' if longer == 1 else 'are'} longer than"
         f" the context: {percent} % of the text is seen"
     )
-    return [said, "to learn all of it: --documents windows"] if share < 0.5 else [said]
+    much = share < 0.5 or 2 * longer > len(documents)
+    return [said, "to learn all of it: --documents windows"] if much else [said]
 
 
 def numbered(samples: list[str], windows: bool) -> str:
