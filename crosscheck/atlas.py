@@ -20,11 +20,12 @@ import numpy as np
 from crosscheck.cases import Case
 from crosscheck.explain import expression
 from crosscheck.report import axes as axis_names
+from crosscheck.sides import IncompleteError
 from crosscheck.trace import Array, Pair, Step, real, suited, trace_step
 from microgpt.backend import State, Tensors, fresh_state, load_backend
-from microgpt.checkpoint import load_checkpoint
+from microgpt.checkpoint import load_checkpoint, not_finite
 from microgpt.config import DEFAULT_PRESET, Config, load_config
-from microgpt.data import digest, load_documents, nth, parts
+from microgpt.data import IN_PYTHON, TEXTS_ARE_GONE, digest, load_documents, nth, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.layout import pick
@@ -656,10 +657,8 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
     origin    where the model comes from, in words
     update    show the model after this step's update, too
     """
-    try:
-        made = Atlas(case, state, update)
-    except FloatingPointError as error:
-        raise MicrogptError(f"{error}, so there is nothing to draw") from None
+    with np.errstate(all="ignore"):  # what overflows is refused
+        made = _finite_atlas(case, state, origin, update)
     value = Source("scalar/value.py")
     stops = list(made.stops())
     example = next(stop for stop in stops if stop.id.endswith("dlayer0.k"))
@@ -682,6 +681,27 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
         weights=sum(np.size(tensor) for tensor in state.params.values()),
         paths=[source.path for source in made.sources],
         update=update,
+    )
+
+
+def _finite_atlas(case: Case, state: State, origin: str, update: bool) -> Atlas:
+    """An atlas whose every number is finite. Raises MicrogptError if there is none."""
+    try:
+        made = Atlas(case, state, update)
+        for step in (*made.steps, *made.after):
+            spoiled = not_finite({key: x for key, x in step.items() if x.dtype.kind == "f"})
+            if spoiled:
+                raise FloatingPointError(f"{spoiled} is not finite everywhere")
+        return made
+    except IncompleteError as error:
+        stop = error.stop
+        why = stop.error.partition(": ")[2] if stop.not_finite else f"{stop.error} ({stop.line})"
+        reason = f"{stop.side} stops: {why}"
+    except FloatingPointError as error:
+        reason = str(error)
+    raise MicrogptError(
+        f"{origin}: {reason}, so there is nothing to draw; choose an earlier --step, or a run"
+        " with a smaller --learning-rate or --init-std"
     )
 
 
@@ -716,7 +736,8 @@ def of_run(path: Path | None, text: str | None, step: int | None) -> str:
         known = set(TEXT) <= set(tokenizer.chars)
         text = document if step else TEXT if known else _known_document(config, tokenizer)
     tokenizer.encode(text)
-    where = f"after {state.updates:,} steps" if step is None else f"before and after step {step:,}"
+    steps = f"{state.updates:,} step{'' if state.updates == 1 else 's'}"
+    where = f"after {steps}" if step is None else f"before and after step {step:,}"
     params, m, v = (_double(named) for named in (state.params, state.m, state.v))
     state = State(params, m, v, state.updates)
     case = Case(
@@ -739,6 +760,8 @@ def _trained(config: Config, steps: int, known: str) -> tuple[Tokenizer, State, 
 
     known    the digest of the documents that the run was trained on, if there was one
     """
+    if config.dataset == IN_PYTHON:
+        raise MicrogptError(f"{TEXTS_ARE_GONE}; leave --step out")
     rng = Random(config.seed)
     documents = load_documents(config.dataset, config.documents)
     rng.shuffle(documents)

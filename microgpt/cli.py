@@ -84,9 +84,10 @@ def _train(run: Run, options: argparse.Namespace) -> int:
         return SIGNALLED + run.signal
     if run.step < config.steps:
         print(f"time is up after step {run.step:,} of {config.steps:,}; {run.how_to_resume}")
-    said = [report.ending(progress, tokenizer.vocab_size)] if progress.done else []
-    if run.held_out:
-        said.append(_loss_of_held_out(run, options.quiet))
+    loss, kept = _loss_of_held_out(run, options.quiet) if run.held_out else (None, "")
+    said = [kept] if kept else []
+    if progress.done:
+        said = [report.ending(progress, tokenizer.vocab_size, loss, kept)]
     if run.num_params > MANY and not options.quiet:
         print(f"drawing {config.num_samples:,} samples ..", flush=True)
     with drawing():
@@ -114,11 +115,13 @@ def log_every(options: argparse.Namespace) -> int:
     return every
 
 
-def _loss_of_held_out(run: Run, quiet: bool) -> str:
+def _loss_of_held_out(run: Run, quiet: bool) -> tuple[float | None, str]:
+    """The loss of what is held out, which metrics.jsonl then has, too; and a line about it."""
     from microgpt import report
     from microgpt.evaluate import evaluation
+    from microgpt.rundir import keep_held_out
 
-    kept = f"on {len(run.held_out):,} {run.config.documents_are} kept from training"
+    kept = f"on {report.counted(len(run.held_out), run.config)} kept from training"
     loss, step = run.latest or (math.nan, -1)
     if step != run.step:
         progress = report.Evaluating(len(run.held_out), quiet)
@@ -126,12 +129,13 @@ def _loss_of_held_out(run: Run, quiet: bool) -> str:
         try:
             loss = evaluation(*model, progress.update).loss
         except ArithmeticError as error:
-            return f"no loss {kept}: {error}"
+            return None, f"no loss {kept}: {error}"
         finally:
             progress.close()
+        keep_held_out(run.out, run.step, loss)
     best = min(run.best or (loss, run.step), (loss, run.step))
     more = f", best {best[0]:.4f} at step {best[1]:,}" if run.best else ""
-    return f"loss {loss:.4f} {kept}{more}"
+    return loss, f"loss {loss:.4f} {kept}{more}"
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -202,7 +206,7 @@ def evaluate(options: argparse.Namespace) -> int:
         }
         print(json.dumps({**said, **report.evaluated(result, V)}, indent=1))
         return 0
-    count = f"{len(documents):,} {config.documents_are}"
+    count = report.counted(len(documents), config)
     print(f"{Path(dataset).name}, {PARTS[part]}: {count}")
     print(f"{'position':>8}  {config.documents_are:>9}  {'loss':>7}")
     for position, (reach, loss) in enumerate(result.by_position, 1):
@@ -386,10 +390,11 @@ def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> Non
 
 
 def _new(options: argparse.Namespace) -> Run:
-    from microgpt.train import new_run
+    from microgpt.train import check_measured, new_run
 
-    source = options.config or DEFAULT_PRESET
-    config = load_config(source, _overrides(options))
+    source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
+    config = load_config(source, overrides)
+    check_measured(config, overrides)
     name = source if source in presets() else Path(source).stem
     if not options.out and not RUN_NAME.fullmatch(name):
         raise MicrogptError(

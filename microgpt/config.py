@@ -166,13 +166,12 @@ def checked(fields: Mapping[str, Any]) -> Config:
         )
     if config.warmup_steps >= config.steps:
         raise MicrogptError(
-            f"warmup_steps {config.warmup_steps} leaves none of the {config.steps} steps;"
-            " take fewer, or more steps"
+            f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}"
         )
     if config.cores > config.batch_size:
         raise MicrogptError(
-            f"cores {config.cores} have a batch_size of {config.batch_size} to share;"
-            " take a larger batch, or fewer cores"
+            f"--cores {config.cores} needs --batch-size {config.cores} or more;"
+            f" it is {config.batch_size}"
         )
     if config.crop == "tokens" and config.block_size < 2:
         raise MicrogptError(
@@ -305,7 +304,7 @@ def typed(name: str, value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise MicrogptError(f"{where}: expected a finite number, got {value}")
     if limits["least"] is not None and value < limits["least"]:
-        why = ": Python's random draws alike from -5 and 5" if name == "seed" else ""
+        why = "; a negative seed would draw the same as its positive" if name == "seed" else ""
         raise MicrogptError(f"{where}: expected {limits['least']} or more, got {value}{why}")
     if limits["above"] is not None and value <= limits["above"]:
         raise MicrogptError(f"{where}: expected more than {limits['above']}, got {value}")

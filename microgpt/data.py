@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -22,6 +23,8 @@ from microgpt.windows import Windows, check_window, cut
 NAMES = FIXTURES / "data" / "names.txt"
 PRIDE = FIXTURES / "data" / "pride.txt"
 EMBEDDED = {"names": NAMES, "pride": PRIDE}
+IN_PYTHON = "(given in Python)"  # the data set of a model that was given a list of texts
+TEXTS_ARE_GONE = "this model was trained on texts given in Python, which are not in its checkpoint"
 
 # the list that the original program downloads
 MAKEMORE_URL = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
@@ -42,14 +45,17 @@ def load_documents(dataset: str, documents: str = "lines") -> list[str]:
         return read(EMBEDDED[dataset])
     if dataset == "makemore":
         return read(makemore())
+    if dataset == IN_PYTHON:
+        raise MicrogptError(f"{TEXTS_ARE_GONE}; name a text file with --dataset")
     if not os.path.isfile(dataset):
         kind = "is a folder, not a" if os.path.isdir(dataset) else "names no data set and no"
         if os.path.exists(dataset) and not os.path.isdir(dataset):
             kind = "is a device or a pipe, not a"
-        raise MicrogptError(
-            f"--dataset: {dataset!r} {kind} file;"
-            f" expected {', '.join(EMBEDDED)}, makemore, or the path of a text file"
-        )
+        known = (*EMBEDDED, "makemore")
+        close = difflib.get_close_matches(dataset[:80], known, n=1)
+        expected = f"expected {', '.join(known)}, or the path of a text file"
+        hint = f"did you mean {close[0]!r}?" if close else expected
+        raise MicrogptError(f"--dataset: {dataset!r} {kind} file; {hint}")
     return read(Path(dataset))
 
 

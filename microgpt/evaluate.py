@@ -89,7 +89,7 @@ def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str
     if part != "all" and dataset:
         raise MicrogptError(f"--part {part}: is of the run's own data set; leave out --dataset")
     if part == "held-out" and not config.held_out:
-        raise MicrogptError("--part held-out: this run held nothing out; measure all")
+        raise MicrogptError("--part held-out: this run held nothing out; use --part all")
     name = dataset or config.dataset
     documents = load_documents(name, config.documents)
     if part != "all":

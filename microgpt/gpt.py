@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -16,7 +16,7 @@ import numpy as np
 from microgpt.backend import NAMES, Backend, State, drawing, fresh_state, load_backend
 from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, not_finite, save_checkpoint
 from microgpt.config import Config, checked, load_config, typed, typed_fields
-from microgpt.data import digest, load_documents, located, parts
+from microgpt.data import IN_PYTHON, digest, load_documents, located, parts
 from microgpt.errors import MicrogptError, shortened
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
@@ -25,20 +25,36 @@ from microgpt.report import cropped
 from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
 from microgpt.train import batch, learning_rate
 
-IN_PYTHON = "(given in Python)"  # where a data set has no name
 LINES = 30  # of a repr
 
 
-class Tensors(dict[str, Any]):
+class Tensors(Mapping[str, Any]):
     """Arrays by name, as copies. To change a model, see `set_params`: writing here is refused."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
-        super().__init__({name: np.array(tensor) for name, tensor in tensors.items()})
-        for array in self.values():
+        self._arrays = {name: np.array(tensor) for name, tensor in tensors.items()}
+        for array in self._arrays.values():
             array.flags.writeable = False
 
-    def __missing__(self, name: object) -> Any:
+    def __getitem__(self, name: str) -> Any:
+        if name in self._arrays:
+            return self._arrays[name]
         raise MicrogptError(f"there is no tensor {shortened(name)}{meant(name, self)}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __setitem__(self, name: str, tensor: object) -> None:
+        raise MicrogptError(
+            f"{shortened(name)}: these tensors are copies, and writing to them would change nothing"
+            " in the model; use set_params({name: array}), or set_grads"
+        )
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
@@ -69,6 +85,8 @@ class GPT:
         **fields: Any,
     ) -> None:
         given = typed_fields({name: plain(value) for name, value in fields.items()}, "GPT")
+        if data is not None and "dataset" in given:
+            raise MicrogptError("GPT: data and dataset are both given; leave one out")
         settings = checked({**asdict(load_config(str(config))), **given})
         if "cores" not in fields:  # processes are for those who ask for them
             settings = replace(settings, cores=1)
@@ -367,9 +385,11 @@ class GPT:
                     f"{where}: there is no parameter {shortened(name)}{meant(name, params)}"
                 )
             try:
+                if np.iscomplexobj(tensor):
+                    raise TypeError
                 found[name] = np.array(tensor, float)
             except (TypeError, ValueError, OverflowError):
-                raise MicrogptError(f"{where}: {name}: expected rows of numbers") from None
+                raise MicrogptError(f"{where}: {name}: expected rows of real numbers") from None
             if found[name].shape != np.shape(params[name]):
                 raise MicrogptError(
                     f"{where}: {name}: expected the shape {np.shape(params[name])}, got"

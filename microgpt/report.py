@@ -13,6 +13,7 @@ from microgpt.shell import bare
 from microgpt.windows import Windows
 
 if TYPE_CHECKING:
+    from microgpt.config import Config
     from microgpt.evaluate import Evaluation
     from microgpt.train import Run
 
@@ -127,15 +128,17 @@ class Evaluating:
 
 def beginning(run: Run) -> str:
     """The figures by which two runs are recognised as the same, and how much they see of a text."""
-    config, held_out = run.config, f", {len(run.held_out):,} held out" if run.held_out else ""
+    config, more = run.config, ""
     if isinstance(run.training, Windows):
-        count = f"windows {run.training.per_epoch:,} of {config.window:,} characters"
+        n, more = run.training.per_epoch, " more"
+        windows = "window" if n == 1 else "windows"
+        count = f"{n:,} {windows} of {config.window:,} characters to train on"
         seen = []
     else:
         count = f"documents {len(run.training):,}"
         seen = cropped(run.documents, config.window)
     figures = [
-        f"{count}{held_out}",
+        f"{count}, {len(run.held_out):,}{more} held out" if run.held_out else count,
         f"vocabulary {run.tokenizer.vocab_size:,}",
         f"parameters {run.num_params:,}",
         f"steps {config.steps:,} x {config.batch_size:,}",
@@ -158,7 +161,8 @@ def cropped(documents: list[str], window: int) -> list[str]:
         f"{longer:,} of {len(documents):,} documents {'is' if longer == 1 else 'are'} longer than"
         f" the context: {percent} % of the text is seen"
     )
-    return [said, "to learn all of it: --documents windows"] if share < 0.5 else [said]
+    much = share < 0.5 or 2 * longer > len(documents)
+    return [said, "to learn all of it: --documents windows"] if much else [said]
 
 
 def numbered(samples: list[str], windows: bool) -> str:
@@ -174,17 +178,31 @@ def shown(text: str, windows: bool) -> str:
     return "\n".join(map(printable, text.split("\n") if windows else [text]))
 
 
-def ending(progress: Progress, vocab_size: int) -> str:
-    """The loss beside that of a model that knows nothing, what that means, and the time it took."""
+def counted(documents: int, config: Config) -> str:
+    """How many documents or windows: 1 document, 2 documents."""
+    return f"{documents:,} {config.documents_are if documents != 1 else config.documents_are[:-1]}"
+
+
+def ending(
+    progress: Progress, vocab_size: int, held_out: float | None = None, kept: str = ""
+) -> str:
+    """The loss beside that of a model that knows nothing, what that means, and the time it took.
+
+    held_out    the loss of what training did not see, by which the model is judged if there is one
+    kept        a line about it
+    """
     loss, uniform = progress.mean(), math.log(vocab_size)
     steps = len(progress.recent)
     over = f"the last {steps} steps" if steps > 1 else "the last step"
-    return (
+    lines = [
         f"loss {figure(loss)}, mean of {over}; knowing nothing would be"
-        f" ln {vocab_size} = {uniform:.4f}\n{meaning(loss, vocab_size)}\n"
-        f"{progress.done:,} steps in {progress.seconds:.2f} s,"
-        f" {1000 * progress.seconds / progress.done:.3f} ms a step"
-    )
+        f" ln {vocab_size} = {uniform:.4f}",
+        kept,
+        meaning(loss if held_out is None else held_out, vocab_size),
+        f"{progress.done:,} step{'' if progress.done == 1 else 's'} in {progress.seconds:.2f} s,"
+        f" {1000 * progress.seconds / progress.done:.3f} ms a step",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def evaluated(result: Evaluation, vocab_size: int) -> dict[str, Any]:
@@ -201,8 +219,9 @@ def evaluated(result: Evaluation, vocab_size: int) -> dict[str, Any]:
 
 def meaning(loss: float, vocab_size: int) -> str:
     """One sentence on what a loss says."""
-    choices = f"{math.exp(loss):.1f}" if loss < 20 else f"e^{loss:.0f}"
+    if loss > math.log(vocab_size):
+        return f"That is worse than knowing nothing, which is a fair choice among all {vocab_size}."
     return (
-        f"The next token is as uncertain as a fair choice among {choices}"
+        f"The next token is as uncertain as a fair choice among {math.exp(loss):.1f}"
         f" instead of all {vocab_size}."
     )

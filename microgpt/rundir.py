@@ -271,6 +271,14 @@ def metrics_until(out: Path, updates: int) -> bytes:
     return b"".join(line + b"\n" for line in lines[:-1])
 
 
+def keep_held_out(out: Path, step: int, loss: float) -> None:
+    """Add the loss of what is held out to the last line of metrics.jsonl, that of this step."""
+    *before, last = metrics_until(out, step).splitlines() or [b""]
+    if last and b'"held_out"' not in last:
+        last = last[:-1] + f', "held_out": {loss!r}}}'.encode()
+        write_metrics(out, b"".join(line + b"\n" for line in (*before, last)))
+
+
 def best_held_out(lines: bytes) -> tuple[float, int] | None:
     """The lowest loss of what is held out in these lines of metrics, and its step, if there is."""
     measured = (json.loads(line) for line in lines.splitlines() if b'"held_out"' in line)

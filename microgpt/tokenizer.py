@@ -53,9 +53,20 @@ class Tokenizer:
         return [self.bos, *self.encode(kept), self.eos][:longest]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. BOS, where it does not close a document, is written <BOS>."""
-        text = {i: char for char, i in self.ids.items()}
-        return "".join([text.get(i, "<BOS>") for i in ids])
+        """The text of ids. BOS, where it does not close a document, is written <BOS>.
+
+        Raises MicrogptError naming the first id that is not in the vocabulary.
+        """
+        text = {i: char for char, i in self.ids.items()} | {self.eos: "<BOS>", self.bos: "<BOS>"}
+        try:
+            return "".join([text[i] for i in ids])
+        except KeyError as unknown:
+            raise MicrogptError(
+                f"decode: the token id {shortened(unknown.args[0])} is outside the vocabulary,"
+                f" which has 0 to {self.vocab_size - 1}"
+            ) from None
+        except TypeError:
+            raise MicrogptError(f"decode: expected token ids, got {shortened(ids)}") from None
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer, config: Config, where: str) -> list[int]:

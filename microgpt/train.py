@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +51,8 @@ from microgpt.signals import between_steps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.windows import Windows
 
-# what --resume may change: nothing that the model or the order of the data depends on (where the
-# data set lies may change, what is in it may not)
+# What --resume may change: nothing that the model or the order of the data depends on. Of the data
+# set, which is the first, the place may change, but not the text.
 RESUMABLE = (
     "dataset",
     "steps",
@@ -321,12 +321,16 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
         config = _changed(held.config, overrides)
         updates = held.state.updates
         if updates > config.steps or (updates == config.steps and (out / SAMPLES).exists()):
-            raise MicrogptError(
-                f"{out}: has had all of its {updates} steps; to train on, ask for more with --steps"
-            )
+            steps = "its only step" if updates == 1 else f"all of its {updates:,} steps"
+            raise MicrogptError(f"{out}: has had {steps}; to train on, ask for more with --steps")
         documents = _documents(config, out)
         Random(config.seed).shuffle(documents)
         if digest(documents) != held.documents:
+            if config.dataset != held.config.dataset:
+                raise MicrogptError(
+                    f"--dataset {overrides['dataset']}: is not the text that the run in {out} was"
+                    " trained on; leave out --dataset"
+                )
             raise MicrogptError(
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
@@ -356,12 +360,20 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
         if name not in RESUMABLE and value != getattr(config, name):
             raise MicrogptError(
                 f"--resume: {name} is part of what was trained and cannot change on the way;"
-                f" what can is {', '.join(RESUMABLE)}"
+                f" what can is {', '.join(RESUMABLE[1:])}"
             )
     changes = {name: value for name, value in overrides.items() if name in RESUMABLE}
     if "dataset" in changes:
         changes["dataset"] = located(str(changes["dataset"]))
-    return checked({**dataclasses.asdict(config), **changes})
+    changed = checked({**dataclasses.asdict(config), **changes})
+    check_measured(changed, overrides)
+    return changed
+
+
+def check_measured(config: Config, given: Container[str]) -> None:
+    """Refuse an --eval-every that was given where there is nothing to measure with."""
+    if "eval_every" in given and config.eval_every and not config.held_out:
+        raise MicrogptError("--eval-every: nothing is held out of training; add --held-out N")
 
 
 def _begin(run: Run, metrics: bytes) -> None:

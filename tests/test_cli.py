@@ -419,6 +419,8 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(small: Path, here: Pat
         ("--out run --n-embd 8", "n_embd is part of what was trained and cannot change"),
         ("--out run --seed 1", "seed is part of what was trained and cannot change"),
         ("--out run --batch-size 2", "batch_size is part of what was trained and cannot change"),
+        ("--out run --dataset names", "names: is not the text that the run in run was trained on"),
+        ("--out run --eval-every 2", "--eval-every: nothing is held out of training"),
         ("--out run --steps 4", "has had all of its 5 steps"),
         ("--out run --steps 0", "--steps: expected 1 or more, got 0"),
         ("--out run --config microgpt", "--config: does not go with --resume"),
@@ -624,9 +626,11 @@ def plain_losses(held: Checkpoint, text: str) -> np.ndarray:
 SEEN = ["a", "emma", "ana", "evangeline", "m", "vivian", "noam", "emma"]
 
 
-def test_a_large_loss_is_told_as_a_power() -> None:
+def test_above_ln_v_a_loss_is_worse_than_knowing_nothing() -> None:
     assert "among 2.7 instead" in report.meaning(1.0, 27)
-    assert "among e^2000 instead" in report.meaning(2000.0, 27)
+    assert "among 26.9 instead of all 27" in report.meaning(3.293, 27)
+    for loss in (3.4, 2000.0):
+        assert "worse than knowing nothing" in report.meaning(loss, 27)
 
 
 def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]]]:
@@ -779,8 +783,11 @@ BAD_INPUT = [
     ("train --dataset ''", "--dataset: ''"),
     (f"train --dataset {LONG}", ""),
     ("train --out words.txt", "--out words.txt: is a file; name a directory"),
-    ("train --seed -5", "--seed: expected 0 or more, got -5: Python's random draws alike from"),
-    ("sample run --seed -5", "--seed: expected 0 or more, got -5: Python's random draws alike"),
+    ("train --eval-every 10", "--eval-every: nothing is held out of training; add --held-out N"),
+    ("train --cores 8", "--cores 8 needs --batch-size 8 or more; it is 1"),
+    ("train --warmup-steps 50 --steps 2", "--warmup-steps 50 must be less than --steps 2"),
+    ("train --seed -5", "--seed: expected 0 or more, got -5; a negative seed would draw the"),
+    ("sample run --seed -5", "--seed: expected 0 or more, got -5; a negative seed would draw"),
     ("train --log-every 0", "--log-every: expected 1 or more, got 0"),
     ("train --log-every 5 --quiet", "--log-every: does not go with --quiet; leave one out"),
     ("train --documents words", "--documents: expected lines or windows, got 'words'"),
@@ -820,11 +827,12 @@ BAD_INPUT = [
     ("eval version", "version: a checkpoint of version '1'"),
     ("eval shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
     ("eval run --dataset missing.txt", "'missing.txt' names no data set and no file"),
+    ("eval run --dataset nmes", "'nmes' names no data set and no file; did you mean 'names'?"),
     ("eval run --dataset empty.txt", "empty.txt: no documents"),
     ("eval run --dataset latin.txt", "latin.txt: line 2 is not UTF-8 text"),
     ("eval run --dataset unseen.txt", "the character 'q' (U+0071) in 'quinn' is not in the"),
     ("eval run --part some", "--part: expected held-out, training or all, got 'some'"),
-    ("eval run --part held-out", "--part held-out: this run held nothing out; measure all"),
+    ("eval run --part held-out", "--part held-out: this run held nothing out; use --part all"),
     ("eval run --part training --dataset words.txt", "--part training: is of the run's own data"),
     ("eval run --backend torch", "unknown backend 'torch'; expected scalar or vectorized"),
 ]

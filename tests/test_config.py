@@ -252,7 +252,7 @@ def test_a_size_is_positive(name: str, text: str) -> None:
         ("init_std", "-0.1", "0 or more, got -0.1"),
         ("init_std_residual", "-0.1", "0 or more, got -0.1"),
         ("num_samples", "-1", "0 or more, got -1"),
-        ("seed", "-5", "0 or more, got -5: Python's random draws alike from -5 and 5"),
+        ("seed", "-5", "0 or more, got -5; a negative seed would draw the same as its positive"),
         ("temperature", "nan", "a finite number, got nan"),
         ("beta1", "nan", "a finite number, got nan"),
         ("learning_rate", "inf", "a finite number, got inf"),

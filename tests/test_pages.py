@@ -311,6 +311,30 @@ def test_what_cannot_be_drawn_is_told_in_one_line(
     assert not (tmp_path / "atlas.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("made", "step", "reason"),
+    [
+        (["--init-std", "1e10"], [], "scalar stops: the logarithm of 0.0"),
+        (["--learning-rate", "1e8"], [], "scalar stops: the logarithm of 0.0"),
+        (["--learning-rate", "1e300"], ["--step", "1"], "is not finite everywhere"),
+    ],
+)
+def test_of_a_diverged_run_the_atlas_says_what_went_wrong(
+    made: list[str],
+    step: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    run, out = str(tmp_path / "run"), str(tmp_path / "atlas.html")
+    microgpt("train", "--steps", "2", *made, "--quiet", "--out", run)
+    capsys.readouterr()
+    assert microgpt("atlas", run, *step, "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert "so there is nothing to draw; choose an earlier --step" in line
+
+
 def test_a_model_that_is_too_large_is_refused_before_it_takes_the_memory() -> None:
     config = load_config(overrides={"n_embd": "256", "n_layer": "4"})
     case = Case("large", "", config, "ab", [["ab"]])

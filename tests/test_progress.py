@@ -155,13 +155,32 @@ def test_measuring_changes_nothing_else_and_the_best_is_known_after_a_resume(
     assert float(best) < float(last) or float(last) < min(kept)
 
 
+def test_what_is_measured_at_the_end_is_kept_and_told_as_the_meaning(
+    start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert microgpt(*start, "--held-out", 1, "--out", "run") == 0
+    (last,) = [line for line in figures("run") if "held_out" in line]
+    loss = last["held_out"]
+    printed = capsys.readouterr().out
+    assert last["step"] == 12
+    said = report.meaning(loss, load_checkpoint(Path("run")).tokenizer.vocab_size)
+    assert f"loss {loss:.4f} on 1 document kept from training\n{said}\n" in printed
+    assert microgpt("report", "run", "--out", "page.html") == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert f"<td>{loss:.4f}</td>" in page
+    assert said in page
+    assert microgpt("train", "--resume", "--out", "run", "--steps", 14) == 0
+    assert [line["step"] for line in figures("run") if "held_out" in line] == [12, 14]
+
+
 def test_what_was_measured_after_the_last_step_is_not_measured_again(start: list[str]) -> None:
     with patch("microgpt.evaluate.evaluation", side_effect=AssertionError("again")):
         assert microgpt(*start, "--held-out", 3, "--eval-every", 4, "--out", "run") == 0
 
 
 def test_what_is_held_out_may_have_no_finite_loss(start: list[str]) -> None:
-    with patch("microgpt.train.evaluation", side_effect=FloatingPointError("inf")):
+    inf = {"side_effect": FloatingPointError("inf")}
+    with patch("microgpt.train.evaluation", **inf), patch("microgpt.evaluate.evaluation", **inf):
         assert microgpt(*start, "--held-out", 3, "--eval-every", 4, "--out", "run") == 0
     assert not any("held_out" in line for line in figures("run"))
 

@@ -6,6 +6,7 @@ import doctest
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,13 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: gpt.step(lr="fast"), "lr: expected a number, got 'fast'"),
     (lambda gpt: gpt.set_params({"wtf": 0}), "there is no parameter 'wtf'; did you mean 'wte'?"),
     (lambda gpt: gpt.set_params({"wte": [[1]]}), "wte: expected the shape (8, 4), got (1, 1)"),
-    (lambda gpt: gpt.set_params({"wte": "a"}), "set_params: wte: expected rows of numbers"),
+    (lambda gpt: gpt.set_params({"wte": "a"}), "set_params: wte: expected rows of real numbers"),
+    (lambda gpt: gpt.set_params({"wte": np.ones((8, 4), complex)}), "wte: expected rows of real"),
+    (lambda gpt: gpt.params.__setitem__("wte", 0), "'wte': these tensors are copies"),
+    (lambda gpt: microgpt.GPT("names", dataset="pride"), "data and dataset are both given"),
+    (lambda gpt: gpt.tokenizer.decode([99]), "the token id 99 is outside the vocabulary"),
+    (lambda gpt: gpt.tokenizer.decode(3), "decode: expected token ids, got 3"),
+    (lambda gpt: gpt.tokenizer.decode(["a"]), "the token id 'a' is outside the vocabulary"),
     (lambda gpt: gpt.set_params({"wte": np.full((8, 4), np.nan)}), "wte: is not finite"),
     (lambda gpt: gpt.set_params([1]), "set_params: expected tensors by name, got [1]"),
     (lambda gpt: gpt.set_grads({}), "set_grads: call forward(documents) and backward() first"),
@@ -209,7 +216,10 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: microgpt.GPT([""]), "data: there is no text in it"),
     (lambda gpt: microgpt.GPT([1]), "data: expected a name, a path or texts, got 1"),
     (lambda gpt: microgpt.GPT(["a\ud800"]), "data: '\\ud800' is no character"),
-    (lambda gpt: gpt.set_params({"wte": [[10**400] * 4] * 8}), "wte: expected rows of numbers"),
+    (
+        lambda gpt: gpt.set_params({"wte": [[10**400] * 4] * 8}),
+        "wte: expected rows of real numbers",
+    ),
     (lambda gpt: microgpt.GPT({"a", "b"}), "data: a set comes in another order each time"),
     (lambda gpt: microgpt.GPT("missing"), "'missing' names no data set and no file"),
     (lambda gpt: microgpt.GPT(TEXTS, "wombat"), "there is no preset and no file 'wombat'"),
@@ -220,6 +230,26 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: microgpt.GPT(TEXTS, seed=-5), "seed: expected 0 or more, got -5"),
     (lambda gpt: microgpt.GPT(TEXTS, n_embd=10**9), "and this machine has"),
 ]
+
+
+def test_steps_that_overflow_give_no_warning_of_numpy(gpt: Any) -> None:
+    for _ in range(3):
+        with suppress(microgpt.MicrogptError):  # a loss that is not finite
+            gpt.step(lr=1e300)
+
+
+def test_the_texts_of_a_model_from_python_are_asked_for_in_one_line(
+    gpt: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt.save("saved")
+    for command, remedy in (
+        (["eval", "saved"], "name a text file with --dataset"),
+        (["atlas", "saved", "--step", "1"], "leave --step out"),
+    ):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "trained on texts given in Python, which are not in its checkpoint; " in line
+        assert line.endswith(remedy)
 
 
 @pytest.mark.parametrize(("misuse", "said"), MISUSES)

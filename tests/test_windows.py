@@ -217,6 +217,8 @@ def test_eval_measures_the_windows_that_were_held_out(
 
 # what is said of a text that is not seen whole
 
+HINT = "to learn all of it: --documents windows"
+
 
 def test_how_much_of_a_text_is_seen_is_said(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book.write_text("x" * 1_600_000, encoding="utf-8")
@@ -224,8 +226,19 @@ def test_how_much_of_a_text_is_seen_is_said(book: Path, capsys: pytest.CaptureFi
     assert microgpt("train", *flags) == 0
     assert capsys.readouterr().out.splitlines()[1:3] == [
         "1 of 1 documents is longer than the context: 0.001 % of the text is seen",
-        "to learn all of it: --documents windows",
+        HINT,
     ]
+
+
+def test_windows_are_counted_by_what_they_are_for(
+    book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--block-size", 20, "--held-out", 1, "--dataset", book, "--steps", 1]
+    book.write_text("abcdefghij" * 6, encoding="utf-8")
+    assert microgpt("train", *WINDOWED, *sizes) == 0
+    assert capsys.readouterr().out.startswith(
+        "1 window of 20 characters to train on, 1 more held out | vocabulary 11"
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +246,14 @@ def test_how_much_of_a_text_is_seen_is_said(book: Path, capsys: pytest.CaptureFi
     [
         (["abcd", "a"], []),
         (["abcde", "abcd"], ["1 of 2 documents is longer than the context: 88.9 % of"]),
-        (["abcde" * 2, "abcdef"], ["2 of 2 documents are longer than the context: 50.0 % of"]),
+        (
+            ["abcdefg", "abcde", "a"],
+            ["2 of 3 documents are longer than the context: 69.2 % of", HINT],
+        ),
+        (
+            ["abcde" * 2, "abcdef", "a", "b"],
+            ["2 of 4 documents are longer than the context: 55.6 % of"],
+        ),
         (["abcde"] + ["a"] * 9999, ["1 of 10,000 documents is longer than the context: 99.9 % of"]),
     ],
 )

@@ -135,10 +135,11 @@ class RunSeen:
 
     @property
     def says(self) -> str:
-        """What the loss means, in a sentence."""
-        if self.loss is None or self.checkpoint is None:
+        """What the loss means, in a sentence: that of what was held out, if it was measured."""
+        loss = self.loss if self.held_out is None else self.held_out
+        if loss is None or self.checkpoint is None:
             return ""
-        return meaning(self.loss, self.checkpoint.tokenizer.vocab_size)
+        return meaning(loss, self.checkpoint.tokenizer.vocab_size)
 
     @property
     def command(self) -> str:
