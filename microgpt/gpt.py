@@ -157,7 +157,8 @@ class GPT:
             done = "has been called for it already" if self._stage else "needs a forward pass"
             raise MicrogptError(f"backward: {done}; call forward(documents) first")
         self._stage = ""
-        self._backend.backward()
+        with np.errstate(all="ignore"):  # gradients that overflow show in the next loss
+            self._backend.backward()
         self._stage = "backward"
 
     def update(self, lr: float | None = None) -> None:
@@ -170,7 +171,8 @@ class GPT:
             )
         lr_t = learning_rate(self.updates, self.config) if lr is None else _rate(lr)
         self._stage, self._watched = "", None
-        self._backend.update(lr_t)
+        with np.errstate(all="ignore"):  # weights that overflow show in the next loss
+            self._backend.update(lr_t)
         self.updates += 1
 
     def step(self, documents: Any = None, lr: float | None = None) -> float:

@@ -114,16 +114,14 @@ class Backend:
         return loss
 
     def backward(self) -> None:
-        with np.errstate(all="ignore"):  # gradients that overflow show in the next loss
-            self.worker.backward()
-            for other in self.busy:
-                other.backward()
-                self.flat_grads += other.flat_grads
+        self.worker.backward()
+        for other in self.busy:
+            other.backward()
+            self.flat_grads += other.flat_grads
 
     def update(self, lr_t: float) -> None:
-        with np.errstate(all="ignore"):  # weights that overflow show in the next loss
-            factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
-            self.worker.update(self.m, self.v, self.updates, lr_t, factor)
+        factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
+        self.worker.update(self.m, self.v, self.updates, lr_t, factor)
         self.updates += 1
 
     def recordings(self, docs: Docs) -> list[tuple[tuple[int, ...], Any]]:
