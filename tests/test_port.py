@@ -397,6 +397,8 @@ def test_the_exit_status_and_json_tell_other_programs(
 def test_a_map_is_drawn_of_all_cases(
     program: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("jinja2", reason="pages need the extra `pages`")
+
     def wrong(tensors: Tensors) -> None:
         tensors["step1/backward/demb"] *= 2
 
