@@ -65,7 +65,9 @@ def test(options: argparse.Namespace) -> int:
 
     ended = Ended()
     with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
-        status = pytest.main([str(Path(__file__).parent), *options.rest], plugins=[ended])
+        # the plugin's package is known already, and pytest says that it cannot rewrite it
+        known = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        status = pytest.main([str(Path(__file__).parent), *known, *options.rest], plugins=[ended])
     if isinstance(getattr(ended, "by", None), KeyboardInterrupt):
         raise ended.by
     return int(status)

@@ -123,7 +123,8 @@ def test_few_elements_are_excused_and_they_are_counted() -> None:
     for name in ("large-attention-logits", "large-logits", *CASES):
         tally = _compared(name).tally
         assert sum(tally.excused.values()) <= tally.elements // 1000
-        assert tally.excused.get("adam_v", 0) == tally.excused.get("params", 0) == 0
+        assert tally.excused.get("adam_v", 0) == 0
+        assert tally.excused.get("params", 0) <= 1  # large-logits: p that its update cancels
     assert _compared("large-attention-logits").tally.excused["backward"] > 0
 
 
