@@ -296,6 +296,8 @@ def _operations(
                 looks = "the value is wrong" if value else (
                     "the value is right, and the derivative is wrong"
                 )  # fmt: skip
+                if not value and not any(x for name, x in found.items() if name != one.words):
+                    looks = "the value is right, and the derivatives are zero everywhere"
                 if hint:
                     rows.append(("looks like", looks))
                 if hint > 1 and row:
