@@ -85,6 +85,7 @@ def _help_of_test() -> str:
         epilog="cases, the smallest first: " + ", ".join(case_names()),
     )
 
+    # conftest's own list of options, in a parser that prints no other
     class Group:
         def addoption(self, *names: str, **settings: Any) -> None:
             parser.add_argument(*names, **settings)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _check_targets(option)
     if option("--html"):
         try:
-            import crosscheck.html  # noqa: F401
+            import_module("crosscheck.html")
         except ModuleNotFoundError as error:
             raise pytest.UsageError(
                 f"--html: the library {error.name} is not there; install what pages need with:"
@@ -170,7 +171,7 @@ def _import_sides() -> None:
     """Refuse a side that cannot be imported, in a few lines."""
     for name in NAMES:
         try:
-            __import__(f"{name}.backend")
+            import_module(f"{name}.backend")
         except Exception as error:
             stop = stop_of(error)
             if stop is None:
