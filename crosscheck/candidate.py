@@ -87,7 +87,7 @@ class Told(BaseException):  # not an Exception: no error of ours, and not to be 
         return self.words.startswith(UNDONE)
 
 
-class _Late(BaseException):
+class Late(BaseException):
     """Raised in a function that has taken too long."""
 
 
@@ -375,12 +375,12 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     """
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), np.errstate(all="ignore"), _limited(candidate, name):
+        with redirect_stdout(printed), np.errstate(all="ignore"), limited(candidate, name):
             found = call()
     except NotImplementedError as error:
         raise Told(name, f"{UNDONE}: it raises NotImplementedError",
                    innermost(candidate, error)) from None  # fmt: skip
-    except _Late as late:
+    except Late as late:
         line = innermost(candidate, late)
         raise Told(name, _late(candidate), line) from None
     except RecursionError as error:
@@ -398,14 +398,14 @@ def _late(candidate: Candidate) -> str:
 
 
 @contextmanager
-def _limited(candidate: Candidate, name: str) -> Iterator[None]:
-    """Within this context, _Late is raised once the time is over; no signals, so on Windows too."""
+def limited(candidate: Candidate, name: str) -> Iterator[None]:
+    """Within this context, Late is raised once the time is over; no signals, so on Windows too."""
     caller, done = threading.get_ident(), threading.Event()
 
     def watch() -> None:
         if done.wait(candidate.time_limit):
             return
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(_Late))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
             frame = sys._current_frames().get(caller)
             while frame and not candidate.own(frame.f_code.co_filename):

@@ -106,7 +106,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
         candidate = load_candidate(path)
     except Told as told:
         verdict = Verdict(CANNOT if told.function == path.name else WRONG, "")
-        verdict.report = _told(told)
+        verdict.report = report_told(told)
         verdict.end = ["", f"next: mend it, then: {again}"]
         return verdict
     candidate.time_limit = time_limit
@@ -122,7 +122,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
         else:
             verdict.functions[told.function] = "wrong"
             verdict.status = WRONG
-        verdict.report = _told(told)
+        verdict.report = report_told(told)
         verdict.fields = {"function": told.function, "problem": told.words, "line": told.line}
     for name, line in candidate.said.items():
         verdict.report += ["", f"{name} prints; left out here: {printable(line)}"[:WIDTH]]
@@ -153,7 +153,7 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
                 continue
             if wrong:
                 verdict.functions[name], verdict.status = "wrong", WRONG
-                verdict.report = _alone(candidate, wrong, hint)
+                verdict.report = report_alone(candidate, wrong, hint)
                 verdict.fields = _plain(wrong)
                 return
             verdict.functions[name] = "right alone"
@@ -161,7 +161,7 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
         wrong = value_alone(candidate)
         if wrong:
             verdict.functions["Value"], verdict.status = "wrong", WRONG
-            verdict.report = _alone(candidate, wrong, 0)
+            verdict.report = report_alone(candidate, wrong, 0)
             verdict.fields = _plain(wrong)
             return
     found = in_whole(candidate) if candidate.functions else None
@@ -182,7 +182,7 @@ def _plain(wrong: Wrong) -> dict[str, Any]:
     return {k: v for k, v in vars(wrong).items() if k not in ("case", "evidence")}
 
 
-def _told(told: Told) -> list[str]:
+def report_told(told: Told) -> list[str]:
     first, *rest = told.words.split("\n")
     lines = ["", *wrapped(f"{told.function} {first}")]
     for words in rest:
@@ -190,7 +190,7 @@ def _told(told: Told) -> list[str]:
     return [*lines, *([f"  your line   {told.line}"[:WIDTH]] if told.line else [])]
 
 
-def _alone(candidate: Candidate, wrong: Wrong, hint: int) -> list[str]:
+def report_alone(candidate: Candidate, wrong: Wrong, hint: int) -> list[str]:
     """The report on a function by itself."""
     rows = []
     if wrong.exceeding:

@@ -26,15 +26,15 @@ from crosscheck.candidate import (
     DEEPEST,
     RESULTS,
     Candidate,
+    Late,
     Told,
-    _Late,
-    _limited,
     guard,
     innermost,
+    limited,
     watched,
 )
 from crosscheck.cases import Case, load_case
-from crosscheck.check import _alone, _told
+from crosscheck.check import report_alone, report_told
 from crosscheck.compare import Disagreement, compare
 from crosscheck.exercises import Exercise, attempted, refused
 from crosscheck.functions import alone, drawn_cases, inputs
@@ -108,7 +108,7 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
 
 
 def _wrong(written: Sequence[str], told: Told) -> Verdict:
-    return Verdict(WRONG, tuple(written), told.function, tuple(_told(told)))
+    return Verdict(WRONG, tuple(written), told.function, tuple(report_told(told)))
 
 
 def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -> Candidate:
@@ -174,7 +174,7 @@ def _judged(
                 continue
             wrong = alone(learner, name, _inputs(name, learner.seed))
             if wrong:
-                return Verdict(WRONG, (), name, tuple(_alone(learner, wrong, hint)))
+                return Verdict(WRONG, (), name, tuple(report_alone(learner, wrong, hint)))
     if exercise.module == "scalar.value" and not exercise.defect:
         verdict = _operations(exercise, learner, written, hint)
         if verdict:
@@ -270,10 +270,10 @@ def _operations(
         if one.function not in written:
             continue
         wanted = _values(shipped, one)
-        with _placed(exercise, learner), _limited(learner, one.function):
+        with _placed(exercise, learner), limited(learner, one.function):
             try:
                 found = _values({**vars(import_module("scalar.value"))}, one)
-            except _Late as late:
+            except Late as late:
                 line = innermost(learner, late)
                 raise Told(one.function, f"goes on for ever, for {one.words}", line) from None
             except NotImplementedError as error:
@@ -372,7 +372,7 @@ def _in_model(exercise: Exercise, learner: Candidate, only: str = "") -> Disagre
         if only not in ("", case.name):
             continue
         lessons = _lessons(case, _draws(exercise, case))
-        with _placed(exercise, learner), _limited(learner, exercise.name):
+        with _placed(exercise, learner), limited(learner, exercise.name):
             theirs, stopped = _theirs(exercise, learner, case, lessons)
         found = _compared(case, lessons, theirs, stopped)
         if found:
@@ -416,7 +416,7 @@ def _theirs(
     try:
         for step in _steps(case, exercise.package, _draws(exercise, case), lessons):
             steps.append(step)
-    except _Late as late:
+    except Late as late:
         words = f"is not done after {learner.time_limit:g} seconds: something goes on for ever"
         raise Told(exercise.name, words, innermost(learner, late)) from None
     except IncompleteError as error:
