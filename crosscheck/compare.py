@@ -352,7 +352,8 @@ def _compare_tensor(
         problem = f"is {theirs.dtype}, and {standard.dtype} was promised"
         return Disagreement(case.name, step, key, problem)
     there = real(key, ours.shape, reference["batch/tokens"])
-    for tolerance, least in standard.widening(step, key, reference):  # noqa: B007, least is read below
+    # B007: `least` is read below the loop
+    for tolerance, least in standard.widening(step, key, reference):  # noqa: B007
         shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
         if (shares <= 1).all():
             break
