@@ -466,8 +466,7 @@ def test_an_array_that_is_assigned_to_is_read_before(text: Callable[[Any], None]
     text(expected)
     recorder = Recorder("float64")
     text(recorder.hold(found))
-    recording = recorder.recording()
-    recording.bind(np.empty(recording.nbytes, np.uint8))
+    recording = recorder.recording(lambda nbytes: np.empty(nbytes, np.uint8))
     recording.run(0)
     np.testing.assert_array_equal(found, expected)
 
@@ -480,8 +479,7 @@ def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
     places = [np.full(result.shape, np.nan) for result in results]
     for result, place in zip(results, places):
         recorder.put(result, place)
-    recording = recorder.recording()
-    recording.bind(np.full(recording.nbytes // 8 + 1, np.nan).view(np.uint8))
+    recording = recorder.recording(lambda n: np.full(n // 8 + 1, np.nan).view(np.uint8))
     for _ in range(2):
         recording.run(0)
     return places
@@ -598,10 +596,10 @@ def test_a_length_is_recorded_once() -> None:
     recordings = 0
     recording = Recorder.recording
 
-    def counted(self: Recorder) -> Any:
+    def counted(self: Recorder, memory: Any) -> Any:
         nonlocal recordings
         recordings += 1
-        return recording(self)
+        return recording(self, memory)
 
     with patch.object(Recorder, "recording", counted):
         for docs in (DOCS[:2], [doc[::-1] for doc in DOCS[:2]], DOCS[1::-1]):

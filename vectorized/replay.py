@@ -73,7 +73,7 @@ class Replay:
         """An update by Adam, with the gradient times a factor."""
         self.numbers = step, lr_t, factor
         if self.adam is None:
-            self.adam = self._bound(self._record_update(m, v))
+            self.adam = self._record_update(m, v)
         self.adam.run(0)
 
     def _record_training(self, B: int, T: int) -> Step:
@@ -86,14 +86,14 @@ class Replay:
         loss_backward(held, params, dparams, self.config, tap, dtap)
         for name, grad in named_views(self.flat_grads, self.shapes).items():
             recorder.put(pick(dparams, name), grad)
-        return Step(batch, loss, recorder.recording())
+        return Step(batch, loss, recorder.recording(self._memory))
 
     def _record_losses(self, B: int, T: int) -> Step:
         recorder, batch, params, tap = self._begin(B, T)
         losses = np.empty((B, T), self.flat.dtype)
         loss_forward(Batch(*map(recorder.hold, batch)), params, self.config, tap)
         recorder.put(tap.loss_t, losses)
-        return Step(batch, losses, recorder.recording())
+        return Step(batch, losses, recorder.recording(self._memory))
 
     def _record_update(self, m: Array, v: Array) -> Recording:
         recorder = Recorder(self.flat.dtype)
@@ -108,7 +108,7 @@ class Replay:
             if self.config.grad_clip:
                 grads = factor * grads
             adam(params, grads, m_, v_, step, lr_t, self.config)
-        return recorder.recording()
+        return recorder.recording(self._memory)
 
     def _begin(self, B: int, T: int) -> tuple[Recorder, Batch, Tree, Tree]:
         dtype = self.flat.dtype
@@ -124,20 +124,18 @@ class Replay:
         step = self.kept.pop(key, None)
         if step is None:
             step = record(*key[1:])
-            self._bound(step.recording)
             self.calls += step.recording.size
             while self.calls > CALLS and self.kept:
                 self.calls -= self.kept.pop(next(iter(self.kept))).recording.size
         self.kept[key] = step
         return step
 
-    def _bound(self, recording: Recording) -> Recording:
-        """The recording, in the block of memory where all of them work."""
-        if recording.nbytes > len(self.block) - ALIGN:
+    def _memory(self, nbytes: int) -> Array:
+        """Memory for a recording: the first bytes of the block."""
+        if nbytes > len(self.block) - ALIGN:
             self.kept.clear()  # they work in the old block
             self.calls = 0
             self.adam = None
             self.block = np.empty(0, np.uint8)  # free the old block before making a larger one
-            self.block = np.empty(ROOM * recording.nbytes + ALIGN, np.uint8)
-        recording.bind(self.block[-address(self.block) % ALIGN :])
-        return recording
+            self.block = np.empty(ROOM * nbytes + ALIGN, np.uint8)
+        return self.block[-address(self.block) % ALIGN :]
