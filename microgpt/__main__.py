@@ -2,12 +2,14 @@
 
 import sys
 
+from microgpt.launch import attach
 from microgpt.signals import begin
 
 
 def main() -> int:
     """Run a command; returns the exit status."""
     begin("microgpt")
+    attach()
     from microgpt.cli import main as run
 
     return run()

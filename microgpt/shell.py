@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from microgpt.errors import MicrogptError, printable
+from microgpt.launch import RANK, told
 from microgpt.signals import SIGNALLED, at_once
 from microgpt.whereabouts import refuse_another_copy
 
@@ -23,7 +24,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
+        if not told(RANK):  # one rank says it
+            say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -67,6 +69,7 @@ def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     try:
         options, unknown = parser.parse_known_args(arguments)
+        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
         if hasattr(options, "rest"):
             options.rest = unknown
         elif unknown:
