@@ -2,15 +2,15 @@
 
 import sys
 
-from microgpt.launch import attach
-from microgpt.signals import begin
+from microgpt.runs.launch import attach
+from microgpt.runs.signals import begin
 
 
 def main() -> int:
     """Run a command; returns the exit status."""
     begin("microgpt")
     attach()
-    from microgpt.cli import main as run
+    from microgpt.cli.commands import main as run
 
     return run()
 

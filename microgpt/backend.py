@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.ranks import ALONE, Comm
+from microgpt.runs.ranks import ALONE, Comm
 from microgpt.tokenizer import Tokenizer
 
 # A tensor at the border is what numpy.asarray reads and what iterates as rows of numbers: nested

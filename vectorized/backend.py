@@ -18,8 +18,8 @@ import numpy as np
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.layout import Tree, written
-from microgpt.memory import most_walkers
-from microgpt.ranks import ALONE, Comm
+from microgpt.runs.memory import most_walkers
+from microgpt.runs.ranks import ALONE, Comm
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip

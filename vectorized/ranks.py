@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from microgpt.backend import Docs
-from microgpt.ranks import Comm
+from microgpt.runs.ranks import Comm
 from vectorized.model import Array
 
 

@@ -1,0 +1,121 @@
+"""Ctrl-C, SIGTERM and a closed terminal: an end at once, or one between two steps.
+
+The entry of a command imports this module before anything else, so it imports little itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from microgpt.runs.launch import RANK, told
+
+SIGNALLED = 128  # and the signal's number, as shells have it
+
+program = "microgpt"  # as its line says
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+def begin(name: str) -> None:
+    """From now on a signal ends this process in one line, until a command handles it itself."""
+    global program
+    program = name
+    sys.unraisablehook = _not_lost(sys.unraisablehook)
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN if told(RANK) else end)  # rank 0 speaks for all
+
+
+def end(number: int, frame: object = None) -> None:
+    """End the process here and now, as a kill would, in one line."""
+    with suppress(OSError):
+        if sys.stderr is not None:  # else file 2 may be any file
+            os.write(2, f"{program}: interrupted\n".encode())
+    os._exit(SIGNALLED + number)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """A signal raises Interrupted, wherever the program is, but ends the process in an import.
+
+    In there the exception could become another: NumPy makes an ImportError of what it meets.
+    """
+
+    if told(RANK):  # rank 0 ends the others
+        yield
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            end(number)
+        raise Interrupted(number)
+
+    with handled_by(receive):
+        yield
+
+
+@contextmanager
+def between_steps() -> Iterator[list[int]]:
+    """A list that is empty until the first signal; a second one raises Interrupted."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received:
+            raise Interrupted(number)
+        received.append(number)
+
+    with handled_by(receive):
+        yield received
+
+
+@contextmanager
+def handled_by(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let this function receive the signals."""
+    before = {number: signal.getsignal(number) for number in _numbers()}
+    try:
+        for number in before:
+            signal.signal(number, receive)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _numbers() -> list[int]:
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP, and nohup asks for it to be ignored
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _not_lost(
+    before: Callable[[sys.UnraisableHookArgs], object],
+) -> Callable[[sys.UnraisableHookArgs], object]:
+    """What Python does with an exception that it cannot raise, as in a __del__."""
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> object:
+        if isinstance(unraisable.exc_value, Interrupted):
+            end(unraisable.exc_value.number)
+        return before(unraisable)
+
+    return hook
