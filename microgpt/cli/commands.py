@@ -442,7 +442,7 @@ def _cores(options: argparse.Namespace) -> int:
     elif options.cores or not options.out:
         return typed_flag("cores", options.cores or "1")
     else:
-        from microgpt.checkpoint import load_checkpoint
+        from microgpt.runs.checkpoint import load_checkpoint
 
         config = load_checkpoint(options.out).config
     check_backend(options.backend, config)

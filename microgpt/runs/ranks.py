@@ -16,8 +16,8 @@ from threading import Event, Thread
 from time import perf_counter, sleep
 from typing import Any, Protocol
 
-from microgpt.runs import launch
 from microgpt.errors import MicrogptError
+from microgpt.runs import launch
 
 AWAKE, NAP = 0.002, 0.0002  # seconds of polling before the first nap, and of a nap
 BEAT, MISSING = 1.0, 10  # seconds between signs of life, and how many of them may be missing
