@@ -100,11 +100,11 @@ def test_in_micro_batches(
             settle(_taught(case, lessons.first(2), choice, standard))
 
 
-@pytest.mark.about("two processes")
-def test_on_two_cores(
+@pytest.mark.about("two ranks")
+def test_on_two_ranks(
     case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
 ) -> None:
-    """A batch that two processes share is the same batch."""
+    """A batch that two ranks share is the same batch (see crosscheck.ranks)."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
         settle(_free(shared, lessons, choice, standard, min(3, choice.steps)))

@@ -2,12 +2,14 @@
 
 import sys
 
+from microgpt.runs.launch import attach
 from microgpt.runs.signals import begin
 
 
 def main() -> int:
     """Run a command; returns the exit status."""
     begin("microgpt")
+    attach()
     from microgpt.cli.commands import main as run
 
     return run()

@@ -14,10 +14,17 @@ from time import perf_counter
 
 import numpy as np
 
-from microgpt.backend import Backend, Docs, fresh_state, load_backend
+from microgpt.backend import (
+    Backend,
+    Docs,
+    State,
+    check_backend,
+    fresh_state,
+    load_backend,
+)
 from microgpt.config import Config
 from microgpt.data import digest, load_documents, located, nth, parts
-from microgpt.errors import LostHelpError, MicrogptError
+from microgpt.errors import MicrogptError
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
@@ -48,6 +55,7 @@ from microgpt.runs.directory import (
 )
 from microgpt.runs.files import check_target
 from microgpt.runs.memory import check_memory
+from microgpt.runs.ranks import ALONE, Alone
 from microgpt.runs.signals import between_steps
 from microgpt.settings import TINIEST, checked, flag
 from microgpt.tokenizer import Tokenizer, build_tokenizer
@@ -106,6 +114,7 @@ class Run:
     signal: int = 0  # the signal that ended training early
     unlike: str = ""  # what config.yaml had that the checkpoint has not, when the run went on
     remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
+    ranks: Alone = ALONE  # that take each step together; this is rank 0
 
     def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
         """Run the steps that are left, or as many as max_seconds allows. False if a signal came.
@@ -134,16 +143,12 @@ class Run:
     ) -> None:
         every = self.config.checkpoint_every
         deadline = perf_counter() + (self.config.max_seconds or math.inf)
-        while self.step < self.config.steps and not received:
+        while not self.ranks.any(
+            bool(received) or self.step >= self.config.steps or perf_counter() >= deadline
+        ):
             start = perf_counter()
-            if start >= deadline:
-                break
             lr_t = learning_rate(self.step, self.config)
-            try:
-                loss = self._step(lr_t)
-            except LostHelpError:
-                self._save(metrics)
-                raise
+            loss = self._step(lr_t)
             self.step += 1
             seconds = perf_counter() - start
             held_out = self._measure()
@@ -269,6 +274,7 @@ def new_run(
     name: str,
     overwrite: bool = False,
     say: Callable[[str], object] = id,
+    ranks: Alone = ALONE,
 ) -> Run:
     """A run from its beginning: documents shuffled, weights drawn, directory made.
 
@@ -288,16 +294,18 @@ def new_run(
     config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
-    check_memory(config, tokenizer.vocab_size, documents, backend_name)
+    here = replace(config, cores=ranks.here)
+    check_memory(here, tokenizer.vocab_size, documents, backend_name)
     parts(documents, config)
     num_params = count_params(config, tokenizer.vocab_size)
     if num_params > MANY:
         say(f"drawing {num_params:,} weights and writing the first checkpoint ..")
     params = init_params(config, tokenizer.vocab_size, rng)
-    backend = load_backend(backend_name, config, fresh_state(params))
+    backend = _backend(ranks, backend_name, config, tokenizer, documents, fresh_state(params))
     lock = claim_free(Path("runs") / name) if out is None else claim(out, overwrite)
     with released_on_error(lock):
         run = Run(config, tokenizer, documents, backend, rng, lock, numbered=out is None)
+        run.ranks = ranks
         try:
             _begin(run, b"")
         except MicrogptError:
@@ -307,7 +315,9 @@ def new_run(
     return run
 
 
-def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> Run:
+def resumed_run(
+    out: Path, backend_name: str, overrides: dict[str, object], ranks: Alone = ALONE
+) -> Run:
     """A run that goes on from the checkpoint in its directory.
 
     Raises MicrogptError, with the directory as it was, if that checkpoint cannot be gone on from.
@@ -337,14 +347,51 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
             )
-        check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
-        backend = load_backend(backend_name, config, held.state)
+        here = replace(config, cores=ranks.here)
+        check_memory(here, held.tokenizer.vocab_size, documents, backend_name)
+        backend = _backend(ranks, backend_name, config, held.tokenizer, documents, held.state)
         lines = metrics_until(out, updates)
         best = best_held_out(lines)
         run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates, best)
-        run.unlike = unlike(out, held.config)
+        run.unlike, run.ranks = unlike(out, held.config), ranks
         _begin(run, lines)
     return run
+
+
+def _backend(
+    ranks: Alone,
+    name: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    documents: list[str],
+    state: State,
+) -> Backend:
+    """The backend of rank 0, once all ranks know what to train and have room for it."""
+    ranks.tell((name, config, tokenizer, documents, state.updates))
+    with ranks.agreed():
+        check_backend(name, config)
+    return load_backend(name, config, state, comm=ranks)
+
+
+def follow(ranks: Alone) -> None:
+    """What the other ranks do while rank 0 trains: they take its steps with it.
+
+    Raises AgreedError if a rank cannot train what rank 0 wants to.
+    """
+    name, config, tokenizer, documents, step = ranks.tell()
+    with ranks.agreed():
+        check_memory(replace(config, cores=ranks.here), tokenizer.vocab_size, documents, name)
+    shapes = param_shapes(config, tokenizer.vocab_size)
+    zeros = {tensor: [[0.0] * n_in] * n_out for tensor, (n_out, n_in) in shapes.items()}
+    state = replace(fresh_state(zeros), updates=step)  # rank 0 sends its numbers
+    backend = load_backend(name, config, state, comm=ranks)
+    training, _ = parts(documents, config)
+    with np.errstate(all="ignore"), suppress(ArithmeticError):  # which rank 0 reports
+        while not ranks.any(False):
+            backend.forward(batch(step, training, tokenizer, config))
+            backend.backward()
+            backend.update(learning_rate(step, config))
+            step += 1
 
 
 def _documents(config: Config, out: Path) -> list[str]:

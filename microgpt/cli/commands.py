@@ -20,6 +20,7 @@ from microgpt.cli import shell
 from microgpt.cli.shell import Parser, directory, one_line, say
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError
+from microgpt.runs.ranks import ALONE, Alone, end, joined
 from microgpt.runs.signals import SIGNALLED
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_flag
 
@@ -34,13 +35,34 @@ BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend."""
-    return shell.run(_parser, arguments)
+    return end(shell.run(_parser, arguments))
 
 
 def train(options: argparse.Namespace) -> int:
     """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
+    ranks = joined()
+    if ranks is ALONE and (cores := _cores(options)) > 1:
+        from microgpt.runs.launch import launch
+
+        return launch(cores, options.arguments)
+    with ranks.failing():
+        if ranks.rank == 0:
+            return _lead(options, ranks)
+        from microgpt.train import follow
+
+        follow(ranks)
+        return 0
+
+
+def _lead(options: argparse.Namespace, ranks: Alone) -> int:
     log_every(options)
-    with _resumed(options) if options.resume else _new(options) as run:
+    if ranks is not ALONE:
+        if options.cores not in (None, str(ranks.size)):
+            raise MicrogptError(
+                f"--cores {options.cores}: mpiexec has started {ranks.size} ranks; leave one out"
+            )
+        options.cores = str(ranks.size)
+    with _resumed(options, ranks) if options.resume else _new(options, ranks) as run:
         if run.lock.left_by and not options.quiet:
             left_by = one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
@@ -383,7 +405,7 @@ def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> Non
             raise MicrogptError(f"{flag(name)}: does not go with {flag(other)}; leave one out")
 
 
-def _new(options: argparse.Namespace) -> Run:
+def _new(options: argparse.Namespace, ranks: Alone) -> Run:
     from microgpt.train import check_measured, new_run
 
     source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
@@ -396,10 +418,10 @@ def _new(options: argparse.Namespace) -> Run:
             " and '.', and begins with a letter or digit; name a directory with --out DIR"
         )
     say_so = id if options.quiet else partial(print, flush=True)
-    return new_run(config, options.backend, options.out, name, options.overwrite, say_so)
+    return new_run(config, options.backend, options.out, name, options.overwrite, say_so, ranks)
 
 
-def _resumed(options: argparse.Namespace) -> Run:
+def _resumed(options: argparse.Namespace, ranks: Alone) -> Run:
     from microgpt.train import resumed_run
 
     if options.config is not None or options.overwrite:
@@ -408,7 +430,23 @@ def _resumed(options: argparse.Namespace) -> Run:
     if options.out is None:
         raise MicrogptError("--resume: which run? Name its directory with --out DIR")
     fields = {name: typed_flag(name, text) for name, text in _overrides(options).items()}
-    return resumed_run(options.out, options.backend, fields)
+    return resumed_run(options.out, options.backend, fields, ranks)
+
+
+def _cores(options: argparse.Namespace) -> int:
+    """How many ranks the run is to have."""
+    from microgpt.backend import check_backend
+
+    if not options.resume:
+        config = load_config(options.config or DEFAULT_PRESET, _overrides(options))
+    elif options.cores or not options.out:
+        return typed_flag("cores", options.cores or "1")
+    else:
+        from microgpt.runs.checkpoint import load_checkpoint
+
+        config = load_checkpoint(options.out).config
+    check_backend(options.backend, config)
+    return config.cores
 
 
 def _reading(config: Config, backend_name: str) -> Config:

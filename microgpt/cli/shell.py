@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 from microgpt.cli.whereabouts import refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs import signals
+from microgpt.runs.launch import RANK, told
 from microgpt.runs.signals import SIGNALLED, at_once
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -24,7 +25,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
+        if not told(RANK):  # one rank says it
+            say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -70,6 +72,7 @@ def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     try:
         options, unknown = parser.parse_known_args(arguments)
+        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
         if hasattr(options, "rest"):
             options.rest = unknown
         elif unknown:

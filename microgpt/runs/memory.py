@@ -26,7 +26,7 @@ DRAWN, BUFFERS = 8, 8  # of vectorized: what was drawn, and how many buffers hol
 SPARE = 1.4  # times the arrays of a step: what NumPy needs in between
 PAST_COPIES = 2  # of the keys and values of what is drawn
 DOCUMENT = 200  # a list of tokens
-PROCESS = 35e6  # one more of those that share a batch
+PROCESS = 60e6  # one more rank, without a model
 LINE = 80  # a line of a text file, beside its characters
 COPIES = 3  # of a text file's characters, at most
 PIECES, PIECE = 64, 2**14  # of a text file that are looked at, and bytes of each
@@ -125,7 +125,7 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
         _step(config, vocab_size, each * positions, each * squares, scalar, itemsize),
     )
     walks = 0.0 if scalar else _walks(config, vocab_size, itemsize)
-    others = (config.cores - 1) * (PROCESS + 2.0 * itemsize * params)
+    others = (config.cores - 1) * (PROCESS + BUFFERS * itemsize * params + batch)
     return param * float(params) + batch + walks + DOCUMENT * (B + num) + others
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from microgpt.runs.launch import RANK, told
+
 SIGNALLED = 128  # and the signal's number, as shells have it
 
 program = "microgpt"  # as its line says
@@ -31,7 +33,7 @@ def begin(name: str) -> None:
     program = name
     sys.unraisablehook = _not_lost(sys.unraisablehook)
     for number in _numbers():
-        signal.signal(number, end)
+        signal.signal(number, signal.SIG_IGN if told(RANK) else end)  # rank 0 speaks for all
 
 
 def end(number: int, frame: object = None) -> None:
@@ -49,12 +51,16 @@ def at_once() -> Iterator[None]:
     In there the exception could become another: NumPy makes an ImportError of what it meets.
     """
 
+    if told(RANK):  # rank 0 ends the others
+        yield
+        return
+
     def receive(number: int, frame: FrameType | None) -> None:
         if _importing(frame):
             end(number)
         raise Interrupted(number)
 
-    with _handled_by(receive):
+    with handled_by(receive):
         yield
 
 
@@ -68,12 +74,13 @@ def between_steps() -> Iterator[list[int]]:
             raise Interrupted(number)
         received.append(number)
 
-    with _handled_by(receive):
+    with handled_by(receive):
         yield received
 
 
 @contextmanager
-def _handled_by(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handled_by(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let this function receive the signals."""
     before = {number: signal.getsignal(number) for number in _numbers()}
     try:
         for number in before:
