@@ -36,7 +36,6 @@ FILES = (
     "vectorized/batch.py",
     "vectorized/adam.py",
     "vectorized/sample.py",
-    "vectorized/worker.py",
     "vectorized/ranks.py",
 )
 TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is noticed

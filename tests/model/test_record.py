@@ -619,7 +619,7 @@ def test_few_recordings_are_kept() -> None:
             for n in range(1, 30):
                 backend.forward([[1] * (n + 1)] * 2)
                 backend.backward()
-                kept = list(backend.worker.replay.kept.values())
+                kept = list(backend.worker.kept.values())
                 assert kept
                 assert sum(step.recording.size for step in kept) <= 400
     docs = [[1] * 21, [2] * 20]
@@ -628,7 +628,7 @@ def test_few_recordings_are_kept() -> None:
 
 def test_the_recordings_used_last_are_kept() -> None:
     backend = load(small(block_size=40))
-    replay, often = backend.worker.replay, [[1] * 41] * 2
+    replay, often = backend.worker, [[1] * 41] * 2
     one = replay.training(often)  # the largest: for a larger one, all would be recorded anew
     with patch.object(vectorized.replay, "CALLS", 3 * one.recording.size):
         for n in range(5, 30):
@@ -642,7 +642,7 @@ def test_a_step_of_the_default_model_is_of_few_calls(docs: Docs) -> None:
     backend.forward(docs)
     backend.backward()
     backend.update(0.01)
-    replay = backend.worker.replay
+    replay = backend.worker
     assert replay.training(docs).recording.size + replay.adam.size <= 120
 
 
