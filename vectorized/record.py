@@ -2,21 +2,19 @@
 
 A function of the text is called with arrays that have a shape and no numbers. NumPy hands every
 operation on them to the recorder, which writes down a list of calls (function, arrays in, array
-out). A step of training puts its tokens into place and runs down the list. On the way from the
-text to the list:
+out). A step of training puts its tokens into place and runs down the list. The recorder chooses:
 
-memory order   The last axis of a result lies slowest, documents and positions fastest. Sums over
-               channels then add rows, and a linear layer is one product w . x of matrices.
-few axes       Element-wise calls see views with as few axes as memory allows: `_fused`.
-one object     Views of the same memory are one array: where a call writes over its operand, NumPy
-               need not find out how the two overlap (1.08 at a batch of one).
+memory order   The last axis of a result lies slowest, documents and positions fastest. A sum over
+               channels then adds rows, and a linear layer is one product w . x of matrices.
+few axes       Element-wise calls get views with as few axes as memory allows: `_fused`.
+one object     Views of the same memory are one array object, so that NumPy need not find out how
+               they overlap when a call writes over its operand (1.08 at a batch of one).
 sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
                of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
                64).
-copies         A result that is only copied is computed in its place: `without_copies` (1.06 at 1).
-numbers        What is scaled by two numbers of a run is scaled once: `scaled` (1.01 at 1).
-memory         Results share memory when their lives do not overlap: `placed`.
+places         Results share memory when their lives do not overlap. A result that is only copied
+               is computed where the copy would lie (1.06 at 1): `placed`.
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
 that number of documents.
@@ -27,12 +25,12 @@ decision that depends on the numbers in an array, or an operation that is not kn
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
+from operator import add, mul, sub, truediv
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,8 +61,8 @@ BOUND: dict[Any, Callable[..., Run]] = {
 }
 # How these powers are computed.
 POWERS: dict[Any, list[np.ufunc]] = {2: [np.square], 0.5: [np.sqrt], -0.5: [np.sqrt, np.reciprocal]}
-# What they are called in `operator`, for numbers that are no arrays.
-PLAIN = {"add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv", "power": "pow"}
+# The ufuncs as Python's operations, for numbers that are no arrays.
+PLAIN: dict[str, Any] = dict(add=add, subtract=sub, multiply=mul, divide=truediv, power=pow)
 
 
 class RecordingError(MicrogptError):
@@ -111,9 +109,7 @@ class Number(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Traced) for x in inputs):
             return NotImplemented
-        if ufunc.__name__ not in PLAIN:
-            self._decision()
-        f = getattr(operator, PLAIN[ufunc.__name__])
+        f = PLAIN[ufunc.__name__] if ufunc.__name__ in PLAIN else self._decision()
         x, y = (x.find if isinstance(x, Number) else partial(float, x) for x in inputs)
         return Number(lambda: f(x(), y()))
 
@@ -316,12 +312,9 @@ class Recorder:
         as_rows = out is None and len(every) == 1 and None not in every
         shape: Any = every.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
         operands = [x.like(x.buffer.rows) if n == shape else x for x, n in zip(operands, rows)]
-        if out is not None:
-            self.emit(ufunc, *operands, out)
-            return out
-        out = self.new(shape)
-        self.emit(ufunc, *operands, out)
-        return self.as_one(out) if as_rows else out
+        result = self.new(shape) if out is None else out
+        self.emit(ufunc, *operands, result)
+        return self.as_one(result) if as_rows else result
 
     def as_one(self, rows: Traced) -> Traced:
         """The array (.., 1) of numbers that have been computed n times."""
@@ -406,7 +399,7 @@ class Recorder:
         if not rest:
             return x, index.reshape(-1)
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
-        start = np.broadcast_to(sum(map(operator.mul, rest, strides)), index.shape).ravel()
+        start = np.broadcast_to(sum(map(mul, rest, strides)), index.shape).ravel()
         place = index.buffer, index.start, index.view.strides
         if (key := (place, last, start.tobytes())) not in self.known:
             self.known[key] = out = self.new((index.view.size,), np.intp)
