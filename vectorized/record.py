@@ -62,7 +62,9 @@ BOUND: dict[Any, Callable[..., Run]] = {
 # How these powers are computed.
 POWERS: dict[Any, list[np.ufunc]] = {2: [np.square], 0.5: [np.sqrt], -0.5: [np.sqrt, np.reciprocal]}
 # The ufuncs as Python's operations, for numbers that are no arrays.
-PLAIN: dict[str, Any] = dict(add=add, subtract=sub, multiply=mul, divide=truediv, power=pow)
+PLAIN: dict[str, Any] = {
+    "add": add, "subtract": sub, "multiply": mul, "divide": truediv, "power": pow
+}  # fmt: skip
 
 
 class RecordingError(MicrogptError):
