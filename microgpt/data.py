@@ -165,11 +165,14 @@ def cache_folder() -> Path:
     if os.environ.get("MICROGPT_CACHE"):
         return Path(os.environ["MICROGPT_CACHE"])
     try:
-        return user_cache_path("microgpt", appauthor=False)
-    except RuntimeError:  # the system knows no home of this user
+        folder = user_cache_path("microgpt", appauthor=False)
+    except RuntimeError:  # platformdirs up to 4.12 returns a path that begins with ~ instead
+        folder = Path("~")
+    if not folder.is_absolute():  # the system knows no home of this user
         raise MicrogptError(
             "there is no home directory to keep downloads in; name a folder with MICROGPT_CACHE"
-        ) from None
+        )
+    return folder
 
 
 def sha256_of(content: bytes) -> str:
