@@ -83,10 +83,10 @@ class Buffer:
     """The memory of a result, which gets its place when the recording ends; or the caller's."""
 
     array: Array  # of a result: as large as its memory, and never touched
-    home: Array | None = None  # the caller's array, if this memory is the caller's
-    offset: int = 0  # of a result, in the block of memory
-    end: int = 0
-    uses: list[int] = field(default_factory=list)  # the calls, by number, that use its memory
+    home: Array | None = None  # the array of the caller that it lies in, if it does
+    offset: int = 0  # where it lies in the block of memory otherwise,
+    end: int = 0  # and ends: 0 as long as it has no place
+    uses: list[int] = field(default_factory=list)  # numbers of the calls that use its place
     rows: Any = None  # the view (.., n) if all n are equal and count as one
 
 
@@ -428,45 +428,31 @@ class Recorder:
             self.emit(np.add, table, sums, table)
 
 
-def alike(x: Traced, y: Traced) -> bool:
-    """Whether both are all of their memory, in the same order."""
-    if x.shape != y.shape or not x.whole or not y.whole:
-        return False
-    form = zip(x.shape, x.view.strides, y.view.strides)
-    return x.view.strides == y.view.strides or all(n == 1 or i == j for n, i, j in form)
-
-
 def placed(calls: list[Call]) -> tuple[list[Call], int]:
-    """Give every result its place in one block of memory. Returns the calls that remain, and the
-    bytes of the block.
+    """The calls that remain, their results each at its place in one block, and the block's bytes.
 
-    The last call comes first: a result needs its place from the last call that reads it back to the
-    first that writes it. An element-wise call may write over an operand, so the operand takes the
-    place of the result where that is free. A copy is then left out, and so is a result that no call
-    reads.
+    From the last call to the first: a result needs its place from the last call that reads it back
+    to the first that writes it. An operand takes the place of the result where that is possible,
+    so a copy that would be made in place is left out. Left out is also what no later call reads.
     """
     for i, call in enumerate(calls):
         for x in call.operands:
             x.buffer.uses.append(i)
     kept: list[Call] = []
-    taken: list[Buffer] = []  # the results in use, as they lie
+    taken: list[Buffer] = []  # a result for each place that is in use, in the order of the block
     nbytes = 0
     for i, call in reversed(list(enumerate(calls))):
-        out, copied = call.out.buffer, False
+        out, in_place = call.out.buffer, False
         if out.home is None and not out.end:
             continue
         for x in reversed(call.inputs):
             own = x.buffer
             if own.home is not None or own.end:
                 continue
-            since = own.uses[0] + calls[own.uses[0]].elementwise
-            free = not any(since <= j < i for j in out.uses)
-            free = free and not any(y.buffer.uses is out.uses for y in call.inputs)
-            if free and call.elementwise and alike(x, call.out):
+            if in_place := fits_over(x, i, calls):
                 own.home, own.offset, own.end = out.home, out.offset, out.end
                 out.uses += own.uses
                 own.uses = out.uses
-                copied = call.f == "copy"
             else:
                 start, at, size = 0, 0, own.array.nbytes
                 while at < len(taken) and start + size > taken[at].offset:
@@ -474,11 +460,32 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
                 own.offset, own.end = start, start + size + -size % ALIGN
                 taken.insert(at, own)
                 nbytes = max(nbytes, own.end)
-        if not copied:
+        if call.f != "copy" or not in_place:
             kept.append(call)
         if out.home is None and min(out.uses) == i:
             taken = [buffer for buffer in taken if buffer.offset != out.offset]
     return kept[::-1], nbytes
+
+
+def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
+    """Whether operand x of call i can lie where the result of call i will lie."""
+    call, first = calls[i], x.buffer.uses[0]
+    since = first + calls[first].elementwise  # an element-wise call may write over its operands
+    uses = call.out.buffer.uses
+    return (
+        call.elementwise
+        and alike(x, call.out)
+        and not any(since <= j < i for j in uses)
+        and not any(y.buffer.uses is uses for y in call.inputs)
+    )
+
+
+def alike(x: Traced, y: Traced) -> bool:
+    """Whether both are all of their memory, in the same order."""
+    if x.shape != y.shape or not x.whole or not y.whole:
+        return False
+    form = zip(x.shape, x.view.strides, y.view.strides)
+    return x.view.strides == y.view.strides or all(n == 1 or i == j for n, i, j in form)
 
 
 @dataclass
