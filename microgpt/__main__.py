@@ -2,14 +2,13 @@
 
 import sys
 
-from microgpt.runs.launch import attach
-from microgpt.runs.signals import begin
+from microgpt.runs import launch, signals
 
 
 def main() -> int:
     """Run a command; returns the exit status."""
-    begin("microgpt")
-    attach()
+    launch.begin()
+    signals.begin("microgpt")
     from microgpt.cli.commands import main as run
 
     return run()

@@ -9,25 +9,21 @@ Every command imports this module before anything else, so it imports little its
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from microgpt.errors import MicrogptError
 
 INSTALL = "python -m pip install mpi4py mpich"
-FILES = "MICROGPT_FILES"  # of the command, for its ranks: stdout, stderr, signals, answers
+FILES = "MICROGPT_FILES"  # of the command, for its ranks: stdout, stderr, signals, process ids
 # what MPICH, Open MPI and Slurm tell a process
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 AGAIN = "import sys; sys.path[:] = {!r}; from microgpt.__main__ import main; sys.exit(main())"
-# in the words of mpiexec: a process that a signal has ended, and the number of the signal
-KILLED = re.compile(r"PID (\d+) RUNNING AT.*?EXIT STRING: [^\n]*\(signal (\d+)\)", re.DOTALL)
 
-answers = -1  # the file in which rank 0 answers the command that has launched it
+SAID = "microgpt: error: "
 
 
 def told(names: Sequence[str]) -> int | None:
@@ -35,12 +31,42 @@ def told(names: Sequence[str]) -> int | None:
     return next((int(os.environ[name]) for name in names if name in os.environ), None)
 
 
-def attach() -> None:
-    """Take the output and the signals of the command, if this is a rank that it has launched."""
-    global answers
-    if FILES not in os.environ:
+def begin() -> None:
+    """Where mpiexec has started this process, go on as a rank in a child process.
+
+    This process stays behind to say which rank it was if a signal ends the rank: what mpiexec
+    itself says then is often about another one.
+    """
+    if told(RANK) is None:
         return
-    out, err, signals, answers = map(int, os.environ.pop(FILES).split())
+    rank = os.fork()
+    if rank:
+        _outlive(rank)
+    if FILES in os.environ:
+        _attach(*map(int, os.environ.pop(FILES).split()))
+
+
+def _outlive(rank: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the rank has them as well
+        signal.signal(number, signal.SIG_IGN)
+    status = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
+    if status >= 0:
+        os._exit(status)
+    memory = ", perhaps for want of memory" if status == -signal.SIGKILL else ""
+    said = (
+        f"rank {told(RANK)} (process {rank} on {os.uname().nodename}) was killed by signal"
+        f" {-status}{memory}; go on from the last checkpoint with --resume"
+    )
+    os.write(2, f"{SAID}{said}\n".encode())
+    if "PMI_FD" in os.environ:  # the way of MPICH to end all ranks without further comment
+        os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=2\n")
+        signal.pause()
+    os._exit(2)
+
+
+def _attach(out: int, err: int, signals: int, pids: int) -> None:
+    """Take the output and the signals of the command that has launched this rank."""
+    os.write(pids, f"{os.getpid()}\n".encode())
     os.dup2(err, 2)
     if told(RANK) == 0:
         import threading
@@ -59,12 +85,6 @@ def _receive(signals: int) -> None:
         signal.pthread_kill(main_thread().ident or 0, ord(number or bytes([signal.SIGTERM])))
 
 
-def answer(text: str) -> None:
-    """Let the command know, if one has launched this rank."""
-    if answers >= 0:
-        os.write(answers, text.encode())
-
-
 def launch(ranks: int, arguments: Sequence[str]) -> int:
     """Run the command of these arguments as so many ranks; returns its exit status.
 
@@ -78,16 +98,13 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     command = [mpiexec(ranks), "-launcher", "fork", "-hosts", "localhost", "-n", str(ranks)]
     command += [sys.executable, "-c", AGAIN.format(sys.path), *arguments]
     signals, ours = os.pipe()
-    with TemporaryFile() as said, TemporaryFile() as answered:
-
-        def pids() -> list[int]:
-            return list(map(int, os.pread(answered.fileno(), 1 << 16, 0).split()))
+    with TemporaryFile() as said, TemporaryFile(buffering=0) as pids:
 
         def pass_on(number: int, _: object) -> None:
             os.write(ours, bytes([number]))
 
-        files = [_copy(1), _copy(2), signals, answered.fileno()]
-        with handled_by(pass_on), _stopped_together(pids):
+        files = [_copy(1), _copy(2), signals, pids.fileno()]
+        with handled_by(pass_on), _stopped_together(pids.fileno()):
             try:
                 process = subprocess.Popen(
                     command,
@@ -103,15 +120,10 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             status = process.wait()
         said.seek(0)
         text = said.read().decode(errors="replace").strip()
-        killed = KILLED.search(text)
-        if killed and int(killed[1]) in pids():
-            raise MicrogptError(
-                f"rank {pids().index(int(killed[1]))} (process {killed[1]}) was killed by signal"
-                f" {killed[2]}, perhaps for want of memory; go on from the last checkpoint with"
-                " --resume"
-            )
     if status and text:
-        raise MicrogptError(f"--cores {ranks}: {text}")
+        raise MicrogptError(
+            text.partition(SAID)[2].partition("\n")[0] or f"--cores {ranks}: {text}"
+        )
     return status if status >= 0 else 128 - status
 
 
@@ -143,13 +155,14 @@ def _copy(file: int) -> int:
 
 
 @contextmanager
-def _stopped_together(pids: Any) -> Iterator[None]:
+def _stopped_together(pids: int) -> Iterator[None]:
     """Ctrl-Z stops the ranks as well, until this process goes on."""
 
-    def stop(number: int, frame: object) -> None:
-        for number, which in ((signal.SIGSTOP, pids()), (signal.SIGCONT, pids())):
-            for pid in which:
-                os.kill(pid, number)
+    def stop(_: int, frame: object) -> None:
+        ranks = list(map(int, os.pread(pids, 1 << 16, 0).split()))
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in ranks:
+                os.kill(rank, number)
             if number == signal.SIGSTOP:
                 os.kill(os.getpid(), number)
 

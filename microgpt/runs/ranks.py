@@ -125,8 +125,6 @@ class World(Alone):
         pids: list[tuple[str, int]] = self.comm.allgather((host, os.getpid()))
         self.here = sum(there == host for there, _ in pids)
         self.names = [f"rank {r} (process {pid} on {on})" for r, (on, pid) in enumerate(pids)]
-        if self.rank == 0:
-            launch.answer(" ".join(str(pid) for _, pid in pids))
         self.over = Event()
         self.watch = Thread(target=self._watch, daemon=True)
         self.watch.start()
@@ -219,10 +217,13 @@ class World(Alone):
         """
         others = [0] if self.rank else list(range(1, self.size))
         missing = dict.fromkeys(others, 0)
+        parent = os.getppid()  # see microgpt.runs.launch
         while not self.over.wait(BEAT):
             for other in others:
                 self.pulse.Isend(b"", other).Free()
                 missing[other] += 1
+            if os.getppid() != parent:
+                self._fail(f"the parent of {self.names[self.rank]} was killed")
             for other in self._signs_of_life():
                 missing[other] = 0
             lost = [other for other in others if missing[other] > MISSING + self.rank]
