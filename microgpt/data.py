@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from microgpt.config import FIXTURES, Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.memory import check_file
 from microgpt.windows import Windows, check_window, cut
 
@@ -30,6 +30,8 @@ TEXTS_ARE_GONE = "this model was trained on texts given in Python, which are not
 MAKEMORE_URL = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
 MAKEMORE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 MAKEMORE_BYTES = 228_145
+
+MOST_LINKS = 40  # one after another, which Linux follows
 
 
 def load_documents(dataset: str, documents: str = "lines") -> list[str]:
@@ -55,7 +57,7 @@ def load_documents(dataset: str, documents: str = "lines") -> list[str]:
         close = difflib.get_close_matches(dataset[:80], known, n=1)
         expected = f"expected {', '.join(known)}, or the path of a text file"
         hint = f"did you mean {close[0]!r}?" if close else expected
-        raise MicrogptError(f"--dataset: {dataset!r} {kind} file; {hint}")
+        raise MicrogptError(f"--dataset: {shortened(dataset, 300)} {kind} file; {hint}")
     return read(Path(dataset))
 
 
@@ -195,11 +197,12 @@ def whole(path: Path) -> Iterator[Path]:
     Raises MicrogptError if it cannot be written, or would take the place of what is no file.
     """
     check_target(path)
-    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    # names end at 255 bytes, of which a character takes up to four
+    folder = path.with_name(f".{path.name[:50]}.{os.getpid()}.{secrets.token_hex(4)}")
     file = folder / path.name
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             folder.mkdir()
             yield file
             with open(file, "rb+") as written:
@@ -224,9 +227,35 @@ def check_target(path: Path, name: str = "") -> None:
         return
     except OSError as error:
         raise MicrogptError(f"{where}{path}: cannot be written: {error.strerror}") from None
-    if not stat.S_ISREG(kind):
-        what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
-        raise MicrogptError(f"{where}{path}: is {what}, not a file; choose another name")
+    what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
+    if stat.S_ISREG(kind):
+        if not _leads_to_open_file(path):
+            return
+        what = "a link to an open file"
+    raise MicrogptError(f"{where}{path}: is {what}, not a file; choose another name")
+
+
+def _leads_to_open_file(path: Path) -> bool:
+    """Whether a path is a link of the system's, as /dev/stdout, or a link to one.
+
+    Standard output may be a regular file, and yet a file would be put in the place of the link.
+    """
+    for _ in range(MOST_LINKS):
+        if not os.path.islink(path):
+            return False
+        folder = os.path.realpath(path.parent)
+        if folder == "/dev" or folder.startswith("/proc/"):
+            return True
+        path = path.parent / os.readlink(path)
+    return False
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is to be in, where they are not there yet."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except RecursionError:  # makedirs calls itself for each of a thousand folders
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
 
 
 def remove_begun(begun: Path) -> None:

@@ -28,7 +28,7 @@ import yaml
 
 from microgpt.checkpoint import FILE_NAME
 from microgpt.config import Config, read_yaml, stored_config
-from microgpt.data import remove_begun, sync_folder, write_whole, writing
+from microgpt.data import make_folder, remove_begun, sync_folder, write_whole, writing
 from microgpt.errors import MicrogptError
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
@@ -156,7 +156,7 @@ def claim(out: Path, overwrite: bool) -> RunLock:
     Raises TakenError if it belongs to a run that is at work, or is not to be replaced.
     """
     try:
-        os.makedirs(out, exist_ok=True)
+        make_folder(out)
         sync_folder(out.parent)
     except OSError as error:
         raise MicrogptError(f"--out {out}: {error.strerror}") from None

@@ -40,6 +40,7 @@ from microgpt.backend import NAMES
 from microgpt.checkpoint import FILE_NAME, Checkpoint, save_checkpoint
 from microgpt.cli import main as microgpt
 from microgpt.config import load_config
+from microgpt.data import load_documents, write_whole
 from microgpt.errors import MicrogptError
 from microgpt.rundir import METRICS, RUN_FILES
 from microgpt.tokenizer import build_tokenizer
@@ -78,6 +79,10 @@ def special(kind: str, path: Path) -> None:
     elif kind == "link":
         os.mkfifo(path.with_name("elsewhere"))
         path.symlink_to(path.with_name("elsewhere"))
+    elif kind == "open file":  # as /dev/stdout is where standard output goes to a file
+        if not Path("/proc/self/fd").exists():
+            pytest.skip("a system without /proc")
+        path.symlink_to(f"/proc/self/fd/{os.open(__file__, os.O_RDONLY)}")
     else:
         try:
             os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
@@ -127,7 +132,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["FIFO", "device", "link", "folder"])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "link", "folder", "open file"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_is_no_file_is_refused_and_stays_wherever_a_file_is_written(
     writer: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -146,6 +151,38 @@ def test_what_is_no_file_is_refused_and_stays_wherever_a_file_is_written(
     assert status == 2
     assert "not a file; choose another name" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "\u00e9" * 127, "b" * 240])
+def test_a_file_may_have_any_name_that_the_system_takes(name: str, tmp_path: Path) -> None:
+    write_whole(tmp_path / name, b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("count", [1500, 3000])
+def test_a_folder_in_too_many_folders_is_refused_in_one_line(count: int, tmp_path: Path) -> None:
+    deep = str(tmp_path / "/".join("d" * count))
+    status, said = quiet([*training(tmp_path, "vectorized", 2, 0), "--out", deep])
+    assert status == 2
+    assert said.count("\n") == 1
+    assert "File name too long" in said
+
+
+@pytest.mark.parametrize("name", ["progress.json", "01_value.py"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_exercises_that_are_no_files_are_neither_read_nor_replaced(
+    name: str, begun: bool, tmp_path: Path
+) -> None:
+    if begun:
+        assert quiet(["learn", str(tmp_path)]) == (0, "")
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    for command in ("learn", "check"):
+        status, said = quiet([command, str(tmp_path)])
+        assert status == 2
+        assert said.count("\n") == 1
+    assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -443,11 +480,17 @@ def test_a_run_is_named_after_its_file_only_where_that_is_a_name(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("text", ["1_2", "\u0663", " 3", "3 ", "0x3"])
+@pytest.mark.parametrize("text", ["1_2", "\u0663", " 3", "3\n", "0x3"])
 def test_a_number_on_the_command_line_is_decimal(text: str) -> None:
-    if text.strip() == text:
-        with pytest.raises(MicrogptError, match="--steps: expected a whole number"):
-            load_config(overrides={"steps": text})
+    for name, kind in (("steps", "a whole number"), ("temperature", "a number")):
+        with pytest.raises(MicrogptError, match=f"--{name}: expected {kind}, got [^(]*$"):
+            load_config(overrides={name: text})
+
+
+def test_a_name_of_a_data_set_is_quoted_at_no_great_length() -> None:
+    with pytest.raises(MicrogptError) as refused:
+        load_documents("x" * 900_000)
+    assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize("loader", [strict_yaml.PythonLoader, strict_yaml.Loader])
