@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 CANNOT = 2  # exit status where nothing can be checked
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +39,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if path is None:
         return None
     from crosscheck.check import run
-    from microgpt.errors import MicrogptError
+    from microgpt.errors import MicrogptError, printable
 
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture:
@@ -46,8 +47,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     try:
         return run(path, config.getoption("--hint"), True, 5.0)
     except MicrogptError as error:
-        print(f"pytest --candidate: error: {error}", file=sys.stderr)
+        print(f"pytest --candidate: error: {printable(str(error))}", file=sys.stderr)
         return CANNOT
+    except KeyboardInterrupt:
+        print("pytest --candidate: interrupted", file=sys.stderr)
+        return INTERRUPTED
     finally:
         if capture:
             capture.resume_global_capture()

@@ -225,7 +225,7 @@ def bench(options: argparse.Namespace) -> int:
 
     from microgpt import bench as timing
 
-    config = load_config(options.config or DEFAULT_PRESET)
+    config = load_config(_preset(options))
     dtypes = [typed_flag("dtype", options.dtype)] if options.dtype else timing.DTYPES
     if options.calls:
         return _calls(options, config)
@@ -392,7 +392,7 @@ def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> Non
 def _new(options: argparse.Namespace) -> Run:
     from microgpt.train import check_measured, new_run
 
-    source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
+    source, overrides = _preset(options), _overrides(options)
     config = load_config(source, overrides)
     check_measured(config, overrides)
     name = source if source in presets() else Path(source).stem
@@ -421,6 +421,10 @@ def _reading(config: Config, backend_name: str) -> Config:
     """What sampling and evaluating take: one core, no batch, and float64 where it is scalar's."""
     dtype = "float64" if backend_name == "scalar" else config.dtype
     return replace(config, cores=1, dtype=dtype, batch_size=1)
+
+
+def _preset(options: argparse.Namespace) -> str:
+    return DEFAULT_PRESET if options.config is None else str(options.config)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
