@@ -33,7 +33,7 @@ import numpy as np
 
 from microgpt.errors import MicrogptError, printable, shortened
 from microgpt.layout import Tree
-from microgpt.signals import exit_now
+from microgpt.runs.signals import exit_now
 
 TEXTS = {
     "vectorized": ("vectorized.model", "vectorized.adam", "vectorized.sample"),
