@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -31,6 +31,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from microgpt.cli.shell import Plain
 from microgpt.errors import MicrogptError, printable, shortened
 from microgpt.layout import Tree
 from microgpt.runs.signals import exit_now
@@ -399,7 +400,10 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
 def contained(candidate: Candidate, name: str) -> Iterator[None]:
     """Within this context, a candidate neither ends the process nor takes longer than its limit.
 
-    Exit status 0 would say that all is right. Raises Told for what is no Exception.
+    What it prints to standard error does not command the terminal. Exit status 0 would say that
+    all is right.
+
+    Raises Told for what is no Exception.
     """
     here = os.getpid()
 
@@ -408,8 +412,13 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
             raise SystemExit(status)
         exit_now(status)
 
+    errors = Plain(sys.stderr or io.StringIO())
     try:
-        with limited(candidate, name), patch("os._exit", exit_of_a_child):
+        with (
+            limited(candidate, name),
+            patch("os._exit", exit_of_a_child),
+            redirect_stderr(errors),
+        ):
             yield
     except (Exception, KeyboardInterrupt, Told):
         raise
@@ -441,7 +450,8 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
                 frame = frame.f_back
             line = _line(frame.f_code.co_filename, frame.f_lineno) if frame else ""
             words = f"{name} {_late(candidate)}\n  your line   {line}"
-            print(words, file=sys.__stdout__, flush=True)
+            with suppress(Exception):  # of an output that is closed, full or read by no program
+                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
             exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -468,6 +468,69 @@ def test_a_text_that_nobody_draws_does_not_refuse_those_that_are_drawn(run: Path
         assert gpt.sample(5, seed=1) == expected
 
 
+# Candidates
+
+ALONE = "def rmsnorm_backward(dy, y, scale):\n    {}\n"
+
+
+@pytest.mark.parametrize("form", ["{}\n", ALONE], ids=["import", "call"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise SystemExit(0)", "ends the program; leave exit() out"),
+        ("import os; os._exit(0)", "ends the program; leave exit() out"),
+        ("raise GeneratorExit", "raises GeneratorExit"),
+        ("import os; os.fork() or os._exit(0); os.wait(); 1 / 0", "raises ZeroDivisionError"),
+        ("import itertools; all(x >= 0 for x in itertools.count())", "is not done after"),
+    ],
+)
+def test_a_candidate_that_ends_the_program_is_wrong(
+    body: str, said: str, form: str, tmp_path: Path
+) -> None:
+    """Exit status 0, which it may give to the process, would say that it is right."""
+    mine = _written(tmp_path / "mine.py", form.format(body))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2 if form != ALONE else 1, "")
+    assert said in done.stdout
+    assert done.stdout.count("your line") == 1
+
+
+def test_a_candidate_that_sleeps_is_ended_though_nobody_can_read_why(tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", ALONE.format("import time; time.sleep(60)"))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=40)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("body", ["{}; 1 / 0", "import time; {}; time.sleep(60)"])
+def test_a_candidate_cannot_command_the_terminal(body: str, tmp_path: Path) -> None:
+    said = "import sys; print('\x1b[31m', file=sys.stderr)"
+    mine = _written(tmp_path / "mine.py", ALONE.format(body.format(said)))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "\x1b" not in done.stdout + done.stderr
+    assert r"\x1b[31m" in done.stderr
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(0)", "raise GeneratorExit"])
+def test_an_exercise_that_ends_the_program_is_wrong(body: str, tmp_path: Path) -> None:
+    assert quiet(["learn", str(tmp_path)]) == (0, "")
+    first = tmp_path / "01_value.py"
+    text = first.read_text(encoding="utf-8").replace("raise NotImplementedError", body, 1)
+    first.write_text(text, encoding="utf-8")
+    assert microgpt(["check", str(tmp_path)]) == 1
+
+
+def test_an_interrupted_verdict_of_pytest_is_one_line(tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", ALONE.format("raise KeyboardInterrupt"))
+    words = [sys.executable, "-m", "pytest", "--candidate", str(mine)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "pytest --candidate: interrupted\n")
+
+
 # Configurations
 
 
