@@ -524,11 +524,30 @@ def test_an_exercise_that_ends_the_program_is_wrong(body: str, tmp_path: Path) -
     assert microgpt(["check", str(tmp_path)]) == 1
 
 
-def test_an_interrupted_verdict_of_pytest_is_one_line(tmp_path: Path) -> None:
-    mine = _written(tmp_path / "mine.py", ALONE.format("raise KeyboardInterrupt"))
+@pytest.mark.parametrize(
+    ("text", "output", "status", "said"),
+    [
+        (ALONE.format("raise KeyboardInterrupt"), None, 130, "interrupted"),
+        (ALONE.format("return dy"), "/dev/full", 2, "error: output: No space left on device"),
+    ],
+)
+def test_a_verdict_by_pytest_has_the_protections_of_the_commands(
+    text: str, output: str | None, status: int, said: str, tmp_path: Path
+) -> None:
+    mine = _written(tmp_path / "mine.py", text)
+    words = [sys.executable, "-m", "pytest", "--candidate", str(mine)]
+    with open(output or os.devnull, "w", encoding="utf-8") as out:
+        done = subprocess.run(words, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (status, f"pytest --candidate: {said}\n")
+
+
+def test_a_verdict_by_pytest_cannot_command_the_terminal(tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", "x = '\x1b[31m' +\n")
     words = [sys.executable, "-m", "pytest", "--candidate", str(mine)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "pytest --candidate: interrupted\n")
+    assert done.returncode == 2
+    assert r"\x1b[31m" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 # Configurations
