@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -59,8 +60,8 @@ def train(options: argparse.Namespace) -> int:
 def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt.backend import drawing
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.directory import write_samples
-    from microgpt.train import MANY
 
     config, tokenizer = run.config, run.tokenizer
     if not options.quiet:
@@ -136,6 +137,7 @@ def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
     from microgpt.backend import drawing, load_backend
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.checkpoint import load_checkpoint
     from microgpt.runs.memory import check_memory
     from microgpt.tokenizer import prompt_ids
@@ -156,6 +158,9 @@ def sample(options: argparse.Namespace) -> int:
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
+    weights = sum(tensor.size for tensor in held.state.params.values())
+    if weights > MANY:  # standard output is for samples alone
+        say(f"drawing {num:,} samples from {weights:,} weights ..", sys.stderr)
     windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
         with drawing():

@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.checkpoint import FILE_NAME
 from microgpt.runs.files import make_folder, remove_begun, sync_folder, write_whole, writing
 from microgpt.settings import read_yaml, stored_config
@@ -313,7 +313,9 @@ def unlike(out: Path, config: Config) -> str:
     except MicrogptError as error:
         return str(error) if os.path.lexists(out / CONFIG) else ""
     ours, theirs = dataclasses.asdict(config), dataclasses.asdict(found)
-    return ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    return ", ".join(
+        f"{name} {shortened(theirs[name], 200)}" for name in ours if ours[name] != theirs[name]
+    )
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:

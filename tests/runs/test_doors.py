@@ -664,6 +664,36 @@ def test_where_drawing_the_weights_takes_long_it_is_said(
     assert capsys.readouterr().out.startswith("drawing ")
 
 
+def test_where_drawing_documents_takes_long_it_is_said_beside_them(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert microgpt(["sample", str(run), "--num", "2"]) == 0
+    plain = capsys.readouterr()
+    monkeypatch.setattr("microgpt.layout.MANY", 100)
+    assert microgpt(["sample", str(run), "--num", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == plain.out
+    assert plain.err == ""
+    assert said.err.startswith("drawing 2 samples from ")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "RUN", "--dataset", ""],
+        ["train", "--config", "", "--out", "NONE"],
+        ["bench", "--config", ""],
+    ],
+)
+def test_an_empty_name_means_no_default(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    places = {"RUN": str(run), "NONE": str(tmp_path / "none")}
+    status, said = quiet([places.get(word, word) for word in arguments])
+    assert status == 2
+    assert "no preset and no file ''" in said or "'' names no data set and no file" in said
+    assert said.count("\n") == 1
+
+
 # As an ordinary user
 
 ORDINARY = """
