@@ -429,6 +429,9 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
         elif isinstance(error, Late):
             words = _late(candidate)
         raise Told(name, words, innermost(candidate, error)) from None
+    finally:
+        if os.getpid() != here:  # of a process that the candidate began, and left to the caller
+            exit_now(0)
 
 
 def _late(candidate: Candidate) -> str:
@@ -477,7 +480,9 @@ def _line(filename: str, number: int) -> str:
 
 
 def _words(error: BaseException) -> str:
-    first = printable(str(error).strip().partition("\n")[0])
+    first = ""
+    with suppress(Exception):  # an error of the candidate's own may not know its words
+        first = printable(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 

@@ -496,6 +496,22 @@ def test_a_candidate_that_ends_the_program_is_wrong(
     assert done.stdout.count("your line") == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("import os; os.fork(); return dy", "gives wrong numbers in dx"),
+        ("raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})", "raises E"),
+    ],
+)
+def test_a_candidate_is_judged_once_in_one_process(body: str, said: str, tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", ALONE.format(body))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert said in done.stdout
+    assert done.stdout.count("your line") == 1
+
+
 def test_a_candidate_that_sleeps_is_ended_though_nobody_can_read_why(tmp_path: Path) -> None:
     mine = _written(tmp_path / "mine.py", ALONE.format("import time; time.sleep(60)"))
     words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
