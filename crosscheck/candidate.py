@@ -416,7 +416,7 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
     try:
         with (
             limited(candidate, name),
-            patch("os._exit", exit_of_a_child),
+            patch.object(os, "_exit", exit_of_a_child),
             redirect_stderr(errors),
         ):
             yield
@@ -498,7 +498,7 @@ def as_our_array(x: Any) -> Any:
         x = x.detach().cpu().numpy()
     try:
         array = np.asarray(x)
-    except Exception:
+    except (Exception, SystemExit):  # what is no list converts itself, and may do anything
         raise ValueError("ragged lists") from None
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{type(x).__name__} {shortened(x)}" if x is not None else "None")

@@ -105,6 +105,9 @@ def _told(program: str, command: Callable[[], int]) -> int:
             sys.stderr,
         )
         return 2
+    except SystemExit:  # no command of ours: its status would be taken for ours
+        say(f"{program}: error: something that was called has ended the program", sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         say(f"{program}: interrupted", sys.stderr)
         return _signalled(interrupt)

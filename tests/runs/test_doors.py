@@ -500,6 +500,7 @@ def test_a_candidate_that_ends_the_program_is_wrong(
     ("body", "said"),
     [
         ("import os; os.fork(); return dy", "gives wrong numbers in dx"),
+        ("return type('R', (), {'__array__': lambda self: exit(0)})()", "returns ragged lists"),
         ("raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})", "raises E"),
     ],
 )
@@ -510,6 +511,14 @@ def test_a_candidate_is_judged_once_in_one_process(body: str, said: str, tmp_pat
     assert (done.returncode, done.stderr) == (1, "")
     assert said in done.stdout
     assert done.stdout.count("your line") == 1
+
+
+def test_what_ends_the_program_does_not_give_it_its_status(
+    recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with patch("crosscheck.traces.diff", side_effect=SystemExit(0)):
+        assert crosscheck(["diff", str(recorded), str(recorded)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_candidate_that_sleeps_is_ended_though_nobody_can_read_why(tmp_path: Path) -> None:
