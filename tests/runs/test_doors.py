@@ -407,6 +407,12 @@ def test_what_a_file_says_cannot_command_the_terminal(
     assert r"\x1b[31m" in said
 
 
+def test_an_option_of_pytest_cannot_command_the_terminal() -> None:
+    with pytest.raises(pytest.UsageError) as refused:
+        _check_targets({"--save-case": Path("a\x1b[2J")}.get)
+    assert str(refused.value) == r"--save-case a\x1b[2J: expected a name in .yaml"
+
+
 def test_a_case_whose_name_commands_the_terminal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MicrogptError, match="take printable characters"):
         load_case(str(_written(tmp_path / "a\x1b[2J.yaml", "why: x\nchars: a\nbatches: [[a]]\n")))
