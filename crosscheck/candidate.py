@@ -338,7 +338,10 @@ def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, A
 def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
     """A function of the candidate as the text calls it: arrays in, arrays out, told in words."""
     theirs = candidate.functions[name]
-    signature, results = inspect.signature(theirs), RESULTS.get(name)
+    results = RESULTS.get(name)
+    signature = None
+    with suppress(ValueError, TypeError):  # of a function that is not written in Python
+        signature = inspect.signature(theirs)
     wanted = text_functions(candidate.side).get(name)
     inside = False
 
@@ -348,10 +351,11 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
             raise Told(name, f"calls {candidate.side}'s function of that name, which it is to"
                        " take the place of", candidate.line_of(name))  # fmt: skip
         try:
-            signature.bind(*args, **kwargs)
+            if signature:
+                signature.bind(*args, **kwargs)
         except TypeError:
             asked = ", ".join(inspect.signature(wanted).parameters) if wanted else "other arguments"
-            taken = ", ".join(signature.parameters)
+            taken = ", ".join(signature.parameters) if signature else ""
             words = f"takes ({taken}); the text calls it with ({asked})"
             raise Told(name, words, candidate.line_of(name)) from None
         candidate.calls[name] += 1

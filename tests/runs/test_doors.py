@@ -431,6 +431,30 @@ def test_memory_that_runs_out_is_said_in_one_line(
     assert capsys.readouterr().err.startswith("python -m crosscheck diff: error: there is not en")
 
 
+def test_memory_that_runs_out_in_an_import_is_said_in_one_line() -> None:
+    code = "from microgpt.runs.signals import begin; begin('microgpt'); raise MemoryError"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    said = "microgpt: error: there is not enough memory\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_second_signal_says_nothing_twice() -> None:
+    code = """
+import os, signal
+from unittest.mock import patch
+from microgpt.runs.signals import begin
+begin("microgpt")
+write = os.write
+def interrupted(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+with patch("os.write", interrupted):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "microgpt: interrupted\n")
+
+
 # Sampling
 
 
@@ -506,6 +530,7 @@ def test_a_candidate_that_ends_the_program_is_wrong(
     ("body", "said"),
     [
         ("import os; os.fork(); return dy", "gives wrong numbers in dx"),
+        ("pass\nrmsnorm_backward = max", "raises ValueError"),
         ("return type('R', (), {'__array__': lambda self: exit(0)})()", "returns ragged lists"),
         ("raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})", "raises E"),
     ],
@@ -516,7 +541,7 @@ def test_a_candidate_is_judged_once_in_one_process(body: str, said: str, tmp_pat
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     assert said in done.stdout
-    assert done.stdout.count("your line") == 1
+    assert done.stdout.count("type it again") == 1
 
 
 def test_what_ends_the_program_does_not_give_it_its_status(
