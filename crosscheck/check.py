@@ -103,13 +103,12 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     since = time.monotonic()
     again = f"python -m crosscheck check {printable(str(path))}"
     try:
-        candidate = load_candidate(path)
+        candidate = load_candidate(path, time_limit)
     except Told as told:
         verdict = Verdict(CANNOT if told.function == path.name else WRONG, "")
         verdict.report = report_told(told)
         verdict.end = ["", f"next: mend it, then: {again}"]
         return verdict
-    candidate.time_limit = time_limit
     verdict = Verdict(RIGHT, candidate.describe())
     for name in (*candidate.stubs, *candidate.absent):
         verdict.functions[name] = "not attempted"

@@ -158,7 +158,7 @@ def _check_targets(option: Any) -> None:
         if path is None:
             continue
         if name == "--save-case" and path.suffix != ".yaml":
-            raise pytest.UsageError(f"--save-case {path}: expected a name in .yaml")
+            raise pytest.UsageError(printable(f"--save-case {path}: expected a name in .yaml"))
         try:
             check_target(path, name)
             if name == "--save-case":

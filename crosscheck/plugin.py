@@ -5,12 +5,9 @@ Runs that ask for neither are not touched, and import nothing of the crosscheck.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-CANNOT = 2  # exit status where nothing can be checked
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,16 +35,14 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if path is None:
         return None
     from crosscheck.check import run
-    from microgpt.errors import MicrogptError
+    from microgpt.cli.shell import guarded
 
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture:
         capture.suspend_global_capture(in_=True)
     try:
-        return run(path, config.getoption("--hint"), True, 5.0)
-    except MicrogptError as error:
-        print(f"pytest --candidate: error: {error}", file=sys.stderr)
-        return CANNOT
+        hint = config.getoption("--hint")
+        return guarded("pytest --candidate", lambda: run(path, hint, True, 5.0))
     finally:
         if capture:
             capture.resume_global_capture()

@@ -27,7 +27,7 @@ from microgpt.data import digest, load_documents, located, nth, parts
 from microgpt.errors import MicrogptError
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import MANY, param_shapes
 from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -78,8 +78,6 @@ RESUMABLE = (
     "temperature",
     "top_k",
 )
-
-MANY = 2_000_000  # weights, whose drawing takes a second
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -81,8 +82,8 @@ def _lead(options: argparse.Namespace, ranks: Alone) -> int:
 def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt.backend import drawing
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.directory import write_samples
-    from microgpt.train import MANY
 
     config, tokenizer = run.config, run.tokenizer
     if not options.quiet:
@@ -158,6 +159,7 @@ def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
     from microgpt.backend import drawing, load_backend
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.checkpoint import load_checkpoint
     from microgpt.runs.memory import check_memory
     from microgpt.tokenizer import prompt_ids
@@ -178,6 +180,9 @@ def sample(options: argparse.Namespace) -> int:
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
+    weights = sum(tensor.size for tensor in held.state.params.values())
+    if weights > MANY:  # standard output is for samples alone
+        say(f"drawing {num:,} samples from {weights:,} weights ..", sys.stderr)
     windows = config.documents == "windows"
     for left in range(num, 0, -PORTION):  # what is drawn can be read at once
         with drawing():
@@ -241,7 +246,7 @@ def bench(options: argparse.Namespace) -> int:
 
     from microgpt.bench import contest as timing
 
-    config = load_config(options.config or DEFAULT_PRESET)
+    config = load_config(_preset(options))
     dtypes = [typed_flag("dtype", options.dtype)] if options.dtype else timing.DTYPES
     if options.calls:
         return _calls(options, config)
@@ -408,7 +413,7 @@ def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> Non
 def _new(options: argparse.Namespace, ranks: Alone) -> Run:
     from microgpt.train import check_measured, new_run
 
-    source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
+    source, overrides = _preset(options), _overrides(options)
     config = load_config(source, overrides)
     check_measured(config, overrides)
     name = source if source in presets() else Path(source).stem
@@ -453,6 +458,10 @@ def _reading(config: Config, backend_name: str) -> Config:
     """What sampling and evaluating take: one core, no batch, and float64 where it is scalar's."""
     dtype = "float64" if backend_name == "scalar" else config.dtype
     return replace(config, cores=1, dtype=dtype, batch_size=1)
+
+
+def _preset(options: argparse.Namespace) -> str:
+    return DEFAULT_PRESET if options.config is None else str(options.config)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import yaml
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.checkpoint import FILE_NAME
-from microgpt.runs.files import remove_begun, sync_folder, write_whole, writing
+from microgpt.runs.files import make_folder, remove_begun, sync_folder, write_whole, writing
 from microgpt.settings import read_yaml, stored_config
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def claim(out: Path, overwrite: bool) -> RunLock:
     Raises TakenError if it belongs to a run that is at work, or is not to be replaced.
     """
     try:
-        os.makedirs(out, exist_ok=True)
+        make_folder(out)
         sync_folder(out.parent)
     except OSError as error:
         raise MicrogptError(f"--out {out}: {error.strerror}") from None
@@ -298,7 +298,9 @@ def unlike(out: Path, config: Config) -> str:
     except MicrogptError as error:
         return str(error) if os.path.lexists(out / CONFIG) else ""
     ours, theirs = dataclasses.asdict(config), dataclasses.asdict(found)
-    return ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    return ", ".join(
+        f"{name} {shortened(theirs[name], 200)}" for name in ours if ours[name] != theirs[name]
+    )
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:
