@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-LEVELS = 31  # shades on either side of zero
+LEVELS = 20  # shades on either side of zero
 ABSENT = 2 * LEVELS + 1  # the colour of what there is not
-LARGEST = 256  # pixels across; of larger arrays, the largest number of each block is shown
+LARGEST = 256  # pixels across
 NEGATIVE, POSITIVE, GREY = (37, 99, 235), (217, 83, 10), (128, 128, 128)
 
 
@@ -32,20 +32,24 @@ def _diverging() -> Array:
 DIVERGING = _diverging()
 
 
-def heat(numbers: Array, scale: float, there: Array | None = None) -> str:
-    """A matrix as a PNG, one pixel a number: blue below zero, orange above, full at `scale`."""
+def heat(numbers: Array, scale: float, there: Array | None = None, largest: int = LARGEST) -> str:
+    """A matrix as a PNG, one pixel a number: blue below zero, orange above, full at `scale`.
+
+    there      which numbers there are
+    largest    pixels across; of a larger matrix, the largest number of each block is shown
+    """
     matrix = np.atleast_2d(np.asarray(numbers, float))
-    matrix = _smaller(matrix if there is None else np.where(there, matrix, np.nan))
+    matrix = _smaller(matrix if there is None else np.where(there, matrix, np.nan), largest)
     shares = np.clip(np.nan_to_num(matrix) / (scale or 1.0), -1.0, 1.0)
     levels = np.where(np.isfinite(matrix), np.rint(shares * LEVELS) + LEVELS, ABSENT)
     return png(levels.astype(np.uint8), DIVERGING)
 
 
-def _smaller(matrix: Array) -> Array:
+def _smaller(matrix: Array, largest: int) -> Array:
     for axis in (0, 1):
         n = matrix.shape[axis]
-        if n > LARGEST:
-            starts = np.arange(LARGEST) * n // LARGEST
+        if n > largest:
+            starts = np.arange(largest) * n // largest
             high = np.fmax.reduceat(matrix, starts, axis)
             low = np.fmin.reduceat(matrix, starts, axis)
             matrix = np.where(high > -low, high, low)

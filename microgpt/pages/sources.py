@@ -121,6 +121,12 @@ class Source:
         node = self.functions[function]
         return range(node.lineno, (node.end_lineno or 0) + 1)
 
+    def body(self, function: str) -> range:
+        """The lines of a function below its docstring."""
+        node = self.functions[function]
+        first = node.body[1 if ast.get_docstring(node) else 0]
+        return range(first.lineno, (node.end_lineno or 0) + 1)
+
     def equation(self, function: str) -> str:
         """The first line of a docstring."""
         return (ast.get_docstring(self.functions[function]) or "").partition("\n")[0]

@@ -1,0 +1,665 @@
+"""The stops of the atlas: every named tensor of one document, in both implementations.
+
+The stops follow each other as the model computes: the taps from the token to the loss, their
+derivatives back to the embedding, and behind each derivative the gradients of the parameters that
+are computed from it. What is shown is what ran: lines come from the sources, numbers from both
+backends, and the terms of a derivative from the backward pass in scalar's graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosscheck.additions import ALL, Addition, Additions, Place
+from crosscheck.cases import Case
+from crosscheck.explain import expression
+from crosscheck.trace import Array, Step, padded_tokens, real, suited
+from crosscheck.trace import axes as axes_of_key
+from microgpt.backend import Backend, State, load_backend
+from microgpt.checkpoint import not_finite
+from microgpt.errors import MicrogptError
+from microgpt.pages.numbers import rows
+from microgpt.pages.pictures import LARGEST, heat
+from microgpt.pages.sources import Line, Row, Source, side_by_side, upside_down
+from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, params, sizes, taps
+from microgpt.train import learning_rate
+from scalar.backend import Backend as Scalar
+
+MOST = 1_000_000  # products in scalar's graph: weights times positions
+LETTERS = {  # what an axis counts: one, and several
+    "B": ("document", "documents"),
+    "T": ("position", "positions"),
+    "U": ("position looked at", "positions looked at"),
+    "C": ("channel", "channels"),
+    "H": ("head", "heads"),
+    "F": ("channel of the MLP", "channels of the MLP"),
+    "V": ("token of the vocabulary", "tokens of the vocabulary"),
+    "block_size": ("position of the context", "positions of the context"),
+}
+INSIDE = {  # by operation, the value that its operands go into where it is not yet the tap
+    "scores": "the dot product, before it is divided by sqrt(D)",
+    "mean": "the sum over positions, before it is divided by their number",
+    "cross_entropy": "the logit less the largest one, before softmax and -log",
+}
+GENERAL = {tap.name: tap.operands for tap in (*EMBEDDING, *LAYER, *OUTPUT)}
+
+
+class Detail(NamedTuple):
+    """How much is shown of what could be."""
+
+    numbers: int  # of all taps that are written out, twice; of more, the first rows
+    additions: int  # to an element that are listed
+    pixels: int  # across a picture
+
+
+class Link(NamedTuple):
+    """A place on the page, and its name as the stop that links to it writes it."""
+
+    to: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A matrix, or one of several side by side."""
+
+    image: str
+    width: int  # pixels
+    height: int
+    rows: Sequence[str]
+    columns: Sequence[str]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as one implementation has it."""
+
+    code: str  # what to type to see it
+    pictures: list[Picture]
+    numbers: list[str]
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Lines of a source."""
+
+    path: str
+    lines: list[Line]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An addition in words and numbers."""
+
+    source: str  # the derivative that it comes from
+    gradient: float | None  # its number; None where it comes from several elements
+    looks: str  # in attention: which token looks at which
+    factor: str  # what local_grad is, where it is the other factor of a product
+    addition: Addition
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one consumer contributes to a derivative."""
+
+    link: Link
+    pictures: list[Picture]
+    count: int  # additions to the element that is followed
+    value: float  # what they come to there
+    largest: float
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What a backward pass says about itself."""
+
+    function: str
+    equation: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Element:
+    """The element of a tensor whose number is followed."""
+
+    place: Place
+    at: str
+    scalar: float
+    vectorized: float
+    formula: str
+    operands: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A tensor that stands beside that of a stop."""
+
+    id: str  # where links to it lead, or nothing
+    title: str
+    pictures: list[Picture]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A tensor in its place on the way from token to loss, or back."""
+
+    id: str
+    kind: str  # "forward", "backward" or "home"
+    layer: str  # "layer 0", or nothing
+    name: str
+    of: str  # the name without the d of a derivative
+    words: str
+    equation: str
+    letters: str
+    shape: str
+    left: Snippet
+    right: Snippet
+    views: list[View]
+    scale: float
+    apart: float
+    element: Element
+    before: list[Link]  # what it is computed from
+    after: list[Link]  # what is computed from it
+    beside: list[Shown]
+    used_in: list[str] = field(default_factory=list)  # of a derivative: equations with its tensor
+    parts: list[Part] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+    left_out: int = 0
+    inside: str = ""  # what `value` is where it is not yet a tap
+    why: list[Reason] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One element of dk as a sum in both implementations, and dk of its head as a product."""
+
+    stop: Stop
+    head: int
+    u: int
+    d: int  # the channel within the head
+    products: list[tuple[int, float, float]]  # t, dscores and q_heads
+    factors: list[Picture]  # dscores transposed, q_heads, and their product
+
+
+class Stops:
+    """All that the page shows of a model on the first document of a case.
+
+    update    show the model after this step's update, too
+    detail    how much is shown
+
+    Raises MicrogptError if the graph would be too large, FloatingPointError if a number is not
+    finite.
+    """
+
+    def __init__(self, case: Case, state: State, update: bool) -> None:
+        self.case, self.config = case, case.config
+        self.docs, self.number = case.docs(0)[:1], state.updates + 1
+        self.tokens = self.docs[0]
+        self.table, self.params = taps(self.config), params(self.config)
+        self.users = {
+            name: list(dict.fromkeys(user.name for user, _ in found))
+            for name, found in consumers(self.config).items()
+        }
+        self.weights = sum(np.size(tensor) for tensor in state.params.values())
+        self._check_size()
+        self._compute(state, update)
+        self.short = frozenset(map(short, self.table))
+        self.sources = Source("scalar/model.py"), Source("vectorized/model.py")
+        self.links = {name: f"text-{name}" for source in self.sources for name in source.functions}
+        self._behind = [cache(source.behind) for source in self.sources]
+        self._line = [
+            cache(partial(source.highlighted, links=self.links)) for source in self.sources
+        ]
+        self.count = sum(self.scalar[f"forward/{name}"].size for name in self.table)
+        self.detail = Detail(self.count, 16, LARGEST)
+
+    def _check_size(self) -> None:
+        positions = len(self.tokens) - 1
+        if self.weights * positions > MOST:
+            raise MicrogptError(
+                f"{self.weights:,} weights at {positions} positions are more than the atlas can"
+                f" show ({MOST:,} products); take a shorter --text, or a smaller model"
+            )
+
+    def _compute(self, state: State, update: bool) -> None:
+        """Run both implementations, scalar so that every += is known."""
+        config = replace(suited(self.config, "vectorized", "float64"), cores=1)
+        theirs, ours = load_backend("vectorized", config, state, True), Scalar(config, state)
+        self.vectorized = self._traced("vectorized", theirs, theirs.backward)
+        followed = {self.followed(name) for name in (*self.table, *self.params)}
+        several = {name for name, users in self.users.items() if len(users) > 1}
+
+        def backward() -> None:
+            self.additions = Additions(ours, followed, several)
+
+        self.scalar = self._traced("scalar", ours, backward)
+        self.after: Step = {}
+        if update:
+            theirs.update(learning_rate(min(state.updates, self.config.steps - 1), self.config))
+            self.after = self._traced("vectorized, after the update,", theirs, theirs.backward)
+
+    def _traced(self, name: str, backend: Backend, backward: Callable[[], None]) -> Step:
+        """The tensors of a step without its update."""
+        try:
+            backend.forward(self.docs)
+            backward()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name} stops: {error}") from None
+        state, step = backend.state(), {"batch/tokens": padded_tokens(self.docs)}
+        for start, tensors in (
+            ("entry/", state.params),
+            ("adam_m/", state.m),
+            ("adam_v/", state.v),
+            ("forward/", backend.taps()),
+            ("backward/d", backend.dtaps()),
+            ("gradient/d", backend.grads()),
+        ):
+            step |= {f"{start}{key}": np.array(tensor) for key, tensor in tensors.items()}
+        spoiled = not_finite({key: x for key, x in step.items() if x.dtype.kind == "f"})
+        if spoiled:
+            raise FloatingPointError(f"{spoiled} is not finite everywhere")
+        return step
+
+    def __iter__(self) -> Iterator[Stop]:
+        """The way from the token to the loss, and back again to the parameters."""
+        for name in self.table:
+            yield self._forward(name)
+        for name in reversed(self.table):
+            yield self._backward(name)
+            for param in self._settled(name):
+                yield self._home(param)
+
+    def _settled(self, tap: str) -> list[str]:
+        """The parameters whose gradient is whole once that of a tap is known."""
+        return [name for name in reversed(self.params) if self.users[name][0] == tap]
+
+    # --- the three kinds of stops ---
+
+    def _forward(self, name: str) -> Stop:
+        key, tap = f"forward/{name}", self.table[name]
+        beside = []
+        if self.after:
+            after, change = self.after[key], self.after[key] - self.vectorized[key]
+            beside = [self._shown(key, "after the update", after),
+                      self._shown(key, "the change", change)]  # fmt: skip
+        return self._stop(
+            name, "forward", key, "tap", "tap",
+            equation=f"{short(name)} = {self._equation(name)}",
+            before=[self._link(operand, name) for operand in tap.operands],
+            after=[self._link(user, name) for user in self.users[name]],
+            beside=beside,
+        )  # fmt: skip
+
+    def _backward(self, name: str) -> Stop:
+        consumed = [] if self.users[name] else [f"d{name} = 1: the loss rises by 1 when it does"]
+        return self._stop(
+            name, "backward", f"backward/d{name}", "uses", "dtap",
+            equation="".join(consumed),
+            after=[self._link(operand, name, "d") for operand in self.table[name].operands],
+        )  # fmt: skip
+
+    def _home(self, name: str) -> Stop:
+        tree = "dw" if layer_of(name) else "dparams"
+        beside = [
+            self._shown(f"entry/{name}", "the weights", self.vectorized[f"entry/{name}"], name)
+        ]
+        if self.after:
+            before, after = (step[f"entry/{name}"] for step in (self.vectorized, self.after))
+            beside += [
+                self._shown(f"adam_m/{name}", "m after the step", self.after[f"adam_m/{name}"]),
+                self._shown(f"adam_v/{name}", "v after the step", self.after[f"adam_v/{name}"]),
+                self._shown(f"update/{name}", "the update", after - before),
+                self._shown(f"params/{name}", "the weights after it", after),
+            ]
+        return self._stop(name, "home", f"gradient/d{name}", "uses", tree, beside=beside)
+
+    # --- what they consist of ---
+
+    def _stop(
+        self,
+        name: str,
+        kind: str,
+        key: str,
+        ours: str,
+        theirs: str,
+        equation: str = "",
+        before: Sequence[Link] = (),
+        after: Sequence[Link] = (),
+        beside: Sequence[Shown] = (),
+    ) -> Stop:
+        """A stop; that of a derivative with all that it comes from."""
+        tensors, d = (self.scalar[key], self.vectorized[key]), "" if kind == "forward" else "d"
+        scale = max(float(np.abs(tensor).max()) for tensor in tensors)
+        left, right = self._snippets(name, ours, theirs)
+        views = [
+            View(code, self._pictures(key, tensor, scale), self._numbers(key, tensor, lists))
+            for tensor, code, lists in zip(tensors, self._codes(name, kind), (True, False))
+        ]
+        stop = Stop(
+            id=d + name,
+            kind=kind,
+            layer=layer_of(name).replace("layer", "layer ").removesuffix("."),
+            name=d + short(name),
+            of=short(name),
+            words=self._words(name),
+            equation=equation,
+            letters=f"({', '.join(axes_of(name))})",
+            shape=in_words(name, tensors[0].shape),
+            left=left,
+            right=right,
+            views=views,
+            scale=scale,
+            apart=float(np.abs(tensors[0] - tensors[1]).max()),
+            element=self._element(key, name),
+            before=list(before),
+            after=list(after),
+            beside=list(beside),
+        )
+        return self._with_terms(stop, key, name) if d else stop
+
+    def _with_terms(self, stop: Stop, key: str, name: str) -> Stop:
+        """The stop of a derivative, with the additions that it is made of."""
+        users, place = self.users[name], stop.element.place
+        found = self.additions.one[place]
+        most = self.detail.additions
+        kept = found if len(found) <= most else found[: most - 1]
+        parts = [
+            Part(
+                self._link(user, name, "d"),
+                self._pictures(key, tensor, stop.scale),
+                sum(one.source.name == user for one in found),
+                sum(one.product for one in found if one.source.name == user),
+                float(np.abs(tensor).max()),
+            )
+            for user, tensor in self.additions.parts[name].items()
+        ]
+        return replace(
+            stop,
+            before=[self._link(user, name, "d") for user in users],
+            used_in=[f"{self._link(user, name).text} = {self._equation(user)}" for user in users],
+            parts=parts,
+            terms=[self._term(one, name) for one in kept],
+            left_out=len(found) - len(kept),
+            inside=", ".join(filter(None, (INSIDE.get(self.table[x].operation) for x in users))),
+            why=self._why(stop.right, short(name)),
+        )
+
+    def _term(self, one: Addition, name: str) -> Term:
+        name_of, at = one.source
+        looks = ""
+        if "U" in axes_of(name_of) and ALL not in at:
+            looks = f"{self.token(self.tokens[at[2]])} looks at {self.token(self.tokens[at[3]])}"
+        return Term(
+            source=self._written(one.source, name, "d"),
+            gradient=float(self.scalar[f"backward/d{name_of}"][at])
+            if one.share is not None
+            else None,
+            looks=looks,
+            factor=self._written(one.factor, name) if one.factor else "",
+            addition=one,
+        )
+
+    def _words(self, name: str) -> str:
+        """What the sources say about a tap: the comment above it, as a sentence."""
+        place = self.sources[0].keeping("tap", short(name))
+        words = self.sources[0].comment_above(*place) if place else ""
+        return f"{words[0].upper()}{words[1:]}." if words else ""
+
+    def _equation(self, name: str) -> str:
+        """How a tap is computed, with its operands by their names in this model."""
+        equation = self.table[name].equation
+        for operand, general in zip(self.table[name].operands, GENERAL.get(short(name), ())):
+            equation = re.sub(rf"\b{general}\b", self._link(operand, name).text, equation)
+        return equation.replace("activation(", f"{self.config.activation}(")
+
+    def _why(self, snippet: Snippet, of: str) -> list[Reason]:
+        """What the docstrings say of the backward passes that make a derivative."""
+        right = self.sources[1]
+        places = [right.keeping(tree, of) for tree in ("dtap", "dw", "dparams")]
+        names = [place[0] for place in places if place]
+        for line in snippet.lines:
+            text = right.lines[line.number - 1]
+            called = [name for name in right.functions if f"{name}(" in text and "dtap" not in text]
+            names += [name for name in called if name.endswith("_backward")]
+        found = [(name, right.words_of(name)) for name in dict.fromkeys(names)]
+        return [
+            Reason(name, right.equation(name), words)
+            for name, words in found
+            if words.startswith("forward:")
+        ]
+
+    def _snippets(self, name: str, ours: str, theirs: str) -> tuple[Snippet, Snippet]:
+        """The lines of both texts; for a derivative, those of scalar that use the tap."""
+        left, right = self._behind
+        users = {short(user) for user in self.users[name]} if ours == "uses" else set()
+        numbers = {n for user in users or {short(name)} for n in left("tap", user, self.short)}
+        return self._snippet(0, sorted(numbers)), self._snippet(
+            1, right(theirs, short(name), self.short)
+        )
+
+    def _snippet(self, side: int, numbers: Sequence[int]) -> Snippet:
+        lines = [line for n in numbers for line in self._line[side]((n,))]
+        return Snippet(self.sources[side].path, lines)
+
+    def _codes(self, name: str, kind: str) -> tuple[str, str]:
+        """How to get at a tensor in each text."""
+        layer = layer_of(name).removeprefix("layer").removesuffix(".")
+        tree = "params" if kind == "home" else "tap"
+        path = f"{tree}.layers[{layer}].{short(name)}" if layer else f"{tree}.{short(name)}"
+        field = "data" if kind == "forward" else "grad"
+        ours = f"{'loss' if name == 'loss' else path}, .{field} of every Value"
+        return ours, path if kind == "forward" else f"d{path}"
+
+    # --- the element that is followed ---
+
+    def followed(self, name: str) -> Place:
+        """Where the derivative is largest, at the second position if the tensor has positions; of
+        attention, at the last position, which looks at most."""
+        axes, phase = axes_of(name), "backward" if name in self.table else "gradient"
+        sizes = np.abs(self.vectorized[f"{phase}/d{name}"])
+        there = real(f"{phase}/d{name}", sizes.shape, self.vectorized["batch/tokens"])
+        if "T" in axes:
+            T = sizes.shape[axes.index("T")]
+            wanted = T - 1 if "U" in axes else min(1, T - 1)
+            positions = np.arange(T).reshape([-1 if a == "T" else 1 for a in axes])
+            there = there & (positions == wanted)
+        found = np.unravel_index(np.argmax(np.where(there, sizes, -1.0)), sizes.shape)
+        return Place(name, tuple(map(int, found)))
+
+    def _element(self, key: str, name: str) -> Element:
+        place, d = self.followed(name), "" if key.startswith("forward") else "d"
+        behind = expression(self.case, self.number, key, place.at, self.scalar)
+        return Element(
+            place=place,
+            at=self._written(place, name, d),
+            scalar=float(self.scalar[key][place.at]),
+            vectorized=float(self.vectorized[key][place.at]),
+            formula=self._named(behind.formula) if behind else "",
+            operands={self._named(k): _operand(x) for k, x in behind.operands.items()}
+            if behind
+            else {},
+        )
+
+    # --- names ---
+
+    def _link(self, name: str, of: str, d: str = "") -> Link:
+        """A link to a tensor or its derivative, from the stop of another."""
+        return Link(d + name, d + name.removeprefix(self._unsaid(name, of)))
+
+    def _written(self, place: Place, of: str, d: str = "") -> str:
+        """An element, as the stop of another tensor names it."""
+        return d + place.written(self._unsaid(place.name, of))
+
+    def _unsaid(self, name: str, of: str) -> str:
+        """The layer in a name, where it is the same layer, or the only one."""
+        layer = layer_of(name)
+        return layer if self.config.n_layer == 1 or layer == layer_of(of) else ""
+
+    def _named(self, words: str) -> str:
+        """A formula without its layer, where there is only one."""
+        return words.replace("layer0.", "") if self.config.n_layer == 1 else words
+
+    def token(self, i: int) -> str:
+        """A token as it is written beside a row."""
+        tokenizer = self.case.tokenizer
+        if i in (tokenizer.bos, tokenizer.eos):
+            return "BOS" if i == tokenizer.bos else "EOS"
+        char = tokenizer.decode([i])
+        return char if char.isprintable() and char.strip() else f"U+{ord(char):04X}"
+
+    def letters(self) -> list[str]:
+        """The document's tokens."""
+        return [self.token(i) for i in self.tokens]
+
+    def legend(self) -> list[tuple[str, str, int]]:
+        """The letters of shapes, what each counts, and how many of them there are here."""
+        n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.tokens) - 1)
+        return [(letter, LETTERS[letter][1], n[letter]) for letter in LETTERS if letter in n]
+
+    # --- pictures and numbers ---
+
+    def _shown(self, key: str, title: str, tensor: Array, anchor: str = "") -> Shown:
+        scale = float(np.abs(tensor).max())
+        return Shown(anchor, title, self._pictures(key, tensor, scale), scale)
+
+    def _labels(self, letter: str, n: int) -> list[str]:
+        if letter in ("T", "U"):
+            return self.letters()[:n]
+        if letter == "V" and n <= 64:
+            return [self.token(i) for i in range(n)]
+        return [str(i) for i in range(n)] if letter == "block_size" and n <= 32 else []
+
+    def _pictures(self, key: str, tensor: Array, scale: float) -> list[Picture]:
+        """One matrix, or one for each head; what has no rows is one row."""
+        axes = axes_of_key(key)
+        if not axes:
+            return []
+        there = real(key, tensor.shape, self.vectorized["batch/tokens"])
+        if axes[0] == "B":
+            axes, tensor, there = axes[1:], tensor[0], there[0]
+        if len(axes) == 1:
+            axes, tensor, there = ("", *axes), tensor[None], there[None]
+        if axes[0] != "H":
+            return [self._picture(tensor, scale, axes, there)]
+        return [
+            self._picture(matrix, scale, axes[1:], mask, f"head {h}")
+            for h, (matrix, mask) in enumerate(zip(tensor, there))
+        ]
+
+    def _picture(
+        self,
+        matrix: Array,
+        scale: float,
+        axes: Sequence[str],
+        there: Array | None = None,
+        title: str = "",
+    ) -> Picture:
+        rows, columns = matrix.shape
+        labels = self._labels(axes[0], rows), self._labels(axes[1], columns)
+        height = 20 if labels[0] or rows == 1 else max(3, min(12, 220 // rows))
+        width = 22 if title else max(3, min(20, 560 // columns))
+        size = width * columns, height * rows
+        return Picture(heat(matrix, scale, there, self.detail.pixels), *size, *labels, title)
+
+    def _numbers(self, key: str, tensor: Array, lists: bool) -> list[str]:
+        """The numbers in rows; those of parameters are too many."""
+        if key.startswith("gradient"):
+            return []
+        most = min(1.0, self.detail.numbers / self.count) * tensor.size
+        return rows(tensor, axes_of_key(key), self.letters()[:-1], lists, most)
+
+    # --- the example at the head of the page ---
+
+    def example(self, stop: Stop) -> Example:
+        """One element of dk as a sum of products, and dk of its head as one matrix product."""
+        _, u, c = stop.element.place.at
+        D = self.config.head_dim
+        h, d, name = c // D, c % D, layer_of(stop.id[1:])
+        dscores = self.vectorized[f"backward/d{name}attn_logits"][0, h] / D**0.5
+        q = self.vectorized[f"forward/{name}q"][0, :, h * D : (h + 1) * D]
+        factors = [(f"dscores of head {h}, transposed", dscores.T, ("U", "T")),
+                   (f"q of head {h}", q, ("T", "D")),
+                   (f"dk of head {h}", dscores.T @ q, ("U", "D"))]  # fmt: skip
+        return Example(
+            stop, h, u, d,
+            [(t, float(dscores[t, u]), float(q[t, d])) for t in range(u, len(q))],
+            [self._picture(x, float(np.abs(x).max()), axes, None, title)
+             for title, x, axes in factors],
+        )  # fmt: skip
+
+    # --- the map of the way, and the texts ---
+
+    def groups(self) -> list[tuple[str, list[tuple[Link, Link, list[Link]]]]]:
+        """The taps by the function that computes them: each with its derivative, and with the
+        gradients of parameters that are computed from the derivative."""
+        found: dict[str, list[tuple[Link, Link, list[Link]]]] = {}
+        place = "embedding"
+        for name, tap in self.table.items():
+            layer = layer_of(name).replace("layer", "layer ").removesuffix(".")
+            place = layer or ("output" if place.startswith("layer") else place)
+            homes = [Link(f"d{param}", f"d{short(param)}") for param in self._settled(name)]
+            links = Link(name, short(name)), Link(f"d{name}", f"d{short(name)}"), homes
+            found.setdefault(f"{place}: {tap.within}", []).append(links)
+        return list(found.items())
+
+    def texts(self) -> list[dict[str, Any]]:
+        """Both models function by function: the forward pass, and the backward pass beneath."""
+        left, right = self.sources
+        links = dict(self.links)
+        for name in (*self.table, *self.params):
+            if layer_of(name) in ("", "layer0."):
+                of = short(name)
+                trees = ("dtap", "dtap_i") if name in self.table else ("dw", "dparams")
+                links |= {f"{tree}.{of}": f"d{name}" for tree in trees}
+                if name in self.table:
+                    links[f"tap.{of}"] = name
+        found = []
+        for name in left.functions:
+            forward, backward = f"{name}_forward", f"{name}_backward"
+            if forward in right.functions:
+                found.append({"name": name, "forward": forward, "backward": backward,
+                              "rows": side_by_side(left, name, right, forward, links),
+                              "back": upside_down(left, name, right, backward, links)})  # fmt: skip
+        paired = {text[way] for text in found for way in ("forward", "backward")}
+        value = Source("scalar/value.py")
+        for name in right.functions:  # helpers, which have a twin beside Value or none
+            if name not in paired:
+                twin = name in value.functions
+                beside = side_by_side(value, name, right, name, links) if twin else [
+                    Row([], right.highlighted(right.span(name), links))]  # fmt: skip
+                found.append({"name": name, "forward": "", "backward": "", "rows": beside})
+        return found
+
+
+def short(name: str) -> str:
+    """A name without its layer."""
+    return name.rpartition(".")[2]
+
+
+def layer_of(name: str) -> str:
+    """The layer in a name, `layer0.`, or nothing."""
+    return "".join(name.rpartition(".")[:2])
+
+
+def in_words(name: str, shape: Sequence[int]) -> str:
+    """A shape as how many there are of what."""
+    words = [(n, *LETTERS[letter]) for letter, n in zip(axes_of(name), shape)]
+    parts = [f"{n:,} {one if n == 1 else several}" for n, one, several in words]
+    return " x ".join(parts) or "a single number"
+
+
+def _operand(numbers: Any) -> str:
+    """The numbers that an expression takes, up to 16 of them."""
+    if not np.ndim(numbers):
+        return f"{float(numbers):.5g}"
+    flat = np.asarray(numbers).reshape(-1)
+    text = "  ".join(f"{x:.4g}" for x in flat[:16])
+    return text if len(flat) <= 16 else f"{text}  .. ({len(flat)} numbers)"
