@@ -14,13 +14,14 @@ from crosscheck.cases import Case
 from crosscheck.stops import Detail, Snippet, Stops
 from crosscheck.trace import Array
 from microgpt.backend import State, Tensors, fresh_state, load_backend
-from microgpt.checkpoint import load_checkpoint
-from microgpt.config import DEFAULT_PRESET, Config, load_config
+from microgpt.config import Config
 from microgpt.data import IN_PYTHON, TEXTS_ARE_GONE, digest, load_documents, nth, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
 from microgpt.pages.page import render
 from microgpt.pages.sources import Source
+from microgpt.runs.checkpoint import load_checkpoint
+from microgpt.settings import DEFAULT_PRESET, load_config
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.train import batch, learning_rate
 

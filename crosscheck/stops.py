@@ -22,11 +22,11 @@ from crosscheck.explain import expression
 from crosscheck.trace import Array, Step, padded_tokens, real, suited
 from crosscheck.trace import axes as axes_of_key
 from microgpt.backend import Backend, State, load_backend
-from microgpt.checkpoint import not_finite
 from microgpt.errors import MicrogptError
 from microgpt.pages.numbers import rows
 from microgpt.pages.pictures import LARGEST, heat
 from microgpt.pages.sources import Line, Row, Source, side_by_side, upside_down
+from microgpt.runs.checkpoint import not_finite
 from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, params, sizes, taps
 from microgpt.train import learning_rate
 from scalar.backend import Backend as Scalar
