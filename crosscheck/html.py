@@ -48,6 +48,12 @@ ERRORS = np.array(
     ],
     np.uint8,
 )
+COLUMNS = {  # what a column stands for, by kind of comparison; a step in all others
+    "random models": "a random model, with the worst of its steps",
+    "a thousand steps": "the worst of 50 steps of the long run; parameters, after every fifth",
+    "the witness": "an implementation, scalar before vectorized, beside derivatives that no"
+    " backward pass has computed",
+}
 MATRICES = 24  # of the tensor that differs first
 PIXELS = 128  # across each of them
 
@@ -88,6 +94,7 @@ class Sheet:
     """A kind of comparison."""
 
     about: str
+    column: str  # what one stands for
     bands: list[Band]
     columns: list[Column]
 
@@ -215,7 +222,12 @@ def sheet(about: str, parts: Sequence[Part]) -> Sheet:
         if not bands or bands[-1].title != title:
             bands.append(Band(title, []))
         bands[-1].rows.append(name)
-    return Sheet(about, bands, [column(one, place) for one in parts if one.steps])
+    return Sheet(
+        about,
+        COLUMNS.get(about, "a step"),
+        bands,
+        [column(one, place) for one in parts if one.steps],
+    )
 
 
 def rows(parts: Sequence[Part]) -> list[str]:

@@ -38,15 +38,21 @@ LETTERS = {  # what an axis counts: one, and several
     "U": ("position looked at", "positions looked at"),
     "C": ("channel", "channels"),
     "H": ("head", "heads"),
+    "D": ("channel of a head", "channels of a head"),
     "F": ("channel of the MLP", "channels of the MLP"),
     "V": ("token of the vocabulary", "tokens of the vocabulary"),
     "block_size": ("position of the context", "positions of the context"),
+}
+MORE = {  # that the legend says of a letter
+    "U": "; position t looks at u = 0 .. t",
+    "D": "; channel d of head h is channel c = h D + d",
 }
 INSIDE = {  # by operation, the value that its operands go into where it is not yet the tap
     "scores": "the dot product, before it is divided by sqrt(D)",
     "mean": "the sum over positions, before it is divided by their number",
     "cross_entropy": "the logit less the largest one, before softmax and -log",
 }
+RESIDUAL = 2  # the operand of a linear map that is added to its result
 GENERAL = {tap.name: tap.operands for tap in (*EMBEDDING, *LAYER, *OUTPUT)}
 
 
@@ -389,7 +395,7 @@ class Stops:
             terms=[self._term(one, name) for one in kept],
             left_out=len(found) - len(kept),
             inside=", ".join(filter(None, (INSIDE.get(self.table[x].operation) for x in users))),
-            why=self._why(stop.right, short(name)),
+            why=self._why(name),
         )
 
     def _term(self, one: Addition, name: str) -> Term:
@@ -420,20 +426,18 @@ class Stops:
             equation = re.sub(rf"\b{general}\b", self._link(operand, name).text, equation)
         return equation.replace("activation(", f"{self.config.activation}(")
 
-    def _why(self, snippet: Snippet, of: str) -> list[Reason]:
-        """What the docstrings say of the backward passes that make a derivative."""
+    def _why(self, name: str) -> list[Reason]:
+        """What the backward passes say of themselves that make a derivative: those of the functions
+        that its tensor goes into, or the one in which it is kept."""
         right = self.sources[1]
-        places = [right.keeping(tree, of) for tree in ("dtap", "dw", "dparams")]
-        names = [place[0] for place in places if place]
-        for line in snippet.lines:
-            text = right.lines[line.number - 1]
-            called = [name for name in right.functions if f"{name}(" in text and "dtap" not in text]
-            names += [name for name in called if name.endswith("_backward")]
-        found = [(name, right.words_of(name)) for name in dict.fromkeys(names)]
+        uses = [(user.function, i) for user, i in consumers(self.config)[name]]
+        found = [f"{function}_backward" for function, i in uses if function and i != RESIDUAL]
+        kept = [right.keeping(tree, short(name)) for tree in ("dtap", "dw", "dparams")]
+        found = found or [place[0] for place in kept if place]
         return [
-            Reason(name, right.equation(name), words)
-            for name, words in found
-            if words.startswith("forward:")
+            Reason(function, right.equation(function), right.words_of(function))
+            for function in dict.fromkeys(found)
+            if right.words_of(function).startswith("forward:")
         ]
 
     def _snippets(self, name: str, ours: str, theirs: str) -> tuple[Snippet, Snippet]:
@@ -522,7 +526,11 @@ class Stops:
     def legend(self) -> list[tuple[str, str, int]]:
         """The letters of shapes, what each counts, and how many of them there are here."""
         n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.tokens) - 1)
-        return [(letter, LETTERS[letter][1], n[letter]) for letter in LETTERS if letter in n]
+        n["D"] = self.config.head_dim
+        return [
+            (letter, words + MORE.get(letter, ""), n[letter])
+            for letter, (_, words) in LETTERS.items()
+        ]
 
     # --- pictures and numbers ---
 
