@@ -29,6 +29,7 @@ from microgpt.runs.memory import check_file
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, read_yaml, stored_config
 
 TEXTS = 3  # documents whose attention is shown, of a single run; of several runs, one
+SLOW = 5  # times the median, above which the time of a step is not drawn
 MAPS = 48  # heads of a document that are drawn
 NOT_TRAINED = (  # fields that change nothing of what a run computes
     "cores",
@@ -307,14 +308,16 @@ def charts(runs: Sequence[RunSeen]) -> list[Chart | None]:
     band = Line("", alone.metrics["step"], alone.metrics["loss"]) if alone else None
     V = alone.checkpoint.tokenizer.vocab_size if alone and alone.checkpoint else "V"
     found = [chart("Loss", losses, band, level, f"ln {V}: knowing nothing")]
-    for title, name in (("Learning rate", "lr"), ("Milliseconds a step", "seconds")):
-        factor = 1000.0 if name == "seconds" else 1.0
-        lines = [
-            Line(run.name, run.metrics["step"], factor * run.metrics[name], colour=run.number)
-            for run in runs
-        ]
+    slow = f"Milliseconds a step, at most {SLOW} times the median of the run"
+    for title, of in (("Learning rate", lambda run: run.metrics["lr"]), (slow, milliseconds)):
+        lines = [Line(run.name, run.metrics["step"], of(run), colour=run.number) for run in runs]
         found.append(chart(title, lines))
     return found
+
+
+def milliseconds(run: RunSeen) -> Array:
+    """How long each step took; single steps that took very long would flatten the curve."""
+    return 1000.0 * np.minimum(run.metrics["seconds"], SLOW * (run.seconds or 0.0))
 
 
 def running_mean(losses: Array) -> Array:
