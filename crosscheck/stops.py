@@ -44,8 +44,8 @@ LETTERS = {  # what an axis counts: one, and several
     "block_size": ("position of the context", "positions of the context"),
 }
 MORE = {  # that the legend says of a letter
-    "U": "; position t looks at u = 0 .. t",
-    "D": "; channel d of head h is channel c = h D + d",
+    "U": "; position t looks at u = 0 .. t, and k at u is k at t = u",
+    "D": "; split_heads makes channel c = h D + d the channel d of head h, merge_heads undoes it",
 }
 INSIDE = {  # by operation, the value that its operands go into where it is not yet the tap
     "scores": "the dot product, before it is divided by sqrt(D)",
