@@ -11,7 +11,8 @@ import numpy as np
 
 from crosscheck.additions import no_search_for_cycles
 from crosscheck.cases import Case
-from crosscheck.stops import Detail, Snippet, Stops
+from crosscheck.document import Document
+from crosscheck.stops import Detail, Stops
 from crosscheck.trace import Array
 from microgpt.backend import State, Tensors, fresh_state, load_backend
 from microgpt.config import Config
@@ -40,7 +41,7 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
     """
     try:
         with np.errstate(all="ignore"), no_search_for_cycles():  # what overflows is refused
-            made = Stops(case, state, update)
+            made = Stops(Document(case, state, update))
     except FloatingPointError as error:
         raise MicrogptError(
             f"{origin}: {error}, so there is nothing to draw; choose an earlier --step, or a run"
@@ -66,9 +67,10 @@ def drawn(made: Stops, origin: str) -> str:
         title=f"Atlas of {origin}",
         origin=origin,
         made=made,
+        document=made.document,
         stops=stops,
         example=example,
-        engine=Snippet(value.path, value.highlighted(value.body("backward"), {})),
+        engine=value.highlighted(value.body("backward"), {}),
         apart=max(stop.apart for stop in stops),
         losses=[float(step["forward/loss"]) for step in (made.vectorized, made.after) if step],
         paths=[source.path for source in made.sources],

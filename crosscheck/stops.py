@@ -9,29 +9,23 @@ backends, and the terms of a derivative from the backward pass in scalar's graph
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from crosscheck.additions import ALL, Addition, Additions, Place
-from crosscheck.cases import Case
+from crosscheck.additions import ALL, Addition, Place
+from crosscheck.document import Document
 from crosscheck.explain import expression
-from crosscheck.trace import Array, Step, padded_tokens, real, suited
+from crosscheck.trace import Array, real
 from crosscheck.trace import axes as axes_of_key
-from microgpt.backend import Backend, State, load_backend
-from microgpt.errors import MicrogptError
 from microgpt.pages.numbers import rows
 from microgpt.pages.pictures import LARGEST, heat
-from microgpt.pages.sources import Line, Row, Source, side_by_side, upside_down
-from microgpt.runs.checkpoint import not_finite
-from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, params, sizes, taps
-from microgpt.train import learning_rate
-from scalar.backend import Backend as Scalar
+from microgpt.pages.sources import Line, Source, Text, texts
+from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, sizes
 
-MOST = 1_000_000  # products in scalar's graph: weights times positions
 LETTERS = {  # what an axis counts: one, and several
     "B": ("document", "documents"),
     "T": ("position", "positions"),
@@ -84,20 +78,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class View:
-    """A tensor as one implementation has it."""
-
-    code: str  # what to type to see it
-    pictures: list[Picture]
-    numbers: list[str]
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """Lines of a source."""
+class Side:
+    """A tensor as one implementation has it, and the lines that compute it."""
 
     path: str
     lines: list[Line]
+    code: str  # what to type to see the tensor
+    pictures: list[Picture]
+    numbers: list[str]
 
 
 @dataclass(frozen=True)
@@ -166,9 +154,7 @@ class Stop:
     equation: str
     letters: str
     shape: str
-    left: Snippet
-    right: Snippet
-    views: list[View]
+    sides: list[Side]
     scale: float
     apart: float
     element: Element
@@ -196,27 +182,19 @@ class Example:
 
 
 class Stops:
-    """All that the page shows of a model on the first document of a case.
+    """All stops of a document, in the order of the way.
 
-    update    show the model after this step's update, too
     detail    how much is shown
-
-    Raises MicrogptError if the graph would be too large, FloatingPointError if a number is not
-    finite.
     """
 
-    def __init__(self, case: Case, state: State, update: bool) -> None:
-        self.case, self.config = case, case.config
-        self.docs, self.number = case.docs(0)[:1], state.updates + 1
-        self.tokens = self.docs[0]
-        self.table, self.params = taps(self.config), params(self.config)
-        self.users = {
-            name: list(dict.fromkeys(user.name for user, _ in found))
-            for name, found in consumers(self.config).items()
-        }
-        self.weights = sum(np.size(tensor) for tensor in state.params.values())
-        self._check_size()
-        self._compute(state, update)
+    def __init__(self, document: Document) -> None:
+        self.document, self.config = document, document.config
+        self.table, self.params, self.users = document.table, document.params, document.users
+        self.scalar, self.vectorized, self.after = (
+            document.scalar,
+            document.vectorized,
+            document.after,
+        )
         self.short = frozenset(map(short, self.table))
         self.sources = Source("scalar/model.py"), Source("vectorized/model.py")
         self.links = {name: f"text-{name}" for source in self.sources for name in source.functions}
@@ -226,53 +204,6 @@ class Stops:
         ]
         self.count = sum(self.scalar[f"forward/{name}"].size for name in self.table)
         self.detail = Detail(self.count, 16, LARGEST)
-
-    def _check_size(self) -> None:
-        positions = len(self.tokens) - 1
-        if self.weights * positions > MOST:
-            raise MicrogptError(
-                f"{self.weights:,} weights at {positions} positions are more than the atlas can"
-                f" show ({MOST:,} products); take a shorter --text, or a smaller model"
-            )
-
-    def _compute(self, state: State, update: bool) -> None:
-        """Run both implementations, scalar so that every += is known."""
-        config = replace(suited(self.config, "vectorized", "float64"), cores=1)
-        theirs, ours = load_backend("vectorized", config, state, True), Scalar(config, state)
-        self.vectorized = self._traced("vectorized", theirs, theirs.backward)
-        followed = {self.followed(name) for name in (*self.table, *self.params)}
-        several = {name for name, users in self.users.items() if len(users) > 1}
-
-        def backward() -> None:
-            self.additions = Additions(ours, followed, several)
-
-        self.scalar = self._traced("scalar", ours, backward)
-        self.after: Step = {}
-        if update:
-            theirs.update(learning_rate(min(state.updates, self.config.steps - 1), self.config))
-            self.after = self._traced("vectorized, after the update,", theirs, theirs.backward)
-
-    def _traced(self, name: str, backend: Backend, backward: Callable[[], None]) -> Step:
-        """The tensors of a step without its update."""
-        try:
-            backend.forward(self.docs)
-            backward()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name} stops: {error}") from None
-        state, step = backend.state(), {"batch/tokens": padded_tokens(self.docs)}
-        for start, tensors in (
-            ("entry/", state.params),
-            ("adam_m/", state.m),
-            ("adam_v/", state.v),
-            ("forward/", backend.taps()),
-            ("backward/d", backend.dtaps()),
-            ("gradient/d", backend.grads()),
-        ):
-            step |= {f"{start}{key}": np.array(tensor) for key, tensor in tensors.items()}
-        spoiled = not_finite({key: x for key, x in step.items() if x.dtype.kind == "f"})
-        if spoiled:
-            raise FloatingPointError(f"{spoiled} is not finite everywhere")
-        return step
 
     def __iter__(self) -> Iterator[Stop]:
         """The way from the token to the loss, and back again to the parameters."""
@@ -344,10 +275,16 @@ class Stops:
         """A stop; that of a derivative with all that it comes from."""
         tensors, d = (self.scalar[key], self.vectorized[key]), "" if kind == "forward" else "d"
         scale = max(float(np.abs(tensor).max()) for tensor in tensors)
-        left, right = self._snippets(name, ours, theirs)
-        views = [
-            View(code, self._pictures(key, tensor, scale), self._numbers(key, tensor, lists))
-            for tensor, code, lists in zip(tensors, self._codes(name, kind), (True, False))
+        numbers, codes = self._lines(name, ours, theirs), self._codes(name, kind)
+        sides = [
+            Side(
+                self.sources[i].path,
+                [line for n in numbers[i] for line in self._line[i]((n,))],
+                codes[i],
+                self._pictures(key, tensor, scale),
+                self._numbers(key, tensor, lists=i == 0),
+            )
+            for i, tensor in enumerate(tensors)
         ]
         stop = Stop(
             id=d + name,
@@ -359,9 +296,7 @@ class Stops:
             equation=equation,
             letters=f"({', '.join(axes_of(name))})",
             shape=in_words(name, tensors[0].shape),
-            left=left,
-            right=right,
-            views=views,
+            sides=sides,
             scale=scale,
             apart=float(np.abs(tensors[0] - tensors[1]).max()),
             element=self._element(key, name),
@@ -374,7 +309,7 @@ class Stops:
     def _with_terms(self, stop: Stop, key: str, name: str) -> Stop:
         """The stop of a derivative, with the additions that it is made of."""
         users, place = self.users[name], stop.element.place
-        found = self.additions.one[place]
+        found = self.document.additions.one[place]
         most = self.detail.additions
         kept = found if len(found) <= most else found[: most - 1]
         parts = [
@@ -385,7 +320,7 @@ class Stops:
                 sum(one.product for one in found if one.source.name == user),
                 float(np.abs(tensor).max()),
             )
-            for user, tensor in self.additions.parts[name].items()
+            for user, tensor in self.document.additions.parts[name].items()
         ]
         return replace(
             stop,
@@ -400,9 +335,9 @@ class Stops:
 
     def _term(self, one: Addition, name: str) -> Term:
         name_of, at = one.source
-        looks = ""
+        letters, looks = self.document.letters(), ""
         if "U" in axes_of(name_of) and ALL not in at:
-            looks = f"{self.token(self.tokens[at[2]])} looks at {self.token(self.tokens[at[3]])}"
+            looks = f"{letters[at[2]]} looks at {letters[at[3]]}"
         return Term(
             source=self._written(one.source, name, "d"),
             gradient=float(self.scalar[f"backward/d{name_of}"][at])
@@ -440,18 +375,12 @@ class Stops:
             if right.words_of(function).startswith("forward:")
         ]
 
-    def _snippets(self, name: str, ours: str, theirs: str) -> tuple[Snippet, Snippet]:
+    def _lines(self, name: str, ours: str, theirs: str) -> tuple[list[int], list[int]]:
         """The lines of both texts; for a derivative, those of scalar that use the tap."""
         left, right = self._behind
         users = {short(user) for user in self.users[name]} if ours == "uses" else set()
         numbers = {n for user in users or {short(name)} for n in left("tap", user, self.short)}
-        return self._snippet(0, sorted(numbers)), self._snippet(
-            1, right(theirs, short(name), self.short)
-        )
-
-    def _snippet(self, side: int, numbers: Sequence[int]) -> Snippet:
-        lines = [line for n in numbers for line in self._line[side]((n,))]
-        return Snippet(self.sources[side].path, lines)
+        return sorted(numbers), right(theirs, short(name), self.short)
 
     def _codes(self, name: str, kind: str) -> tuple[str, str]:
         """How to get at a tensor in each text."""
@@ -464,23 +393,9 @@ class Stops:
 
     # --- the element that is followed ---
 
-    def followed(self, name: str) -> Place:
-        """Where the derivative is largest, at the second position if the tensor has positions; of
-        attention, at the last position, which looks at most."""
-        axes, phase = axes_of(name), "backward" if name in self.table else "gradient"
-        sizes = np.abs(self.vectorized[f"{phase}/d{name}"])
-        there = real(f"{phase}/d{name}", sizes.shape, self.vectorized["batch/tokens"])
-        if "T" in axes:
-            T = sizes.shape[axes.index("T")]
-            wanted = T - 1 if "U" in axes else min(1, T - 1)
-            positions = np.arange(T).reshape([-1 if a == "T" else 1 for a in axes])
-            there = there & (positions == wanted)
-        found = np.unravel_index(np.argmax(np.where(there, sizes, -1.0)), sizes.shape)
-        return Place(name, tuple(map(int, found)))
-
     def _element(self, key: str, name: str) -> Element:
-        place, d = self.followed(name), "" if key.startswith("forward") else "d"
-        behind = expression(self.case, self.number, key, place.at, self.scalar)
+        place, d = self.document.followed(name), "" if key.startswith("forward") else "d"
+        behind = expression(self.document.case, self.document.number, key, place.at, self.scalar)
         return Element(
             place=place,
             at=self._written(place, name, d),
@@ -511,21 +426,9 @@ class Stops:
         """A formula without its layer, where there is only one."""
         return words.replace("layer0.", "") if self.config.n_layer == 1 else words
 
-    def token(self, i: int) -> str:
-        """A token as it is written beside a row."""
-        tokenizer = self.case.tokenizer
-        if i in (tokenizer.bos, tokenizer.eos):
-            return "BOS" if i == tokenizer.bos else "EOS"
-        char = tokenizer.decode([i])
-        return char if char.isprintable() and char.strip() else f"U+{ord(char):04X}"
-
-    def letters(self) -> list[str]:
-        """The document's tokens."""
-        return [self.token(i) for i in self.tokens]
-
     def legend(self) -> list[tuple[str, str, int]]:
         """The letters of shapes, what each counts, and how many of them there are here."""
-        n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.tokens) - 1)
+        n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.document.tokens) - 1)
         n["D"] = self.config.head_dim
         return [
             (letter, words + MORE.get(letter, ""), n[letter])
@@ -540,9 +443,9 @@ class Stops:
 
     def _labels(self, letter: str, n: int) -> list[str]:
         if letter in ("T", "U"):
-            return self.letters()[:n]
+            return self.document.letters()[:n]
         if letter == "V" and n <= 64:
-            return [self.token(i) for i in range(n)]
+            return [self.document.token(i) for i in range(n)]
         return [str(i) for i in range(n)] if letter == "block_size" and n <= 32 else []
 
     def _pictures(self, key: str, tensor: Array, scale: float) -> list[Picture]:
@@ -582,7 +485,7 @@ class Stops:
         if key.startswith("gradient"):
             return []
         most = min(1.0, self.detail.numbers / self.count) * tensor.size
-        return rows(tensor, axes_of_key(key), self.letters()[:-1], lists, most)
+        return rows(tensor, axes_of_key(key), self.document.letters()[:-1], lists, most)
 
     # --- the example at the head of the page ---
 
@@ -618,33 +521,16 @@ class Stops:
             found.setdefault(f"{place}: {tap.within}", []).append(links)
         return list(found.items())
 
-    def texts(self) -> list[dict[str, Any]]:
-        """Both models function by function: the forward pass, and the backward pass beneath."""
-        left, right = self.sources
+    def texts(self) -> list[Text]:
+        """Both models function by function, with links from names to their stops."""
         links = dict(self.links)
         for name in (*self.table, *self.params):
             if layer_of(name) in ("", "layer0."):
-                of = short(name)
                 trees = ("dtap", "dtap_i") if name in self.table else ("dw", "dparams")
-                links |= {f"{tree}.{of}": f"d{name}" for tree in trees}
+                links |= {f"{tree}.{short(name)}": f"d{name}" for tree in trees}
                 if name in self.table:
-                    links[f"tap.{of}"] = name
-        found = []
-        for name in left.functions:
-            forward, backward = f"{name}_forward", f"{name}_backward"
-            if forward in right.functions:
-                found.append({"name": name, "forward": forward, "backward": backward,
-                              "rows": side_by_side(left, name, right, forward, links),
-                              "back": upside_down(left, name, right, backward, links)})  # fmt: skip
-        paired = {text[way] for text in found for way in ("forward", "backward")}
-        value = Source("scalar/value.py")
-        for name in right.functions:  # helpers, which have a twin beside Value or none
-            if name not in paired:
-                twin = name in value.functions
-                beside = side_by_side(value, name, right, name, links) if twin else [
-                    Row([], right.highlighted(right.span(name), links))]  # fmt: skip
-                found.append({"name": name, "forward": "", "backward": "", "rows": beside})
-        return found
+                    links[f"tap.{short(name)}"] = name
+        return texts(*self.sources, Source("scalar/value.py"), links)
 
 
 def short(name: str) -> str:

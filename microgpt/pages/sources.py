@@ -56,6 +56,20 @@ class Row:
     right: list[Line]
 
 
+@dataclass(frozen=True)
+class Text:
+    """A function in both texts: the forward pass, and the backward pass beneath it.
+
+    Of a helper, `forward` and `backward` are empty.
+    """
+
+    name: str
+    forward: str
+    backward: str
+    rows: list[Row]
+    back: list[Row]
+
+
 def highlighted(code: str) -> Markup:
     """A line of code by itself."""
     tokens = LEXER.get_tokens(code)
@@ -357,3 +371,26 @@ def _blocks(source: Source, function: str) -> list[tuple[str, int, int]]:
             starts.append((line, number))
     ends = [start for _, start in starts[1:]] + [end]
     return [(key, start, stop) for (key, start), stop in zip(starts, ends)]
+
+
+def texts(left: Source, right: Source, value: Source, links: Mapping[str, str]) -> list[Text]:
+    """The functions of both models, then the helpers of the right one.
+
+    value    where the helpers' twins of the same name are
+    """
+    found = []
+    for name in left.functions:
+        forward, backward = f"{name}_forward", f"{name}_backward"
+        if forward in right.functions:
+            rows = side_by_side(left, name, right, forward, links)
+            back = upside_down(left, name, right, backward, links)
+            found.append(Text(name, forward, backward, rows, back))
+    paired = {name for text in found for name in (text.forward, text.backward)}
+    for name in right.functions:
+        if name in value.functions and name not in paired:
+            rows = side_by_side(value, name, right, name, links)
+            found.append(Text(name, "", "", rows, []))
+        elif name not in paired:
+            alone = Row([], right.highlighted(right.span(name), links))
+            found.append(Text(name, "", "", [alone], []))
+    return found

@@ -27,6 +27,7 @@ from crosscheck.atlas import LARGEST as LARGEST_ATLAS
 from crosscheck.atlas import atlas
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.compare import compare
+from crosscheck.document import Document
 from crosscheck.stops import Stop, Stops
 from crosscheck.trace import Step, trace
 from microgpt.backend import fresh_state, load_backend
@@ -183,7 +184,7 @@ def atlas_of(case: Case, update: bool = False) -> str:
 
 
 def stops_of(case: Case, update: bool = False) -> Stops:
-    return Stops(case, fresh_state(case.params), update)
+    return Stops(Document(case, fresh_state(case.params), update))
 
 
 def stop_of(case: Case, name: str) -> Stop:
@@ -199,13 +200,13 @@ def test_what_the_consumers_send_back_adds_up_to_the_derivative(name: str) -> No
             continue
         users = {user.name for user, _ in consumers(case.config)[stop.id[1:]]}
         assert {link.to for link in stop.before} == {f"d{user}" for user in users}
-        found = made.additions.one[stop.element.place]
+        found = made.document.additions.one[stop.element.place]
         assert {one.source.name for one in found} == users
         assert found[-1].total == pytest.approx(stop.element.scalar)
         assert sum(one.product for one in found) == pytest.approx(stop.element.scalar)
         if len(users) > 1:
             key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
-            parts = made.additions.parts[stop.id[1:]]
+            parts = made.document.additions.parts[stop.id[1:]]
             np.testing.assert_allclose(
                 sum(parts.values()), made.vectorized[key], rtol=1e-9, atol=1e-12
             )
