@@ -83,6 +83,16 @@ class _Towards(NamedTuple):
     share: float | None
 
 
+class _Edge(NamedTuple):
+    """An operand of a value, which is its i-th, and the local derivative."""
+
+    child: Value
+    value: Value
+    i: int
+    local: float
+    towards: _Towards  # where the value leads
+
+
 class Additions:
     """What the backward pass of a scalar backend, which this runs, adds to chosen elements.
 
@@ -96,55 +106,75 @@ class Additions:
     def __init__(
         self, backend: Backend, followed: Collection[Place], several: Collection[str]
     ) -> None:
-        self.backend = backend
+        self.backend, self.followed, self.several = backend, followed, several
         self.taps = dict(_named(backend))
         self.weights = {weight: n for n, weight in enumerate(backend.flat)}
-        known = {*self.taps, *self.weights}
-        wanted = {
-            value
-            for value, place in self.taps.items()
-            if place.name in several or place in followed
-        }
-        for name, matrix in backend.matrices.items():
-            places = (
-                [(i, j) for i, row in enumerate(matrix) for j in range(len(row))]
-                if name in several
-                else [place.at for place in followed if place.name == name]
-            )
-            wanted |= {matrix[i][j] for i, j in places}
-        towards: dict[Value, _Towards] = {}
-        found: list[tuple[Value, Value, int, float, _Towards]] = []
-        for value in backend.loss._topological_order()[::-1]:
-            children, locals_ = value._children, value._local_grads or ()
-            tap = self.taps.get(value)
-            own = _Towards(tap, 1.0) if tap else towards[value]
-            if not wanted.isdisjoint(children):
-                pairs = enumerate(zip(children, locals_))
-                found += [(x, value, i, local, own) for i, (x, local) in pairs if x in wanted]
-            if not known.issuperset(children):
-                for child, local in zip(children, locals_):
-                    if child not in known:
-                        share = None if own.share is None else own.share * local
-                        towards[child] = _joined(towards.get(child), own.place, share)
+        edges = self._edges()  # before the backward pass, which forgets the local derivatives
         backend.backward()
         self.one: dict[Place, list[Addition]] = defaultdict(list)
         self.parts: dict[str, dict[str, Array]] = defaultdict(dict)
-        shapes = {name: np.shape(x) for name, x in {**backend.taps(), **backend.matrices}.items()}
-        for child, value, i, local, (source, share) in found:
-            place = self._place(child)
-            if place.name in several:
-                parts = self.parts[place.name]
-                if source.name not in parts:
-                    parts[source.name] = np.zeros(shapes[place.name])
-                parts[source.name][place.at] += local * value.grad
-            if place in followed:
-                before = self.one[place]
-                total = local * value.grad + (before[-1].total if before else 0.0)
-                partner = value._children[i - len(value._children) // 2]  # in a product of lists
-                factor = (
-                    self._place(partner) if partner in known and partner.data == local else None
-                )
-                before.append(Addition(source, share, value.grad, local, factor, total))
+        for edge in edges:
+            self._keep(edge)
+
+    def _edges(self) -> list[_Edge]:
+        """The uses of the chosen elements, in the order of the backward pass."""
+        wanted, known = self._wanted(), {*self.taps, *self.weights}
+        towards: dict[Value, _Towards] = {}
+        edges: list[_Edge] = []
+        for value in self.backend.loss._topological_order()[::-1]:
+            children, local_grads = value._children, value._local_grads or ()
+            tap = self.taps.get(value)
+            own = _Towards(tap, 1.0) if tap else towards[value]
+            if not wanted.isdisjoint(children):
+                pairs = enumerate(zip(children, local_grads))
+                edges += [_Edge(x, value, i, local, own) for i, (x, local) in pairs if x in wanted]
+            if not known.issuperset(children):
+                for child, local in zip(children, local_grads):
+                    if child not in known:
+                        share = None if own.share is None else own.share * local
+                        towards[child] = _joined(towards.get(child), own.place, share)
+        return edges
+
+    def _wanted(self) -> set[Value]:
+        """The values of the chosen elements."""
+        wanted = {
+            value
+            for value, place in self.taps.items()
+            if place.name in self.several or place in self.followed
+        }
+        for name, matrix in self.backend.matrices.items():
+            if name in self.several:
+                wanted |= {weight for row in matrix for weight in row}
+        for name, at in self.followed:
+            if name in self.backend.matrices:
+                row, column = at
+                wanted.add(self.backend.matrices[name][row][column])
+        return wanted
+
+    def _keep(self, edge: _Edge) -> None:
+        """Add what the backward pass has sent along an edge to the sums that it belongs to."""
+        child, value, i, local, (source, share) = edge
+        place = self._place(child)
+        if place.name in self.several:
+            parts = self.parts[place.name]
+            if source.name not in parts:
+                parts[source.name] = np.zeros(self._shape(place.name))
+            parts[source.name][place.at] += local * value.grad
+        if place in self.followed:
+            before = self.one[place]
+            total = local * value.grad + (before[-1].total if before else 0.0)
+            partner = value._children[i - len(value._children) // 2]  # in a product of lists
+            named = partner in self.taps or partner in self.weights
+            factor = self._place(partner) if named and partner.data == local else None
+            before.append(Addition(source, share, value.grad, local, factor, total))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in self.backend.matrices:
+            matrix = self.backend.matrices[name]
+            return len(matrix), len(matrix[0])
+        return tuple(
+            1 + max(i) for i in zip(*(at for tap, at in self.taps.values() if tap == name))
+        )
 
     def _place(self, value: Value) -> Place:
         """The name of a value that is an element of a tap or parameter."""

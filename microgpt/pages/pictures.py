@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 LEVELS = 20  # shades on either side of zero
-ABSENT = 2 * LEVELS + 1  # the colour of what there is not
+ABSENT = 2 * LEVELS + 1  # the colour of elements that do not exist
 LARGEST = 256  # pixels across
 NEGATIVE, POSITIVE, GREY = (37, 99, 235), (217, 83, 10), (128, 128, 128)
 
@@ -57,7 +57,7 @@ def _smaller(matrix: Array, largest: int) -> Array:
 
 
 def png(levels: Array, palette: Array) -> str:
-    """A picture with a palette, as the address of an image that holds it."""
+    """A picture with a palette, as a data URI."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return pack(">I", len(data)) + kind + data + pack(">I", zlib.crc32(kind + data))
@@ -88,7 +88,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, in percent, and what stands there."""
+    """A place on an axis, in percent, and the number beside it."""
 
     at: float
     text: str
@@ -110,14 +110,14 @@ class Chart:
 
     title: str
     lines: list[Drawn]
-    band: str  # the outline of what varies around the line, or nothing
+    band: str  # the outline of the single values around the line, or nothing
     level: float | None  # the height of a line across, in percent from above
     level_name: str
     x: list[Tick]
     y: list[Tick]
 
 
-POINTS = 500  # of a line; of more steps, the mean of each stretch
+POINTS = 500  # of a line at most; with more steps, each point is the mean of a stretch
 
 
 def chart(

@@ -281,7 +281,7 @@ def _kept(statement: ast.stmt) -> list[str]:
 
 
 def _key(statement: ast.stmt) -> str:
-    """What a statement is recognised by in the other text: the tap or the name that it makes."""
+    """The key by which a statement is found in the other text: the tap or name that it makes."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Assign):
             kept = _kept(node)
@@ -292,7 +292,7 @@ def _key(statement: ast.stmt) -> str:
 
 
 def _chunks(source: Source, function: str) -> list[tuple[str, int, int]]:
-    """A function in pieces: what each is recognised by, its first line, and that of the next."""
+    """The statements of a function: a key, the first line, and the first line of the next."""
     node = source.functions[function]
     starts = [("head", node.lineno)]
     body = node.body[1:] if ast.get_docstring(node) else node.body

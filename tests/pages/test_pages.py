@@ -1,4 +1,4 @@
-"""The pages: what stands on them, and that nothing from outside gets between the lines."""
+"""The pages: what they show, and that every text from outside is escaped."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from crosscheck.__main__ import main as crosscheck
 from crosscheck.atlas import LARGEST as LARGEST_ATLAS
 from crosscheck.atlas import atlas
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.compare import compare
+from crosscheck.compare import Outcome, compare
 from crosscheck.document import Document
 from crosscheck.stops import Stop, Stops
+from crosscheck.test_cases import COLUMN, _note
 from crosscheck.trace import Step, trace
 from microgpt.backend import fresh_state, load_backend
 from microgpt.cli.commands import main
@@ -640,3 +641,28 @@ def test_the_crosscheck_draws_a_map_of_what_its_processes_compare(tmp_path: Path
     sheets = re.findall(r'id="sheet-\d+" data-stop><span tabindex="-1">([^<]+)<', page)
     assert sheets == ["first steps", "steps one by one"]
     assert page.count(">single-character</figcaption>") == 2
+
+
+def test_the_map_has_the_witness_with_a_column_for_each_side(tmp_path: Path) -> None:
+    out = tmp_path / "map.html"
+    told = ["-k", "(every_parameter or random_directions) and one-position"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "crosscheck", "test", *told, "--html", str(out)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    page = out.read_text(encoding="utf-8")
+    assert "A column is an implementation, scalar before vectorized" in page
+    assert page.count(">one-position</figcaption>") == 2
+    assert page.count("one-position: 2 steps") == 2
+    assert "<li>dlayer0.attn_wq</li>" in page
+    assert "<li>along 20 random directions</li>" in page
+
+
+def test_a_column_of_the_long_run_is_the_worst_of_its_steps() -> None:
+    outcome = Outcome("a-thousand-steps")
+    for step, share in ((0, 0.1), (COLUMN - 1, 0.3), (COLUMN - 2, 0.2), (COLUMN, 0.05)):
+        _note(outcome, step, "forward/loss", share)
+    assert outcome.shares == {1: {"forward/loss": 0.3}, 2: {"forward/loss": 0.05}}
+    assert outcome.worst() == {"forward/loss": 0.3}
+    assert f"worst of {COLUMN} steps" in html.COLUMNS["a thousand steps"]
