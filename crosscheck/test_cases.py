@@ -151,7 +151,8 @@ def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None
         docs = case.docs(step)
         losses = ours.forward(docs), theirs.forward(docs)
         worst = max(worst, abs(losses[0] - losses[1]))
-        _note(outcome, step, "forward/loss", abs(losses[0] - losses[1]) / FREE_LOSS)
+        share = abs(losses[0] - losses[1]) / FREE_LOSS
+        outcome.note(step // COLUMN + 1, "forward/loss", share)
         if worst > FREE_LOSS:
             break
         for backend in (ours, theirs):
@@ -176,14 +177,8 @@ def _apart(ours: Tensors, theirs: Tensors, step: int, outcome: Outcome) -> float
         for name in ours
     }
     for name, distance in apart.items():
-        _note(outcome, step, f"params/{name}", distance / FREE_PARAMS)
+        outcome.note(step // COLUMN + 1, f"params/{name}", distance / FREE_PARAMS)
     return max(apart.values())
-
-
-def _note(outcome: Outcome, step: int, key: str, share: float) -> None:
-    """Keep a share for the map, which shows the worst of every COLUMN steps."""
-    shares = outcome.shares.setdefault(step // COLUMN + 1, {})
-    shares[key] = max(shares.get(key, 0.0), share)
 
 
 def _copied(state: State) -> State:
