@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 CANNOT = 2  # exit status where nothing can be checked
+NO_MAP = (
+    "pytest --candidate: error: --html draws the tensors of whole runs, and a candidate is judged"
+    " function by function; leave --html out"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +41,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     path: Path | None = config.getoption("--candidate")
     if path is None:
         return None
+    if config.getoption("--html", None):
+        print(NO_MAP, file=sys.stderr)
+        return CANNOT
     from crosscheck.check import run
     from microgpt.errors import MicrogptError
 

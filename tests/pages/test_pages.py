@@ -664,3 +664,15 @@ def test_a_column_of_the_map_is_the_worst_that_was_noted_for_it() -> None:
         outcome.note(column, "forward/loss", share)
     assert outcome.shares == {1: {"forward/loss": 0.3}, 2: {"forward/loss": 0.05}}
     assert outcome.worst() == {"forward/loss": 0.3}
+
+
+def test_a_candidate_has_no_map_and_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def linear_forward(x, w):\n    return x\n")
+    told = ["--candidate", "mine.py", "--html", "map.html"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "crosscheck", "test", *told],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "leave --html out" in ran.stdout + ran.stderr
+    assert not (tmp_path / "map.html").exists()
