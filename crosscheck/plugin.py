@@ -36,13 +36,21 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     from crosscheck.check import run
     from microgpt.cli.shell import guarded
+    from microgpt.errors import MicrogptError
+
+    def judged() -> int:
+        if config.getoption("--html", None):
+            raise MicrogptError(
+                "--html draws the tensors of whole runs, and a candidate is judged function by"
+                " function; leave --html out"
+            )
+        return run(path, config.getoption("--hint"), True, 5.0)
 
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture:
         capture.suspend_global_capture(in_=True)
     try:
-        hint = config.getoption("--hint")
-        return guarded("pytest --candidate", lambda: run(path, hint, True, 5.0))
+        return guarded("pytest --candidate", judged)
     finally:
         if capture:
             capture.resume_global_capture()

@@ -287,7 +287,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def atlas(options: argparse.Namespace) -> int:
-    """`microgpt atlas`: writes a page with every number of one document."""
+    """`microgpt atlas`: writes a page with every named number of one document."""
     from microgpt.runs.files import check_target
 
     with _extra():
@@ -535,7 +535,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="for other programs")
 
-    command = _page(commands, "atlas", atlas, "draw every number of one document, in both"
+    command = _page(commands, "atlas", atlas, "draw every named number of one document, in both"
                     " implementations")  # fmt: skip
     command.add_argument("run_directory", nargs="?", type=directory, metavar="RUN", help="a"
                          " checkpoint or run directory (default: the default preset)")  # fmt: skip
