@@ -25,8 +25,8 @@ from crosscheck.cases import Case, case_names, draw_params, load_case, with_para
 from crosscheck.compare import simplicity
 from crosscheck.trace import backward_order
 from microgpt.backend import State, fresh_state
-from microgpt.config import config_from
 from microgpt.layout import Tree, grow, pick
+from microgpt.settings import config_from
 from microgpt.taps import ACTIVATIONS
 from vectorized.batch import pad
 
