@@ -15,11 +15,12 @@ import inspect
 import io
 import linecache
 import os
+import re
 import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -48,6 +49,8 @@ USERS = {  # modules that use the text as it stands; what is recorded keeps ours
 HELPERS = {"total", "mean", "split_heads", "merge_heads", "causal_mask", "empty_caches", "fortran"}
 HELPERS |= {"choose", "draw", "dot"}
 WHOLE = ("loss_and_grads", "Backend")
+# what a derivative is called in names that are not the text's
+BACKWARD = ("backward", "backwards", "back", "bwd", "grad", "gradient", "derivative", "vjp", "d")
 RESULTS = {  # what a function returns, by name; the others return nothing, or no arrays
     "linear_forward": "y",
     "linear_backward": "dx dw",
@@ -110,6 +113,9 @@ class Candidate:
     time_limit: float = 5.0
     calls: Counter[str] = field(default_factory=Counter)
     said: dict[str, str] = field(default_factory=dict)  # the first line that a function printed
+    parts: dict[str, Any] = field(default_factory=dict)  # the text's functions beside a whole model
+    different: list[str] = field(default_factory=list)  # functions that take other arguments
+    borrowed: dict[str, str] = field(default_factory=dict)  # of ours, that a whole model calls
     torch: bool = False  # whether it is to be handed tensors of PyTorch
 
     @property
@@ -119,15 +125,21 @@ class Candidate:
 
     def describe(self) -> str:
         """What was found, what is not attempted, which names nobody knows."""
-        parts = [f"{self.path.name} has {', '.join(self.functions) or 'nothing yet'}"]
+        found = [f"{self.path.name} has {', '.join(self.functions) or 'nothing written yet'}"]
+        if self.parts:
+            found.append(f"and beside it {', '.join(self.parts)}")
+        if self.different:
+            verb = "takes" if len(self.different) == 1 else "take"
+            found.append(f"not held to the text, since {verb} other arguments than the text's:"
+                         f" {', '.join(self.different)}")  # fmt: skip
         if self.stubs:
-            parts.append(f"not attempted: {', '.join(self.stubs)}")
+            found.append(f"not attempted: {', '.join(self.stubs)}")
         if self.absent:
             names = self.absent if len(self.absent) <= 3 else [f"{len(self.absent)} others"]
-            parts.append(f"not there: {', '.join(names)}")
+            found.append(f"not there: {', '.join(names)}")
         for name, nearest in self.unknown.items():
-            parts.append(f"unknown: {name} (did you mean {nearest}?)")
-        return "; ".join(parts)
+            found.append(f"unknown: {name} (did you mean {nearest}?)")
+        return "; ".join(found)
 
     def line_of(self, name: str, node: ast.AST | None = None) -> str:
         """A line of the candidate's: "mine.py:7 return dy"; that of the definition by default."""
@@ -183,35 +195,91 @@ def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
     names = [name for name in (*WHOLE, *known) if name in own and name not in HELPERS]
     if side == "scalar" and "Value" in own:
         names.append("Value")
-    whole = [name for name in names if name in WHOLE]
-    names = whole[-1:] or names
+    whole = [name for name in names if name in WHOLE][-1:]
+    beside = [name for name in names if name not in WHOLE] if whole else []
+    names = whole or names
     stubs = [name for name in names if _is_stub(own[name])]
     functions = {name: own[name] for name in names if name not in stubs}
-    wanted = [name for name in known if name not in HELPERS] if not whole else []
-    absent = [name for name in wanted if name not in names]
-    defined = [
-        name
-        for name, x in own.items()
-        if name not in known and name not in (*WHOLE, "Value")
-        and str(getattr(x, "__module__", "")).startswith(module.__name__)
-    ]  # fmt: skip
-    near = {name: difflib.get_close_matches(name, [*absent, *WHOLE], 1, 0.8) for name in defined}
-    unknown = {name: close[0] for name, close in near.items() if close and not whole}
-    for name in functions:
+    alike = [name for name in beside if _takes_the_same(own[name], known[name])]
+    _refuse_imported(path, file, module, [*functions, *alike], known, side)
+    absent = [name for name in known if name not in {*names, *HELPERS}] if not whole else []
+    unknown = {} if whole else _misspelt(module, own, known, absent)
+    if not names:
+        raise MicrogptError(_nothing(path, own, known, unknown))
+    imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
+    found = Candidate(path, module, side, functions, stubs, absent, unknown, seed, time_limit)
+    found.torch = "torch" in imported and "numpy" not in imported
+    found.parts = {name: own[name] for name in alike if not _is_stub(own[name])}
+    found.different = [name for name in beside if name not in alike]
+    return found
+
+
+def _takes_the_same(theirs: Any, ours: Any) -> bool:
+    """Whether two functions have the same arguments, by name."""
+    try:
+        return [*inspect.signature(theirs).parameters] == [*inspect.signature(ours).parameters]
+    except (TypeError, ValueError):
+        return False
+
+
+def _refuse_imported(
+    path: Path,
+    file: Path,
+    module: ModuleType,
+    names: Iterable[str],
+    known: Mapping[str, Any],
+    side: str,
+) -> None:
+    """Raises Told if the text's own function is at hand under any name, where one is written."""
+    for name in names:
         if name in known and any(x is known[name] for x in vars(module).values()):
             words = f"has {side}'s own function of that name beside it: {path.name} imports it"
             raise Told(name, words, _line(str(file), _imports(file, name)))
-    if not names:
-        hint = "".join(f"; {name}: did you mean {to}?" for name, to in unknown.items())
-        raise MicrogptError(
-            f"{path.name} defines none of the text's functions, such as rmsnorm_backward, and no"
-            f" loss_and_grads, Backend or Value; their signatures are in vectorized/model.py{hint}"
+
+
+def _nothing(
+    path: Path, own: Mapping[str, Any], known: Mapping[str, Any], unknown: Mapping[str, str]
+) -> str:
+    """What to say of a file in which there is nothing to check."""
+    helpers = [name for name in own if name in known and name in HELPERS]
+    if helpers:
+        return (
+            f"{path.name} has {', '.join(helpers)}, which the text's functions use and which are"
+            " not checked by themselves; write one of those functions, such as rmsnorm_backward"
         )
-    imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
-    torch = "torch" in imported and "numpy" not in imported
-    return Candidate(
-        path, module, side, functions, stubs, absent, unknown, seed, time_limit, torch=torch
+    if unknown:
+        meant = "; ".join(f"{name}: did you mean {to}?" for name, to in unknown.items())
+        return f"{path.name} has no function under a name of the text's. {meant}"
+    return (
+        f"{path.name} defines none of the text's functions, such as rmsnorm_backward, and no"
+        " loss_and_grads, Backend or Value; their signatures are in vectorized/model.py"
     )
+
+
+def _misspelt(
+    module: ModuleType, own: Mapping[str, Any], known: Mapping[str, Any], absent: Sequence[str]
+) -> dict[str, str]:
+    """Names that neither text has, each with the nearest that the text has and the file has not."""
+    spelt = {_spelt_out(name): name for name in (*absent, *WHOLE)}
+    found: dict[str, str] = {}
+    for name, x in own.items():
+        here = str(getattr(x, "__module__", "")).startswith(module.__name__)
+        if here and name not in known and name not in (*WHOLE, "Value"):
+            near = difflib.get_close_matches(_spelt_out(name), spelt, 1, 0.8)
+            found |= {name: spelt[near[0]]} if near else {}
+    return found
+
+
+def _spelt_out(name: str) -> str:
+    """A name as the text would write it: grad_rms_norm and RMSNormBwd are rmsnormbackward."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    words = name.split("_")
+    backward = any(word in BACKWARD for word in words)
+    forward = any(word in ("forward", "fwd") for word in words)
+    rest = "".join(word for word in words if word not in (*BACKWARD, "forward", "fwd"))
+    if rest in ("lossand", "loss", "lossgrads"):
+        return name
+    return rest + "backward" * backward + "forward" * (forward and not backward)
 
 
 @cache
@@ -378,6 +446,34 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
     return call
 
 
+def guarded_whole(candidate: Candidate, args: list[Any]) -> dict[str, Any]:
+    """What the candidate's own loss_and_grads gives, by name.
+
+    Raises Told if that is not a loss and gradients by name.
+    """
+    name = "loss_and_grads"
+    candidate.calls[name] += 1
+    theirs = candidate.functions[name]
+    given = list(args)
+    if candidate.torch:
+        given[0] = {k: to_theirs(x) for k, x in given[0].items()}
+    result = watched(candidate, name, lambda: theirs(*given))
+    line = candidate.line_of(name)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise Told(name, f"returns {_kind(result)}; expected loss, {{name: gradient}}", line)
+    loss, grads = result
+    if not isinstance(grads, Mapping):
+        words = f"returns {type(grads).__name__} for the gradients; expected {{name: gradient}}"
+        raise Told(name, words, line)
+    found: dict[str, Any] = {}
+    for label, x in {"loss": loss, **{f"d{k}": x for k, x in grads.items()}}.items():
+        try:
+            found[label] = as_our_array(x)
+        except ValueError as error:
+            raise Told(name, f"returns {error} for {label}", line) from None
+    return found
+
+
 def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     """What a call of the candidate gives back.
 
@@ -385,7 +481,12 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     """
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), np.errstate(all="ignore"), contained(candidate, name):
+        with (
+            redirect_stdout(printed),
+            np.errstate(all="ignore"),
+            contained(candidate, name),
+            no_look_up(candidate, name),
+        ):
             found = call()
     except NotImplementedError as error:
         raise Told(name, f"{UNDONE}: it raises NotImplementedError",
@@ -438,6 +539,55 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
             exit_now(0)
 
 
+@contextmanager
+def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
+    """Raises Told at the end if the first call of a function had its answer from ours."""
+    if candidate.calls[name] > 1 or name == "Value" or sys.getprofile():
+        yield
+        return
+    answer: list[tuple[str, str]] = []  # what was called, and the candidate's line
+
+    def heard(frame: Any, event: str, _: Any) -> None:
+        home = str(frame.f_globals.get("__name__", ""))
+        if event != "call" or home.partition(".")[0] not in ("scalar", "vectorized", "crosscheck"):
+            return
+        line = _own_line(candidate, frame)
+        if home.startswith("crosscheck") and not line:
+            return  # what calls the candidate, and not what the candidate calls
+        if _is_answer(candidate, name, home, frame.f_code):
+            answer.append((f"{home}.{frame.f_code.co_name}", line))
+        elif candidate.whole and home in TEXTS["vectorized"] and frame.f_code.co_name[0] != "<":
+            candidate.borrowed.setdefault(frame.f_code.co_name, home)
+
+    sys.setprofile(heard)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    if answer:
+        called, line = answer[0]
+        raise Told(name, f"has its answer from {called}; it is to compute that itself", line)
+
+
+def _is_answer(candidate: Candidate, name: str, home: str, code: Any) -> bool:
+    """Whether a function of ours gives what a candidate's function of that name should find."""
+    package = home.partition(".")[0]
+    if home == __name__:  # the guards of the candidate's own functions
+        return False
+    if package != candidate.side:
+        return True
+    if candidate.whole:
+        return home not in TEXTS[package] or code.co_name in ("loss_backward", "gpt_backward")
+    return code is getattr(text_functions(package).get(name), "__code__", None)
+
+
+def _own_line(candidate: Candidate, frame: Any) -> str:
+    """The candidate's line that led to a frame."""
+    while frame and not candidate.own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return _line(frame.f_code.co_filename, frame.f_lineno) if frame else ""
+
+
 def _late(candidate: Candidate) -> str:
     return f"is not done after {candidate.time_limit:g} seconds (--time-limit)"
 
@@ -452,10 +602,7 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
             return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
-            frame = sys._current_frames().get(caller)
-            while frame and not candidate.own(frame.f_code.co_filename):
-                frame = frame.f_back
-            line = _line(frame.f_code.co_filename, frame.f_lineno) if frame else ""
+            line = _own_line(candidate, sys._current_frames().get(caller))
             words = f"{name} {_late(candidate)}\n  your line   {line}"
             with suppress(Exception):  # of an output that is closed, full or read by no program
                 print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
@@ -511,28 +658,37 @@ def as_our_array(x: Any) -> Any:
 
 def _results(candidate: Candidate, name: str, found: Any, results: Sequence[str]) -> Any:
     """What a function gave back, as the arrays that the text expects."""
-    line = candidate.statement(name, lambda node: isinstance(node, ast.Return))
+
+    def refusal(words: str) -> Told:
+        return Told(name, words, candidate.statement(name, lambda x: isinstance(x, ast.Return)))
+
     if not results:
         if found is not None:
-            words = f"returns {shortened(found)}; it has nothing to return"
-            raise Told(name, words, line)
+            raise refusal(
+                f"returns {_kind(found)}; it is to write into its arguments, and return nothing"
+            )
         return None
     many: Sequence[Any] = found if len(results) > 1 else [found]
     if len(results) > 1 and (not isinstance(found, (tuple, list)) or len(found) != len(results)):
-        kind = f"{len(found)} of them" if isinstance(found, tuple) else type(found).__name__
-        raise Told(name, f"returns {kind}; expected the tuple {', '.join(results)}", line)
+        raise refusal(f"returns {_kind(found)}; expected the tuple {', '.join(results)}")
     if len(results) == 1 and isinstance(found, tuple):
-        raise Told(name, f"returns a tuple of {len(found)}; expected {results[0]} alone", line)
+        raise refusal(f"returns {_kind(found)}; expected {results[0]} alone")
     arrays = []
     for label, x in zip(results, many):
         try:
             arrays.append(as_our_array(x))
         except ValueError as error:
-            words = f"returns {error}; expected {label}, an array of numbers"
-            raise Told(name, words, line) from None
+            raise refusal(f"returns {error}; expected {label}, an array of numbers") from None
     if name == "clip":
         return float(arrays[0])
     return tuple(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _kind(x: Any) -> str:
+    """What kind of thing something is, in words."""
+    if isinstance(x, tuple):
+        return f"a tuple of {len(x)}"
+    return f"an array {x.shape}" if isinstance(x, np.ndarray) else f"{type(x).__name__}"
 
 
 def _as_arrays(tree: Tree) -> None:

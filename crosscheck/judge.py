@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from crosscheck.alone import alone
 from crosscheck.candidate import (
     DEEPEST,
     RESULTS,
@@ -37,7 +38,8 @@ from crosscheck.cases import Case, load_case
 from crosscheck.check import report_alone, report_told
 from crosscheck.compare import Disagreement, compare
 from crosscheck.exercises import Exercise, attempted, refused
-from crosscheck.functions import alone, drawn_cases, inputs
+from crosscheck.functions import drawn_cases, inputs
+from crosscheck.hints import hints
 from crosscheck.report import render
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Step, drawn, part, stopping, suited, trace_step
@@ -171,7 +173,8 @@ def _judged(
                 continue
             wrong = alone(learner, name, _inputs(name, learner.seed))
             if wrong:
-                return Verdict(WRONG, (), name, tuple(report_alone(learner, wrong, hint)))
+                lines = report_alone(wrong, hints(learner, wrong, hint))
+                return Verdict(WRONG, (), name, tuple(lines))
     if exercise.module == "scalar.value" and not exercise.defect:
         verdict = _operations(exercise, learner, written, hint)
         if verdict:

@@ -116,7 +116,7 @@ def _moves(step: Step, again: Step) -> Step:
             here, there = here**0.5, there**0.5
         rounded = again[f"params/{name}"] if phase == "update" else here
         at = real(key, here.shape, step["batch/tokens"])
-        moved = _smoothed(there - here, at) + ULP * np.abs(rounded)
+        moved = smoothed(there - here, at) + ULP * np.abs(rounded)
         found[key] = np.maximum(moved, least_noise(step, key))
     return found
 
@@ -144,7 +144,7 @@ def _with_second_ways(found: Step, step: Step) -> Noise:
     return {**found, **second}
 
 
-def _smoothed(moves: Array, there: Array) -> Array:
+def smoothed(moves: Array, there: Array) -> Array:
     """The size of each move, no less than that of its row and a share of that of the tensor."""
     sizes = np.where(there, np.abs(moves), 0.0)
     if not sizes.ndim:
