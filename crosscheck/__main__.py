@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from microgpt.signals import begin
+from microgpt.runs.signals import begin
 
 if __name__ == "__main__":
     begin("python -m crosscheck")  # before NumPy, whose import takes a moment
@@ -26,13 +26,13 @@ from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
-from microgpt import shell
 from microgpt.backend import NAMES
-from microgpt.checkpoint import save_params
-from microgpt.data import check_target
+from microgpt.cli import shell
+from microgpt.cli.shell import Parser, bare, directory
+from microgpt.cli.whereabouts import described
 from microgpt.errors import MicrogptError
-from microgpt.shell import Parser, bare, directory
-from microgpt.whereabouts import described
+from microgpt.runs.checkpoint import save_params
+from microgpt.runs.files import check_target
 
 SEEDS = 9  # sets of parameters for which single precision is measured
 T = TypeVar("T")

@@ -23,8 +23,7 @@ from crosscheck.report import axes as axis_names
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Array, Pair, Step, real, suited, trace_step
 from microgpt.backend import State, Tensors, fresh_state, load_backend
-from microgpt.checkpoint import load_checkpoint, not_finite
-from microgpt.config import DEFAULT_PRESET, Config, load_config
+from microgpt.config import Config
 from microgpt.data import IN_PYTHON, TEXTS_ARE_GONE, digest, load_documents, nth, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
@@ -32,6 +31,8 @@ from microgpt.layout import pick
 from microgpt.pages.page import render
 from microgpt.pages.pictures import heat
 from microgpt.pages.sources import Line, Row, Source, side_by_side, upside_down
+from microgpt.runs.checkpoint import load_checkpoint, not_finite
+from microgpt.settings import DEFAULT_PRESET, load_config
 from microgpt.taps import Tap, axes_of, consumers, params, taps
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.train import batch, learning_rate

@@ -31,12 +31,13 @@ from typing import Any
 import yaml
 
 from microgpt.backend import Tensors
-from microgpt.checkpoint import load_params, save_params
-from microgpt.config import FIXTURES, Config, config_from, on_line, read_yaml
-from microgpt.data import write_whole
+from microgpt.config import Config
 from microgpt.errors import MicrogptError, shortened
 from microgpt.init import init_params
 from microgpt.layout import param_shapes
+from microgpt.runs.checkpoint import load_params, save_params
+from microgpt.runs.files import write_whole
+from microgpt.settings import FIXTURES, config_from, on_line, read_yaml
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 CASES = FIXTURES / "cases"

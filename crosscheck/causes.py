@@ -12,7 +12,8 @@ from crosscheck.cases import Case
 from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.sides import REFUSED
 from crosscheck.trace import PHASES, split_key
-from microgpt.config import Config, config_from
+from microgpt.config import Config
+from microgpt.settings import config_from
 from microgpt.taps import taps
 
 LAYER = re.compile(r"layer\d+\.")

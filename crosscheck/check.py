@@ -55,7 +55,7 @@ from crosscheck.trace import (
 )
 from microgpt.backend import fresh_state
 from microgpt.errors import MicrogptError, printable
-from microgpt.memory import most_walkers
+from microgpt.runs.memory import most_walkers
 from microgpt.train import learning_rate
 from scalar.backend import Backend as Scalar
 from vectorized.backend import Backend as Watched

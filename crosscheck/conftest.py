@@ -25,9 +25,9 @@ from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
 from microgpt.backend import NAMES
-from microgpt.data import check_target, write_whole
+from microgpt.cli.whereabouts import described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
-from microgpt.whereabouts import described, refuse_another_copy
+from microgpt.runs.files import check_target, write_whole
 
 STEPS = 5
 SHOWN = 2  # causes of which the full report is printed without -v

@@ -27,7 +27,7 @@ from crosscheck.noise import noise
 from crosscheck.report import WIDTH
 from crosscheck.tolerance import Standard, float64
 from crosscheck.trace import Step, split_key, trace
-from microgpt.config import FIXTURES
+from microgpt.settings import FIXTURES
 from microgpt.strict_yaml import Loader
 
 ROOT = FIXTURES.parent

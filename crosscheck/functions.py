@@ -43,8 +43,8 @@ from crosscheck.tolerance import FACTOR, RTOL
 from crosscheck.trace import backward_order
 from crosscheck.witness import STEP
 from microgpt.backend import State, fresh_state
-from microgpt.config import config_from
 from microgpt.layout import Tree, grow
+from microgpt.settings import config_from
 from microgpt.taps import ACTIVATIONS
 from vectorized.batch import pad
 

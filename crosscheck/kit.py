@@ -15,9 +15,9 @@ from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import simplicity
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Array, Step, keys, part, split_key, trace
-from microgpt.checkpoint import write_tensors
-from microgpt.data import write_whole
 from microgpt.errors import MicrogptError
+from microgpt.runs.checkpoint import write_tensors
+from microgpt.runs.files import write_whole
 from microgpt.taps import ACTIVATIONS
 from microgpt.train import learning_rate
 

@@ -27,8 +27,8 @@ from crosscheck.exercises import (
 )
 from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
 from crosscheck.report import wrapped
-from microgpt.data import write_whole
 from microgpt.errors import MicrogptError, printable
+from microgpt.runs.files import write_whole
 
 DIRECTORY = Path("exercises")
 PROGRESS = "progress.json"

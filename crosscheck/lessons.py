@@ -13,7 +13,7 @@ from crosscheck.noise import Noise, noise
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.trace import Step, part, trace
 from microgpt.backend import State
-from microgpt.data import write_whole
+from microgpt.runs.files import write_whole
 
 
 class Lessons:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crosscheck.trace import split_key
+from microgpt.cli.whereabouts import IMPLEMENTATIONS, imported_from
 from microgpt.config import Config
-from microgpt.whereabouts import IMPLEMENTATIONS, imported_from
 
 ADAM = {"adam_m": ("m",), "adam_v": ("v",), "update": ("p", "params"), "params": ("p", "params")}
 TREES = {"forward": ("tap",), "backward": ("dtap",), "gradient": ("dw", "dparams")}

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from crosscheck.cases import Case
-from microgpt.config import config_from
+from microgpt.settings import config_from
 from microgpt.taps import ACTIVATIONS
 
 REASON = "drawn at random"

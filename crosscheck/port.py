@@ -33,8 +33,8 @@ from crosscheck.report import as_json, render
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import Step, keys, part, split_key, suited
 from microgpt.backend import State, load_backend
-from microgpt.checkpoint import LARGEST_HEADER, TensorFile, write_tensors
 from microgpt.errors import MicrogptError, printable, shortened
+from microgpt.runs.checkpoint import LARGEST_HEADER, TensorFile, write_tensors
 from microgpt.train import learning_rate
 
 ENTRY = ("entry", "entry_m", "entry_v")

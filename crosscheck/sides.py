@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 import numpy as np
 
+from microgpt.cli.whereabouts import IMPLEMENTATIONS, imported_from
 from microgpt.config import Config
 from microgpt.layout import Tree, tap_names, written
-from microgpt.whereabouts import IMPLEMENTATIONS, imported_from
 
 REFUSED = "RecordingError"  # see vectorized/record.py
 # a NaN that no computation gives; copies, sums and float32 keep the bits that tell it

@@ -18,10 +18,10 @@ from crosscheck.lessons import Lessons
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import PHASES, Step, backward_order, keys, real, split_key, trace
 from microgpt.backend import State, Tensors, fresh_state, load_backend
-from microgpt.config import load_config
 from microgpt.data import load_documents
 from microgpt.init import init_params
 from microgpt.layout import param_shapes, tap_names
+from microgpt.settings import load_config
 from microgpt.train import learning_rate
 
 CHECKPOINT = 5  # steps of the long run between two states from which it can be repeated

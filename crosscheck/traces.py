@@ -18,9 +18,10 @@ from crosscheck.compare import Outcome, compare_step, explained
 from crosscheck.noise import noise
 from crosscheck.tolerance import FLOAT64, float32, float64
 from crosscheck.trace import Array, Step, expected_shape, keys, split_key
-from microgpt.checkpoint import DAMAGED, TensorFile, read_json, whole, write_tensors
-from microgpt.config import FIELDS, Config, stored_config
+from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError, shortened
+from microgpt.runs.checkpoint import DAMAGED, TensorFile, read_json, whole, write_tensors
+from microgpt.settings import stored_config
 
 FORMAT = "microgpt trace"
 VERSION = "1"

@@ -2,13 +2,13 @@
 
 import sys
 
-from microgpt.signals import begin
+from microgpt.runs.signals import begin
 
 
 def main() -> int:
     """Run a command; returns the exit status."""
     begin("microgpt")
-    from microgpt.cli import main as run
+    from microgpt.cli.commands import main as run
 
     return run()
 

@@ -18,8 +18,9 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from microgpt.data import sha256_of, write_whole
+from microgpt.data import sha256_of
 from microgpt.errors import MicrogptError
+from microgpt.runs.files import write_whole
 
 TIMEOUT = 30  # seconds without an answer
 LONGEST = 120  # seconds for all of it

@@ -10,11 +10,11 @@ from typing import cast
 import numpy as np
 
 from microgpt.backend import Backend, Docs
-from microgpt.checkpoint import Checkpoint
 from microgpt.config import Config
 from microgpt.data import digest, in_order, load_documents, parts
 from microgpt.errors import MicrogptError, shortened
-from microgpt.memory import check_memory
+from microgpt.runs.checkpoint import Checkpoint
+from microgpt.runs.memory import check_memory
 from microgpt.tokenizer import Tokenizer
 
 COLUMNS = 768  # positions at a time, with padding, or those of one document

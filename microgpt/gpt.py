@@ -14,14 +14,21 @@ from warnings import warn
 import numpy as np
 
 from microgpt.backend import NAMES, Backend, State, drawing, fresh_state, load_backend
-from microgpt.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, not_finite, save_checkpoint
-from microgpt.config import Config, checked, load_config, typed, typed_fields
+from microgpt.cli.report import cropped
+from microgpt.config import Config
 from microgpt.data import IN_PYTHON, digest, load_documents, located, parts
 from microgpt.errors import MicrogptError, shortened
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.memory import check_memory
-from microgpt.report import cropped
+from microgpt.runs.checkpoint import (
+    FILE_NAME,
+    Checkpoint,
+    load_checkpoint,
+    not_finite,
+    save_checkpoint,
+)
+from microgpt.runs.memory import check_memory
+from microgpt.settings import checked, load_config, typed, typed_fields
 from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
 from microgpt.train import batch, learning_rate
 

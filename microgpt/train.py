@@ -15,21 +15,20 @@ from time import perf_counter
 import numpy as np
 
 from microgpt.backend import Backend, Docs, fresh_state, load_backend
-from microgpt.checkpoint import (
+from microgpt.config import Config
+from microgpt.data import digest, load_documents, located, nth, parts
+from microgpt.errors import LostHelpError, MicrogptError
+from microgpt.evaluate import evaluation
+from microgpt.init import init_params
+from microgpt.layout import param_shapes
+from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
     load_checkpoint,
     not_finite,
     save_checkpoint,
 )
-from microgpt.config import TINIEST, Config, checked, flag
-from microgpt.data import check_target, digest, load_documents, located, nth, parts
-from microgpt.errors import LostHelpError, MicrogptError
-from microgpt.evaluate import evaluation
-from microgpt.init import init_params
-from microgpt.layout import param_shapes
-from microgpt.memory import check_memory
-from microgpt.rundir import (
+from microgpt.runs.directory import (
     RUN_FILES,
     SAMPLES,
     Metrics,
@@ -47,7 +46,10 @@ from microgpt.rundir import (
     write_config,
     write_metrics,
 )
-from microgpt.signals import between_steps
+from microgpt.runs.files import check_target
+from microgpt.runs.memory import check_memory
+from microgpt.runs.signals import between_steps
+from microgpt.settings import TINIEST, checked, flag
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.windows import Windows
 

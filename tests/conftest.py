@@ -11,8 +11,9 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import save_file
 
-from microgpt.checkpoint import Checkpoint, checksum, read_tensors
-from microgpt.config import FIXTURES, Config, load_config
+from microgpt.config import Config
+from microgpt.runs.checkpoint import Checkpoint, checksum, read_tensors
+from microgpt.settings import FIXTURES, load_config
 from microgpt.train import new_run
 
 # fewer documents than steps, one of a single character, two that are longer than the context

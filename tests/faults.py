@@ -31,10 +31,10 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
-from microgpt.checkpoint import FILE_NAME, read_tensors
-from microgpt.cli import main as microgpt
-from microgpt.config import load_config
-from microgpt.rundir import LOCK, METRICS, RUN_FILES
+from microgpt.cli.commands import main as microgpt
+from microgpt.runs.checkpoint import FILE_NAME, read_tensors
+from microgpt.runs.directory import LOCK, METRICS, RUN_FILES
+from microgpt.settings import load_config
 from microgpt.train import new_run
 
 WORDS = "emma\nana\nmia\nmaximilian\na\nnoam\nevangeline\n"
@@ -48,6 +48,12 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 STEADY = 4e6  # bytes by which the resident set may grow
 
 Fault = Callable[[Callable[[], object], Any], object]  # of an operation, and half of what it writes
+
+
+def metrics_of(out: str) -> list[dict[str, Any]]:
+    """metrics.jsonl, without the time that steps took."""
+    lines = Path(out, METRICS).read_text(encoding="utf-8").splitlines()
+    return [{**json.loads(line), "seconds": 0} for line in lines]
 
 
 def training(
@@ -273,7 +279,7 @@ def differences_in_text(before: Path, out: Path) -> bool:
 
 def stop_after(step: int, arguments: list[str]) -> None:
     """Train with Ctrl-C after a step."""
-    from microgpt import report
+    from microgpt.cli import report
 
     update = report.Progress.update
 

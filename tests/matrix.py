@@ -2,7 +2,7 @@
 
 Looks for python3.10 to python3.13 in pyenv and on the PATH, makes an environment for each pair in a
 temporary folder, and prints a table. Exits with 1 if a pair failed. In full it takes half an hour;
---python 3.12 --numpy 1.26 -- tests/test_cli.py -k resume runs one pair and a few tests.
+--python 3.12 --numpy 1.26 -- tests/commands/test_cli.py -k resume runs one pair and a few tests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Valid files, damaged at random, and read: each is to be loaded or refused, and nothing else.
 
-`main` is the long form; tests/test_untrusted.py runs a short one.
+`main` is the long form; tests/runs/test_untrusted.py runs a short one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from crosscheck.cases import CASES, load_case
 from crosscheck.trace import trace
 from crosscheck.traces import diff, save_trace
 from microgpt.backend import State
-from microgpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from microgpt.config import CONFIGS, Config, load_config
+from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
+from microgpt.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from microgpt.settings import CONFIGS, load_config
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
 SLOWEST = 5.0  # seconds that a file may take

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from microgpt.config import Config, load_config
+from microgpt.config import Config
 from microgpt.init import init_params
 from microgpt.layout import Tree, grow, tap_names
+from microgpt.settings import load_config
 from microgpt.taps import ACTIVATIONS
 from scalar.value import Value
 
@@ -86,7 +87,7 @@ def import_complaints(sources: Mapping[str, str]) -> Complaints:
             elif package == "vectorized":
                 allowed = top in sys.stdlib_module_names or top in ("numpy", "microgpt")
             elif top == "crosscheck":
-                allowed = module == "microgpt.cli" and name not in at_module_level
+                allowed = module == "microgpt.cli.commands" and name not in at_module_level
             else:
                 allowed = top not in ("scalar", "vectorized")
             if not allowed:
@@ -118,7 +119,11 @@ def test_the_sources_keep_the_import_rule() -> None:
         ("microgpt.train", "def f():\n    import scalar.model", "train imports scalar.model"),
         ("microgpt.train", "import_module('scalar.model')", "microgpt.train imports by name"),
         ("microgpt.train", "def f():\n    import crosscheck", "microgpt.train imports crosscheck"),
-        ("microgpt.cli", "from crosscheck.cases import CASES", "cli imports crosscheck.cases"),
+        (
+            "microgpt.cli.commands",
+            "from crosscheck.cases import CASES",
+            "imports crosscheck.cases",
+        ),
         ("scalar.model", "__import__('vectorized')", "scalar.model imports by name"),
     ],
 )
@@ -128,8 +133,8 @@ def test_an_import_against_the_rule_is_found(module: str, line: str, complaint: 
 
 
 def test_the_command_line_may_import_the_crosscheck_where_it_needs_it() -> None:
-    text = SOURCES["microgpt.cli"] + "\ndef f():\n    import crosscheck.cases\n"
-    assert list(import_complaints({**SOURCES, "microgpt.cli": text})) == []
+    text = SOURCES["microgpt.cli.commands"] + "\ndef f():\n    import crosscheck.cases\n"
+    assert list(import_complaints({**SOURCES, "microgpt.cli.commands": text})) == []
 
 
 # --- the mapping ---------------------------------------------------------------------------------
@@ -874,7 +879,7 @@ def text_complaints(text: str) -> Complaints:
             yield f"line {number} is not ASCII"
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda p: p.name)
 def test_tests_are_ascii_of_100_columns(path: Path) -> None:
     assert list(text_complaints(path.read_text(encoding="utf-8"))) == []
 

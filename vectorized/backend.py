@@ -19,7 +19,7 @@ from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, written
-from microgpt.memory import most_walkers
+from microgpt.runs.memory import most_walkers
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip

@@ -19,7 +19,7 @@ import numpy as np
 
 from microgpt.backend import Docs
 from microgpt.config import Config
-from microgpt.memory import COLUMNS
+from microgpt.runs.memory import COLUMNS
 from vectorized.model import Batch
 
 PADDING = 1024  # numbers, positions times n_embd, that take as long as one more micro-batch

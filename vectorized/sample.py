@@ -14,7 +14,7 @@ import numpy as np
 
 from microgpt.config import Config
 from microgpt.layout import Tree, grow, param_shapes, pick
-from microgpt.memory import most_walkers
+from microgpt.runs.memory import most_walkers
 from microgpt.tokenizer import Tokenizer
 from vectorized.model import Array, gpt_forward, softmax_forward
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from microgpt import __version__
-from microgpt.data import write_whole
+from microgpt.runs.files import write_whole
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 

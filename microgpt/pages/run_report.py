@@ -17,24 +17,16 @@ from typing import Any
 import numpy as np
 
 from microgpt.backend import load_backend
-from microgpt.checkpoint import Checkpoint, load_checkpoint
-from microgpt.config import (
-    DEFAULT_PRESET,
-    FIELDS,
-    Config,
-    flag,
-    load_config,
-    presets,
-    read_yaml,
-    stored_config,
-)
+from microgpt.cli.report import RECENT, meaning
+from microgpt.config import FIELDS, Config
 from microgpt.data import in_order, load_documents, parts
 from microgpt.errors import MicrogptError
-from microgpt.memory import check_file
 from microgpt.pages.page import render
 from microgpt.pages.pictures import Array, Chart, Line, chart, heat
-from microgpt.report import RECENT, meaning
-from microgpt.rundir import CONFIG, METRICS, SAMPLES, holds_run
+from microgpt.runs.checkpoint import Checkpoint, load_checkpoint
+from microgpt.runs.directory import CONFIG, METRICS, SAMPLES, holds_run
+from microgpt.runs.memory import check_file
+from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, read_yaml, stored_config
 
 TEXTS = 3  # documents whose attention is shown, of a single run; of several runs, one
 MAPS = 48  # heads of a document that are drawn

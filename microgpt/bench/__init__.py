@@ -1,0 +1,1 @@
+"""The bench: backends and opponents, timed by turns."""

@@ -1,0 +1,152 @@
+"""What every command does for the terminal: signals, output, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from microgpt.cli.whereabouts import refuse_another_copy
+from microgpt.errors import MicrogptError, printable
+from microgpt.runs import signals
+from microgpt.runs.signals import SIGNALLED, at_once
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
+        sys.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse itself would not tell that nobody can read it."""
+        print(message, end="", file=file)
+
+
+def directory(text: str) -> Path:
+    """The path that an option names, which is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a directory")
+    return Path(text)
+
+
+def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
+    """Run a command; returns the exit status, which is 2 for anything the user can mend.
+
+    The options that the parser makes have `run`, the command as a function of them, and `parser`,
+    its own one. A command whose options have `rest` gets there what its parser does not know.
+    """
+    status = 0
+    with _output():
+        try:
+            with at_once():
+                status = _run(parser(), arguments)
+                sys.stdout.flush()
+        except BrokenPipeError:  # the program that read the output has ended
+            status = status or BROKEN_PIPE
+            _silence()
+        except KeyboardInterrupt as interrupt:  # before the command began, or as it ended
+            if not status:
+                say(f"{signals.program}: interrupted", sys.stderr)
+            status = status or _signalled(interrupt)
+            _silence()
+        except OSError as error:
+            name = error.filename or "output"
+            say(f"{parser().prog}: error: {one_line(name)}: {error.strerror}", sys.stderr)
+            status = status or 2
+            _silence()
+    return status
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+        if hasattr(options, "rest"):
+            options.rest = unknown
+        elif unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    except SystemExit as done:  # --help and --version are printed, mistakes explained
+        return int(done.code or 0)
+    program = options.parser.prog
+    try:
+        refuse_another_copy()
+        status: int = options.run(options)
+    except MicrogptError as error:
+        say(f"{program}: error: {one_line(error)}", sys.stderr)
+        return 2
+    except MemoryError:
+        say(
+            f"{program}: error: there is not enough memory; try a smaller model, batch or"
+            " block_size",
+            sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt as interrupt:
+        say(f"{program}: interrupted", sys.stderr)
+        return _signalled(interrupt)
+    return status
+
+
+def _signalled(interrupt: KeyboardInterrupt) -> int:
+    return SIGNALLED + int(getattr(interrupt, "number", signal.SIGINT))
+
+
+class Plain:
+    """A stream to which no character goes that a terminal takes for a command."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write("\n".join(map(printable, text.split("\n"))))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def bare(stream: Any) -> TextIO:
+    """The stream itself, for what has to command the terminal, such as a bar."""
+    found: TextIO = getattr(stream, "stream", stream)
+    return found
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Standard output as a Plain one that takes every character, closed or not."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before we began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
+        sys.stdout.reconfigure(errors="backslashreplace")
+    before = sys.stdout
+    sys.stdout = Plain(before)
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+def _silence() -> None:
+    """Let the interpreter's last flush of what nobody takes go nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print for a terminal that may have been closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
+def one_line(message: object) -> str:
+    """A message as one line, whatever a path, a file or a server's answer in it may contain."""
+    return printable(" ".join(str(message).splitlines()))

@@ -1,0 +1,327 @@
+"""The run directory: what is in it, who may write to it, and what is to be believed of it.
+
+config.yaml              the configuration, complete
+metrics.jsonl            one object per step: step (from 1), loss, lr, seconds (that this step took)
+                         and where measured: held_out, the loss of what training does not see
+checkpoint.safetensors   see microgpt.runs.checkpoint
+samples.txt              what the trained model wrote, one document per line; written last
+run.lock                 there while a run writes to the directory, with the name of its process
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import platform
+import re
+import stat
+import sys
+import weakref
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import yaml
+
+from microgpt.config import Config
+from microgpt.errors import MicrogptError
+from microgpt.runs.checkpoint import FILE_NAME
+from microgpt.runs.files import remove_begun, sync_folder, write_whole, writing
+from microgpt.settings import read_yaml, stored_config
+
+CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
+RUN_FILES = (CONFIG, METRICS, FILE_NAME, SAMPLES)
+LOCK = "run.lock"
+LONGEST, MARGIN = 200, 100_000_000  # bytes of a line, and of those that a killed run had got ahead
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(fd: int) -> None:
+        os.lseek(fd, 1 << 20, os.SEEK_SET)  # nobody can read a locked byte: none of the text
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)
+else:
+    import fcntl
+
+    def _lock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class TakenError(MicrogptError):
+    """A directory that belongs to another run."""
+
+
+class RunLock:
+    """Keeps a run directory to one run for as long as its process lives.
+
+    The operating system drops the lock when the process ends, however it ends: a run.lock that
+    was left behind keeps nobody out. Where a file system has no locks, the run goes on without.
+
+    Raises TakenError if another run has the directory.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        path = out / LOCK
+        with writing(path):
+            fd = _open_locked(path)
+        self.fd, self.path = fd, path
+        self.release = weakref.finalize(self, _unlock, fd, path)
+        with writing(path), released_on_error(self):
+            self.left_by = os.read(fd, 1000).decode(errors="replace").strip()
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.ftruncate(fd, 0)
+            os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode())
+
+    @property
+    def stands(self) -> bool:
+        """Whether the directory is still where it was, and still this run's."""
+        return _is_at(self.fd, self.path)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    return False
+
+
+def _open_own(path: Path) -> int:
+    """Open a file that is nothing but that: whoever sends us a directory may have put a link in."""
+    no_detours = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | no_detours, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
+            raise
+    else:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+            return fd
+        os.close(fd)
+    raise MicrogptError(f"{path}: not a file of its own, as runs make them; remove it")
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        fd = _open_own(path)
+        try:
+            _lock(fd)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                holder = os.read(fd, 1000).decode(errors="replace").strip()
+                os.close(fd)
+                raise TakenError(
+                    f"{path.parent}: another run is at work there ({holder}); wait for its end,"
+                    " or choose another directory with --out DIR"
+                ) from None
+        if _is_at(fd, path):
+            return fd
+        os.close(fd)  # the run before removed it in the meantime
+
+
+def _unlock(fd: int, path: Path) -> None:
+    if _is_at(fd, path):  # in a directory that was moved, it is another run's
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    os.close(fd)
+    if sys.platform == "win32":  # where no open file can be removed
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a directory has any file of a run in it."""
+    return any(os.path.exists(out / run_file) for run_file in RUN_FILES)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises TakenError if a directory holds a run that is not to be replaced."""
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise TakenError(f"--out {out}: is a file; name a directory, which need not exist yet")
+    if holds_run(out) and not overwrite:
+        raise TakenError(
+            f"--out {out}: holds a run already; choose another directory, continue that run with"
+            " --resume, or replace it with --overwrite"
+        )
+
+
+def claim(out: Path, overwrite: bool) -> RunLock:
+    """The lock of a directory, made if need be, for a new run.
+
+    Raises TakenError if it belongs to a run that is at work, or is not to be replaced.
+    """
+    try:
+        os.makedirs(out, exist_ok=True)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise MicrogptError(f"--out {out}: {error.strerror}") from None
+    lock = RunLock(out)
+    with released_on_error(lock):
+        check_free(out, overwrite)
+    return lock
+
+
+def discard(lock: RunLock) -> None:
+    """Remove a run, and its directory and that of all runs if there is nothing else in them."""
+    tidy(lock.out)
+    for run_file in RUN_FILES:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.out / run_file)
+    lock.release()
+    for folder in (lock.out, lock.out.parent):
+        with contextlib.suppress(OSError):  # it holds other things
+            folder.rmdir()
+
+
+def claim_free(first: Path) -> RunLock:
+    """The lock of the first of name, name-2, name-3 and so on that belongs to no run."""
+    names = (first if i == 1 else first.with_name(f"{first.name}-{i}") for i in count(1))
+    while True:
+        with contextlib.suppress(TakenError):
+            return claim(next(path for path in names if not holds_run(path)), overwrite=False)
+
+
+@contextlib.contextmanager
+def released_on_error(lock: RunLock) -> Iterator[None]:
+    """Leave the directory to others if what follows fails."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        raise
+
+
+def tidy(out: Path) -> None:
+    """Remove what a killed run had begun to write."""
+    begun = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))})\.\d+\.[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):  # it is in nobody's way
+        for path in out.iterdir():
+            if begun.fullmatch(path.name):
+                remove_begun(path)
+
+
+class Metrics:
+    """metrics.jsonl, open at its end."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / METRICS
+        with writing(self.path):
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # what a checkpoint counts on was synced before
+            self.file.close()
+
+    def write(
+        self, step: int, loss: float, lr_t: float, seconds: float, held_out: float | None
+    ) -> None:
+        """Add the line of a step, counted from 1."""
+        more = "" if held_out is None else f', "held_out": {held_out!r}'
+        line = f'"step": {step}, "loss": {loss!r}, "lr": {lr_t!r}, "seconds": {seconds:.9f}{more}'
+        with writing(self.path):
+            self.file.write(f"{{{line}}}\n")
+
+    def sync(self) -> None:
+        """See every line onto the disk.
+
+        Raises MicrogptError if it cannot be written, or is no longer where it was.
+        """
+        with writing(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            there = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        if not there:
+            raise MicrogptError(f"{self.path}: was replaced by another file during the run")
+
+
+def metrics_until(out: Path, updates: int) -> bytes:
+    """The lines of metrics.jsonl for the steps that a checkpoint has had, without later ones.
+
+    The file may be missing, or begin late: what was deleted stays deleted.
+
+    Raises MicrogptError if one of its lines is missing, doubled or damaged.
+    """
+    path = out / METRICS
+    try:
+        if not updates or not os.path.lexists(path):
+            return b""
+        if not os.path.isfile(path) or path.stat().st_size > LONGEST * updates + MARGIN:
+            raise MicrogptError(f"{path}: not the metrics of {updates:,} steps; delete it to go on")
+        with open(path if path.stat().st_size else os.devnull, "rb") as file:
+            lines = [file.readline(10 * LONGEST).rstrip(b"\n")]
+            first = _step(lines[0]) or 1
+            for number, step in enumerate(range(first, updates + 1), 1):
+                if _step(lines[-1]) != step:
+                    raise MicrogptError(
+                        f"{path}: line {number} is not that of step {step}, which the checkpoint"
+                        " has had; bring the file back as it was, or delete it to go on without"
+                        " the lines so far"
+                    )
+                lines.append(file.readline(10 * LONGEST).rstrip(b"\n"))
+    except OSError as error:
+        raise MicrogptError(f"{path}: {error.strerror}") from None
+    return b"".join(line + b"\n" for line in lines[:-1])
+
+
+def keep_held_out(out: Path, step: int, loss: float) -> None:
+    """Add the loss of what is held out to the last line of metrics.jsonl, that of this step."""
+    *before, last = metrics_until(out, step).splitlines() or [b""]
+    if last and b'"held_out"' not in last:
+        last = last[:-1] + f', "held_out": {loss!r}}}'.encode()
+        write_metrics(out, b"".join(line + b"\n" for line in (*before, last)))
+
+
+def best_held_out(lines: bytes) -> tuple[float, int] | None:
+    """The lowest loss of what is held out in these lines of metrics, and its step, if there is."""
+    measured = (json.loads(line) for line in lines.splitlines() if b'"held_out"' in line)
+    found = [(entry.get("held_out"), entry["step"]) for entry in measured]
+    return min((pair for pair in found if isinstance(pair[0], float)), default=None)
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def write_metrics(out: Path, lines: bytes) -> None:
+    """metrics.jsonl, anew."""
+    write_whole(out / METRICS, lines)
+
+
+def write_config(out: Path, config: Config) -> None:
+    """config.yaml: every field."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    write_whole(out / CONFIG, text.encode())
+
+
+def unlike(out: Path, config: Config) -> str:
+    """What config.yaml has that the run, by its checkpoint, does not have; empty if nothing."""
+    try:
+        found = stored_config(read_yaml(out / CONFIG), str(out / CONFIG))
+    except MicrogptError as error:
+        return str(error) if os.path.lexists(out / CONFIG) else ""
+    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(found)
+    return ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name])
+
+
+def write_samples(out: Path, samples: list[str], between: str = "") -> None:
+    """samples.txt: one sample per line, or where they have several, with a line between them."""
+    write_whole(out / SAMPLES, between.join(f"{sample}\n" for sample in samples).encode())
+
+
+def remove_samples(out: Path) -> None:
+    """Take away the samples of another model, or of this one when it was younger."""
+    with writing(out / SAMPLES):
+        (out / SAMPLES).unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Files that are seen whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from microgpt.errors import MicrogptError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is seen whole or not at all, also after a power cut."""
+    with whole(path) as begun, open(begun, "xb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be seen whole or not at all, also after a power cut.
+
+    It is in a folder of its own, since a library may put files beside the one it writes.
+
+    Raises MicrogptError if it cannot be written, or would take the place of what is no file.
+    """
+    check_target(path)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    file = folder / path.name
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            yield file
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(file, path)
+            sync_folder(path.parent)
+    finally:
+        remove_begun(folder)
+
+
+def check_target(path: Path, name: str = "") -> None:
+    """Refuse to write where a folder, a device, a pipe or a link to one is; name: of the option.
+
+    A file is put in the place of what is there, so that these would be gone.
+    """
+    where = f"{name}: " if name else ""
+    if path == Path():  # of an empty name
+        raise MicrogptError(f"{where}expected the name of a file")
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MicrogptError(f"{where}{path}: cannot be written: {error.strerror}") from None
+    if not stat.S_ISREG(kind):
+        what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
+        raise MicrogptError(f"{where}{path}: is {what}, not a file; choose another name")
+
+
+def remove_begun(begun: Path) -> None:
+    """Remove a folder and the files in it, or what can be removed; of a link, the link alone."""
+    with contextlib.suppress(OSError):
+        if begun.is_symlink() or not begun.is_dir():
+            begun.unlink()
+            return
+        for path in begun.iterdir():
+            path.unlink()
+        begun.rmdir()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses becomes a MicrogptError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise MicrogptError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """See the names in a folder onto the disk: what was renamed there stays renamed."""
+    if sys.platform == "win32":  # which does so by itself, and opens no folders
+        return
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written to and not listed
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a file system without such a thing says
+            raise
+    finally:
+        os.close(fd)

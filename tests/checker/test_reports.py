@@ -1,0 +1,505 @@
+"""One cause, one report: what a person gets who has made a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from crosscheck.cases import load_case
+from crosscheck.causes import STEPS, VALUE, Finding, Run, also, causes, shared
+from crosscheck.compare import compare, exhibit, simplicity
+from crosscheck.conftest import Session
+from crosscheck.defects import Patch, planted
+from crosscheck.lessons import Lessons
+from crosscheck.lines import function_of, lines_of
+from crosscheck.report import WIDTH, render
+from crosscheck.sides import is_marked, marked_memory
+from crosscheck.trace import keys, trace
+from crosscheck.where import where
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENS = 48  # lines of two
+NAMES = ("scalar", "vectorized")
+MODEL = "vectorized/model.py"
+RAISING = "raise NotImplementedError"
+NO_ROW_SUM = Patch(MODEL, "return y * (dy - total(dy * y))", "return y * dy")
+
+
+def report(patch: Patch, case_name: str = "single-character") -> str:
+    """What a case says to a patch."""
+    case = load_case(case_name)
+    with planted([patch]), np.errstate(all="ignore"):
+        ours, theirs = (trace(case, name, "float64", 1) for name in NAMES)
+        outcome = compare(case, ours, theirs, names=NAMES)
+    words = render(outcome.found[0], *NAMES)
+    assert max(map(len, words.splitlines())) <= WIDTH
+    return re.sub(r"\s+", " ", words)
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (
+            Patch(MODEL, "return scale * (dy - y * mean(dy * y))", RAISING),
+            ["vectorized stops with NotImplementedError", "got to dlayer0.mlp_norm", f"{MODEL}:"],
+        ),
+        (
+            Patch(MODEL, "return exps / total(exps)", "exps / total(exps)"),
+            ["attn_weights is None: a function returned nothing, in vectorized", "softmax_forward"],
+        ),
+        (
+            Patch(MODEL, "return x * scale, scale", "return x * scale"),
+            ["not enough values to unpack", "rmsnorm_forward(emb, config.norm_eps)", "got to emb"],
+        ),
+        (
+            Patch(MODEL, "return x.mean(axis=-1, keepdims=True)", "return mean(x)"),
+            ["RecursionError", "(in mean)", "got to emb"],
+        ),
+        (
+            Patch(MODEL, "k = tap.k = linear", "k = linear"),
+            ["layer0.k was never written by vectorized", "agreed 4 tensors"],
+        ),
+        (
+            Patch(MODEL, "dtap.emb = demb", "pass"),
+            ["demb was never written by vectorized", "the last demb_norm"],
+        ),
+        (
+            Patch(MODEL, "    dparams.wte, dparams.wpe = dwte, dwpe", "    dparams.wte = dwte"),
+            ["dwpe was never written by vectorized"],
+        ),
+        (
+            Patch(MODEL, "dwpe = np.zeros_like(params.wpe)", "dwpe = np.empty_like(params.wpe)"),
+            ["dwpe disagrees", "memory that is never written holds nan"],
+        ),
+        (
+            Patch("scalar/model.py", "    probs = softmax(logits)  # [V]", f"    {RAISING}"),
+            ["scalar stops with NotImplementedError", "scalar/model.py:", "(in cross_entropy)",
+             "got to logits"],
+        ),
+    ],
+    ids=["stub", "no return", "too few", "recursion", "tap", "derivative", "gradient", "memory",
+         "scalar"],
+)  # fmt: skip
+def test_a_side_that_stops_is_reported_like_one_that_is_wrong(
+    patch: Patch, words: list[str]
+) -> None:
+    said = report(patch)
+    assert "Traceback" not in said
+    for one in words:
+        assert one in said, said
+
+
+ROW_MEAN = "return scale * (dy - y * mean(dy * y))"
+
+
+def test_what_only_the_recorder_refuses_does_not_read_like_a_wrong_number() -> None:
+    said = report(Patch(MODEL, ROW_MEAN, ROW_MEAN.replace("dy * y)", "dy.transpose(0, 1, 2) * y)")))
+    assert "the recorder cannot repeat .transpose of an array" in said
+    assert "tensors, computed in plain NumPy; only the recorder" in said
+    assert "its line vectorized/model.py:" in said
+    assert "instead write it with einsum, reshape, x @ w.T" in said
+    wrong = ROW_MEAN.replace("dy - y * mean(dy", "dy + y * mean(dy.transpose(0, 1, 2)")
+    said = report(Patch(MODEL, ROW_MEAN, wrong))
+    assert "the sign of the second term of the norm's derivative" in said
+    assert "transpose of an array" not in said
+
+
+def test_a_wrong_number_is_told_before_what_the_recorder_refuses() -> None:
+    refusal = replace(finding("a", "", words="x"), stopped="m.py:1 RecordingError: x", headline="x")
+    wrong = finding("b", "forward/emb")
+    findings = {"first": [refusal], "second": [wrong]}
+    session = SimpleNamespace(findings=findings, order={"first": 0, "second": 1})
+    found = Session.in_order.fget(session)  # type: ignore[attr-defined]
+    assert [cause.all for cause in causes(found)] == [[wrong, refusal]]
+
+
+def test_only_memory_that_was_not_written_is_said_to_be_that() -> None:
+    with marked_memory():
+        marks = np.empty(2), np.empty(2, "float32")
+    assert all(is_marked(float(numbers[0])) for numbers in marks)
+    assert is_marked(float(-marks[0][0] + 1.0))
+    with np.errstate(all="ignore"):
+        assert not is_marked(float(np.exp(np.float64(1e4)) * 0.0))
+    assert not is_marked(np.nan)
+    assert not is_marked(1.0)
+
+
+def test_what_is_looked_for_first_follows_the_two_numbers() -> None:
+    said = report(NO_ROW_SUM)
+    order = ["vectorized", "looks like", "at fault", "computed at", "look at", "should be w",
+             "difference", "allowed", "exceeded by", "differs in", "agreed"]  # fmt: skip
+    places = [said.index(f" {words}") for words in order]
+    assert places == sorted(places)
+    assert "recomputed from vectorized's own inputs, it should be" in said
+
+
+def test_a_tensor_overwritten_after_it_was_written_is_told_and_is_one_cause() -> None:
+    line = "attn_res = tap.attn_res = projected + x  # (B, T, C)"
+    said = report(Patch(MODEL, line, "x += projected\n    attn_res = tap.attn_res = x"))
+    assert "agreed 1 tensor before it, the last emb" in said
+    assert "emb_norm holds other numbers than its own inputs give; was it changed in place" in said
+    first, second = (f"these are the numbers of layer{i}.attn_res (forward pass)" for i in (0, 1))
+    found = [
+        finding("a", "forward/emb_norm", words=first),
+        finding("b", "forward/layer0.mlp_res", words=second),
+        finding("c", "forward/emb", words=first),
+        finding("d", "forward/emb", words=first.replace("attn_res", "mlp_res")),
+    ]
+    assert [cause.first.case for cause in causes(found)] == ["a", "d"]
+
+
+def test_the_last_of_two_positions_has_a_number() -> None:
+    case, there = load_case("single-character"), np.ones((1, 2, 16), bool)
+    last = there & (np.arange(2) == 1)[None, :, None]
+    assert where(case, "forward/emb", last, there, np.array([[0, 1, 0]])) == "at position 1"
+    there, last = np.ones((1, 3, 16), bool), np.zeros((1, 3, 16), bool)
+    last[:, 2] = True
+    tokens = np.array([[0, 1, 2, 0]])
+    assert where(case, "forward/emb", last, there, tokens) == "at the last position"
+
+
+def test_a_gradient_of_another_shape_is_blamed_on_its_side() -> None:
+    patch = Patch(MODEL, "dparams.wte, dparams.wpe = dwte, dwpe",
+                  "dparams.wte, dparams.wpe = dwte.T, dwpe")  # fmt: skip
+    said = report(patch)
+    assert "dwte has shape (16, 4) in vectorized, and should have (4, 16)" in said
+
+
+def test_keys_that_layers_share_are_told() -> None:
+    patch = Patch("scalar/model.py", "keys: list[Matrix] = [[] for _ in range(config.n_layer)]",
+                  "keys: list[Matrix] = [[]] * config.n_layer")  # fmt: skip
+    said = report(patch, "two-layers")
+    assert "is ragged: lists of" in said
+    assert "in scalar" in said
+    assert "one list takes the keys or values of several layers or documents" in said
+
+
+def test_a_report_names_the_lines_of_both_texts_and_the_function_at_fault() -> None:
+    said = report(NO_ROW_SUM)
+    assert "vectorized/model.py:" in said
+    assert "dattn_logits = softmax_backward(dattn_weights, tap.attn_weights)" in said
+    assert "look at softmax_backward, vectorized/model.py:" in said
+    assert "at fault vectorized" in said
+
+
+def test_every_tensor_has_a_line_in_both_texts() -> None:
+    case = load_case("two-layers")
+    for key in keys(case.config, 27):
+        if not key.startswith(("batch", "entry")):
+            found = lines_of(key, case.config)
+            assert [line.partition("/")[0] for line in found] == list(NAMES), key
+    dres = lines_of("backward/dlayer0.mlp_res", case.config)[1]
+    assert "rmsnorm_backward(dattn_norm" in dres
+    assert "linear_backward(dlogits" in lines_of("backward/dlayer1.mlp_res", case.config)[1]
+    assert function_of("adam_v/wte", case.config, "scalar").startswith("adam, scalar/adam.py:")
+
+
+def test_drawn_documents_are_told_as_texts() -> None:
+    patch = Patch("vectorized/sample.py", "logits.astype(float) / (temperature or 1.0)",
+                  "logits.astype(float)")  # fmt: skip
+    said = report(patch, "one-document")
+    assert "scalar document 0: " in said
+    assert "at draw" in said
+    assert "p after it, scalar: " in said
+    assert "vectorized.sample.probabilities of the same logits is not softmax(logits / 2)" in said
+    assert "scalar.sample.probabilities" not in said
+    assert "documents drawn: the drawn documents differ" in said
+    assert "ulp" not in said
+
+
+def test_a_draw_that_is_at_fault_is_not_blamed_on_the_temperature() -> None:
+    line = "token = rng.choices(range(tokenizer.vocab_size)"
+    patch = Patch("scalar/sample.py", line, f"rng.random()\n        {line}")
+    said = report(patch, "one-document")
+    assert "the draw, the prompt or the closing token is at fault" in said
+    patch = Patch("scalar/sample.py", "top_k or len(logits)]", "len(logits)]")
+    said = report(patch, "one-document")
+    assert "scalar.sample.probabilities of the same logits is not softmax" in said
+    assert "over the 2 largest logits" in said
+    assert "the documents of the likeliest tokens differ" in said
+
+
+def test_reading_has_its_expression_and_its_side() -> None:
+    patch = Patch("vectorized/sample.py", "np.concatenate((self.values, v), axis=1)",
+                  "np.concatenate((v, self.values), axis=1)")  # fmt: skip
+    said = report(patch)
+    assert "reading token by token: logits disagrees" in said
+    assert "of the forward pass, which reads the same tokens" in said
+    assert "at fault vectorized" in said
+
+
+def test_a_fault_in_the_weights_of_the_loss_is_one_of_the_loss() -> None:
+    patch = Patch("vectorized/batch.py", "out=weights)", "out=weights)\n    weights[-1] = 0")
+    assert "forward pass: loss disagrees" in report(patch, "ragged-batch")
+
+
+def test_recorded_gradients_are_compared_in_the_order_of_the_backward_pass() -> None:
+    case = load_case("two-layers")
+    order = [key for key in keys(case.config, 27) if key.startswith("unwatched/")]
+    assert order[:3] == ["unwatched/loss", "unwatched/dlm_head", "unwatched/dlayer1.mlp_fc2"]
+    assert order[-2:] == ["unwatched/dwte", "unwatched/dwpe"]
+
+
+def test_the_element_that_is_shown_is_a_typical_one() -> None:
+    shares = np.full((1, 1, 3, 3), 5.0)
+    reference = np.full((1, 1, 3, 3), 1.0)
+    shares[0, 0, 0] = 100  # a softmax over one position
+    assert exhibit("forward/layer0.attn_weights", reference, shares) == (0, 0, 1, 0)
+    rows, sizes = np.array([9.0, 100.0, 8.0]), np.array([1.0, 0.0, 1.0])
+    assert exhibit("update/wte", sizes, rows) == (0,)
+    assert exhibit("update/wte", np.zeros(3), rows) == (1,)
+
+
+def test_simple_is_what_has_few_layers_then_few_documents() -> None:
+    names = ["two-layers", "one-position", "ragged-batch", "one-document", "single-character"]
+    ordered = sorted(names, key=lambda name: simplicity(load_case(name), 1))
+    assert ordered[:2] == ["single-character", "one-document"]
+    assert ordered[-1] == "two-layers"
+
+
+def test_steps_of_the_reference_are_computed_once(tmp_path: Path) -> None:
+    case = load_case("tied-two-layers")
+    whole = list(trace(case, "scalar", "float64", 3))
+    first = Lessons(case, "scalar", 3, tmp_path, "one")
+    next(iter(first))
+    second = Lessons(case, "scalar", 3, tmp_path, "one")
+    for ours, theirs in zip(whole, second):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+    assert [one.rest is None for one in (first, second)] == [False, False]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# --- causes, consequences, and what failing cases share ------------------------------------------
+
+
+def finding(case: str, key: str, about: str = STEPS[0], step: int = 1, words: str = "") -> Finding:
+    """What a test found."""
+    return Finding(about, case, step, key, "", words, "", "", {})
+
+
+def test_what_lies_downstream_is_a_consequence() -> None:
+    found = causes(
+        [
+            finding("a", "forward/layer0.attn_logits"),
+            finding("b", "forward/layer2.attn_logits"),
+            finding("b", "gradient/dwte", "float32"),
+            finding("c", "forward/layer0.mlp_res"),
+            finding("d", "forward/layer0.v"),
+            finding("e", "forward/emb"),
+        ]
+    )
+    assert [cause.first.case for cause in found] == ["a", "d", "e"]
+    assert also(found[0]) == "also fails: 2 cases, float32"
+
+
+def test_another_diagnosis_is_another_cause() -> None:
+    first = finding("a", "backward/dlayer0.q", words="transposed")
+    assert len(causes([first, finding("b", "gradient/dwpe")])) == 1
+    assert len(causes([first, finding("b", "gradient/dwpe", words="doubled")])) == 2
+
+
+TEN = ["one-document", "ragged-batch", "tied-two-layers", "three-layers", "four-layers",
+       "two-layers", "one-head", "single-character", "one-position", "repeated-token"]  # fmt: skip
+
+
+def told(failing: Sequence[str], names: Sequence[str] = TEN, listed: Sequence[str] = TEN) -> str:
+    """What is said of the cases that fail, of those that were run."""
+    runs = [Run(STEPS[0], name, name not in failing, name in failing) for name in names]
+    (cause,) = causes(finding(name, "forward/emb") for name in failing)
+    return shared(cause, runs, load_case, listed)
+
+
+def test_the_property_that_failing_cases_share_is_told() -> None:
+    assert told(TEN[3:5]) == "fails in 2 of 10 cases: those with n_layer >= 3"
+    assert told(TEN[4:5]) == "fails in 1 of 10 cases: those with n_layer >= 4"
+
+
+def test_a_property_that_proves_nothing_is_not_told() -> None:
+    deep = TEN[3:5]
+    assert told(deep, TEN[:9], TEN[:9]) == "fails in 2 of 9 cases: four-layers, three-layers"
+    assert told(deep, TEN, [*TEN, "other"]).startswith("fails in 2 of 10 cases that were run: fo")
+    several = [name for name in TEN if not load_case(name).config.tie_lm_head]
+    assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
+    assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
+
+
+def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
+    runs = [Run(STEPS[1], name, 1, 2) for name in TEN]
+    found = [finding(run.case, "update/wte", STEPS[1], 2) for run in runs]
+    assert "all 10 cases: from step 2 on" in shared(causes(found)[0], runs, load_case, TEN)
+
+
+def test_what_fails_in_float32_alone_says_so() -> None:
+    runs = [Run("float32", "one-document", 0, 1), Run(STEPS[0], "one-document", 1, 0)]
+    (cause,) = causes([finding("one-document", "forward/emb", "float32")])
+    assert "only in: float32" in shared(cause, runs, load_case, TEN)
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def run(
+    folder: Path, patches: Sequence[Patch], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """`pytest crosscheck` on a copy of the project with patches."""
+    for name in (*NAMES, "microgpt", "crosscheck", "fixtures"):
+        ignored = shutil.ignore_patterns("__pycache__", "golden")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for patch in patches:
+        source = folder / patch.file
+        text = source.read_text(encoding="utf-8")
+        assert text.count(patch.old) == 1
+        source.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "crosscheck", *arguments]
+    usual = {name: x for name, x in os.environ.items() if name != "CI"}  # where pytest says more
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env=usual
+    )
+
+
+CASES = ("--case", "single-character", "--case", "one-head", "--case", "tied-two-layers")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_run_with_a_bug_prints_one_report(processes: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["--processes", processes, "--json", str(path), "--junitxml", "junit.xml"]
+    done = run(tmp_path, [NO_ROW_SUM], *CASES, *arguments)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"crosscheck of scalar/ and vectorized/ in {tmp_path}")
+    assert len(done.stdout.splitlines()) <= SCREENS, done.stdout
+    own = [line for line in done.stdout.splitlines()[7:] if "junit.xml" not in line]
+    assert max(map(len, own)) <= WIDTH
+    assert done.stdout.count("dlayer0.attn_logits[b=0") == 1
+    assert "one cause, reported above: case single-character, step 1" in done.stdout
+    assert "fails in all 3 cases" in done.stdout
+    assert "also fails: 2 cases, float32, micro-batches, two processes" in done.stdout
+    assert " 21 failed" in done.stdout
+    (cause,) = json.loads(path.read_text(encoding="utf-8"))["causes"]
+    assert cause["key"] == "backward/dlayer0.attn_logits"
+    assert len(cause["also_fails"]) == 20
+    assert 'failures="21"' in (tmp_path / "junit.xml").read_text(encoding="utf-8")
+
+
+def test_a_process_that_ends_leaves_one_line_and_a_whole_summary(tmp_path: Path) -> None:
+    text = "    rng = np.random.default_rng(1)\n    explained = set()\n"
+    ends = f'{text}    if name == "ragged-batch":\n        __import__("os")._exit(9)\n'
+    killed = Patch("crosscheck/test_explain.py", text, ends)
+    done = run(tmp_path, [killed], "--processes", "2", "-k", "test_explain or first_step and one")
+    assert done.returncode == 1
+    assert done.stdout.count("has ended, with exit code 9") == 2
+    assert re.search(r"2 failed, \d+ passed", done.stdout)
+
+
+def test_all_reports_are_printed_on_demand(tmp_path: Path) -> None:
+    done = run(tmp_path, [NO_ROW_SUM], "-v", *CASES, "-k", "first_step")
+    assert done.stdout.count("at fault") == 4  # the first, and all three
+
+
+def test_a_text_that_python_cannot_read_is_refused_in_a_few_lines(tmp_path: Path) -> None:
+    done = run(tmp_path, [replace(NO_ROW_SUM, new="return y * (dy - total(dy * y)")])
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    said = done.stdout + done.stderr
+    assert "vectorized/ cannot be imported: SyntaxError: '(' was never closed" in said
+    assert "vectorized/model.py:" in said
+    assert len(said.splitlines()) <= 5
+
+
+def test_the_quick_run_leaves_out_what_takes_long() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "crosscheck", "-m",
+               "quick", "--collect-only", "-q"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "test_first_step" in done.stdout
+    assert "thousand" not in done.stdout
+    assert "random_models" not in done.stdout
+
+
+def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path) -> None:
+    halved = [
+        Patch("scalar/value.py", "(float(self.data > 0),)", "(0.5 * float(self.data > 0),)"),
+        Patch("vectorized/model.py", "else x > 0.0", "else 0.5 * (x > 0.0)"),
+    ]
+    done = run(tmp_path, halved, "-k", "every_parameter and repeated")
+    assert done.returncode == 1
+    said = re.sub(r"\s+", " ", done.stdout)
+    assert "is not the derivative of the loss, in scalar and vectorized" in said
+    assert "both sides agree with each other, and the witness does not" in said
+    assert len(done.stdout.splitlines()) <= SCREENS
+
+
+# --- Value by itself -----------------------------------------------------------------------------
+
+VALUE_FILE = "scalar/value.py"
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (
+            Patch(VALUE_FILE, "exponent * self.data ** (exponent - 1)",
+                  "exponent * self.data**exponent - 1"),
+            ["Value.__pow__: d(a ** 2)/da at a = 0.7 is given as -0.02, should be 1.4",
+             "looks like n a^n - 1"],
+        ),
+        (
+            Patch(VALUE_FILE, "(other.data, self.data))", "(self.data, other.data))"),
+            ["Value.__mul__: d(a * b)/da", "d/db: two local derivatives are exchanged"],
+        ),
+        (
+            Patch(VALUE_FILE, "child.grad +=", "child.grad ="),
+            ["Value.backward: a value that is used twice gets only its last contribution"],
+        ),
+        (
+            Patch(VALUE_FILE, "in reversed(order)", "in order"),
+            ["passes its gradient on before all its uses have added to it", "_topological_order"],
+        ),
+        (
+            Patch(VALUE_FILE, "        self.grad = 1.0\n", ""),
+            ["Value.backward never sets self.grad = 1", "look at backward, scalar/value.py:"],
+        ),
+        (
+            Patch(VALUE_FILE, "return Value(exp, (self,), (exp,))", "Value(exp, (self,), (exp,))"),
+            ["Value.exp: exp(a) gives None, which is no Value"],
+        ),
+    ],
+    ids=["power", "product", "assignment", "order", "end", "no return"],
+)  # fmt: skip
+def test_a_mistake_in_value_is_told_before_any_case(
+    patch: Patch, words: list[str], tmp_path: Path
+) -> None:
+    done = run(tmp_path, [patch], "-x", "-m", "quick")
+    assert done.returncode == 1
+    said = re.sub(r"\s+", " ", done.stdout)
+    for one in [*words, "before any case:", "one cause, reported above", "1 failed"]:
+        assert one in said, done.stdout
+    assert max(map(len, done.stdout.splitlines()[7:])) <= WIDTH
+
+
+def test_all_that_fails_follows_from_a_mistake_in_value(tmp_path: Path) -> None:
+    patch = Patch(VALUE_FILE, "(other.data, self.data))", "(self.data, other.data))")
+    done = run(tmp_path, [patch], *CASES, "-k", "value or first_step or taught")
+    assert "one cause, reported above: before any case: Value.__mul__" in done.stdout
+    assert "also fails: 3 cases" in done.stdout
+    assert len(done.stdout.splitlines()) <= SCREENS, done.stdout
+
+
+def test_a_fault_of_the_other_side_does_not_follow_from_one_in_value() -> None:
+    ours, same, other = (
+        Finding(about, "", 0, "", "", "", "", "", {"at_fault": side})
+        for about, side in [(VALUE, "reference"), ("a", "reference"), ("b", "candidate")]
+    )
+    assert [cause.first for cause in causes([ours, same, other])] == [ours, other]

@@ -1,0 +1,514 @@
+"""What a batch means, and that sampling side by side is sampling one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import vectorized.batch
+import vectorized.replay
+from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
+from microgpt.config import Config
+from microgpt.data import load_documents
+from microgpt.init import init_params
+from microgpt.layout import Tree, grow, pick
+from microgpt.runs import memory
+from microgpt.settings import load_config
+from microgpt.tokenizer import Tokenizer, build_tokenizer
+from vectorized.batch import empty_batch, fill, micro_batches, pad, rounded
+from vectorized.model import Array, Batch, loss_backward, loss_forward
+from vectorized.sample import choose
+
+# both revisions of the model, small, with weights that tell everything apart
+HISTORICAL = ("microgpt", "microgpt-243")
+CONFIGS = {
+    name: replace(
+        load_config(name), n_embd=4, n_head=2, block_size=6, init_std=0.5, init_std_residual=0.5
+    )
+    for name in HISTORICAL
+}
+TOKENIZERS = {name: build_tokenizer("abc", config) for name, config in CONFIGS.items()}
+
+backends = pytest.mark.parametrize("backend", NAMES)
+models = pytest.mark.parametrize("preset", CONFIGS)
+texts = st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=4)
+few = settings(max_examples=40, deadline=None)
+
+
+def load(backend: str, config: Config, tokenizer: Tokenizer, watch: bool = False) -> Backend:
+    params = init_params(config, tokenizer.vocab_size, Random(config.seed))
+    return load_backend(backend, config, fresh_state(params), watch)
+
+
+def encoded(texts: Sequence[str], preset: str) -> list[list[int]]:
+    tokenizer, longest = TOKENIZERS[preset], CONFIGS[preset].max_tokens
+    return [tokenizer.document(text)[:longest] for text in texts]
+
+
+def measured(backend: Backend, docs: Docs) -> tuple[float, dict[str, Array]]:
+    """The loss of a batch and its gradients."""
+    loss = backend.forward(docs)
+    backend.backward()
+    return loss, {name: np.array(grad) for name, grad in backend.grads().items()}
+
+
+def assert_same(
+    found: tuple[float, dict[str, Array]], expected: tuple[float, dict[str, Array]]
+) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-14)
+    for name, grad in expected[1].items():
+        np.testing.assert_allclose(found[1][name], grad, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+def mean_alone(backend: Backend, docs: Docs) -> tuple[float, dict[str, Array]]:
+    """The mean of what is measured of each document by itself."""
+    alone = [measured(backend, [doc]) for doc in docs]
+    names = alone[0][1]
+    return (
+        sum(loss for loss, _ in alone) / len(docs),
+        {name: sum(grads[name] for _, grads in alone) / len(docs) for name in names},
+    )
+
+
+@backends
+@models
+@few
+@given(texts=texts)
+@example(texts=["ab", "ab", "c"])  # a document that occurs twice counts twice
+@example(texts=["a", "abcabcab"])  # each counts the same, however long it is
+def test_a_batch_is_the_mean_of_its_documents_run_alone(
+    backend: str, preset: str, texts: list[str]
+) -> None:
+    model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
+    docs = encoded(texts, preset)
+    assert_same(measured(model, docs), mean_alone(model, docs))
+
+
+@backends
+@models
+@few
+@given(texts=texts)
+@example(texts=["a", "abcabcab"])
+def test_the_losses_of_a_document_are_the_same_in_any_company(
+    backend: str, preset: str, texts: list[str]
+) -> None:
+    model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
+    docs = encoded(texts, preset)
+    together = [list(losses) for losses in model.position_losses(docs)]
+    for losses, doc in zip(together, docs, strict=True):
+        (alone,) = model.position_losses([doc])
+        padding = [0.0] * (len(together[0]) - len(alone))
+        assert losses == pytest.approx([*alone, *padding], rel=1e-14)
+        assert len(alone) == len(doc) - 1
+
+
+@backends
+@models
+@few
+@given(texts=texts, seed=st.integers(0, 99))
+def test_the_order_of_a_batch_changes_nothing(
+    backend: str, preset: str, texts: list[str], seed: int
+) -> None:
+    model = load(backend, CONFIGS[preset], TOKENIZERS[preset])
+    docs = encoded(texts, preset)
+    shuffled = Random(seed).sample(docs, len(docs))
+    assert_same(measured(model, shuffled), measured(model, docs))
+
+
+@models
+@few
+@given(
+    batches=st.lists(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1), min_size=1),
+    columns=st.sampled_from([12, 5, 1]),
+    padding=st.sampled_from([1024, 8, 0]),
+)
+@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, padding=9)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, padding=9)
+def test_batches_that_are_computed_in_micro_batches_are_the_batches(
+    preset: str, batches: list[list[str]], columns: int, padding: int
+) -> None:
+    whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
+    docs = [encoded(texts, preset) for texts in batches]
+    with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding):
+        found = [measured(cut, batch) for batch in docs]
+    for batch, measures in zip(docs, found):
+        assert_same(measures, measured(whole, batch))
+
+
+@models
+def test_a_large_batch_is_the_mean_of_its_documents_too(preset: str) -> None:
+    model = load("vectorized", CONFIGS[preset], TOKENIZERS[preset])
+    rng = Random(1)
+    docs = encoded(["".join(rng.choices("abc", k=rng.randint(1, 8))) for _ in range(300)], preset)
+    with patch.object(vectorized.batch, "COLUMNS", 500):
+        assert len(micro_batches(docs, CONFIGS[preset])) > 1
+        found = measured(model, docs)
+    assert_same(found, mean_alone(model, docs))
+
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=70)
+
+
+def documents(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents of so many positions, each of a token of its own."""
+    return [[i] * (n + 1) for i, n in enumerate(lengths)]
+
+
+def positions(docs: Docs) -> list[int]:
+    return [len(doc) - 1 for doc in docs]
+
+
+@given(lengths=lengths, n_embd=st.integers(1, 40), columns=st.integers(1, 200))
+def test_every_document_is_in_exactly_one_micro_batch(
+    lengths: list[int], n_embd: int, columns: int
+) -> None:
+    docs, config = documents(lengths), replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
+    with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=200):
+        cut = micro_batches(docs, config)
+    assert all(cut)
+    assert sorted(list(doc) for batch in cut for doc in batch) == docs
+
+
+@given(lengths=lengths, n_embd=st.integers(1, 40))
+@example(lengths=[20, 10, 10, 10, 3], n_embd=1)
+@example(lengths=[1] * 40 + [30] * 20, n_embd=40)
+def test_micro_batches_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
+    config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
+    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200):
+        cut = micro_batches(documents(lengths), config)
+    tolerated = 200 / n_embd + len(lengths) // 16 * 30  # cuts are made in steps of so many rows
+    for batch in cut:
+        n, T = sorted(positions(batch)), max(positions(batch))
+        assert len(batch) == 1 or len(batch) * T <= 60
+        assert all(count * (T - n[count - 1]) <= tolerated for count in range(1, len(n)))
+
+
+@given(lengths=lengths, n_embd=st.integers(1, 40))
+@example(lengths=[10, 9, 5], n_embd=1)
+def test_no_cut_is_made_without_need(lengths: list[int], n_embd: int) -> None:
+    config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
+    padding = (len(lengths) * max(lengths) - sum(lengths)) * n_embd
+    with patch.multiple(vectorized.batch, COLUMNS=2100, PADDING=max(1, padding)):
+        assert len(micro_batches(documents(lengths), config)) == 1
+
+
+@pytest.mark.parametrize("n_embd", [16, 64])
+@pytest.mark.parametrize(
+    ("size", "share"), [(1, 0.1), (3, 0.25), (16, 0.4), (64, 0.25), (256, 0.1)]
+)
+def test_few_shapes_occur_and_padding_is_bounded(size: int, share: float, n_embd: int) -> None:
+    names, config = load_documents("names"), replace(load_config(), n_embd=n_embd)
+    rng, shapes, padded, real = Random(1), set(), 0, 0
+    for _ in range(300):
+        docs = [[0] * (len(name) + 2) for name in rng.sample(names, size)]
+        for batch in micro_batches(docs, config):
+            T = rounded(max(positions(batch)), len(batch), config)
+            shapes.add((len(batch), T))
+            padded += len(batch) * T
+            real += sum(positions(batch))
+    assert len(shapes) <= 80
+    assert padded <= (1 + share) * real
+
+
+@given(T=st.integers(1, 5000), beyond=st.integers(0, 300), rows=st.integers(1, 9))
+def test_a_length_is_rounded_up_by_little_and_never_beyond_the_context(
+    T: int, beyond: int, rows: int
+) -> None:
+    config = replace(CONFIGS["microgpt"], block_size=T + beyond)
+    assert T <= rounded(T, rows, config) <= min(T + 1 + T // 8, T + beyond)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_lengths_occur(rows: int) -> None:
+    config = replace(CONFIGS["microgpt"], block_size=4096)
+    assert len({rounded(T, rows, config) for T in range(1, 33)}) <= 32 // (3 - rows)
+    for T in (32, 64, 1024, 2048):
+        assert len({rounded(n, rows, config) for n in range(T + 1, 2 * T + 1)}) <= 16
+
+
+def test_a_batch_is_what_its_documents_say() -> None:
+    tokens, targets, weights = pad([[3, 1, 2, 3], [3, 2]], np.dtype("float32"), of=4)
+    assert tokens.tolist() == [[3, 1, 2], [3, 2, 0]]  # with the last token, whose loss is nobody's
+    assert targets.tolist() == [[1, 2, 3], [2, 0, 0]]
+    assert weights.dtype == "float32"
+    np.testing.assert_allclose(weights, [[1 / 12] * 3, [1 / 4, 0, 0]])
+
+
+@given(before=lengths, lengths=lengths, longer=st.integers(0, 3))
+@example(before=[9], lengths=[4], longer=0)
+def test_nothing_is_left_of_the_batch_before(
+    before: list[int], lengths: list[int], longer: int
+) -> None:
+    before = (before * len(lengths))[: len(lengths)]
+    B, T = len(lengths), max(before + lengths) + longer
+    used, fresh = (empty_batch(B, T, np.dtype("float64")) for _ in range(2))
+    fill(used, [[7] * (n + 1) for n in before], 1)
+    for batch in (used, fresh):
+        fill(batch, documents(lengths), 5)
+    for name in Batch._fields:
+        np.testing.assert_array_equal(getattr(used, name), getattr(fresh, name))
+    assert weight_of(fresh) == pytest.approx(len(lengths) / 5)
+
+
+def weight_of(batch: Batch) -> float:
+    return float(batch.weights.sum())
+
+
+def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
+    """A batch with more padding than it needs, and anything at all in the padding."""
+    B = len(docs)
+    tokens = np.array([[rng.randrange(V) for _ in range(T)] for _ in docs])
+    targets = np.array([[rng.randrange(V) for _ in range(T)] for _ in docs])
+    weights = np.zeros((B, T))
+    for b, doc in enumerate(docs):
+        n = len(doc) - 1
+        tokens[b, :n], targets[b, :n], weights[b, :n] = doc[:-1], doc[1:], 1 / (B * n)
+    return Batch(tokens, targets, weights)
+
+
+def by_the_text(batch: Batch, backend: Backend, config: Config) -> tuple[float, dict[str, Array]]:
+    """The loss of a batch and its gradients."""
+    named = backend.state().params
+    params = grow({name: np.array(tensor) for name, tensor in named.items()}, config.n_layer)
+    tap, dtap, dparams = (Tree(config.n_layer) for _ in range(3))
+    loss = float(loss_forward(batch, params, config, tap))
+    loss_backward(batch, params, dparams, config, tap, dtap)
+    return loss, {name: pick(dparams, name) for name in named}
+
+
+@models
+@given(texts=texts, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_more_padding_changes_nothing(preset: str, texts: list[str], seed: int) -> None:
+    config, tokenizer, docs = CONFIGS[preset], TOKENIZERS[preset], encoded(texts, preset)
+    model = load("vectorized", config, tokenizer)
+    batch = padded_further(docs, config.block_size, Random(seed), tokenizer.vocab_size)
+    assert_same(by_the_text(batch, model, config), measured(model, docs))
+
+
+@models
+@few
+@given(texts=texts)
+def test_a_recording_for_longer_documents_serves_shorter_ones(
+    preset: str, texts: list[str]
+) -> None:
+    config, docs = CONFIGS[preset], encoded(texts, preset)
+    expected = measured(load("vectorized", config, TOKENIZERS[preset]), docs)
+    with patch.object(vectorized.replay, "rounded", lambda *_: config.block_size):
+        assert_same(measured(load("vectorized", config, TOKENIZERS[preset]), docs), expected)
+
+
+def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Parameters by which token 0 cannot follow at position 2, where its logit is -2000."""
+    params = init_params(config, tokenizer.vocab_size, Random(config.seed))
+    for name in ("wte", "wpe", "layer0.attn_wo", "layer0.mlp_fc2"):  # channel 0 is of no other use
+        rows = params[name]
+        params[name] = (
+            [[0.0] * len(rows[0]), *rows[1:]] if "." in name else [[0.0, *row[1:]] for row in rows]
+        )
+    params["wpe"][2] = [1e6, 0.0, 0.0, 0.0]
+    params["lm_head"][0] = [-1000.0, 0.0, 0.0, 0.0]
+    return params
+
+
+def test_padding_may_be_impossible() -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    params = with_an_impossible_token(config, tokenizer)
+    model = load_backend("vectorized", config, fresh_state(params))
+    docs = [[3, 1, 2, 1, 2, 3], [3, 0, 3]]  # padded with token 0
+    assert_same(measured(model, docs), mean_alone(model, docs))
+
+
+def exact_losses(logits: Sequence[Sequence[float]], doc: Sequence[int]) -> list[float]:
+    """-log(softmax(logits)[target]) without the softmax, which may be too small for a number."""
+    return [
+        math.log(math.fsum(math.exp(x - max(row)) for x in row)) + max(row) - row[target]
+        for row, target in zip(logits, doc[1:])
+    ]
+
+
+singly_and_doubly = pytest.mark.parametrize(
+    ("dtype", "digits"), [("float64", 1e-12), ("float32", 1e-5)]
+)
+either_way = pytest.mark.parametrize("watch", [False, True])
+
+
+@singly_and_doubly
+@either_way
+def test_the_loss_of_an_impossible_token_is_finite_and_exact(
+    dtype: str, digits: float, watch: bool
+) -> None:
+    config, doc = CONFIGS["microgpt"], [3, 1, 2, 0, 3]
+    state = fresh_state(with_an_impossible_token(config, TOKENIZERS["microgpt"]))
+    expected = exact_losses(load_backend("scalar", config, state).read(doc[:-1]), doc)
+    assert max(expected) > 1000
+    model = load_backend("vectorized", replace(config, dtype=dtype), state, watch)
+    (losses,) = model.position_losses([doc])
+    assert list(losses) == pytest.approx(expected, rel=digits, abs=digits)
+    assert model.forward([doc]) == pytest.approx(sum(expected) / 4, rel=digits)
+
+
+def test_scalar_refuses_a_token_of_probability_0() -> None:
+    config = CONFIGS["microgpt"]
+    state = fresh_state(with_an_impossible_token(config, TOKENIZERS["microgpt"]))
+    model = load_backend("scalar", config, state)
+    for run in (model.forward, model.position_losses):
+        with pytest.raises(FloatingPointError):
+            run([[3, 1, 2, 0, 3]])
+
+
+@either_way
+@pytest.mark.parametrize("factor", [100.0, 1000.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_single_precision_has_a_loss_and_a_gradient_wherever_double_has(
+    seed: int, factor: float, watch: bool
+) -> None:
+    config, tokenizer = replace(CONFIGS["microgpt"], seed=seed), TOKENIZERS["microgpt"]
+    params, docs = init_params(config, tokenizer.vocab_size, Random(seed)), [[3, 1, 2, 0, 3]]
+    params["lm_head"] = [[factor * x for x in row] for row in params["lm_head"]]
+    double, single = (
+        load_backend("vectorized", replace(config, dtype=dtype), fresh_state(params), watch)
+        for dtype in ("float64", "float32")
+    )
+    expected, found = measured(double, docs), measured(single, docs)
+    assert np.ptp(np.asarray(double.read(docs[0]))) > 104  # exp(-104) is 0 in single precision
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    for name, grad in expected[1].items():
+        np.testing.assert_allclose(found[1][name], grad, atol=1e-3 * np.abs(grad).max())
+
+
+@st.composite
+def models_to_sample(draw: st.DrawFn) -> tuple[Config, Tokenizer]:
+    D, H = draw(st.sampled_from([2, 1])), draw(st.sampled_from([2, 1]))
+    config = replace(
+        CONFIGS[draw(st.sampled_from(sorted(CONFIGS)))],
+        n_layer=draw(st.integers(1, 2)),
+        n_embd=D * H,
+        n_head=H,
+        block_size=draw(st.sampled_from([5, 6, 4, 3, 2, 1])),
+        vocabulary=draw(st.sampled_from(["chars-bos", "bos-eos-chars"])),
+        seed=draw(st.integers(0, 10**6)),
+    )
+    return config, build_tokenizer("abcd"[: draw(st.sampled_from([4, 3, 2, 1]))], config)
+
+
+def assert_same_samples(
+    config: Config,
+    tokenizer: Tokenizer,
+    seed: int,
+    num: int,
+    temperature: float,
+    prompt: Sequence[int],
+    top_k: int = 0,
+) -> None:
+    """The same documents from both backends, which leave the random stream in the same place."""
+    ours, theirs = Random(seed), Random(seed)
+    expected, found = (
+        load(backend, config, tokenizer).sample(tokenizer, rng, num, temperature, prompt, top_k)
+        for backend, rng in (("scalar", ours), ("vectorized", theirs))
+    )
+    assert found == expected
+    assert len(found) == num
+    assert ours.getstate() == theirs.getstate()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    model=models_to_sample(),
+    seed=st.integers(0, 10**6),
+    num=st.sampled_from([7, 12, 3, 1, 0]),
+    temperature=st.floats(0.2, 2) | st.just(0.0),
+    top_k=st.sampled_from([0, 0, 1, 2, 3, 9]),
+    walkers=st.sampled_from([1024, 5, 2, 1]),
+    data=st.data(),
+)
+def test_samples_are_the_same_draw_for_draw(
+    model: tuple[Config, Tokenizer],
+    seed: int,
+    num: int,
+    temperature: float,
+    top_k: int,
+    walkers: int,
+    data: st.DataObject,
+) -> None:
+    config, tokenizer = model
+    chars = st.sampled_from(sorted(tokenizer.ids.values()))
+    prompt = data.draw(st.lists(chars, max_size=config.block_size - 1))
+    cached = walkers * 2 * config.n_layer * config.n_embd * config.block_size
+    with patch.object(memory, "CACHED", cached):
+        assert_same_samples(config, tokenizer, seed, num, temperature, prompt, top_k)
+
+
+@models
+def test_samples_of_a_whole_model_are_the_same_draw_for_draw(preset: str) -> None:
+    config = load_config(preset)
+    tokenizer = build_tokenizer("abcdefghijklmnopqrstuvwxyz", config)
+    assert_same_samples(config, tokenizer, 1, config.num_samples, config.temperature, [])
+
+
+def test_single_precision_can_draw_at_any_temperature() -> None:
+    config = replace(load_config(), num_samples=3)
+    tokenizer = build_tokenizer("abcdefghijklmnopqrstuvwxyz", config)
+    single = replace(config, dtype="float32")
+    for temperature in (1e-3, 1e-40, 1e-300):
+        expected, found = (
+            load(backend, settings, tokenizer).sample(tokenizer, Random(1), 3, temperature, [])
+            for backend, settings in (("scalar", config), ("vectorized", single))
+        )
+        assert found == expected
+
+
+def test_no_sample_takes_no_draw() -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    assert_same_samples(config, tokenizer, seed=1, num=0, temperature=1.0, prompt=[])
+
+
+def test_a_context_of_one_position_gives_one_character_at_most() -> None:
+    config = replace(CONFIGS["microgpt"], block_size=1)
+    assert_same_samples(config, TOKENIZERS["microgpt"], 1, 30, 1.0, [])
+
+
+# eighths, so that many draws fall exactly on the border between two choices
+eighths = st.integers(0, 8).map(lambda n: n / 8)
+weights = st.lists(eighths | st.floats(0, 1), min_size=1, max_size=5).filter(any)
+draws = st.integers(0, 7).map(lambda n: n / 8) | st.floats(0, 1, exclude_max=True)
+
+
+@settings(deadline=None)
+@given(weights=weights, draws=st.lists(draws, min_size=1, max_size=5))
+@example(weights=[0.25, 0.0, 0.25, 0.5], draws=[0.0, 0.25, 0.5, 0.75])
+@example(weights=[0.0, 1.0, 0.0], draws=[0.0, 1 - 2**-53])
+def test_choose_is_random_choices_on_the_same_draws(
+    weights: list[float], draws: list[float]
+) -> None:
+    expected = []
+    for draw in draws:
+        rng = Random()
+        with patch.object(rng, "random", lambda: draw):  # noqa: B023
+            expected += rng.choices(range(len(weights)), weights)
+    cumulative = np.array([weights] * len(draws)).cumsum(axis=1)
+    assert choose(cumulative, np.array(draws)).tolist() == expected
+
+
+@backends
+@pytest.mark.parametrize("name", ["wpe", "lm_head", "layer0.mlp_fc2"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused(backend: str, name: str, number: float) -> None:
+    config, tokenizer = CONFIGS["microgpt"], TOKENIZERS["microgpt"]
+    params = init_params(config, tokenizer.vocab_size, Random(config.seed))
+    params[name][1] = [number] * len(params[name][1])
+    for watch in {False, backend == "vectorized"}:
+        model = load_backend(backend, config, fresh_state(params), watch)
+        with pytest.raises(FloatingPointError, match="position"):
+            model.position_losses([[3, 1, 2, 0, 3]])
+        with pytest.raises(FloatingPointError):
+            model.forward([[3, 1, 2, 0, 3]])

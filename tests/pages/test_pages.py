@@ -1,0 +1,564 @@
+"""The pages: what stands on them, and that nothing from outside gets between the lines."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jinja2", reason="pages need the extra `pages`")
+pytest.importorskip("pygments", reason="pages need the extra `pages`")
+
+from crosscheck import html
+from crosscheck.__main__ import main as crosscheck
+from crosscheck.atlas import Atlas, atlas
+from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
+from crosscheck.compare import compare
+from crosscheck.trace import Step, trace
+from microgpt.backend import fresh_state
+from microgpt.cli.commands import main
+from microgpt.errors import MicrogptError
+from microgpt.pages import pictures, run_report
+from microgpt.pages.sources import Source, side_by_side, upside_down
+from microgpt.settings import load_config
+from microgpt.taps import consumers, taps
+
+LARGEST_ATLAS, LARGEST_MAP = 2_000_000, 1_000_000
+SCALAR, VECTORIZED = Source("scalar/model.py"), Source("vectorized/model.py")
+SHORT = {name.rpartition(".")[2] for name in taps(load_config())}
+FUNCTIONS = [name for name in SCALAR.functions if f"{name}_forward" in VECTORIZED.functions]
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and its texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def ids(self) -> list[str]:
+        return [str(attrs["id"]) for _, attrs in self.tags if "id" in attrs]
+
+    def addresses(self) -> list[str]:
+        return [
+            str(attrs[name]) for _, attrs in self.tags for name in ("href", "src") if name in attrs
+        ]
+
+
+def pixels(address: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The levels of a picture, and the opacity of each level."""
+    data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks, at = {}, 8
+    while at < len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        body = data[at + 8 : at + 8 + size]
+        assert int.from_bytes(data[at + 8 + size : at + 12 + size], "big") == zlib.crc32(
+            kind + body
+        )
+        chunks[kind] = body
+        at += 12 + size
+    width, height = (int.from_bytes(chunks[b"IHDR"][i : i + 4], "big") for i in (0, 4))
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
+    return rows[:, 1:], np.frombuffer(chunks[b"tRNS"], np.uint8)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_a_heat_map_has_a_pixel_a_number_blank_at_zero_and_full_at_the_scale() -> None:
+    there = np.array([[True, True, True], [True, True, False]])
+    levels, opacity = pixels(
+        pictures.heat(np.array([[0.0, 2.0, -2.0], [1.0, np.nan, 5.0]]), 2.0, there)
+    )
+    assert opacity[levels[0]].tolist() == [0, 255, 255]
+    assert levels[0, 1] > levels[0, 0] > levels[0, 2]
+    assert 100 < opacity[levels[1, 0]] < 160
+    assert (levels[1, 1:] == pictures.ABSENT).all()
+
+
+def test_a_large_matrix_keeps_its_largest_numbers() -> None:
+    matrix = np.zeros((1000, 2))
+    matrix[777, 1] = -3.0
+    levels, _ = pixels(pictures.heat(matrix, 3.0))
+    assert levels.shape == (pictures.LARGEST, 2)
+    assert levels.min() == 0
+    there = np.arange(1000)[:, None] < [1000, 0]
+    levels, _ = pixels(pictures.heat(matrix, 3.0, there))
+    assert (levels[:, 1] == pictures.ABSENT).all()
+    assert (levels[:, 0] == pictures.LEVELS).all()
+
+
+def test_a_curve_of_many_steps_keeps_its_means_and_its_ends() -> None:
+    x = np.arange(1.0, 100_001)
+    line = pictures.Line("loss", x, np.where(x <= 50_000, 4.0, 2.0))
+    drawn = pictures.chart("Loss", [line], level=3.0)
+    assert drawn is not None
+    points = re.findall(r"([\d.]+) ([\d.]+)", drawn.lines[0].path)
+    assert len(points) == pictures.POINTS
+    heights = [float(y) for _, y in points]
+    assert heights[0] < 100
+    assert heights[-1] > 900
+    assert drawn.level == pytest.approx(50)
+
+
+def test_a_chart_without_points_is_none() -> None:
+    nothing = np.array([])
+    assert pictures.chart("Loss", [pictures.Line("loss", nothing, nothing)]) is None
+
+
+# --- the two texts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_side_by_side_is_every_line_once_in_order(name: str) -> None:
+    for function, of in ((f"{name}_forward", side_by_side), (f"{name}_backward", upside_down)):
+        rows = of(SCALAR, name, VECTORIZED, function, {})
+        left = [line.number for row in rows for line in row.left]
+        right = [line.number for row in rows for line in row.right]
+        for found, source, one in ((left, SCALAR, name), (right, VECTORIZED, function)):
+            node = source.functions[one]
+            assert sorted(found) == list(range(node.lineno, (node.end_lineno or 0) + 1))
+        assert right == sorted(right)
+        assert left == sorted(left) or of is upside_down
+
+
+def test_lines_that_keep_the_same_tap_stand_side_by_side() -> None:
+    rows = side_by_side(SCALAR, "attention", VECTORIZED, "attention_forward", {})
+    together = 0
+    for row in rows:
+        names = [
+            set(re.findall(r"tap\.(\w+)\b(?=[^=]*=[^=])", " ".join(str(x.code) for x in lines)))
+            & SHORT
+            for lines in (row.left, row.right)
+        ]
+        assert not (names[0] and names[1]) or names[0] & names[1]
+        together += bool(names[0] & names[1])
+    assert together >= 6
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_every_tap_has_its_lines_in_both_texts(name: str) -> None:
+    assert SCALAR.behind("tap", name, SHORT)
+    for tree in ("tap", "dtap"):
+        lines = VECTORIZED.behind(tree, name, SHORT)
+        assert any(f"{tree}.{name}" in VECTORIZED.lines[n - 1].replace("_i.", ".") for n in lines)
+
+
+def test_the_lines_behind_dk_are_its_product_and_nothing_of_dq() -> None:
+    text = "\n".join(VECTORIZED.lines[n - 1] for n in VECTORIZED.behind("dtap", "k", SHORT))
+    assert 'dk_heads = einsum("bhtu,bthd->buhd", dscores, q_heads)' in text
+    assert "dscores = dattn_logits / config.head_dim**0.5" in text
+    assert "dq_heads =" not in text
+    assert "softmax_backward" not in text
+
+
+# --- the atlas -----------------------------------------------------------------------------------
+
+
+def atlas_of(case: Case, update: bool = False) -> str:
+    return atlas(case, fresh_state(case.params), case.name, update)
+
+
+@pytest.mark.parametrize("name", ["three-layers", "microgpt-243", "one-position"])
+def test_what_the_consumers_send_back_adds_up_to_the_derivative(name: str) -> None:
+    case = load_case(name)
+    made = Atlas(case, fresh_state(case.params), update=False)
+    step = made.steps[1]
+    checked = 0
+    for stop in made.stops():
+        if stop.kind == "forward" or not stop.parts:
+            continue
+        key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
+        parts = made.graph.parts[stop.id[1:]]
+        np.testing.assert_allclose(sum(parts.values()), step[key], rtol=1e-9, atol=1e-12)
+        users = {user.name for user, _ in consumers(case.config)[stop.id[1:]]}
+        assert {part.name for part in stop.parts} == {f"d{user}" for user in users}
+        assert sum(part.value for part in stop.parts) == pytest.approx(stop.element.scalar)
+        assert sum(part.count for part in stop.parts) == len(stop.additions) + stop.more
+        if not stop.more:
+            assert stop.additions[-1].total == pytest.approx(stop.element.scalar)
+        checked += 1
+    assert checked >= len(made.table) + len(made.params) - 1
+
+
+def test_dk_is_traced_to_the_positions_that_look_at_it() -> None:
+    case = load_case("one-document")
+    made = Atlas(case, fresh_state(case.params), update=False)
+    stop = next(stop for stop in made.stops() if stop.id == "dlayer0.k")
+    assert stop.uses == [("layer0.attn_logits", "attn_logits = q[t] . k[u] / sqrt(D)")]
+    T = len(made.tokens) - 1
+    assert [add.towards.partition(", ")[2] for add in stop.additions] == [
+        f"t={t}, u=1]" for t in range(T - 1, 0, -1)
+    ]
+    assert all(re.fullmatch(r"q\[t=\d, c=\d+\]", add.factor) for add in stop.additions)
+    assert all(" looks at " in add.looks for add in stop.additions)
+
+
+def test_the_atlas_says_the_largest_difference_that_there_is() -> None:
+    case = load_case("two-layers")
+    made = Atlas(case, fresh_state(case.params), update=False)
+    made.steps[1]["forward/layer1.q"] = made.steps[1]["forward/layer1.q"] + 0.25
+    apart = {stop.id: stop.apart for stop in made.stops()}
+    assert apart["layer1.q"] == pytest.approx(0.25)
+    assert max(size for name, size in apart.items() if name != "layer1.q") < 1e-12
+
+
+@pytest.mark.parametrize("name", case_names())
+def test_every_link_of_the_atlas_of_a_case_leads_somewhere_and_nothing_is_loaded(name: str) -> None:
+    page = atlas_of(load_case(name))
+    found = Elements(page)
+    ids = found.ids()
+    assert len(ids) == len(set(ids))
+    for address in found.addresses():
+        assert address.startswith("data:") or address.removeprefix("#") in ids, address
+    for tap in taps(load_case(name).config):
+        assert {tap, f"d{tap}"} <= set(ids)
+    assert len(page.encode()) < LARGEST_ATLAS
+
+
+def test_before_and_after_an_update_the_weights_differ_by_the_update() -> None:
+    case = load_case("one-document")
+    made = Atlas(case, fresh_state(case.params), update=True)
+    wte = "entry/wte", "update/wte"
+    after = made.after[1]["entry/wte"]
+    np.testing.assert_allclose(sum(made.steps[1][key] for key in wte), after, rtol=1e-12)
+    titles = [title for stop in made.stops() for title, *_ in stop.states]
+    assert {"after the update", "the change", "m after the step"} <= set(titles)
+
+
+def test_three_layers_and_a_full_context_before_and_after_an_update_stay_small() -> None:
+    config = load_config(overrides={"n_layer": "3"})
+    case = Case("full", "", config, "abcdefghijklmnopqrstuvwxyz", [["abcdefghijklmnop"]])
+    page = atlas_of(with_params(case, draw_params(case)), update=True)
+    assert len(page.encode()) < LARGEST_ATLAS
+    assert " rows more" in page
+
+
+def microgpt(*arguments: str) -> int:
+    return main(list(arguments))
+
+
+def test_the_command_draws_the_default_model_and_emma(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "atlas.html"
+    assert microgpt("atlas", "--out", str(out)) == 0
+    assert f"{out}: {out.stat().st_size:,} bytes" in capsys.readouterr().out
+    page = out.read_text(encoding="utf-8")
+    assert "the preset microgpt, after 1,000 steps" in page
+    assert re.findall("<span>(\\w+)</span>", page)[:6] == ["BOS", "e", "m", "m", "a", "BOS"]
+    assert len(page.encode()) < LARGEST_ATLAS
+
+
+def test_a_run_of_an_accented_alphabet_is_drawn_with_its_step(
+    trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    run, _ = trained("vectorized")
+    out = tmp_path / "atlas.html"
+    assert microgpt("atlas", str(run), "--text", "zo\u00e9", "--step", "3", "--out", str(out)) == 0
+    page = out.read_text(encoding="utf-8")
+    assert "<li>\u00e9</li>" in page
+    assert "before and after step 3" in page
+
+
+def test_the_step_that_is_drawn_is_the_one_that_the_run_took(
+    trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    run, _ = trained("vectorized")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step in (1, 7):
+        out = tmp_path / f"{step}.html"
+        assert microgpt("atlas", str(run), "--step", str(step), "--out", str(out)) == 0
+        assert f"<dd>{losses[step - 1]:.4g}; after" in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "0"], "--step: expected 1 or more, got 0"),
+        (["--step", "1001"], "--step: expected 1 to 1,000, got 1,001"),
+        (["--text", "em1"], "the character '1' (U+0031)"),
+        (["nowhere"], "there is no such file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert microgpt("atlas", *arguments, "--out", str(tmp_path / "atlas.html")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "atlas.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "step", "reason"),
+    [
+        (["--init-std", "1e10"], [], "scalar stops: the logarithm of 0.0"),
+        (["--learning-rate", "1e8"], [], "scalar stops: the logarithm of 0.0"),
+        (["--learning-rate", "1e300"], ["--step", "1"], "is not finite everywhere"),
+    ],
+)
+def test_of_a_diverged_run_the_atlas_says_what_went_wrong(
+    made: list[str],
+    step: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    run, out = str(tmp_path / "run"), str(tmp_path / "atlas.html")
+    microgpt("train", "--steps", "2", *made, "--quiet", "--out", run)
+    capsys.readouterr()
+    assert microgpt("atlas", run, *step, "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert "so there is nothing to draw; choose an earlier --step" in line
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_takes_the_memory() -> None:
+    config = load_config(overrides={"n_embd": "256", "n_layer": "4"})
+    case = Case("large", "", config, "ab", [["ab"]])
+    with pytest.raises(MicrogptError, match="take a shorter --text, or a smaller model"):
+        atlas_of(with_params(case, {"wte": np.zeros((3000, 256))}))
+
+
+@pytest.mark.parametrize("command", [["atlas"], ["report", "nowhere"]])
+def test_without_the_libraries_the_command_says_what_to_install(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in list(sys.modules):
+        if name.startswith(("microgpt.pages", "crosscheck.atlas")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert microgpt(*command) == 2
+    assert "python -m pip install jinja2 pygments" in capsys.readouterr().err
+
+
+# --- the report of runs --------------------------------------------------------------------------
+
+HOSTILE = "<img src=x onerror=alert(1)> & \"'"
+
+
+def write_run(path: Path, run: Path, losses: np.ndarray[Any, Any], more: str = "") -> Path:
+    """A copy of a run with other losses."""
+    path.mkdir(parents=True)
+    for file in run.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    lines = [
+        f'{{"step": {i}, "loss": {loss!r}, "lr": 0.01, "seconds": 0.001}}\n'
+        for i, loss in enumerate(losses.tolist(), 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(lines) + more, encoding="utf-8")
+    return path
+
+
+def test_samples_that_are_in_the_data_set_are_marked(
+    trained: Callable[[str], tuple[Path, Any]],
+) -> None:
+    run, _ = trained("vectorized")
+    (run / "samples.txt").write_text("emma\nzo\u00e9\nxyz\n", encoding="utf-8")
+    samples = run_report.seen(run, 0, True).samples
+    assert [sample.found for sample in samples] == ["data set", "data set", ""]
+    page = run_report.report([run])
+    assert "3 samples, 2 of them in the data set" in page
+
+
+def test_the_first_step_that_differs_is_named(
+    trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    run, _ = trained("vectorized")
+    losses = np.linspace(3, 2, 200)
+    other = losses.copy()
+    other[122] += 1e-3
+    paths = [write_run(tmp_path / name, run, x) for name, x in (("a", losses), ("b", other))]
+    paths.append(write_run(tmp_path / "c", run, losses))
+    b, c = run_report.twins([run_report.seen(path, i, False) for i, path in enumerate(paths)])
+    assert (b.step, b.other, b.common) == (123, "a", 200)
+    assert b.largest == pytest.approx(1e-3)
+    assert (c.step, c.largest) == (None, 0.0)
+
+
+def test_lines_that_are_no_metrics_are_counted_and_left_out(
+    trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    run, _ = trained("vectorized")
+    more = 'garbage\n{"step": 1}\n{"step": 2, "loss": NaN, "lr": 1, "seconds": 1}\n[1]\n{"step'
+    path = write_run(tmp_path / "a", run, np.linspace(3, 2, 50), more)
+    seen = run_report.seen(path, 0, True)
+    assert (seen.steps, seen.damaged) == (50, 5)
+    assert "5 lines of metrics.jsonl cannot be read" in run_report.report([path])
+
+
+def test_a_run_of_100_000_steps_takes_no_more_room_than_one_of_a_thousand(
+    trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    run, _ = trained("vectorized")
+    losses = 2 + np.random.default_rng(0).random(100_000)
+    long, short = (
+        len(run_report.report([write_run(tmp_path / str(n), run, losses[:n])]))
+        for n in (100_000, 1_000)
+    )
+    assert long < 1.1 * short
+
+
+def test_twenty_runs_with_hostile_names_are_twenty_lines_and_no_elements(
+    trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    run, _ = trained("vectorized")
+    (run / "samples.txt").write_text(HOSTILE + "\n</li><script>alert(1)</script>\n", "utf-8")
+    paths = [
+        write_run(tmp_path / f"{i} {HOSTILE}", run, np.linspace(3, 2, 60) + i) for i in range(20)
+    ]
+    page = run_report.report(paths)
+    found = Elements(page)
+    assert [tag for tag, _ in found.tags].count("script") == 1
+    assert not any("onerror" in attrs for _, attrs in found.tags)
+    assert all(str(attrs["src"]).startswith("data:") for tag, attrs in found.tags if tag == "img")
+    assert sum(text.endswith(HOSTILE) for text in found.texts) >= 40
+    assert page.count('class="line ') == 3 * 20
+
+
+@pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
+def test_the_command_on_the_page_makes_the_configuration(preset: str) -> None:
+    overrides = {"n_layer": "3", "norm_embedding": "false", "dataset": "a b.txt", "seed": "7"}
+    config = load_config(preset, overrides)
+    words = shlex.split(run_report.command(config, Path("runs/a b")))
+    assert words[:2] == ["microgpt", "train"]
+    options = dict(zip(words[2::2], words[3::2]))
+    assert options.pop("--out") == "runs/a b"
+    source = options.pop("--config", "microgpt")
+    assert source == preset
+    again = {name[2:].replace("-", "_"): text for name, text in options.items()}
+    assert load_config(source, again) == config
+
+
+def test_training_says_how_to_get_its_report_and_that_works(
+    tiny: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [x for name, text in tiny.items() for x in (f"--{name.replace('_', '-')}", text)]
+    assert microgpt("train", *flags, "--out", "a run") == 0
+    said = capsys.readouterr().out.splitlines()[-1].partition("to look at it: ")[2]
+    assert main(shlex.split(said)[1:]) == 0
+    assert "The run <code>a run</code>" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_holds_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert microgpt("report", str(tmp_path), "--out", str(tmp_path / "report.html")) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+# --- the map -------------------------------------------------------------------------------------
+
+
+def outcome_page(case: Case, candidate: list[Step]) -> str:
+    outcome = compare(case, trace(case, "scalar", "float64", len(candidate)), candidate)
+    return html.of_outcomes("traces", [outcome], "ours", HOSTILE)
+
+
+def test_a_map_shows_the_first_divergence_and_what_follows() -> None:
+    case = load_case("two-layers")
+    steps = list(trace(case, "vectorized", "float64", 2))
+    steps[1]["backward/dlayer1.attn_out"] = 1.01 * steps[1]["backward/dlayer1.attn_out"]
+    steps[1]["gradient/dwte"] = 1.01 * steps[1]["gradient/dwte"]
+    outcome = compare(case, trace(case, "scalar", "float64", 2), steps)
+    part = html.part(outcome, "traces")
+    assert part.first == [2, "backward/dlayer1.attn_out"]
+    order = html.rows([part])
+    assert order.index("forward/loss") < order.index("backward/dloss")
+    assert order.index("backward/dlayer1.q") < order.index("backward/dlayer0.q")
+    levels, _ = pixels(html.column(part, {key: i for i, key in enumerate(order)}).image)
+    found = {key: levels[i].tolist() for i, key in enumerate(order)}
+    assert found["backward/dlayer1.attn_out"][1] == html.FIRST
+    assert found["gradient/dwte"][1] == html.FOLLOWS
+    assert max(found["forward/logits"]) < html.ABSENT
+    reds, _ = pixels(part.errors[0]["image"])
+    assert reds.shape == outcome.found[0].shape[1:]  # type: ignore[index]
+    assert 1 <= reds.min() <= reds.max() == html.REDS
+
+
+def test_a_map_of_traces_with_hostile_names_has_no_element_of_theirs() -> None:
+    case = load_case("one-document")
+    steps = list(trace(case, "vectorized", "float64", 1))
+    steps[0]["forward/emb"] = steps[0]["forward/emb"] + 1
+    steps[0][f"forward/{HOSTILE}"] = np.ones(3)
+    hostile = Case(**{**vars(case), "name": HOSTILE})
+    found = Elements(outcome_page(hostile, steps))
+    assert [tag for tag, _ in found.tags].count("script") == 1
+    assert not any("onerror" in attrs for _, attrs in found.tags)
+    assert any(HOSTILE in text for text in found.texts)
+
+
+def test_what_agrees_has_no_red() -> None:
+    case = load_case("one-document")
+    page = outcome_page(case, list(trace(case, "vectorized", "float64", 2)))
+    assert "They agree" in page
+    assert "First" not in page
+    assert 'class="failed"' not in page
+
+
+def test_the_map_of_all_cases_is_small() -> None:
+    """As many columns and rows as `pytest crosscheck` compares: five kinds, 22 cases, 5 steps."""
+    case = load_case("four-layers")
+    step = next(trace(case, "vectorized", "float64", 1))
+    rng = np.random.default_rng(0)
+    parts = [
+        html.Part(about, f"case-{i}", {str(n): {key: 10 ** rng.uniform(-9, 0) for key in step}
+                                       for n in range(1, 6)}, [])
+        for about in ("a", "b", "c", "d", "e", "f", "g")
+        for i in range(22)
+    ]  # fmt: skip
+    assert len(html.page(parts, [], "", ("scalar", "vectorized")).encode()) < LARGEST_MAP
+
+
+def test_diff_draws_a_map_of_two_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = []
+    for backend in ("scalar", "vectorized"):
+        traces.append(str(tmp_path / f"{backend}.safetensors"))
+        told = ["--case", "one-document", "--backend", backend, "--steps", "2"]
+        assert crosscheck(["trace", *told, "--out", traces[-1]]) == 0
+    out = tmp_path / "map.html"
+    assert crosscheck(["diff", *traces, "--html", str(out)]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    page = out.read_text(encoding="utf-8")
+    assert "Crosscheck of scalar and vectorized" in page
+    assert page.count("<figcaption") == 1
+
+
+def test_the_crosscheck_draws_a_map_of_what_its_processes_compare(tmp_path: Path) -> None:
+    out = tmp_path / "map.html"
+    told = ["--case", "one-document", "--case", "single-character", "-k", "first or taught"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "crosscheck", "test", *told, "--processes", "2", "--html", str(out)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    page = out.read_text(encoding="utf-8")
+    sheets = re.findall(r'id="sheet-\d+" data-stop><span tabindex="-1">([^<]+)<', page)
+    assert sheets == ["first steps", "steps one by one"]
+    assert page.count(">single-character</figcaption>") == 2
