@@ -448,7 +448,11 @@ class Session:
         name = min(wrong, key=lambda name: self.order[name])
         if any(self.order[one] < self.order[name] for one in self.undone):
             return
-        self.announced = self.findings[name][0].report
+        cause = causes(self.in_order)[0]
+        if not cause.confirmed and any(one.partition("::")[2].startswith(FIRST)
+                                       for one in self.undone):  # fmt: skip
+            return
+        self.announced = cause.report
         self.terminal.ensure_newline()
         self.terminal.write_line("")
         self.terminal.write_line(self.announced)
@@ -499,11 +503,11 @@ class Session:
                 f"cause {number + 1} of {of}: {at}: {first.headline} (-v shows the report)"
             )
         lines = [""]
-        if first.report == self.announced:
+        if cause.report == self.announced:
             title = "one cause" if of == 1 else f"cause 1 of {of}"
             lines += wrapped(f"{title}, reported above: {at}: {first.headline}")
         else:
-            lines += [f"cause {number + 1} of {of}:"] * (of > 1) + first.report.splitlines()
+            lines += [f"cause {number + 1} of {of}:"] * (of > 1) + cause.report.splitlines()
         for line in self._consequences(cause):
             lines += wrapped(line, "  ", "  ")
         return lines
@@ -539,6 +543,7 @@ class Session:
                 "causes": [
                     {
                         **cause.first.fields,
+                        "diagnosis": cause.diagnosis,
                         "about": cause.first.about,
                         "shared": self._consequences(cause)[0],
                         "also_fails": [{"about": one.about, **one.fields} for one in cause.others],

@@ -21,7 +21,7 @@ from crosscheck.adam_forms import of_adam
 from crosscheck.cases import Case
 from crosscheck.explain import clipping
 from crosscheck.operations import Around, Call, calls
-from crosscheck.read_again import other_readings
+from crosscheck.read_again import other_draws, other_readings
 from crosscheck.trace import DERIVED, PHASES, Array, Step, axes, real, split_key
 from crosscheck.variants import (
     OTHER_FORMS,
@@ -49,6 +49,7 @@ class Pair:
     key: str
     step: Step  # of the sound side
     before: Step | None  # the step before it
+    faulty: Step  # the step of the other side
     ours: Array
     theirs: Array
     there: Array  # which elements there are
@@ -144,11 +145,17 @@ def diagnose(
         return "transposed" if ours.shape == theirs.shape[::-1] else ""
     if theirs.dtype == "float32" and promised == "float64" and ours.dtype == "float64":
         return "float32 where float64 was promised"
-    if split_key(key)[0] in ("batch", "sample"):
+    if split_key(key)[0] == "batch":
         return ""
+    if split_key(key)[0] == "sample":
+        drawn = other_draws(case, key, number, reference)
+        same = [words for words, guess in drawn if np.array_equal(guess, theirs)]
+        return ", or ".join(same[:2])
     there = real(key, ours.shape, reference["batch/tokens"])
     theirs = theirs.astype("float64")
-    pair = Pair(case, number, key, reference, before, ours, theirs, there, NOISE[promised])
+    pair = Pair(
+        case, number, key, reference, before, candidate, ours, theirs, there, NOISE[promised]
+    )
     with np.errstate(all="ignore"):
         plain = not_finite(pair) or lost(pair)
         if plain:
@@ -385,10 +392,27 @@ def moved_about(pair: Pair) -> Iterator[Guess]:
         yield from rearranged(a, own, ours, axes(pair.key))
     if pair.phase == "backward" and ours.ndim:
         yield f"{pair.name} in place of its derivative", pair.step[f"forward/{pair.name}"]
+    for words in other_layer(pair):
+        yield words, pair.theirs
     for key, tensor in pair.step.items():
         if tensor.shape == ours.shape and key != pair.key and ours.size > 1:
             phase, name = split_key(key)
             yield f"{OF_ANOTHER} {name} ({PHASES[phase]})", tensor
+
+
+def other_layer(pair: Pair) -> Iterator[str]:
+    """Whether the faulty side has the right numbers of this layer in another one."""
+    layer, dot, last = split_key(pair.key)[1].rpartition(".")
+    prefix = pair.key.split("/")[0] + "/" + layer.rstrip("0123456789")
+    for i in range(pair.case.config.n_layer if dot else 0):
+        key = f"{prefix}{i}.{last}"
+        other = pair.faulty.get(key) if key != pair.key else None
+        if other is not None and other.shape == pair.ours.shape:
+            apart = np.abs(np.asarray(other, "float64") - pair.ours)[pair.there]
+            if apart.size > 1 and apart.max() <= 1e3 * pair.noise * pair.size:
+                yield (
+                    f"the layers run in another order: what belongs here is in {split_key(key)[1]}"
+                )
 
 
 def _order(pair: Pair) -> str:

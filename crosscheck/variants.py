@@ -7,6 +7,7 @@ padding holds is not in a trace), it has NaN there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import log, pi, sqrt
 from typing import Any
 
@@ -17,6 +18,7 @@ from crosscheck.operations import (
     Around,
     Call,
     Slot,
+    calls,
     elementwise,
     merge,
     row_mean,
@@ -415,6 +417,10 @@ def of_scores(call: Call) -> Iterator[Guess]:
         yield f"{words}, of k only", np.einsum("bthd,buhd->bhtu", a.heads(q), split(k)) / scale
     own = np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(k)) / scale
     T = q.shape[1]
+    every = all_layers_in_one(a, call.slots["k"].name)
+    if every is not None:
+        words = "the keys of all layers lie in one list"
+        yield words, np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(every)) / scale
     back = (np.arange(T)[:, None] - np.arange(T)) % T
     yield (
         "keys are kept newest first",
@@ -450,12 +456,57 @@ def scales(a: Around) -> Iterator[Guess]:
 
 
 def _splits(a: Around) -> Iterator[tuple[str, Callable[[Array], Array]]]:
+    """Other ways to take the channels of each head: (B, T, C) -> (B, T, H, D)."""
     D, H = a.config.head_dim, a.config.n_head
-    if H > 1 and D > 1:
+    if H == 1:
+        return
+    if D > 1:
         yield (
             "channels of different heads are interleaved: split as (D, H), not (H, D)",
             lambda x: x.reshape(*x.shape[:2], D, H).swapaxes(2, 3),
         )
+    starts = {
+        "a head begins one channel after the head before, not D channels": np.arange(H),
+        "a head begins one channel too early": np.maximum(np.arange(H) * D - 1, 0),
+        "a head begins one channel too late": np.arange(H) * D + 1,
+        "every head has the channels of the first": np.zeros(H, int),
+    }
+    for words, start in starts.items():
+        channels = start[:, None] + np.arange(D)  # (H, D)
+        if (channels != np.arange(H * D).reshape(H, D)).any():
+            yield words, partial(_channels, channels=channels)
+
+
+def _channels(x: Array, channels: Array) -> Array:
+    """These channels of the last axis, 0 for those that there are not."""
+    C = x.shape[-1]
+    return np.where(channels < C, x[..., np.minimum(channels, C - 1)], 0.0)
+
+
+def _seen_only(a: Around, letters: str, weights: Array, v: Array) -> Array:
+    """A product over the positions that are looked at; NaN where one of those is NaN."""
+    missing: Array = np.isnan(v[:, :, 0, 0])  # (B, U)
+    unknown: Array = missing[:, None, None] & a.looked_at  # (B, 1, T, U)
+    out = np.einsum(letters, weights, np.nan_to_num(v))
+    rows: Array = np.asarray(unknown[:, 0].any(axis=-1))  # (B, T)
+    return np.where(rows[..., None, None], np.nan, out)
+
+
+def all_layers_in_one(a: Around, name: str) -> Array | None:
+    """(B, U, C): what is found at u if all layers put a tap into one list; or None.
+
+    Layer i puts its own in after those before it, so at u lies that of layer u % L, position
+    u // L.
+    """
+    layer, _, last = name.rpartition(".")
+    L = a.config.n_layer
+    if L < 2 or not layer:
+        return None
+    taps_of = [a[f"layer{i}.{last}"] for i in range(L)]
+    U = taps_of[0].shape[1]
+    found = np.stack([taps_of[u % L][:, u // L] for u in range(U)], axis=1)
+    found[:, L:] = np.nan  # what later layers come to after the first wrong position is not known
+    return found
 
 
 def of_weighted_sum(call: Call) -> Iterator[Guess]:
@@ -464,6 +515,10 @@ def of_weighted_sum(call: Call) -> Iterator[Guess]:
     out = np.einsum("bhtu,buhd->bthd", weights, a.heads(v))
     B, T, H, _ = out.shape
     t, u = np.arange(T)[:, None], np.arange(T)
+    every = all_layers_in_one(a, call.slots["v"].name)
+    if every is not None:
+        words = "the values of all layers lie in one list"
+        yield words, merge(_seen_only(a, "bhtu,buhd->bthd", weights, a.heads(every)))
     newest_first = np.take_along_axis(weights, np.broadcast_to((t - u) % T, weights.shape), axis=-1)
     yield (
         "values are kept newest first",
@@ -742,6 +797,7 @@ def alternatives(call: Call, name: str, earlier: Step, before: Step | None) -> I
         dweights = np.einsum("bthd,buhd->bhtu", dout, v)  # positions to come included
         yield f"d{own} in place of {own}", np.where(unpadded(a), dweights, np.nan)
     if not of_param:
+        yield from _only_a_term(a, own)
         yield from rearranged(a, own, x, slot.axes)
         yield from restricted(a, own, x, slot.axes)
     if of_param:
@@ -788,6 +844,19 @@ def _of_the_same_shape(call: Call, slot: Slot, earlier: Step) -> Iterator[Guess]
         rest = [pair for pair in found if pair not in same_tap] if same_tap else found
         for name, tensor in [*same_tap, *rest]:
             yield f"{name} in place of {own}", tensor
+
+
+def _only_a_term(a: Around, name: str) -> Iterator[Guess]:
+    """A tap or a derivative that has lost one of the terms of which it is the sum."""
+    derived = f"backward/{name}" in a.step
+    key = f"{'backward' if derived else 'forward'}/{name}"
+    if key not in a.step:
+        return
+    parts = calls(a, key)
+    terms = {label or one.label: term for one in parts for label, term in one.terms().items()}
+    if len(terms) > 1:
+        for label, term in terms.items():
+            yield f"{name} goes on without {label}", a.step[key] - term
 
 
 def _axes(key: str) -> tuple[str, ...]:
