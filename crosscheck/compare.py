@@ -15,6 +15,7 @@ from crosscheck.diagnose import diagnose
 from crosscheck.explain import Expression, expression, shown
 from crosscheck.lines import function_of, lines_of
 from crosscheck.read_again import drawn_again
+from crosscheck.recorded import leaves_text
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
@@ -266,6 +267,9 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
+    recorded = split_key(first.key)[0] in ("eval", "unwatched") and "vectorized" in names
+    if recorded and (words := leaves_text(case, first.step, theirs)):
+        first = replace(first, diagnosis=words)
     if first.shape is not None and split_key(first.key)[0] not in COUNTED:
         words = _where(case, first, ours, theirs, standard)
         first = replace(first, where="" if words in first.diagnosis else words)
