@@ -67,7 +67,8 @@ def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
             again |= _keyed("forward/", backend.taps()) | _keyed("backward/d", backend.dtaps())
             again |= _keyed("gradient/d", backend.grads())
             now = _moves(step, again)
-            now |= _from_operands(config, step, now, rng)
+            now |= {key: np.fmax(now[key], x) for key, x in of_operands(config, step).items()
+                    if key in now}  # fmt: skip
             # Adam takes a gradient no element of which has stayed where it was by accident
             for name, grad in part(step, "gradient", "d").items():
                 key = f"gradient/d{name}"
@@ -106,13 +107,13 @@ def _rounding_at_random(rng: np.random.Generator) -> Iterator[None]:
         Value.__init__ = exact
 
 
-def _from_operands(config: Config, step: Step, found: Step, rng: np.random.Generator) -> Step:
-    """The noise of each tensor, no less than what the noise of its operands makes of it.
+def of_operands(config: Config, step: Step) -> Noise:
+    """What one unit in the last place of every operand makes of each tensor, by the table.
 
-    By the table: scalar/ may compute operands whose errors cancel, and another text of the same
-    model others whose errors do not.
+    The noise of a tensor is no less: scalar/ may compute operands whose errors cancel, and another
+    text of the same model others whose errors do not.
     """
-    around = Around(config, step)
+    around, rng = Around(config, step), np.random.default_rng(0)
     own: Step = {}  # the move of each tensor, element by element
 
     def moved(slot: Slot) -> Any:
@@ -123,18 +124,22 @@ def _from_operands(config: Config, step: Step, found: Step, rng: np.random.Gener
         sign = rng.choice((-1, 1), np.shape(slot.value))
         return slot.value + move + ULP * slot.value * sign
 
-    for key in [key for key in step if split_key(key)[0] in ("forward", "backward", "gradient")]:
-        parts = calls(around, key) if key in found else []
-        if parts:
-            own[key] = np.asarray(
-                sum(
+    with np.errstate(all="ignore"):
+        for key in step:
+            of_text = split_key(key)[0] in ("forward", "backward", "gradient")
+            parts = calls(around, key) if of_text else []
+            if parts:
+                moves = [
                     call.total(**{name: moved(slot) for name, slot in call.slots.items()})
                     - call.total()
                     for call in parts
-                )
-            )
-    there = {key: real(key, moves.shape, step["batch/tokens"]) for key, moves in own.items()}
-    return {key: np.fmax(found[key], _smoothed(own[key], there[key])) for key in own}
+                ]
+                own[key] = np.nan_to_num(sum(moves[1:], start=moves[0]))
+    found = {}
+    for key, moves_of_key in own.items():
+        there = real(key, moves_of_key.shape, step["batch/tokens"])
+        found[key] = np.maximum(_smoothed(moves_of_key, there), least_noise(step, key))
+    return _with_second_ways(found, step)
 
 
 def _keyed(prefix: str, tensors: Mapping[str, Any]) -> Step:
