@@ -57,7 +57,7 @@ def test_free_running(
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
-    settle(_free(case, lessons, choice, standard, choice.steps))
+    settle(_free(case, lessons, choice, standard, choice.steps_of(case)))
 
 
 @pytest.mark.about("float32")
@@ -96,7 +96,7 @@ def test_in_micro_batches(
             for trick in ("EQUAL_ROWS", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
-            settle(_free(case, lessons, choice, standard, min(3, choice.steps)))
+            settle(_free(case, lessons, choice, standard, min(3, choice.steps_of(case))))
         else:
             settle(_taught(case, lessons.first(2), choice, standard))
 
@@ -108,14 +108,14 @@ def test_on_two_ranks(
     """A batch that two ranks share is the same batch (see crosscheck.ranks)."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
-        settle(_free(shared, lessons, choice, standard, min(3, choice.steps)))
+        settle(_free(shared, lessons, choice, standard, min(3, choice.steps_of(case))))
     else:
         settle(_taught(shared, lessons.first(1), choice, standard))
 
 
 def _free(case: Case, lessons: Lessons, choice: Choice, standard: Standard, steps: int) -> Outcome:
     """The first steps, each side from where its own step before ended."""
-    theirs = islice(trace(case, choice.candidate, "float64", choice.steps), steps)
+    theirs = islice(trace(case, choice.candidate, "float64", choice.steps_of(case)), steps)
     names = choice.reference, choice.candidate
     return compare(case, lessons.first(steps), theirs, standard, names)
 
