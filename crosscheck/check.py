@@ -284,9 +284,9 @@ def watch(path: Path, hint: int, time_limit: float, every: float = 1.0) -> int:
         now = {one: (one.stat().st_mtime_ns, one.stat().st_size) for one in files if one.exists()}
         if now != seen:
             seen = now
-            command = [sys.executable, "-m", "crosscheck", "check", str(path), "--json"]
-            command += ["--hint"] * hint + ["--time-limit", str(time_limit)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [sys.executable, "-X", "utf8", "-m", "crosscheck", "check", str(path)]
+            command += ["--json", *["--hint"] * hint, "--time-limit", str(time_limit)]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
             try:
                 found = json.loads(done.stdout)
             except ValueError:

@@ -20,7 +20,7 @@ from crosscheck.cases import Case, case_names, draw_params, load_case, with_para
 from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.lessons import Lessons
-from crosscheck.processes import cores, in_processes
+from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
@@ -144,6 +144,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
     if option("--processes") is not None and option("--processes") < 1:
         raise pytest.UsageError(f"--processes {option('--processes')}: expected 1 or more")
+    if (option("--processes") or 1) > 1 and not can_fork():
+        raise pytest.UsageError("--processes: this system copies no process; leave it out")
     for name in option("--case") or []:
         try:
             load_case(name)

@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # known to type checkers by its name; typing takes a mome
 if TYPE_CHECKING:
     from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["GPT", "MicrogptError"]
 
 # For NumPy's OpenBLAS, which reads it when it is loaded. Threads make products of this size slower,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from microgpt.backend import (
 )
 from microgpt.config import Config
 from microgpt.data import digest, load_documents, located, nth, parts
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
 from microgpt.layout import MANY, param_shapes
@@ -229,7 +228,7 @@ class Run:
     def how_to_resume(self) -> str:
         """What to type to go on from the last checkpoint."""
         remedy = f" {self.remedy}" if self.remedy else ""
-        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}{remedy}"
+        return f"go on with: microgpt train --resume --out {as_typed(self.out)}{remedy}"
 
     @property
     def out(self) -> Path:

@@ -13,14 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from microgpt import __version__
 from microgpt.cli import shell
 from microgpt.cli.shell import Parser, directory, one_line, say
 from microgpt.config import FIELDS, Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.runs.ranks import ALONE, Alone, end, joined
 from microgpt.runs.signals import SIGNALLED
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_flag
@@ -117,7 +116,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    look = "" if options.quiet else f"; to look at it: microgpt report {quote(str(run.out))}"
+    look = "" if options.quiet else f"; to look at it: microgpt report {as_typed(run.out)}"
     print(f"everything is in {run.out}{look}")
     return 0
 
@@ -319,7 +318,7 @@ def learn(options: argparse.Namespace) -> int:
 
     folder = options.folder or DIRECTORY
     written = write_exercises(folder)
-    name = quote(str(folder))
+    name = as_typed(folder)
     if written:
         print(f"{len(written)} exercises in {name}; the first is {written[0].name}")
     else:

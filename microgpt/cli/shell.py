@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -63,18 +64,18 @@ def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
             with at_once():
                 status = command()
                 sys.stdout.flush()
-        except BrokenPipeError:  # the program that read the output has ended
-            status = status or BROKEN_PIPE
-            _silence()
         except KeyboardInterrupt as interrupt:  # before the command began, or as it ended
             if not status:
                 say(f"{signals.program}: interrupted", sys.stderr)
             status = status or _signalled(interrupt)
             _silence()
         except OSError as error:
-            name = error.filename or "output"
-            say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
-            status = status or 2
+            if _unread(error):
+                status = status or BROKEN_PIPE
+            else:
+                name = error.filename or "output"
+                say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
+                status = status or 2
             _silence()
     return status
 
@@ -114,6 +115,12 @@ def _told(program: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         say(f"{program}: interrupted", sys.stderr)
         return _signalled(interrupt)
+
+
+def _unread(error: OSError) -> bool:
+    """Whether the program that read the output has ended, on Windows an invalid argument."""
+    invalid = error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and invalid)
 
 
 def _signalled(interrupt: KeyboardInterrupt) -> int:

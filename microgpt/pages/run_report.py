@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from microgpt.backend import load_backend
 from microgpt.cli.report import RECENT, meaning
 from microgpt.config import FIELDS, Config
 from microgpt.data import in_order, load_documents, parts
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.pages.page import render
 from microgpt.pages.pictures import Array, Chart, Line, chart, heat
 from microgpt.runs.checkpoint import Checkpoint, load_checkpoint
@@ -383,14 +382,14 @@ def command(config: Config, out: Path) -> str:
     for preset in presets():
         given = dataclasses.asdict(load_config(preset))
         flags = [
-            f"{flag(name)} {shlex.quote(_typed(value))}"
+            f"{flag(name)} {as_typed(_typed(value))}"
             for name, value in dataclasses.asdict(config).items()
             if value != given[name]
         ]
         choices.append((len(flags), preset != DEFAULT_PRESET, preset, flags))
     _, _, preset, flags = min(choices)
     by_preset = [] if preset == DEFAULT_PRESET else [f"--config {preset}"]
-    return " ".join(["microgpt train", *by_preset, *flags, f"--out {shlex.quote(str(out))}"])
+    return " ".join(["microgpt train", *by_preset, *flags, f"--out {as_typed(out)}"])
 
 
 def _typed(value: Any) -> str:

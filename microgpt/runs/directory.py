@@ -197,7 +197,7 @@ class Metrics:
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
         with writing(self.path):
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def __enter__(self) -> Metrics:
         return self

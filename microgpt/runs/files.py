@@ -8,12 +8,14 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from microgpt.errors import MicrogptError
 
 MOST_LINKS = 40  # one after another, which Linux follows
+TRIES, PAUSE = 20, 0.05  # seconds between them
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -41,10 +43,21 @@ def whole(path: Path) -> Iterator[Path]:
             yield file
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())
-            os.replace(file, path)
+            _rename(file, path)
             sync_folder(path.parent)
     finally:
         remove_begun(folder)
+
+
+def _rename(file: Path, path: Path) -> None:
+    """Put a file in its place. Windows refuses while another program reads what is there."""
+    for left in reversed(range(TRIES if sys.platform == "win32" else 1)):
+        try:
+            return os.replace(file, path)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(PAUSE)
 
 
 def check_target(path: Path, name: str = "") -> None:

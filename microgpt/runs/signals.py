@@ -104,9 +104,11 @@ def handled_by(receive: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 def _numbers() -> list[int]:
     numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP, and nohup asks for it to be ignored
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    # a closed terminal sends SIGHUP, or on Windows SIGBREAK; nohup asks for it to be ignored
+    for name in ("SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            numbers.append(number)
     return numbers
 
 
