@@ -18,7 +18,7 @@ from microgpt.tokenizer import Tokenizer
 Tensors = Mapping[str, Any]
 Docs = Sequence[Sequence[int]]  # token ids by document, BOS and closing token included
 
-NAMES = ("scalar", "vectorized")
+BACKENDS = ("scalar", "vectorized")
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ def load_backend(name: str, config: Config, state: State, watch: bool = False) -
 
     Raises MicrogptError if there is none of that name, or if it cannot do what config asks.
     """
-    if name not in NAMES:
-        raise MicrogptError(f"--backend: unknown backend {name!r}; expected {' or '.join(NAMES)}")
+    if name not in BACKENDS:
+        raise MicrogptError(
+            f"--backend: unknown backend {name!r}; expected {' or '.join(BACKENDS)}"
+        )
     if name == "scalar" and config.dtype != "float64":
         raise MicrogptError(
             f"--dtype {config.dtype}: scalar computes with Python's floats, which are float64;"

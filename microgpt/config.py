@@ -12,11 +12,11 @@ from typing import Any
 
 from microgpt.taps import ACTIVATIONS
 
-LARGEST = 10**18  # whole number that is believed
+LARGEST_WHOLE = 10**18  # whole number that is believed
 
 
 def _field(help: str, *, least: float | None = None, above: float | None = None,
-           below: float | None = None, most: int = LARGEST,
+           below: float | None = None, most: int = LARGEST_WHOLE,
            choices: tuple[str, ...] = (), before: Any = None) -> Any:  # fmt: skip
     """A field with its checks; `before` is what files mean that are older than the field."""
     return dataclasses.field(

@@ -18,9 +18,9 @@ from microgpt.runs.memory import check_file
 from microgpt.settings import FIXTURES
 from microgpt.windows import Windows, check_window, cut
 
-NAMES = FIXTURES / "data" / "names.txt"
-PRIDE = FIXTURES / "data" / "pride.txt"
-EMBEDDED = {"names": NAMES, "pride": PRIDE}
+NAMES_FILE = FIXTURES / "data" / "names.txt"
+PRIDE_FILE = FIXTURES / "data" / "pride.txt"
+EMBEDDED = {"names": NAMES_FILE, "pride": PRIDE_FILE}
 IN_PYTHON = "(given in Python)"  # the data set of a model that was given a list of texts
 TEXTS_ARE_GONE = "this model was trained on texts given in Python, which are not in its checkpoint"
 
@@ -94,6 +94,21 @@ def nth(documents: Sequence[str] | Windows, i: int) -> str:
 def in_order(training: list[str] | Windows) -> list[str]:
     """The documents that training draws from, once each; windows one after another."""
     return cut(training.text, training.n) if isinstance(training, Windows) else training
+
+
+def cropped(documents: list[str], window: int) -> list[str]:
+    """What to say where documents are longer than the context: how much of the text is seen."""
+    longer = sum(len(document) > window for document in documents)
+    if not longer:
+        return []
+    share = sum(min(len(document), window) for document in documents) / sum(map(len, documents))
+    percent = f"{min(100 * share, 99.9):.1f}" if share >= 0.01 else f"{100 * share:.1g}"
+    said = (
+        f"{longer:,} of {len(documents):,} documents {'is' if longer == 1 else 'are'} longer than"
+        f" the context: {percent} % of the text is seen"
+    )
+    much = share < 0.5 or 2 * longer > len(documents)
+    return [said, "to learn all of it: --documents windows"] if much else [said]
 
 
 def digest(documents: list[str]) -> str:

@@ -17,7 +17,7 @@ from microgpt.runs.checkpoint import Checkpoint
 from microgpt.runs.memory import check_memory
 from microgpt.tokenizer import Tokenizer
 
-COLUMNS = 768  # positions at a time, with padding, or those of one document
+POSITIONS_AT_ONCE = 768  # positions at a time, with padding, or those of one document
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluation(
     doc_sum, sums = 0.0, np.zeros(T)
     start = 0
     while start < len(documents):
-        rows = slice(start, start + max(1, COLUMNS // int(n[start])))
+        rows = slice(start, start + max(1, POSITIONS_AT_ONCE // int(n[start])))
         docs = encoded(documents[rows], tokenizer, T + 1)
         losses = np.asarray(backend.position_losses(docs), float)  # (B, T), padded with zeros
         doc_sum += float((losses.sum(axis=1) / n[rows]).sum())
@@ -111,5 +111,5 @@ def check_evaluation(
 ) -> None:
     """Refuse an evaluation that this machine has no memory for."""
     longest = min(max(map(len, documents)) + 1, config.max_tokens - 1)
-    config = replace(config, batch_size=max(1, COLUMNS // longest), num_samples=0)
+    config = replace(config, batch_size=max(1, POSITIONS_AT_ONCE // longest), num_samples=0)
     check_memory(config, tokenizer.vocab_size, documents, backend_name)

@@ -13,10 +13,9 @@ from warnings import warn
 
 import numpy as np
 
-from microgpt.backend import NAMES, Backend, State, drawing, fresh_state, load_backend
-from microgpt.cli.report import cropped
+from microgpt.backend import BACKENDS, Backend, State, drawing, fresh_state, load_backend
 from microgpt.config import Config
-from microgpt.data import IN_PYTHON, digest, load_documents, located, parts
+from microgpt.data import IN_PYTHON, cropped, digest, load_documents, located, parts
 from microgpt.errors import MicrogptError, shortened
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
@@ -32,10 +31,10 @@ from microgpt.settings import checked, load_config, typed, typed_fields
 from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
 from microgpt.train import batch, learning_rate
 
-LINES = 30  # of a repr
+REPR_LINES = 30  # of a repr
 
 
-class Tensors(Mapping[str, Any]):
+class TensorCopies(Mapping[str, Any]):
     """Arrays by name, as copies. To change a model, see `set_params`: writing here is refused."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
@@ -66,7 +65,7 @@ class Tensors(Mapping[str, Any]):
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
         lines = [f"{name:{width}}  {array.shape}" for name, array in self.items()]
-        return "\n".join([*lines[:LINES], ".."] if len(lines) > LINES else lines)
+        return "\n".join([*lines[:REPR_LINES], ".."] if len(lines) > REPR_LINES else lines)
 
 
 class GPT:
@@ -194,30 +193,30 @@ class GPT:
     # what is in it
 
     @property
-    def params(self) -> Tensors:
+    def params(self) -> TensorCopies:
         """The parameters by name."""
-        return Tensors(self._backend.state().params)
+        return TensorCopies(self._backend.state().params)
 
     @property
-    def grads(self) -> Tensors:
+    def grads(self) -> TensorCopies:
         """The derivative of the loss with respect to each parameter, until the update."""
         self._need("grads", "backward")
-        return Tensors(self._backend.grads())
+        return TensorCopies(self._backend.grads())
 
     @property
-    def taps(self) -> Tensors:
+    def taps(self) -> TensorCopies:
         """What the latest forward pass computed in between, zero where a document has ended."""
         self._need("taps", "forward")
-        return Tensors(self._watching().taps())
+        return TensorCopies(self._watching().taps())
 
     @property
-    def dtaps(self) -> Tensors:
+    def dtaps(self) -> TensorCopies:
         """The derivative of the loss with respect to each tap."""
         self._need("dtaps", "backward")
         watching = self._watching()
         if watching is not self._backend:
             watching.backward()
-        return Tensors(watching.dtaps())
+        return TensorCopies(watching.dtaps())
 
     def set_params(self, tensors: Mapping[str, Any]) -> None:
         """Put these in the place of the parameters of their names."""
@@ -434,8 +433,8 @@ def plain(value: Any) -> Any:
 
 
 def _check_backend(name: object) -> None:
-    if name not in NAMES:
-        raise MicrogptError(f"backend: expected {' or '.join(NAMES)}, got {shortened(name)}")
+    if name not in BACKENDS:
+        raise MicrogptError(f"backend: expected {' or '.join(BACKENDS)}, got {shortened(name)}")
 
 
 def _path(path: Any, where: str) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from microgpt.config import FIELDS, LARGEST, Config
+from microgpt.config import FIELDS, LARGEST_WHOLE, Config
 from microgpt.errors import MicrogptError, shortened
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -192,8 +192,10 @@ def typed(name: str, value: Any, where: str) -> Any:
     """The value of a field that came from outside, if its type and range are right."""
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
-    if type(value) is int and abs(value) > LARGEST:
-        raise MicrogptError(f"{where}: expected {LARGEST:,} at most, got a number of more digits")
+    if type(value) is int and abs(value) > LARGEST_WHOLE:
+        raise MicrogptError(
+            f"{where}: expected {LARGEST_WHOLE:,} at most, got a number of more digits"
+        )
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

@@ -20,7 +20,7 @@ import numpy as np
 
 from microgpt.backend import Docs
 
-Run = Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]  # calls and their arguments
+CallList = Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]  # calls and their arguments
 
 PASSES = ("forward", "backward")  # the parts of a recording
 SECONDS = 1.0  # that the replays take
@@ -171,19 +171,19 @@ def _of_the_clock() -> float:
 
 
 @lru_cache(maxsize=1)
-def _empty_calls() -> Run:
+def _empty_calls() -> CallList:
     x, y, out = np.ones(1), np.ones(1), np.ones(1)
     return [(np.add, (x, y, out))] * EMPTY
 
 
-def _replayed(run: Run) -> float:
+def _replayed(run: CallList) -> float:
     start = perf_counter()
     for f, arguments in run:
         f(*arguments)
     return perf_counter() - start
 
 
-def _stamps(run: Run) -> list[int]:
+def _stamps(run: CallList) -> list[int]:
     """Run the calls, and note the time before the first and after each, in nanoseconds."""
     clock = perf_counter_ns
     stamps = [clock()]

@@ -49,7 +49,7 @@ ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
 PRINTED = 1e-4  # allowed where a loss is known to four digits
 LEARNING_RATE = 1e-3
 DTYPES = ("float64", "float32")
-MANY = 100  # documents, in `lengths`
+MANY_LENGTHS = 100  # documents, in `lengths`
 AGAIN = 2  # rounds in which their shapes are known
 HELD = 4  # of them that are held to the right answer, or a whole batch
 # what is reported of the seconds of a step
@@ -201,7 +201,7 @@ def lengths(
     corpus *= 1 + longest // len(corpus)
     found = []
     for size in batch_sizes:
-        count = -(-MANY // size) * size
+        count = -(-MANY_LENGTHS // size) * size
         ends = [round((longest - 1) * i / max(1, count - 1)) for i in range(count)]
         documents = [corpus[:end] for end in ends]
         for dtype in dtypes:

@@ -26,7 +26,7 @@ from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_
 if TYPE_CHECKING:
     from microgpt.train import Run
 
-PORTION = 1000  # samples drawn before the first of them is printed
+DRAWN_AT_ONCE = 1000  # samples drawn before the first of them is printed
 RUN_NAME = re.compile(r"\w[\w.-]*")
 PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
@@ -152,14 +152,16 @@ def sample(options: argparse.Namespace) -> int:
     num = config.num_samples if temperature else 1  # the likeliest is the same each time
     if options.num is not None:
         num = typed_flag("num_samples", options.num, "--num")
-    config = replace(_reading(config, options.backend), num_samples=min(num, PORTION))
+    config = replace(_reading(config, options.backend), num_samples=min(num, DRAWN_AT_ONCE))
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
     windows = config.documents == "windows"
-    for left in range(num, 0, -PORTION):  # what is drawn can be read at once
+    for left in range(num, 0, -DRAWN_AT_ONCE):  # what is drawn can be read at once
         with drawing():
-            drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
+            drawn = backend.sample(
+                tokenizer, rng, min(left, DRAWN_AT_ONCE), temperature, prompt, top_k
+            )
         for i, ids in enumerate(drawn, num - left):
             if windows and i:
                 print(report.DASHES)

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 from microgpt.cli.shell import bare
+from microgpt.data import cropped
 from microgpt.errors import printable
 from microgpt.windows import Windows
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from microgpt.train import Run
 
 RECENT = 100  # how many losses the closing figure is the mean of
-LINES = 20  # how many lines of progress a pipe gets,
+PIPE_LINES = 20  # how many lines of progress a pipe gets,
 SILENCE = 10  # and one after so many seconds at the latest
 FLUSH, REFRESH = 1.0, 0.1  # seconds between writes to a pipe, and to a terminal
 WIDTH = 80
@@ -39,7 +40,7 @@ class Progress:
         self.seconds = 0.0
         self.quiet = quiet
         self.bar = None if quiet else bar(sys.stdout, steps, "step", step)
-        self.every = every or (0 if self.bar else max(1, steps // LINES))
+        self.every = every or (0 if self.bar else max(1, steps // PIPE_LINES))
         self.asked = bool(every)
         self.printed = self.flushed = perf_counter()
 
@@ -148,21 +149,6 @@ def beginning(run: Run) -> str:
         joined = f"{lines[-1]} | {figure}"
         lines = [*lines[:-1], joined] if len(joined) <= WIDTH else [*lines, figure]
     return "\n".join([*lines, *seen])
-
-
-def cropped(documents: list[str], window: int) -> list[str]:
-    """What to say where documents are longer than the context: how much of the text is seen."""
-    longer = sum(len(document) > window for document in documents)
-    if not longer:
-        return []
-    share = sum(min(len(document), window) for document in documents) / sum(map(len, documents))
-    percent = f"{min(100 * share, 99.9):.1f}" if share >= 0.01 else f"{100 * share:.1g}"
-    said = (
-        f"{longer:,} of {len(documents):,} documents {'is' if longer == 1 else 'are'} longer than"
-        f" the context: {percent} % of the text is seen"
-    )
-    much = share < 0.5 or 2 * longer > len(documents)
-    return [said, "to learn all of it: --documents windows"] if much else [said]
 
 
 def numbered(samples: list[str], windows: bool) -> str:

@@ -53,7 +53,7 @@ LARGEST_HEADER = 10_000_000  # bytes, and four times as many as there are of num
 SMALL_HEADER = 1_000_000  # bytes, in which names that are there twice are looked for
 
 # what comes of metadata that are not what they should be, and of reading no safetensors file
-DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+BAD_METADATA = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError)
 
 Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
@@ -167,12 +167,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tokenizer = build_tokenizer(metadata["chars"], config)
         if "".join(tokenizer.chars) != metadata["chars"]:
             raise ValueError("chars are not sorted, or one of them is there twice")
-        updates = whole(metadata["updates"])
+        updates = whole_number(metadata["updates"])
         if updates > config.steps:
             raise ValueError(f"{updates} updates of {config.steps}")
         rng = _random_stream(*read_json(metadata["random"]))
         documents, sha256 = metadata["documents"], metadata["sha256"]
-    except DAMAGED as error:
+    except BAD_METADATA as error:
         raise MicrogptError(
             f"{path}: damaged: its metadata cannot be read ({shortened(error, 200)})"
         ) from None
@@ -189,7 +189,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """The number that a text in metadata means, written as str() writes it."""
     if not re.fullmatch("0|[1-9][0-9]{0,18}", text):
         raise ValueError(f"{shortened(text)} for a whole number")

@@ -35,7 +35,10 @@ from microgpt.settings import read_yaml, stored_config
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
 RUN_FILES = (CONFIG, METRICS, FILE_NAME, SAMPLES)
 LOCK = "run.lock"
-LONGEST, MARGIN = 200, 100_000_000  # bytes of a line, and of those that a killed run had got ahead
+LONGEST_LINE, MARGIN = (
+    200,
+    100_000_000,
+)  # bytes of a line, and of those that a killed run had got ahead
 
 if sys.platform == "win32":
     import msvcrt
@@ -254,10 +257,10 @@ def metrics_until(out: Path, updates: int) -> bytes:
     try:
         if not updates or not os.path.lexists(path):
             return b""
-        if not os.path.isfile(path) or path.stat().st_size > LONGEST * updates + MARGIN:
+        if not os.path.isfile(path) or path.stat().st_size > LONGEST_LINE * updates + MARGIN:
             raise MicrogptError(f"{path}: not the metrics of {updates:,} steps; delete it to go on")
         with open(path if path.stat().st_size else os.devnull, "rb") as file:
-            lines = [file.readline(10 * LONGEST).rstrip(b"\n")]
+            lines = [file.readline(10 * LONGEST_LINE).rstrip(b"\n")]
             first = _step(lines[0]) or 1
             for number, step in enumerate(range(first, updates + 1), 1):
                 if _step(lines[-1]) != step:
@@ -266,7 +269,7 @@ def metrics_until(out: Path, updates: int) -> bytes:
                         " has had; bring the file back as it was, or delete it to go on without"
                         " the lines so far"
                     )
-                lines.append(file.readline(10 * LONGEST).rstrip(b"\n"))
+                lines.append(file.readline(10 * LONGEST_LINE).rstrip(b"\n"))
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
     return b"".join(line + b"\n" for line in lines[:-1])

@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly any replays."""
     monkeypatch.setattr(calls, "SECONDS", 0.0)
     monkeypatch.setattr(bench, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(bench, "MANY", 8)
+    monkeypatch.setattr(bench, "MANY_LENGTHS", 8)
 
 
 CACHED = (calls.empty_call, calls._of_the_clock, calls._empty_calls)

@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from microgpt import data, download, evaluate, train
-from microgpt.backend import NAMES, load_backend
+from microgpt.backend import BACKENDS, load_backend
 from microgpt.cli import report, shell
 from microgpt.cli.commands import main
 from microgpt.config import FIELDS
@@ -207,12 +207,12 @@ def test_the_backend_changes_nothing_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     printed = {}
-    for backend in NAMES:
+    for backend in BACKENDS:
         (tmp_path / backend).mkdir()
         monkeypatch.chdir(tmp_path / backend)
         assert microgpt("train", *flags, *more, "--backend", backend, "--out", "run") == 0
         printed[backend] = untimed(capsys.readouterr().out)
-    scalar, vectorized = (tmp_path / backend / "run" for backend in NAMES)
+    scalar, vectorized = (tmp_path / backend / "run" for backend in BACKENDS)
     assert printed["scalar"] == printed["vectorized"]
     assert contents(scalar).keys() == contents(vectorized).keys()
     for name in ("config.yaml", "samples.txt"):
@@ -271,7 +271,7 @@ def test_overwrite_with_bad_input_leaves_the_run_as_it_was(
         assert contents(here) == before
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_that_diverges_says_so_in_one_line_and_keeps_the_checkpoint_before(
     backend: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,7 +364,7 @@ def test_a_second_signal_ends_it_at_once(
     assert capsys.readouterr().err == "microgpt train: interrupted\n"
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch_size", ["1", "4"])
 @pytest.mark.parametrize("stops", [[1], [4, 11]])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
@@ -385,7 +385,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert (run / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
 
 
-@pytest.mark.parametrize(("begins", "ends"), [NAMES, NAMES[::-1]])
+@pytest.mark.parametrize(("begins", "ends"), [BACKENDS, BACKENDS[::-1]])
 def test_a_run_goes_on_with_the_other_backend(
     begins: str, ends: str, flags: list[str], small: Path, here: Path
 ) -> None:
@@ -481,7 +481,7 @@ def sampled(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]
     return printed.out.split("\n")[:-1]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sample_without_a_seed_repeats_the_samples_of_the_run(
     backend: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -508,7 +508,7 @@ def test_a_seed_chooses_the_samples_for_both_backends(
     assert one == again != other
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_sample_begins_with_the_prompt(
     backend: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,12 +528,12 @@ def test_a_prompt_is_continued_alike_by_both_backends(
 ) -> None:
     scalar, vectorized = (
         sampled(capsys, small, "--prompt", "an", "--num", "20", "--backend", backend)
-        for backend in NAMES
+        for backend in BACKENDS
     )
     assert scalar == vectorized
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_low_temperature_takes_the_likeliest_and_a_high_one_anything(
     backend: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -546,7 +546,7 @@ def test_temperature_0_takes_the_likeliest_and_says_it_once(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (likeliest,) = sampled(capsys, small, "--temperature", "1e-6", "--num", "1")
-    for backend in NAMES:
+    for backend in BACKENDS:
         at = ["--temperature", "0", "--backend", backend]
         assert sampled(capsys, small, *at) == [likeliest]
         assert sampled(capsys, small, *at, "--num", "3", "--seed", "9") == [likeliest] * 3
@@ -561,7 +561,7 @@ def test_top_k_draws_from_the_likeliest_alone_and_alike_by_both_backends(
     drawn = {
         (top_k, backend): sampled(capsys, small, *at, top_k, "--backend", backend)
         for top_k in (1, 2, 5, 0, 99)
-        for backend in NAMES
+        for backend in BACKENDS
     }
     logits = np.asarray(
         load_backend("scalar", held.config, held.state).read([held.tokenizer.bos])[0]
@@ -575,7 +575,7 @@ def test_top_k_draws_from_the_likeliest_alone_and_alike_by_both_backends(
     assert len({*drawn[1, "scalar"]}) == 1 < len({*drawn[2, "scalar"]})
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", ["1e-305", "1e-320"])
 def test_a_temperature_near_zero_takes_the_likeliest_or_is_refused(
     temperature: str, backend: str, small: Path, capsys: pytest.CaptureFixture[str]
@@ -644,12 +644,12 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
     ]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
     backend: str, columns: int, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "COLUMNS", columns)
+    monkeypatch.setattr(evaluate, "POSITIONS_AT_ONCE", columns)
     held = load_checkpoint(small)
     loss, by_position = expected_evaluation(held)
     result = evaluate.evaluation(
@@ -675,7 +675,7 @@ def test_documents_of_one_length_have_the_same_tokens_as_by_themselves(
     assert found.tolist() == [tokenizer.document(document, longest) for document in documents]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_eval_prints_the_loss_by_position_and_against_knowing_nothing(
     backend: str, small: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from faults import metrics_of
 
 import microgpt
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main
 from microgpt.layout import param_shapes, tap_names
 from microgpt.runs.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 TEXTS = ["emma", "ava", "olivia", "mia"]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=BACKENDS)
 def gpt(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A small model that has had no forward pass."""
     monkeypatch.chdir(tmp_path)
@@ -45,7 +45,7 @@ def test_an_import_waits_for_nothing() -> None:
     assert ran.stdout.split() == ["False", "True"]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("documents", ["lines", "windows"])
 def test_steps_are_those_of_microgpt_train(
     backend: str, documents: str, tiny: dict[str, str], tmp_path: Path
@@ -70,7 +70,7 @@ def test_steps_are_those_of_microgpt_train(
 
 def test_every_tap_and_gradient_is_there_for_either_backend() -> None:
     found = []
-    for backend in NAMES:
+    for backend in BACKENDS:
         gpt = microgpt.GPT(TEXTS, n_layer=2, n_embd=4, n_head=2, backend=backend)
         gpt.forward(["emma", "olivia"])
         taps = gpt.taps

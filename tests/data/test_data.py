@@ -37,7 +37,7 @@ def test_the_embedded_names_are_the_32469_of_the_data_set() -> None:
     assert (documents[0], documents[-1]) == ("emma", "zyrie")
     assert len(set(documents)) < len(documents)  # some are given to girls and boys
     joined = "\n".join(documents) + "\n"
-    assert joined.encode() == data.NAMES.read_bytes()
+    assert joined.encode() == data.NAMES_FILE.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import vectorized.batch
 import vectorized.replay
-from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
+from microgpt.backend import BACKENDS, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.data import load_documents
 from microgpt.init import init_params
@@ -38,7 +38,7 @@ CONFIGS = {
 }
 TOKENIZERS = {name: build_tokenizer("abc", config) for name, config in CONFIGS.items()}
 
-backends = pytest.mark.parametrize("backend", NAMES)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 models = pytest.mark.parametrize("preset", CONFIGS)
 texts = st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=4)
 few = settings(max_examples=40, deadline=None)

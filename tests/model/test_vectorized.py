@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from microgpt.backend import NAMES, Backend, fresh_state, load_backend
+from microgpt.backend import BACKENDS, Backend, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.init import init_params
 from microgpt.layout import Tree, grow, param_shapes, pick
@@ -326,7 +326,9 @@ def small_config(**fields: Any) -> Config:
 
 
 # every way to compute: scalar, vectorized as it was recorded, and as the text stands
-WAYS = [(name, watch) for name in NAMES for watch in (False, True) if name != "scalar" or not watch]
+WAYS = [
+    (name, watch) for name in BACKENDS for watch in (False, True) if name != "scalar" or not watch
+]
 DOCS = [[3, 0, 1, 3], [3, 2, 3], [3, 1, 1, 0, 2, 3]]
 
 

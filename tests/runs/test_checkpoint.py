@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import made_up
 from safetensors.numpy import save_file
 
-from microgpt.backend import NAMES, State, load_backend
+from microgpt.backend import BACKENDS, State, load_backend
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
@@ -49,8 +49,8 @@ def assert_same(loaded: State, saved: State) -> None:
             np.testing.assert_array_equal(tensor, np.asarray(expected[name]))
 
 
-@pytest.mark.parametrize("writer", NAMES)
-@pytest.mark.parametrize("reader", NAMES)
+@pytest.mark.parametrize("writer", BACKENDS)
+@pytest.mark.parametrize("reader", BACKENDS)
 def test_either_backend_reads_what_either_wrote(writer: str, reader: str, trained: Trained) -> None:
     out, saved = trained(writer)
     loaded = load_checkpoint(out)
@@ -63,7 +63,7 @@ def test_either_backend_reads_what_either_wrote(writer: str, reader: str, traine
 
 def test_both_backends_write_the_same_file(trained: Trained) -> None:
     (scalar, scalar_meta), (vectorized, vectorized_meta) = (
-        read_tensors(trained(backend)[0] / FILE_NAME) for backend in NAMES
+        read_tensors(trained(backend)[0] / FILE_NAME) for backend in BACKENDS
     )
     assert set(scalar_meta) == METADATA
     for metadata in (scalar_meta, vectorized_meta):

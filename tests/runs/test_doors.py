@@ -36,7 +36,7 @@ from crosscheck.kit import write_kit
 from crosscheck.trace import trace
 from crosscheck.traces import save_trace
 from microgpt import strict_yaml
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main as microgpt
 from microgpt.errors import MicrogptError
 from microgpt.runs import directory as rundir
@@ -403,7 +403,7 @@ def outsized(path: Path, size: float) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("size", "temperature"), [(1.7e308, "1.0"), (1e20, "1e-300")])
 def test_logits_that_overflow_after_the_first_are_not_drawn_from(
     size: float,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import load_case
-from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ask", ["forward", "position_losses"])
 @pytest.mark.parametrize(
     ("case_name", "tensor", "factor"),

@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 from faults import differences, quiet, training
 
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli import report
 from microgpt.cli.commands import main as microgpt
 from microgpt.config import Config
@@ -698,7 +698,7 @@ def gradient(value: float) -> Callable[[Any], None]:
     return spoil
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("method", "number", "spoil", "message"),
     [
@@ -813,7 +813,7 @@ def test_metrics_that_are_none_are_refused(
         (run / METRICS).symlink_to("/dev/zero")
     else:
         monkeypatch.setattr(rundir, "MARGIN", 0)
-        (run / METRICS).write_bytes(b"x" * (1 + 5 * rundir.LONGEST))
+        (run / METRICS).write_bytes(b"x" * (1 + 5 * rundir.LONGEST_LINE))
     assert "not the metrics of 5 steps; delete it to go on" in one_line(resume(run))
 
 

@@ -26,7 +26,7 @@ from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
 from crosscheck.traces import load_trace, save_trace
 from microgpt import data
-from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.cli.commands import main as microgpt
 from microgpt.config import Config
 from microgpt.data import load_documents
@@ -502,7 +502,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_drawn(
 
 
 @pytest.mark.usefixtures("small_machine")
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_batch_takes_depends_on_the_documents(
     backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -771,7 +771,7 @@ def test_samples_are_printed_as_they_are_drawn_and_are_the_same(
     capsys.readouterr()
     assert microgpt(["sample", str(out), "--num", "25"]) == 0
     at_once = capsys.readouterr().out
-    monkeypatch.setattr("microgpt.cli.commands.PORTION", 10)
+    monkeypatch.setattr("microgpt.cli.commands.DRAWN_AT_ONCE", 10)
     assert microgpt(["sample", str(out), "--num", "25"]) == 0
     assert capsys.readouterr().out == at_once
 
