@@ -44,12 +44,12 @@ def microgpt(*arguments: object) -> int:
     """The exit status of a command line."""
     try:
         return main([str(argument) for argument in arguments])
-    except SystemExit as end:  # by argparse
+    except SystemExit as end:  # raised by argparse
         return int(str(end.code))
 
 
 def process(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    """The same, as a process of its own."""
+    """A command line, run to its end in a process of its own."""
     command = [sys.executable, "-m", "microgpt", *map(str, arguments)]
     return subprocess.run(
         command, **{"stdout": subprocess.PIPE, **more}, stderr=subprocess.PIPE, encoding="utf-8"
@@ -75,7 +75,7 @@ def samples(out: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
-    """Everything in a folder."""
+    """The bytes of every file in a folder, by path."""
     return {
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 
 def untimed(printed: str) -> str:
-    """What a run prints, without the time it took."""
+    """The lines that a run prints, without its times."""
     return re.sub(r"in \d+\.\d\d s, \d+\.\d{3} ms a step", "in .. s, .. ms a step", printed)
 
 
@@ -333,7 +333,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def left_to_others(*_: object) -> None:
-        raise AssertionError("nobody took the signal")
+        raise AssertionError("the signal was not handled")
 
     before = signal.signal(number, left_to_others)
     try:
@@ -596,7 +596,7 @@ def test_a_temperature_near_zero_takes_the_likeliest_or_is_refused(
 
 
 def plain_losses(held: Checkpoint, text: str) -> np.ndarray:
-    """-log p(next token) by position: the 200-line model once more, one document at a time."""
+    """-log p(next token) by position, from a third writing of the 200-line model in NumPy."""
     config, p = held.config, held.state.params
     tokens = held.tokenizer.document(text)
     n = min(config.block_size, len(tokens) - 1)
@@ -636,7 +636,7 @@ def test_above_ln_v_a_loss_is_worse_than_knowing_nothing() -> None:
 
 
 def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]]]:
-    """Of SEEN: the mean over documents, and by position how many reach it and their mean."""
+    """The mean loss over SEEN, and per position how many documents reach it and their mean."""
     rows = [plain_losses(held, text) for text in SEEN]
     reach = [[row[t] for row in rows if len(row) > t] for t in range(held.config.block_size)]
     return float(np.mean([row.mean() for row in rows])), [
@@ -728,7 +728,7 @@ def test_documents_cropped_by_tokens_have_a_position_less(
 
 @pytest.fixture
 def desk(small: Path, rewrite: Rewrite, here: Path) -> Path:
-    """A working directory with a run, and everything that is not quite one."""
+    """A working directory with a run, and with files and folders that are damaged or no run."""
     shutil.copytree(small, here / "run")
     checkpoint = here / "run" / FILE_NAME
     (here / "folder").mkdir()
@@ -917,7 +917,7 @@ def test_a_process_trains_far_from_the_source(flags: list[str], tmp_path: Path) 
     assert {path.name for path in (tmp_path / "runs" / "microgpt").iterdir()} == set(RUN_FILES)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])  # meet the end at the last flush, or at once
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the write fails at the last flush, or at once
 @pytest.mark.parametrize("command", ["eval", "sample"])
 def test_a_reader_that_leaves_ends_it_quietly(command: str, unbuffered: str, small: Path) -> None:
     ran = process_unread(unbuffered, command, small)
@@ -932,7 +932,7 @@ def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
 def test_ctrl_c_at_the_very_end_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shell, "_silence", lambda: None)  # this process has more to say
+    monkeypatch.setattr(shell, "_silence", lambda: None)  # stdout of the tests stays open
     with monkeypatch.context() as patch:
 
         def done(*arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""The Python interface: the page about it, every misuse, and that it is the same model."""
+"""The Python interface: its page, every misuse, and the same model as on the command line."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: gpt.forward(["a" * 7]), "document 1: 'aaaaaaa' has 7 characters, and the context"),
     (lambda gpt: gpt.forward([[0] * 8]), "document 1: has 8 tokens, and the context takes 7"),
     (lambda gpt: gpt.backward(), "backward: needs a forward pass"),
-    (lambda gpt: (gpt.forward(TEXTS), gpt.backward(), gpt.backward()), "been called for it alrea"),
+    (lambda gpt: (gpt.forward(TEXTS), gpt.backward(), gpt.backward()), "has been called already"),
     (lambda gpt: gpt.update(), "update: call forward(documents) and backward() first"),
     (lambda gpt: (gpt.forward(TEXTS), gpt.update()), "update: call backward() first"),
     (lambda gpt: gpt.grads, "grads: call forward(documents) and backward() first"),

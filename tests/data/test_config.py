@@ -33,7 +33,7 @@ COMMON = {
     "dataset": "names",
 }
 
-LATER_ADDITIONS: dict[str, Any] = {  # off in both
+LATER_ADDITIONS: dict[str, Any] = {  # off in both presets
     "schedule": "linear",
     "warmup_steps": 0,
     "weight_decay": 0.0,

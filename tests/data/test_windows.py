@@ -1,4 +1,4 @@
-"""A text in windows of the context: which ones training sees, which it never sees, and when."""
+"""A text in windows: which windows training sees, which are held out, and in which order."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_eval_measures_the_windows_that_were_held_out(
         assert last.startswith(f"loss {told},") == (part == "held out of training")
 
 
-# what is said of a text that is not seen whole
+# lines about documents longer than the context
 
 HINT = "to learn all of it: --documents windows"
 

@@ -1,4 +1,4 @@
-"""Every door: what holds for one command, option and implementation holds for all of them.
+"""All entry points: what holds for one command, option and backend holds for all of them.
 
 Special files at every option that writes, every command under closed, full and broken output,
 signals from the first import on, and all of it as an ordinary user as well.
@@ -205,10 +205,10 @@ def test_whole_files_are_written_in_one_place() -> None:
                 opens = name == "open" and set("wax+") & set(str(modes))
                 if (opens or name in writing) and module not in ("copy", "ast") and name != "copy":
                     found.add(path.name)
-    assert found - allowed <= {"port.py"}  # what a program says goes to a folder of its own
+    assert found - allowed <= {"port.py"}  # a program's output goes to a folder of its own
 
 
-# Output that is closed, full, or read by nobody
+# Output that is closed, full, or has no reader
 
 
 def commands(folder: Path, run: Path, recorded: Path) -> dict[str, list[str]]:
@@ -291,7 +291,7 @@ finally:
 
 
 def imported(at: int, number: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that gets a signal at the so-many-eth import after its entry began."""
+    """Run a command that gets a signal at the n-th import after its entry began."""
     words = [sys.executable, "-c", COUNTED, str(at), str(number), *command]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
@@ -423,7 +423,7 @@ def test_logits_that_overflow_after_the_first_are_not_drawn_from(
         assert microgpt([*words, "1.0"]) == 0
 
 
-def test_a_text_that_nobody_draws_does_not_refuse_those_that_are_drawn(run: Path) -> None:
+def test_a_text_that_is_not_drawn_does_not_refuse_those_that_are_drawn(run: Path) -> None:
     gpt = library.GPT.load(run)
     expected = gpt.sample(5, seed=1)
     with patch("vectorized.sample.draw", side_effect=FloatingPointError):
@@ -558,7 +558,7 @@ for program, *words in json.load(sys.stdin):
         status = sys.modules[program].main(words)
     print(json.dumps([status, said.getvalue()]))
 """
-# what the interpreter and its libraries have to be read for; an ordinary user may not
+# imported first: an ordinary user may not be allowed to read the interpreter's files
 BEFOREHAND = """microgpt.cli.commands crosscheck.__main__ crosscheck.traces microgpt.train
 microgpt.cli.report microgpt.pages.run_report microgpt.runs.directory
 vectorized.backend scalar.backend microgpt.evaluate encodings.idna
