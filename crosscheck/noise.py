@@ -138,7 +138,7 @@ def of_operands(config: Config, step: Step) -> Noise:
     found = {}
     for key, moves_of_key in own.items():
         there = real(key, moves_of_key.shape, step["batch/tokens"])
-        found[key] = np.maximum(_smoothed(moves_of_key, there), least_noise(step, key))
+        found[key] = np.maximum(smoothed(moves_of_key, there), least_noise(step, key))
     return _with_second_ways(found, step)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from microgpt.config import FIELDS, LARGEST, Config
+from microgpt.config import FIELDS, LARGEST_WHOLE, Config
 from microgpt.errors import MicrogptError, shortened
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -33,7 +33,7 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 
 def presets() -> list[str]:
-    """The names that `--config` knows."""
+    """The names of the presets, which `--config` takes."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -51,7 +51,7 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, str] | Non
 
 
 def config_from(raw: dict[Any, Any], where: str) -> Config:
-    """The configuration of a mapping: a preset under `preset`, and what differs from it."""
+    """The configuration of a mapping: the name of a preset, and the fields that differ."""
     fields = copy(raw)
     base = fields.pop("preset", DEFAULT_PRESET)
     if base not in presets():
@@ -63,7 +63,7 @@ def config_from(raw: dict[Any, Any], where: str) -> Config:
 
 
 def checked(fields: Mapping[str, Any]) -> Config:
-    """A configuration whose fields fit together."""
+    """The configuration of these fields; MicrogptError if two fields contradict each other."""
     config = Config(**fields)
     if config.n_embd % config.n_head:
         widest = min(config.n_embd, 1000)
@@ -91,7 +91,7 @@ def checked(fields: Mapping[str, Any]) -> Config:
 
 
 def stored_config(fields: Mapping[Any, Any], where: str) -> Config:
-    """The configuration that a file carries along, which must be complete."""
+    """The configuration that a checkpoint or run directory holds, with every field."""
     missing = [name for name in FIELDS if name not in fields and name not in BEFORE]
     if missing:
         raise MicrogptError(
@@ -102,7 +102,7 @@ def stored_config(fields: Mapping[Any, Any], where: str) -> Config:
 
 
 def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """The fields of a mapping that came from outside, each with its right type and range."""
+    """The fields of an unchecked mapping, once the type and range of each are checked."""
     raw = _renamed(raw, where)
     for name in raw:
         if name not in FIELDS:
@@ -114,7 +114,7 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 
 def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
-    """The same fields, with `activation` for `squared_relu`, which is what it was called first."""
+    """The same fields, with `squared_relu` of earlier files replaced by `activation`."""
     if "squared_relu" not in raw or "activation" in raw:
         return raw
     fields = copy(raw)
@@ -127,10 +127,10 @@ def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
 
 
 def typed_flag(name: str, text: str, where: str = "") -> Any:
-    """What the text after a field's flag means; `where` is the flag, if it is not the field's."""
+    """The value of a text for a field; `where` is the flag, if it is not named as the field."""
     kind = KINDS[str(FIELDS[name].type)]
     value: Any = text
-    with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
+    with suppress(ValueError, KeyError):  # `typed` refuses a value that is still a text
         if kind is bool:
             value = {"true": True, "false": False}[text]
         elif not set(text) - NUMERIC:  # Python takes more for a number than people do
@@ -155,10 +155,10 @@ def _read_source(source: str) -> dict[Any, Any]:
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; `on_line` knows where each key stands.
+    """The mapping that a YAML file holds; `on_line` gives the line of each key.
 
-    Raises MicrogptError if it is none, larger than a megabyte, nested without end, or if it has
-    aliases, tags or a key twice.
+    Raises MicrogptError if the file holds no mapping, is larger than a megabyte or nested too
+    deeply, or has aliases, tags or a key twice.
     """
     import yaml
 
@@ -166,7 +166,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
     try:
         content = b""
-        if path.stat().st_size:  # of files of the system that say 0, some wait for ever
+        if path.stat().st_size:  # some files in /proc say 0, and a read of them never ends
             with open(path, "rb") as file:
                 content = file.read(LARGEST_YAML + 1)
         if len(content) > LARGEST_YAML:
@@ -186,17 +186,19 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def on_line(raw: Mapping[Any, Any], key: Any) -> str:
-    """Where a key stands, if the mapping was read from YAML."""
+    """The line of a key as the end of a message, if the mapping was read from YAML."""
     line = getattr(raw, "lines", {}).get(key)
     return f" (line {line})" if line else ""
 
 
 def typed(name: str, value: Any, where: str) -> Any:
-    """The value of a field that came from outside, if its type and range are right."""
+    """The value of a field; MicrogptError unless its type and range are right."""
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
-    if type(value) is int and abs(value) > LARGEST:
-        raise MicrogptError(f"{where}: expected {LARGEST:,} at most, got a number of more digits")
+    if type(value) is int and abs(value) > LARGEST_WHOLE:
+        raise MicrogptError(
+            f"{where}: expected {LARGEST_WHOLE:,} at most, got a number of more digits"
+        )
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -227,7 +229,7 @@ def typed(name: str, value: Any, where: str) -> Any:
 
 
 def _with_point(text: str) -> str:
-    """1e-8 as YAML wants it: 1.0e-8."""
+    """1e-8 as YAML reads a number: 1.0e-8."""
     mantissa, e, exponent = text.lower().partition("e")
     sign = "" if exponent[:1] in "+-" else "+"
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{sign}{exponent}"

@@ -17,7 +17,7 @@ from yaml.resolver import Resolver
 from microgpt.errors import shortened
 
 DEEPEST = 20  # levels of lists and mappings
-LONGEST = 100  # characters of a number: longer ones take time out of all proportion
+LONGEST_NUMBER = 100  # characters of a number: longer ones take time out of all proportion
 MOST = 10_000  # keys and values: the parser that PyYAML has everywhere takes a second for these
 WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
@@ -113,7 +113,7 @@ if yaml.__with_libyaml__:
 
 
 def _short(node: yaml.ScalarNode) -> yaml.ScalarNode:
-    if len(node.value) > LONGEST:
+    if len(node.value) > LONGEST_NUMBER:
         raise _refusal(node, f"a number of {len(node.value):,} characters")
     return node
 

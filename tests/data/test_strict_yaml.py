@@ -1,4 +1,4 @@
-"""YAML from outside: both parsers read the same, and refuse the same on the same line."""
+"""Unchecked YAML: both parsers read the same values, and refuse the same texts on the same line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every door: what holds for one command, option and implementation holds for all of them.
+"""All entry points: what holds for one command, option and backend holds for all of them.
 
 Special files at every option that writes, every command under closed, full and broken output,
 signals from the first import on, and all of it as an ordinary user as well.
@@ -36,7 +36,7 @@ from crosscheck.kit import write_kit
 from crosscheck.trace import trace
 from crosscheck.traces import save_trace
 from microgpt import strict_yaml
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main as microgpt
 from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
@@ -243,10 +243,10 @@ def test_whole_files_are_written_in_one_place() -> None:
                 opens = name == "open" and set("wax+") & set(str(modes))
                 if (opens or name in writing) and module not in ("copy", "ast") and name != "copy":
                     found.add(path.name)
-    assert found - allowed <= {"port.py"}  # what a program says goes to a folder of its own
+    assert found - allowed <= {"port.py"}  # a program's output goes to a folder of its own
 
 
-# Output that is closed, full, or read by nobody
+# Output that is closed, full, or has no reader
 
 
 def commands(folder: Path, run: Path, recorded: Path) -> dict[str, list[str]]:
@@ -329,7 +329,7 @@ finally:
 
 
 def imported(at: int, number: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that gets a signal at the so-many-eth import after its entry began."""
+    """Run a command that gets a signal at the n-th import after its entry began."""
     words = [sys.executable, "-c", COUNTED, str(at), str(number), *command]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
@@ -471,7 +471,7 @@ def outsized(path: Path, size: float) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("size", "temperature"), [(1.7e308, "1.0"), (1e20, "1e-300")])
 def test_logits_that_overflow_after_the_first_are_not_drawn_from(
     size: float,
@@ -491,7 +491,7 @@ def test_logits_that_overflow_after_the_first_are_not_drawn_from(
         assert microgpt([*words, "1.0"]) == 0
 
 
-def test_a_text_that_nobody_draws_does_not_refuse_those_that_are_drawn(run: Path) -> None:
+def test_a_text_that_is_not_drawn_does_not_refuse_those_that_are_drawn(run: Path) -> None:
     gpt = library.GPT.load(run)
     expected = gpt.sample(5, seed=1)
     with patch("vectorized.sample.draw", side_effect=FloatingPointError):
@@ -770,7 +770,7 @@ for program, *words in json.load(sys.stdin):
         status = sys.modules[program].main(words)
     print(json.dumps([status, said.getvalue()]))
 """
-# what the interpreter and its libraries have to be read for; an ordinary user may not
+# imported first: an ordinary user may not be allowed to read the interpreter's files
 BEFOREHAND = """microgpt.cli.commands crosscheck.__main__ crosscheck.traces microgpt.train
 microgpt.cli.report microgpt.pages.run_report microgpt.runs.directory
 vectorized.backend scalar.backend microgpt.evaluate encodings.idna
