@@ -1,4 +1,4 @@
-"""YAML that is not believed: plain values, each key once, no more work than its size asks for.
+"""YAML from files that are not trusted: plain values, each key once, in a second at most.
 
 Where PyYAML comes with libyaml, its parser reads the text, in a fraction of the time.
 """

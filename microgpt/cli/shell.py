@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print help; argparse itself would not tell that nobody can read it."""
+        """Print help; argparse itself would not tell that the output takes none."""
         print(message, end="", file=file)
 
 
@@ -118,7 +118,7 @@ def _signalled(interrupt: KeyboardInterrupt) -> int:
 
 
 class Plain:
-    """A stream to which no character goes that a terminal takes for a command."""
+    """A stream without the characters that a terminal takes for commands."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -140,7 +140,7 @@ def bare(stream: Any) -> TextIO:
 def _output() -> Iterator[None]:
     """Standard output as a Plain one that takes every character, closed or not."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before we began
+        if getattr(sys, name) is None:  # closed before this program began
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -153,7 +153,7 @@ def _output() -> Iterator[None]:
 
 
 def _silence() -> None:
-    """Let the interpreter's last flush of what nobody takes go nowhere."""
+    """Let the interpreter's last flush go nowhere, since no program takes the output."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -246,7 +246,7 @@ def test_whole_files_are_written_in_one_place() -> None:
     assert found - allowed <= {"port.py"}  # what a program says goes to a folder of its own
 
 
-# Output that is closed, full, or read by nobody
+# Output that is closed, full, or read by no program
 
 
 def commands(folder: Path, run: Path, recorded: Path) -> dict[str, list[str]]:
@@ -491,7 +491,7 @@ def test_logits_that_overflow_after_the_first_are_not_drawn_from(
         assert microgpt([*words, "1.0"]) == 0
 
 
-def test_a_text_that_nobody_draws_does_not_refuse_those_that_are_drawn(run: Path) -> None:
+def test_a_text_that_is_not_drawn_does_not_refuse_those_that_are_drawn(run: Path) -> None:
     gpt = library.GPT.load(run)
     expected = gpt.sample(5, seed=1)
     with patch("vectorized.sample.draw", side_effect=FloatingPointError):
@@ -560,7 +560,7 @@ def test_what_ends_the_program_does_not_give_it_its_status(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_candidate_that_sleeps_is_ended_though_nobody_can_read_why(tmp_path: Path) -> None:
+def test_a_candidate_that_sleeps_is_ended_though_its_output_is_full(tmp_path: Path) -> None:
     mine = _written(tmp_path / "mine.py", ALONE.format("import time; time.sleep(60)"))
     words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
     with open("/dev/full", "w", encoding="utf-8") as full:

@@ -71,10 +71,10 @@ def run(start: list[str], tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _untaken() -> Iterator[None]:
-    """A signal that nobody takes fails the test, and does not end all of them."""
+    """A signal without a handler fails the test, and does not end all of them."""
 
     def left_to_us(number: int, frame: object) -> None:
-        raise AssertionError(f"nobody took signal {number}")
+        raise AssertionError(f"no handler took signal {number}")
 
     before = {n: signal.signal(n, left_to_us) for n in (signal.SIGTERM, signal.SIGHUP)}
     yield
@@ -397,7 +397,7 @@ def process(start: list[str], tmp_path: Path) -> Callable[..., subprocess.Comple
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_an_output_that_nobody_reads_ends_a_run_that_can_go_on(
+def test_an_unread_output_ends_a_run_that_can_go_on(
     unbuffered: str,
     process: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
@@ -422,7 +422,7 @@ def test_an_output_that_nobody_reads_ends_a_run_that_can_go_on(
         (signal.SIGHUP, OSError(errno.EIO, "Input/output error"), (129, "")),
     ],
 )  # fmt: skip
-def test_progress_that_nobody_reads_ends_a_run_with_its_checkpoint_written(
+def test_unread_progress_ends_a_run_with_its_checkpoint_written(
     number: int | None,
     error: OSError,
     said: tuple[int, str],
@@ -779,7 +779,7 @@ def test_a_loss_of_documents_kept_from_training_that_is_not_finite_is_said(
     assert "no loss on 2 documents kept from training: the loss of a position is not" in said
 
 
-# A directory that somebody else made
+# A directory that another person made
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])

@@ -543,7 +543,7 @@ def test_memory_that_runs_out_after_all_is_said(
     assert not (tmp_path / "run").exists()
 
 
-def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_memory_is_not_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CONTAINER", ())
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert memory.machine_memory() == float("inf")
@@ -678,7 +678,7 @@ def test_every_code_point_is_a_token(documents: list[str], tmp_path: Path) -> No
 
 
 class Unread(str):
-    """A text of which nobody looks at more than its beginning."""
+    """A text of which nothing but the beginning is looked at."""
 
     def __iter__(self) -> Any:
         raise AssertionError("all of it was looked at")
