@@ -55,7 +55,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
 
 def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
     """Run a command whose output may be closed, full, or read by no program any more."""
-    status = 0
+    status = None
     with _output():
         try:
             with at_once():
@@ -65,7 +65,7 @@ def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
             status = status or BROKEN_PIPE
             _silence()
         except KeyboardInterrupt as interrupt:  # before the command began, or as it ended
-            if not status:
+            if status is None:
                 say(f"{signals.program}: interrupted", sys.stderr)
             status = status or _signalled(interrupt)
             _silence()
@@ -74,7 +74,7 @@ def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
             say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
             status = status or 2
             _silence()
-    return status
+    return status or 0
 
 
 def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
