@@ -125,6 +125,10 @@ def test_a_curve_of_many_steps_keeps_its_means_and_its_ends() -> None:
     assert drawn.level == pytest.approx(50)
 
 
+def test_a_character_that_would_not_be_seen_is_labelled_by_its_number() -> None:
+    assert [pictures.label(char) for char in "a\n \u00e9"] == ["a", "U+000A", "U+0020", "\u00e9"]
+
+
 def test_a_chart_without_points_is_none() -> None:
     nothing = np.array([])
     assert pictures.chart("Loss", [pictures.Line("loss", nothing, nothing)]) is None
