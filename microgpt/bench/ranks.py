@@ -41,7 +41,11 @@ class OnRanks:
         os.close(answer)
         self.asked, self.answers = os.fdopen(ours, "wb"), os.fdopen(answers, "rb")
         weakref.finalize(self, _end, self.process, self.asked, self.answers)
-        self._ask("begin", config, state)
+        params, m, v = (
+            {name: np.asarray(tensor) for name, tensor in tensors.items()}
+            for tensors in (state.params, state.m, state.v)
+        )
+        self._ask("begin", config, State(params, m, v, state.updates))
 
     def forward(self, docs: Docs) -> float:
         return self._ask("forward", docs)
