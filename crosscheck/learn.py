@@ -18,6 +18,7 @@ from typing import Any
 
 from crosscheck.exercises import (
     Exercise,
+    exercise_about,
     exercise_named,
     exercises,
     filename,
@@ -272,7 +273,7 @@ def shown_solution(folder: Path, name: str) -> str:
     """
     numbered = {str(i): exercise for i, exercise in enumerate(exercises(), 1)}
     plain = re.sub(r"^\d+_|\.py$", "", Path(name).name)
-    exercise = numbered.get(name.lstrip("0")) or exercise_named(plain)
+    exercise = numbered.get(name.lstrip("0")) or exercise_named(plain) or exercise_about(plain)
     if exercise is None:
         names = ", ".join(one.name for one in exercises())
         raise MicrogptError(
