@@ -168,7 +168,7 @@ TENSORS = (
         "ragged_batches",
         "batch",
         "fill",
-        "Documents of unlike lengths side by side: tokens, targets, and the weight of every"
+        "Documents of different lengths side by side: tokens, targets, and the weight of every"
         " position. Padding is token 0 with a weight of 0.",
     ),
     _tensors(
@@ -292,8 +292,8 @@ def made(exercise: Exercise) -> str:
         for patch in _defect(exercise.defect).patches:
             source = source.replace(patch.old, patch.new)
         return heading + "\n".join(source.splitlines()[tree.body[0].end_lineno :]) + "\n"
-    pieces = [_piece(exercise, tree, source, name) for name in _homes(exercise)]
-    return "\n\n".join([heading + _imports(exercise, tree), *pieces])
+    parts = [_part(exercise, tree, source, name) for name in _homes(exercise)]
+    return "\n\n".join([heading + _imports(exercise, tree), *parts])
 
 
 def _heading(exercise: Exercise, about: str) -> str:
@@ -324,19 +324,19 @@ def _methods(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:
     return {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
 
 
-def _piece(exercise: Exercise, tree: ast.Module, source: str, name: str) -> str:
+def _part(exercise: Exercise, tree: ast.Module, source: str, name: str) -> str:
     """A function or class of the source, with what is to be written taken out."""
     node, lines = _top(tree)[name], source.splitlines()
     if isinstance(node, ast.FunctionDef):
         return _stub(node, source)
-    pieces = ["\n".join(lines[node.lineno - 1 : next(iter(_methods(node).values())).lineno - 1])]
+    parts = ["\n".join(lines[node.lineno - 1 : next(iter(_methods(node).values())).lineno - 1])]
     for method in _methods(node).values():
         full = f"{name}.{method.name}"
         if full in exercise.functions:
-            pieces.append(_stub(method, source))
+            parts.append(_stub(method, source))
         elif full not in taken_out():
-            pieces.append("\n".join(lines[method.lineno - 1 : method.end_lineno]) + "\n")
-    return "\n".join(piece.rstrip("\n") + "\n" for piece in pieces).replace("\n\n\n", "\n\n")
+            parts.append("\n".join(lines[method.lineno - 1 : method.end_lineno]) + "\n")
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts).replace("\n\n\n", "\n\n")
 
 
 @cache
@@ -462,14 +462,14 @@ def solution(exercise: Exercise) -> str:
         return "\n".join(rows)
     source = source_text(exercise.source)
     top, lines = _top(ast.parse(source)), source.splitlines()
-    pieces = []
+    parts = []
     for name in [*exercise.functions, *(x for x, y in HELPERS.items() if y in exercise.functions)]:
         home, _, method = name.partition(".")
         node = top[home]
         if isinstance(node, ast.ClassDef):
             node = _methods(node)[method]
-        pieces.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-    return "\n\n".join(pieces)
+        parts.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+    return "\n\n".join(parts)
 
 
 # --- reading what was made of them ---------------------------------------------------------------

@@ -62,7 +62,7 @@ PANEL = {
     ),
 }
 STEPS = 3
-SECONDS = 10.0  # for the steps of a case; what takes longer is taken to go on for ever
+SECONDS = 10.0  # for the steps of a case; what takes longer is taken never to end
 DRAWN = 6  # models drawn at random, of other numbers whenever the text is another
 FILLED = 40  # batches of drawn documents
 
@@ -296,7 +296,7 @@ def _operated(exercise: Exercise, learner: Candidate, one: Expression) -> dict[s
             found = _values({**vars(import_module("scalar.value"))}, one)
         except Late as late:
             line = innermost(learner, late)
-            raise Told(one.function, f"goes on for ever, for {one.words}", line) from None
+            raise Told(one.function, f"does not end, for {one.words}", line) from None
         except NotImplementedError as error:
             raise Told(one.function, UNDONE, innermost(learner, error)) from None
         except Exception as error:
@@ -429,10 +429,10 @@ def _in_model(exercise: Exercise, learner: Candidate, only: str = "") -> Disagre
     for case in [*panel, *drawn_cases(learner.seed, DRAWN)]:
         if only not in ("", case.name):
             continue
-        lessons = _lessons(case, _draws(exercise, case))
+        reference = _reference(case, _draws(exercise, case))
         with _placed(exercise, learner), limited(learner, exercise.name):
-            theirs, stopped = _theirs(exercise, learner, case, lessons)
-        found = _compared(case, lessons, theirs, stopped)
+            theirs, stopped = _theirs(exercise, learner, case, reference)
+        found = _compared(case, reference, theirs, stopped)
         if found:
             return found
     return None
@@ -447,14 +447,14 @@ def _case(name: str) -> Case:
 _known: dict[tuple[str, bool], list[Step]] = {}
 
 
-def _lessons(case: Case, draws: bool) -> list[Step]:
+def _reference(case: Case, draws: bool) -> list[Step]:
     """The steps of a case as the text of vectorized/ computes them."""
     key = case.name, draws
     if case.random or key not in _known:
-        lessons = list(_steps(case, "vectorized", draws))
+        reference = list(_steps(case, "vectorized", draws))
         if case.random:
-            return lessons
-        _known[key] = lessons
+            return reference
+        _known[key] = reference
     return _known[key]
 
 
@@ -464,7 +464,7 @@ def _draws(exercise: Exercise, case: Case) -> bool:
 
 
 def _theirs(
-    exercise: Exercise, learner: Candidate, case: Case, lessons: Sequence[Step]
+    exercise: Exercise, learner: Candidate, case: Case, reference: Sequence[Step]
 ) -> tuple[list[Step], IncompleteError | None]:
     """The steps with the learner's functions in place, and how they ended early.
 
@@ -472,10 +472,10 @@ def _theirs(
     """
     steps: list[Step] = []
     try:
-        for step in _steps(case, exercise.package, _draws(exercise, case), lessons):
+        for step in _steps(case, exercise.package, _draws(exercise, case), reference):
             steps.append(step)
     except Late as late:
-        words = f"is not done after {learner.time_limit:g} seconds: something goes on for ever"
+        words = f"is not done after {learner.time_limit:g} seconds"
         raise Told(exercise.name, words, innermost(learner, late)) from None
     except IncompleteError as error:
         cause = error.__context__ or error
@@ -496,7 +496,7 @@ def _theirs(
 
 
 def _compared(
-    case: Case, lessons: list[Step], theirs: list[Step], stopped: IncompleteError | None
+    case: Case, reference: list[Step], theirs: list[Step], stopped: IncompleteError | None
 ) -> Disagreement | None:
     def stepped() -> Iterator[Step]:
         yield from theirs[: len(theirs) - bool(stopped)]
@@ -504,13 +504,13 @@ def _compared(
             raise stopped
 
     with np.errstate(all="ignore"):
-        outcome = compare(case, lessons[: len(theirs)], stepped())
+        outcome = compare(case, reference[: len(theirs)], stepped())
     return outcome.found[0] if outcome.found else None
 
 
-def _steps(case: Case, package: str, draws: bool, lessons: Sequence[Step] = ()) -> Iterator[Step]:
+def _steps(case: Case, package: str, draws: bool, reference: Sequence[Step] = ()) -> Iterator[Step]:
     """The steps of a case by a text as it stands; in a model drawn at random one, and its update
-    from the gradients of the lesson, since rounding may grow there."""
+    from the gradients of the reference, since rounding may grow there."""
     config = suited(case.config, package, "float64")
     backend: Any = import_module(f"{package}.backend").Backend(
         config, fresh_state(case.params), watch=True
@@ -520,7 +520,7 @@ def _steps(case: Case, package: str, draws: bool, lessons: Sequence[Step] = ()) 
     )
     count = 1 if case.random else STEPS
     for step in range(count):
-        grads = part(lessons[step], "gradient", "d") if case.random and lessons else None
+        grads = part(reference[step], "gradient", "d") if case.random and reference else None
         record = trace_step(pair, case.docs(step), learning_rate(step, config), grads)
         if draws and step in (0, count - 1):
             alone = patch("vectorized.backend.most_walkers", lambda _: 1)

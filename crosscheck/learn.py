@@ -267,7 +267,7 @@ def check(folder: Path, hint: int = 0) -> Check:
 
 
 def shown_solution(folder: Path, name: str) -> str:
-    """The solution of an exercise, or a warning to one who has not tried; asked again, it comes.
+    """The solution of an exercise. Before a first attempt, a warning; asked again, the solution.
 
     Raises MicrogptError if there is no exercise of that name or number.
     """

@@ -241,7 +241,7 @@ def test_an_answer_from_a_look_up_is_wrong_on_numbers_that_are_drawn(
         ("return scale", "dy *= 2\n    return scale", "writes into dy"),
         ("return scale", 'return "x"\n    return scale', "returns str"),
         ("return scale", "return scale[0]\n    return scale", "of shape"),
-        ("return scale", "while True: pass\n    return scale", "not done after|goes on"),
+        ("return scale", "while True: pass\n    return scale", "not done after|does not end"),
         ("return scale", "return undefined\n    return scale", "NameError"),
         ("return scale *", "return scale *)", "cannot be read"),
         ("return scale * (", "return np.float32(scale) * np.float32(", "float32"),
