@@ -7,10 +7,11 @@ import difflib
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
+
+from platformdirs import user_cache_path
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
@@ -163,19 +164,15 @@ def cache_folder() -> Path:
     """Where downloads are kept: MICROGPT_CACHE, or the system's folder for such things."""
     if os.environ.get("MICROGPT_CACHE"):
         return Path(os.environ["MICROGPT_CACHE"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "microgpt"
     try:
-        home = Path.home()
-    except RuntimeError:  # a user of whom the system knows nothing
+        folder = user_cache_path("microgpt", appauthor=False)
+    except RuntimeError:  # platformdirs up to 4.12 returns a path that begins with ~ instead
+        folder = Path("~")
+    if not folder.is_absolute():  # the system knows no home of this user
         raise MicrogptError(
             "there is no home directory to keep downloads in; name a folder with MICROGPT_CACHE"
-        ) from None
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "microgpt"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "microgpt"
-    return home / ".cache" / "microgpt"
+        )
+    return folder
 
 
 def sha256_of(content: bytes) -> str:

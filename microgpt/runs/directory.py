@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import yaml
 
@@ -32,25 +33,13 @@ from microgpt.runs.checkpoint import FILE_NAME
 from microgpt.runs.files import remove_begun, sync_folder, write_whole, writing
 from microgpt.settings import read_yaml, stored_config
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
 RUN_FILES = (CONFIG, METRICS, FILE_NAME, SAMPLES)
 LOCK = "run.lock"
 LONGEST, MARGIN = 200, 100_000_000  # bytes of a line, and of those that a killed run had got ahead
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(fd: int) -> None:
-        os.lseek(fd, 1 << 20, os.SEEK_SET)  # nobody can read a locked byte: none of the text
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        finally:
-            os.lseek(fd, 0, os.SEEK_SET)
-else:
-    import fcntl
-
-    def _lock(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class TakenError(MicrogptError):
@@ -61,76 +50,72 @@ class RunLock:
     """Keeps a run directory to one run for as long as its process lives.
 
     The operating system drops the lock when the process ends, however it ends: a run.lock that
-    was left behind keeps nobody out. Where a file system has no locks, the run goes on without.
+    was left behind keeps no run out. Where a file system has no locks, the run goes on without.
+
+    left_by  the process that left run.lock behind, or an empty text
 
     Raises TakenError if another run has the directory.
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out
-        path = out / LOCK
-        with writing(path):
-            fd = _open_locked(path)
-        self.fd, self.path = fd, path
-        self.release = weakref.finalize(self, _unlock, fd, path)
-        with writing(path), released_on_error(self):
-            self.left_by = os.read(fd, 1000).decode(errors="replace").strip()
-            os.lseek(fd, 0, os.SEEK_SET)
-            os.ftruncate(fd, 0)
-            os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode())
+        self.out, self.path = out, out / LOCK
+        with writing(self.path):
+            lock = _acquired(self.path)
+            self.file = os.stat(self.path)
+            self.release = weakref.finalize(self, _release, lock, self.path, self.file)
+            with released_on_error(self), open(self.path, "rb+") as file:
+                self.left_by = _holder(file)
+                file.truncate(1)
+                file.seek(1)
+                file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
 
     @property
     def stands(self) -> bool:
         """Whether the directory is still where it was, and still this run's."""
-        return _is_at(self.fd, self.path)
+        return _is_at(self.file, self.path)
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def _acquired(path: Path) -> FileLock:
+    from filelock import FileLock, Timeout  # whose import takes as long as a hundred steps
+
+    if os.path.lexists(path):  # a directory that somebody sent may lead elsewhere
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise MicrogptError(f"{path}: not a file of its own, as runs make them; remove it")
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0.2)  # seconds: the run before may just be removing the file
+    except Timeout:
+        with open(path, "rb") as file:
+            holder = _holder(file)
+        raise TakenError(
+            f"{path.parent}: another run is at work there ({holder}); wait for its end,"
+            " or choose another directory with --out DIR"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # no locks on this file system
+            raise
+    return lock
+
+
+def _holder(file: BinaryIO) -> str:
+    """What run.lock says from its second byte on: on Windows the locked first one is unreadable."""
+    file.seek(1)
+    return file.read(LONGEST).decode(errors="replace").strip()
+
+
+def _is_at(file: os.stat_result, path: Path) -> bool:
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(fd), os.stat(path))
+        return os.path.samestat(file, os.stat(path))
     return False
 
 
-def _open_own(path: Path) -> int:
-    """Open a file that is nothing but that: whoever sends us a directory may have put a link in."""
-    no_detours = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | no_detours, 0o644)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
-            raise
-    else:
-        found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
-            return fd
-        os.close(fd)
-    raise MicrogptError(f"{path}: not a file of its own, as runs make them; remove it")
-
-
-def _open_locked(path: Path) -> int:
-    while True:
-        fd = _open_own(path)
-        try:
-            _lock(fd)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                holder = os.read(fd, 1000).decode(errors="replace").strip()
-                os.close(fd)
-                raise TakenError(
-                    f"{path.parent}: another run is at work there ({holder}); wait for its end,"
-                    " or choose another directory with --out DIR"
-                ) from None
-        if _is_at(fd, path):
-            return fd
-        os.close(fd)  # the run before removed it in the meantime
-
-
-def _unlock(fd: int, path: Path) -> None:
-    if _is_at(fd, path):  # in a directory that was moved, it is another run's
-        with contextlib.suppress(OSError):
+def _release(lock: FileLock, path: Path, file: os.stat_result) -> None:
+    if _is_at(file, path):  # in a directory that was moved, run.lock is another run's
+        with contextlib.suppress(OSError):  # Windows removes no open file
             os.unlink(path)
-    os.close(fd)
-    if sys.platform == "win32":  # where no open file can be removed
+    lock.release()
+    if sys.platform == "win32":
         with contextlib.suppress(OSError):
             os.unlink(path)
 

@@ -10,6 +10,7 @@ import fcntl
 import io
 import math
 import os
+import platform
 import pty
 import shutil
 import signal
@@ -609,8 +610,8 @@ def test_a_lock_that_was_removed_while_it_was_taken_is_not_held(
     first = rundir.RunLock(tmp_path)
     opened = os.open
 
-    def released_in_between(path: Path, *more: Any) -> int:
-        fd = opened(path, *more)
+    def released_in_between(path: Path, *more: Any, **named: Any) -> int:
+        fd = opened(path, *more, **named)
         first.release()
         return fd
 
@@ -644,7 +645,7 @@ def test_a_directory_that_was_taken_since_it_was_looked_at_is_not_replaced(tmp_p
 
 def test_a_lock_that_cannot_be_written_is_not_held(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(os, "write", side_effect=full), pytest.raises(MicrogptError) as refusal:
+    with patch.object(platform, "node", side_effect=full), pytest.raises(MicrogptError) as refusal:
         rundir.RunLock(tmp_path)
     assert refusal.tb is not None  # in which the lock is still known
     rundir.RunLock(tmp_path).release()
@@ -653,10 +654,8 @@ def test_a_lock_that_cannot_be_written_is_not_held(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_written_to_all_the_same(
     start: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    def no_locks(fd: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    with patch.object(rundir, "_lock", no_locks):
+    no_locks = OSError(errno.ENOLCK, "No locks available")
+    with patch.object(fcntl, "flock", side_effect=no_locks):
         assert quiet([*start, "--out", str(tmp_path / "run")]) == (0, "")
     assert differences(tmp_path / "run", whole) == []
 
@@ -855,7 +854,7 @@ def test_a_run_goes_on_where_its_data_are_now(
 
 
 def test_what_a_lock_says_is_printed_as_text(run: Path) -> None:
-    (run / LOCK).write_bytes(b"\x1b[31mEVIL\x9b\nline 2")
+    (run / LOCK).write_bytes(b"\n\x1b[31mEVIL\x9b\nline 2")
     said = io.StringIO()
     with redirect_stdout(said):
         assert microgpt(["train", "--resume", "--out", str(run)]) == 0
