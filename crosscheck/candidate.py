@@ -349,6 +349,8 @@ def _is_stub(x: Any) -> bool:
     except (OSError, TypeError, SyntaxError):
         return False
     body = [one for one in getattr(node, "body", []) if not _is_constant(one)]
+    if isinstance(node, ast.ClassDef) and node.bases:
+        return False
     if not body or all(isinstance(one, ast.Pass) for one in body):
         return True
     return len(body) == 1 and isinstance(body[0], ast.Raise) and _is_undone(body[0].exc)
@@ -499,11 +501,11 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
-    """Raises Told at the end if the first call of a function had its answer from ours."""
+    """Raises Told if the first call of a function takes its answer from this project."""
     if candidate.calls[name] > 1 or name == "Value" or sys.getprofile():
         yield
         return
-    answer: list[tuple[str, str]] = []  # what was called, and the candidate's line
+    told: list[Told] = []
 
     def heard(frame: Any, event: str, _: Any) -> None:
         home = str(frame.f_globals.get("__name__", ""))
@@ -512,19 +514,21 @@ def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
         line = _own_line(candidate, frame)
         if home.startswith("crosscheck") and not line:
             return  # what calls the candidate, and not what the candidate calls
+        called = frame.f_code.co_name
         if _is_answer(candidate, name, home, frame.f_code):
-            answer.append((f"{home}.{frame.f_code.co_name}", line))
-        elif candidate.whole and home in TEXTS["vectorized"] and frame.f_code.co_name[0] != "<":
-            candidate.borrowed.setdefault(frame.f_code.co_name, home)
+            words = f"has its answer from {home}.{called}; it is to compute that itself"
+            told.append(Told(name, words, line))
+            raise told[0]
+        if candidate.whole and home in TEXTS["vectorized"] and called[0] != "<":
+            candidate.borrowed.setdefault(called, home)
 
     sys.setprofile(heard)
     try:
         yield
     finally:
         sys.setprofile(None)
-    if answer:
-        called, line = answer[0]
-        raise Told(name, f"has its answer from {called}; it is to compute that itself", line)
+    if told:  # and the candidate has caught it
+        raise told[0]
 
 
 def _is_answer(candidate: Candidate, name: str, home: str, code: Any) -> bool:
