@@ -20,7 +20,7 @@ from microgpt.config import Config
 
 Rows = list[tuple[str, str]]
 NOTHING = "nothing that has a name here"
-AGREEING = 3  # cases that are read; a cause has to explain each of them
+AGREEING = 4  # cases that are read; a cause has to explain each of them
 FEW = 5  # numbers, of which nothing can be said on average
 # readings that say where, or how far; single precision is looked at on its own
 NO_CAUSE = ("wrong ", "float32 ")
@@ -46,15 +46,25 @@ def cause(candidate: Candidate, wrong: Wrong) -> str:
         return "the error is that of single precision: something is computed in float32"
     known = dict(_readings(candidate, wrong))
     first, *others = known.values() or [[]]
-    common = [words for words in first if all(words in one for one in others)]
+    common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
     causes = [words for words in common if not words.startswith(NO_CAUSE)]
     if not causes:
         causes = [likeness(wrong.function, wrong.evidence)]
     if any(causes):
         return ", or ".join(causes[:2])
     first = [words for words in first if not words.startswith("float32 ")]
-    alike = [x for x in first if all(_plain(x) in map(_plain, one) for one in others)]
+    alike = [words for words in first if all(_plain(words) in map(_plain, x) for x in others)]
     return f"{alike[0]} (on case {next(iter(known))})" if alike else ""
+
+
+def _bare(words: str) -> str:
+    """The words without the names of layers."""
+    return re.sub(r"layer\d+\.", "", words)
+
+
+def _plain(words: str) -> str:
+    """The words without the names of layers, and without their numbers."""
+    return re.sub(r"[-\d./^e]*\d", "#", _bare(words))
 
 
 def single_precision(wrong: Wrong) -> bool:
@@ -70,11 +80,6 @@ def single_precision(wrong: Wrong) -> bool:
     return True
 
 
-def _plain(words: str) -> str:
-    """The words without their numbers."""
-    return re.sub(r"[-\d./^e]*\d", "#", words)
-
-
 def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[str]]]:
     """For some of the cases that fail, by name, what the model's numbers look like there."""
     own = [one.case for one, _ in wrong.evidence if one.case]
@@ -86,15 +91,24 @@ def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[st
         found = compared(candidate, case, reference_steps(case), [wrong.function], 1, FLOAT64)
         if found and count < AGREEING:
             count += 1
-            yield case.name, _parts(re.sub(r"layer\d+\.", "", found.diagnosis))
+            yield case.name, _parts(found.diagnosis)
 
 
 def _parts(words: str) -> list[str]:
-    """The readings that a sentence names: "x by 2 (here also n), or y" are three."""
+    """The readings that a sentence names.
+
+    Each of these is three: "x, or multiplied by 2 (here also n)", "divided by D = H = 2, not by 1".
+    """
     found = []
     for one in filter(None, words.split(", or ")):
-        also = re.fullmatch(r"(.*multiplied by )(.*) \(here also (.*)\)", one)
-        found += [also[1] + x for x in (also[2], *also[3].split(", "))] if also else [one]
+        also = re.fullmatch(r"(.*multiplied by )(.*) \(here also (.*)\)()", one)
+        equal = re.fullmatch(r"(.*divided by )(.*?)()(, not by .*)", one)
+        match = also or equal
+        if match:
+            factors = [match[2], *match[3].split(", ")] if also else match[2].split(" = ")
+            found += [f"{match[1]}{factor}{match[4]}" for factor in factors]
+        else:
+            found.append(one)
     return found
 
 
