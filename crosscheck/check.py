@@ -140,7 +140,8 @@ def _parts(candidate: Candidate, verdict: Verdict, whole: Wrong | None, hint: in
     wrong, the first part that is wrong is likely to be the cause.
     """
     only = replace(candidate, functions=candidate.parts, parts={})
-    given = inputs([name for name in only.functions if name in RESULTS], candidate.seed)
+    names = [name for name in only.functions if name in RESULTS]
+    given = inputs(names, candidate.seed) if names else {}
     others: list[str] = []
     faulty: Wrong | None = None
     for name, own in given.items():
