@@ -404,7 +404,7 @@ def learning_rate(step: int, config: Config) -> float:
     """lr_t = learning_rate * (1 - step / steps), steps counted from 0
 
     The second factor is (1 + cos(pi step / steps)) / 2 with schedule cosine, 1 with constant. The
-    rate rises linearly in the warm-up steps; step and steps then count from the end of those.
+    rate rises linearly in the warm-up; step and steps then count from the end of the warm-up.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -420,8 +420,8 @@ def learning_rate(step: int, config: Config) -> float:
 def suspect(config: Config, step: int) -> tuple[str, int, float]:
     """The option that probably made a run diverge; 1 if too large, -1 if too small; a better value.
 
-    It is the learning rate, or before the first update init_std, unless another option is two
-    orders of magnitude or more from its usual value, and farther from it than that one.
+    The learning rate (init_std before the first update) is taken unless another option is beyond
+    its usual value by two orders of magnitude or more, and by more than the learning rate is.
     """
     orders = {
         name: direction * math.log10(max(getattr(config, name), TINIEST) / usual)

@@ -303,7 +303,7 @@ def unlike(out: Path, config: Config) -> str:
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:
-    """Write samples.txt: one sample per line; samples of several lines, with `between` between."""
+    """Write samples.txt: one sample per line; `between` separates samples of several lines."""
     write_whole(out / SAMPLES, between.join(f"{sample}\n" for sample in samples).encode())
 
 
