@@ -65,8 +65,10 @@ def test(options: argparse.Namespace) -> int:
 
     ended = Ended()
     with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
-        # the plugin's package is known already, and pytest says that it cannot rewrite it
-        known = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        # the plugin's package is known already, and pytest says that it cannot rewrite it; nor can
+        # it keep which tests failed where the package belongs to another user
+        ignored = ("PytestAssertRewriteWarning", "PytestCacheWarning")
+        known = [word for name in ignored for word in ("-W", f"ignore::pytest.{name}")]
         status = pytest.main([str(Path(__file__).parent), *known, *options.rest], plugins=[ended])
     if isinstance(getattr(ended, "by", None), KeyboardInterrupt):
         raise ended.by

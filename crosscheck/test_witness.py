@@ -45,6 +45,8 @@ def test_every_parameter_by_complex_step(name: str, tallies: list[Tally], settle
         true, exceeding = as_direction(case, witnessed), as_direction(case, shares[wrong[0]])
         settle(_objection(case, wrong, numbers, true, exceeding), labels=("witness", wrong[0]))
     assert np.count_nonzero(witnessed) > len(witnessed) // 3
+    columns = enumerate((as_direction(case, shares[side]) for side in BACKENDS), 1)
+    settle(Outcome(name, shares={n: _worst(column) for n, column in columns}), counted=False)
     worst = max(float(share.max()) for share in shares.values())
     about = f"gradient of {name} by complex step"
     tallies.append(Tally(1, 2, 2 * len(witnessed), worst, about))
@@ -81,7 +83,12 @@ def _objection(
         " what they have in common is at fault, or both have the same mistake",
         lines=lines_of(key, case.config),
     )
-    return Outcome(case.name, found=[found])
+    return Outcome(case.name, found=[found], shares={1: _worst(shares)})
+
+
+def _worst(shares: Mapping[str, Array]) -> dict[str, float]:
+    """The largest share of each gradient, for the map."""
+    return {f"gradient/d{name}": float(shares[name].max()) for name in backward_order(shares)}
 
 
 def _along(case: Case, what: str) -> Outcome:
@@ -108,6 +115,12 @@ def test_random_directions_by_complex_step(name: str, settle: Any) -> None:
     ]
     if wrong:
         settle(_along(case, " and ".join(wrong)))
+    apart = {side: np.abs(directions @ found - witnessed) for side, found in sides.items()}
+    shares = {
+        n: {"gradient/along 20 random directions": float((apart[side] / allowed).max())}
+        for n, side in enumerate(BACKENDS, 1)
+    }
+    settle(Outcome(name, shares=shares), counted=False)
 
 
 @pytest.mark.about("the witness")

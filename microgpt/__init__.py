@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # type checkers read it as True; importing `typing` takes
 if TYPE_CHECKING:
     from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["GPT", "MicrogptError"]
 
 # NumPy's OpenBLAS reads this variable when it is loaded. Threads make products of this size slower,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
+from microgpt.runs.ranks import ALONE, Comm
 from microgpt.tokenizer import Tokenizer
 
 # A backend takes and returns tensors as nested lists (scalar/) or arrays (vectorized/): both can be
@@ -112,13 +113,25 @@ class Backend(Protocol):
         """The derivative of the loss with respect to each parameter."""
 
 
-def load_backend(name: str, config: Config, state: State, watch: bool = False) -> Backend:
+def load_backend(
+    name: str, config: Config, state: State, watch: bool = False, comm: Comm = ALONE
+) -> Backend:
     """The implementation of that name, starting from a state.
 
     watch    keep all taps and their derivatives, which training has no use for
+    comm     the ranks that share every batch; all of them start from the state of rank 0
 
-    Raises MicrogptError if there is none of that name, or if it cannot do what config asks.
+    Raises MicrogptError, as check_backend does.
     """
+    check_backend(name, config)
+    make = import_module(f"{name}.backend").Backend
+    several = {"comm": comm} if comm.size > 1 else {}
+    backend: Backend = make(config, state, watch, **several)
+    return backend
+
+
+def check_backend(name: str, config: Config) -> None:
+    """Raise MicrogptError if there is none of that name, or if it cannot do what config asks."""
     if name not in BACKENDS:
         raise MicrogptError(
             f"--backend: unknown backend {name!r}; expected {' or '.join(BACKENDS)}"
@@ -133,8 +146,6 @@ def load_backend(name: str, config: Config, state: State, watch: bool = False) -
             f"--cores {config.cores}: scalar computes one number after another;"
             " use --cores 1 or --backend vectorized"
         )
-    backend: Backend = import_module(f"{name}.backend").Backend(config, state, watch)
-    return backend
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TextIO
 from platformdirs import user_cache_path
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.memory import check_file
 from microgpt.settings import FIXTURES
 from microgpt.windows import Windows, check_window, cut
@@ -54,7 +54,7 @@ def load_documents(dataset: str, documents: str = "lines") -> list[str]:
         close = difflib.get_close_matches(dataset[:80], known, n=1)
         expected = f"expected {', '.join(known)}, or the path of a text file"
         hint = f"did you mean {close[0]!r}?" if close else expected
-        raise MicrogptError(f"--dataset: {dataset!r} {kind} file; {hint}")
+        raise MicrogptError(f"--dataset: {shortened(dataset, 300)} {kind} file; {hint}")
     return read(Path(dataset))
 
 

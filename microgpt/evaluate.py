@@ -90,7 +90,7 @@ def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str
         raise MicrogptError(f"--part {part}: is of the run's own data set; leave out --dataset")
     if part == "held-out" and not config.held_out:
         raise MicrogptError("--part held-out: this run held nothing out; use --part all")
-    name = dataset or config.dataset
+    name = config.dataset if dataset is None else dataset
     documents = load_documents(name, config.documents)
     if part != "all":
         Random(config.seed).shuffle(documents)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from microgpt.config import Config
 from microgpt.taps import params, shape_of, sizes, taps
 
+MANY = 2_000_000  # weights of a model: drawing them, or a document from it, takes seconds
+
 
 def param_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, int]]:
     """Each parameter's shape (n_out, n_in), in the order in which they are drawn and stored."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import copy
@@ -20,6 +21,8 @@ CONFIGS = FIXTURES / "configs"
 DEFAULT_PRESET = "microgpt"
 TINIEST = 1e-300  # the inverse of anything smaller may be infinite
 LARGEST_YAML = 1_000_000  # bytes
+POINTLESS = re.compile("[-+]?[0-9]{1,30}[.]?[0-9]{0,30}[eE][-+]?[0-9]{1,9}")  # text to YAML
+NUMERIC = set("+-.0123456789eEinfa")  # characters of a number; 1e-5, inf and nan among them
 BEFORE = {
     name: field.metadata["before"]
     for name, field in FIELDS.items()
@@ -130,7 +133,7 @@ def typed_flag(name: str, text: str, where: str = "") -> Any:
     with suppress(ValueError, KeyError):  # `typed` refuses a value that is still a text
         if kind is bool:
             value = {"true": True, "false": False}[text]
-        elif text.isascii() and "_" not in text:  # Python takes more for a number than people do
+        elif not set(text) - NUMERIC:  # Python takes more for a number than people do
             value = kind(text)
     return typed(name, value, where or flag(name))
 
@@ -200,7 +203,7 @@ def typed(name: str, value: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not kind:
         hint = ""
-        if isinstance(value, str) and kind is float and _is_number(value):
+        if isinstance(value, str) and kind is float and POINTLESS.fullmatch(value):
             hint = f" (YAML reads {value} as text: write {_with_point(value)})"
         raise MicrogptError(
             f"{where}: expected {WORDS[str(field.type)]}, got {shortened(value)}{hint}"
@@ -223,14 +226,6 @@ def typed(name: str, value: Any, where: str) -> Any:
     if limits["below"] is not None and value >= limits["below"]:
         raise MicrogptError(f"{where}: expected less than {limits['below']}, got {value}")
     return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return len(text) < 40
 
 
 def _with_point(text: str) -> str:

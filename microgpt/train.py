@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,13 +13,20 @@ from time import perf_counter
 
 import numpy as np
 
-from microgpt.backend import Backend, Docs, fresh_state, load_backend
+from microgpt.backend import (
+    Backend,
+    Docs,
+    State,
+    check_backend,
+    fresh_state,
+    load_backend,
+)
 from microgpt.config import Config
 from microgpt.data import digest, load_documents, located, nth, parts
-from microgpt.errors import LostHelpError, MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import MANY, param_shapes
 from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -48,6 +54,7 @@ from microgpt.runs.directory import (
 )
 from microgpt.runs.files import check_target
 from microgpt.runs.memory import check_memory
+from microgpt.runs.ranks import ALONE, Alone
 from microgpt.runs.signals import between_steps
 from microgpt.settings import TINIEST, checked, flag
 from microgpt.tokenizer import Tokenizer, build_tokenizer
@@ -70,8 +77,6 @@ RESUMABLE = (
     "temperature",
     "top_k",
 )
-
-MANY = 2_000_000  # weights, whose drawing takes a second
 
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out
@@ -106,6 +111,7 @@ class Run:
     signal: int = 0  # the signal that ended training early
     unlike: str = ""  # the values of config.yaml that differed from the checkpoint's on --resume
     remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
+    ranks: Alone = ALONE  # that take each step together; this is rank 0
 
     def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
         """Run the steps that are left, within max_seconds. False if a signal ended training.
@@ -134,16 +140,12 @@ class Run:
     ) -> None:
         every = self.config.checkpoint_every
         deadline = perf_counter() + (self.config.max_seconds or math.inf)
-        while self.step < self.config.steps and not received:
+        while not self.ranks.any(
+            bool(received) or self.step >= self.config.steps or perf_counter() >= deadline
+        ):
             start = perf_counter()
-            if start >= deadline:
-                break
             lr_t = learning_rate(self.step, self.config)
-            try:
-                loss = self._step(lr_t)
-            except LostHelpError:
-                self._save(metrics)
-                raise
+            loss = self._step(lr_t)
             self.step += 1
             seconds = perf_counter() - start
             held_out = self._measure()
@@ -226,7 +228,7 @@ class Run:
     def how_to_resume(self) -> str:
         """The command that resumes the run from its last checkpoint."""
         remedy = f" {self.remedy}" if self.remedy else ""
-        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}{remedy}"
+        return f"go on with: microgpt train --resume --out {as_typed(self.out)}{remedy}"
 
     @property
     def out(self) -> Path:
@@ -269,6 +271,7 @@ def new_run(
     name: str,
     overwrite: bool = False,
     say: Callable[[str], object] = id,
+    ranks: Alone = ALONE,
 ) -> Run:
     """A run from its beginning: documents shuffled, weights drawn, directory made.
 
@@ -288,16 +291,18 @@ def new_run(
     config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
-    check_memory(config, tokenizer.vocab_size, documents, backend_name)
+    here = replace(config, cores=ranks.here)
+    check_memory(here, tokenizer.vocab_size, documents, backend_name)
     parts(documents, config)
     num_params = count_params(config, tokenizer.vocab_size)
     if num_params > MANY:
         say(f"drawing {num_params:,} weights and writing the first checkpoint ..")
     params = init_params(config, tokenizer.vocab_size, rng)
-    backend = load_backend(backend_name, config, fresh_state(params))
+    backend = _backend(ranks, backend_name, config, tokenizer, documents, fresh_state(params))
     lock = claim_free(Path("runs") / name) if out is None else claim(out, overwrite)
     with released_on_error(lock):
         run = Run(config, tokenizer, documents, backend, rng, lock, numbered=out is None)
+        run.ranks = ranks
         try:
             _begin(run, b"")
         except MicrogptError:
@@ -307,7 +312,9 @@ def new_run(
     return run
 
 
-def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> Run:
+def resumed_run(
+    out: Path, backend_name: str, overrides: dict[str, object], ranks: Alone = ALONE
+) -> Run:
     """A run that goes on from the checkpoint in its directory.
 
     Raises MicrogptError if the run cannot go on, and leaves the directory as it was.
@@ -337,14 +344,51 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
             )
-        check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
-        backend = load_backend(backend_name, config, held.state)
+        here = replace(config, cores=ranks.here)
+        check_memory(here, held.tokenizer.vocab_size, documents, backend_name)
+        backend = _backend(ranks, backend_name, config, held.tokenizer, documents, held.state)
         lines = metrics_until(out, updates)
         best = best_held_out(lines)
         run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates, best)
-        run.unlike = unlike(out, held.config)
+        run.unlike, run.ranks = unlike(out, held.config), ranks
         _begin(run, lines)
     return run
+
+
+def _backend(
+    ranks: Alone,
+    name: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    documents: list[str],
+    state: State,
+) -> Backend:
+    """The backend of rank 0, once all ranks know what to train and have room for it."""
+    ranks.tell((name, config, tokenizer, documents, state.updates))
+    with ranks.agreed():
+        check_backend(name, config)
+    return load_backend(name, config, state, comm=ranks)
+
+
+def follow(ranks: Alone) -> None:
+    """What the other ranks do while rank 0 trains: they take its steps with it.
+
+    Raises AgreedError if a rank cannot train what rank 0 wants to.
+    """
+    name, config, tokenizer, documents, step = ranks.tell()
+    with ranks.agreed():
+        check_memory(replace(config, cores=ranks.here), tokenizer.vocab_size, documents, name)
+    shapes = param_shapes(config, tokenizer.vocab_size)
+    zeros = {tensor: [[0.0] * n_in] * n_out for tensor, (n_out, n_in) in shapes.items()}
+    state = replace(fresh_state(zeros), updates=step)  # rank 0 sends its numbers
+    backend = load_backend(name, config, state, comm=ranks)
+    training, _ = parts(documents, config)
+    with np.errstate(all="ignore"), suppress(ArithmeticError):  # which rank 0 reports
+        while not ranks.any(False):
+            backend.forward(batch(step, training, tokenizer, config))
+            backend.backward()
+            backend.update(learning_rate(step, config))
+            step += 1
 
 
 def _documents(config: Config, out: Path) -> list[str]:

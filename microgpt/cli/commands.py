@@ -7,19 +7,20 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from microgpt import __version__
 from microgpt.cli import shell
 from microgpt.cli.shell import Parser, directory, one_line, say
 from microgpt.config import FIELDS, Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
+from microgpt.runs.ranks import ALONE, Alone, end, joined
 from microgpt.runs.signals import SIGNALLED
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_flag
 
@@ -34,13 +35,34 @@ BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend."""
-    return shell.run(_parser, arguments)
+    return end(shell.run(_parser, arguments))
 
 
 def train(options: argparse.Namespace) -> int:
     """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
+    ranks = joined()
+    if ranks is ALONE and (cores := _cores(options)) > 1:
+        from microgpt.runs.launch import launch
+
+        return launch(cores, options.arguments)
+    with ranks.failing():
+        if ranks.rank == 0:
+            return _lead(options, ranks)
+        from microgpt.train import follow
+
+        follow(ranks)
+        return 0
+
+
+def _lead(options: argparse.Namespace, ranks: Alone) -> int:
     log_every(options)
-    with _resumed(options) if options.resume else _new(options) as run:
+    if ranks is not ALONE:
+        if options.cores not in (None, str(ranks.size)):
+            raise MicrogptError(
+                f"--cores {options.cores}: mpiexec has started {ranks.size} ranks; leave one out"
+            )
+        options.cores = str(ranks.size)
+    with _resumed(options, ranks) if options.resume else _new(options, ranks) as run:
         if run.lock.left_by and not options.quiet:
             left_by = one_line(run.lock.left_by)
             print(f"the run before ({left_by}) was cut short; its lock is void")
@@ -59,8 +81,8 @@ def train(options: argparse.Namespace) -> int:
 def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt.backend import drawing
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.directory import write_samples
-    from microgpt.train import MANY
 
     config, tokenizer = run.config, run.tokenizer
     if not options.quiet:
@@ -94,7 +116,7 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    look = "" if options.quiet else f"; to look at it: microgpt report {quote(str(run.out))}"
+    look = "" if options.quiet else f"; to look at it: microgpt report {as_typed(run.out)}"
     print(f"everything is in {run.out}{look}")
     return 0
 
@@ -136,6 +158,7 @@ def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
     from microgpt.backend import drawing, load_backend
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.checkpoint import load_checkpoint
     from microgpt.runs.memory import check_memory
     from microgpt.tokenizer import prompt_ids
@@ -156,6 +179,9 @@ def sample(options: argparse.Namespace) -> int:
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
+    weights = sum(tensor.size for tensor in held.state.params.values())
+    if weights > MANY:  # standard output is for samples alone
+        say(f"drawing {num:,} samples from {weights:,} weights ..", sys.stderr)
     windows = config.documents == "windows"
     for left in range(num, 0, -DRAWN_AT_ONCE):  # each portion is printed before the next is drawn
         with drawing():
@@ -221,7 +247,7 @@ def bench(options: argparse.Namespace) -> int:
 
     from microgpt.bench import contest as timing
 
-    config = load_config(options.config or DEFAULT_PRESET)
+    config = load_config(_preset(options))
     dtypes = [typed_flag("dtype", options.dtype)] if options.dtype else timing.DTYPES
     if options.calls:
         return _calls(options, config)
@@ -262,7 +288,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def atlas(options: argparse.Namespace) -> int:
-    """`microgpt atlas`: writes a page with every number of one document."""
+    """`microgpt atlas`: writes a page with every named number of one document."""
     from microgpt.runs.files import check_target
 
     with _page_libraries():
@@ -294,7 +320,7 @@ def learn(options: argparse.Namespace) -> int:
 
     folder = options.folder or DIRECTORY
     written = write_exercises(folder)
-    name = quote(str(folder))
+    name = as_typed(folder)
     if written:
         print(f"{len(written)} exercises in {name}; the first is {written[0].name}")
     else:
@@ -385,10 +411,10 @@ def _refuse_beside(options: argparse.Namespace, name: str, others: Sequence[str]
             raise MicrogptError(f"{flag(name)}: does not go with {flag(other)}; leave one out")
 
 
-def _new(options: argparse.Namespace) -> Run:
+def _new(options: argparse.Namespace, ranks: Alone) -> Run:
     from microgpt.train import check_measured, new_run
 
-    source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
+    source, overrides = _preset(options), _overrides(options)
     config = load_config(source, overrides)
     check_measured(config, overrides)
     name = source if source in presets() else Path(source).stem
@@ -398,10 +424,10 @@ def _new(options: argparse.Namespace) -> Run:
             " and '.', and begins with a letter or digit; name a directory with --out DIR"
         )
     say_so = id if options.quiet else partial(print, flush=True)
-    return new_run(config, options.backend, options.out, name, options.overwrite, say_so)
+    return new_run(config, options.backend, options.out, name, options.overwrite, say_so, ranks)
 
 
-def _resumed(options: argparse.Namespace) -> Run:
+def _resumed(options: argparse.Namespace, ranks: Alone) -> Run:
     from microgpt.train import resumed_run
 
     if options.config is not None or options.overwrite:
@@ -410,13 +436,33 @@ def _resumed(options: argparse.Namespace) -> Run:
     if options.out is None:
         raise MicrogptError("--resume: which run? Name its directory with --out DIR")
     fields = {name: typed_flag(name, text) for name, text in _overrides(options).items()}
-    return resumed_run(options.out, options.backend, fields)
+    return resumed_run(options.out, options.backend, fields, ranks)
+
+
+def _cores(options: argparse.Namespace) -> int:
+    """How many ranks the run is to have."""
+    from microgpt.backend import check_backend
+
+    if not options.resume:
+        config = load_config(options.config or DEFAULT_PRESET, _overrides(options))
+    elif options.cores or not options.out:
+        return typed_flag("cores", options.cores or "1")
+    else:
+        from microgpt.runs.checkpoint import load_checkpoint
+
+        config = load_checkpoint(options.out).config
+    check_backend(options.backend, config)
+    return config.cores
 
 
 def _reading(config: Config, backend_name: str) -> Config:
     """The configuration for sampling and evaluation: one core, no batch; float64 for scalar."""
     dtype = "float64" if backend_name == "scalar" else config.dtype
     return replace(config, cores=1, dtype=dtype, batch_size=1)
+
+
+def _preset(options: argparse.Namespace) -> str:
+    return DEFAULT_PRESET if options.config is None else str(options.config)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -509,8 +555,8 @@ def _add_eval(commands: Any) -> None:
 
 
 def _add_atlas(commands: Any) -> None:
-    command = _page_command(commands, "atlas", atlas, "draw every number of one document, in both"
-                    " implementations")  # fmt: skip
+    command = _page_command(commands, "atlas", atlas, "draw every named number of one document,"
+                    " in both implementations")  # fmt: skip
     command.add_argument("run_directory", nargs="?", type=directory, metavar="RUN", help="a"
                          " checkpoint or run directory (default: the default preset)")  # fmt: skip
     command.add_argument(

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import yaml
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.checkpoint import FILE_NAME
-from microgpt.runs.files import remove_begun, sync_folder, write_whole, writing
+from microgpt.runs.files import make_folder, remove_begun, sync_folder, write_whole, writing
 from microgpt.settings import read_yaml, stored_config
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def claim(out: Path, overwrite: bool) -> RunLock:
     Raises TakenError if a run is at work there, or has been and is not to be replaced.
     """
     try:
-        os.makedirs(out, exist_ok=True)
+        make_folder(out)
         sync_folder(out.parent)
     except OSError as error:
         raise MicrogptError(f"--out {out}: {error.strerror}") from None
@@ -198,7 +198,7 @@ class Metrics:
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
         with writing(self.path):
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def __enter__(self) -> Metrics:
         return self
@@ -299,7 +299,9 @@ def unlike(out: Path, config: Config) -> str:
     except MicrogptError as error:
         return str(error) if os.path.lexists(out / CONFIG) else ""
     ours, theirs = dataclasses.asdict(config), dataclasses.asdict(found)
-    return ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    return ", ".join(
+        f"{name} {shortened(theirs[name], 200)}" for name in ours if ours[name] != theirs[name]
+    )
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:

@@ -26,7 +26,7 @@ DRAWN, BUFFERS = 8, 8  # vectorized: a drawn weight; how many buffers are as lar
 SPARE = 1.4  # times the arrays of a step, for NumPy's temporary arrays
 CACHE_COPIES = 2  # of the KV cache in sampling
 DOCUMENT = 200  # a list of tokens
-PROCESS = 35e6  # one more of those that share a batch
+PROCESS = 60e6  # one more rank, without a model
 LINE = 80  # a line of a text file, without its characters
 COPIES = 3  # of a text file's characters, at most
 BLOCKS, BLOCK = 64, 2**14  # how many blocks of a text file are read, and bytes of a block
@@ -125,7 +125,7 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
         _step(config, vocab_size, each * positions, each * squares, scalar, itemsize),
     )
     walks = 0.0 if scalar else _walks(config, vocab_size, itemsize)
-    others = (config.cores - 1) * (PROCESS + 2.0 * itemsize * params)
+    others = (config.cores - 1) * (PROCESS + BUFFERS * itemsize * params + batch)
     return param * float(params) + batch + walks + DOCUMENT * (B + num) + others
 
 

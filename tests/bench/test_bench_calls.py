@@ -25,7 +25,7 @@ from microgpt.errors import MicrogptError
 from microgpt.runs import memory
 from microgpt.settings import load_config
 from vectorized.backend import Backend
-from vectorized.worker import Worker
+from vectorized.replay import Replay
 
 
 @pytest.fixture
@@ -258,9 +258,9 @@ def test_a_contestant_that_is_wrong_on_documents_of_many_lengths_has_no_speed(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    update = Worker.update
+    update = Replay.update
     monkeypatch.setattr(
-        Worker,
+        Replay,
         "update",
         lambda self, m, v, step, lr_t, factor: update(self, m, v, step, lr_t / 2, factor),
     )

@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosscheck.traces import load_trace
 from microgpt.config import FIELDS
 from microgpt.data import NAMES_FILE, read_documents
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
-from microgpt.runs.checkpoint import load_checkpoint
 from microgpt.settings import CONFIGS, load_config, presets, read_yaml, stored_config, typed_flag
 from microgpt.tokenizer import build_tokenizer
 
@@ -131,15 +129,7 @@ def test_a_flag_replaces_its_field_and_no_other(name: str, text: str, value: obj
     assert type(getattr(config, name)) is type(value)
 
 
-# --- files of earlier formats: formats/ was written when `activation` was `squared_relu` ----------
-
-FORMATS = Path(__file__).parent / "formats"
-
-
-def test_a_configuration_of_an_earlier_format_means_what_it_did() -> None:
-    assert load_config(str(FORMATS / "config.yaml")).activation == "squared_relu"
-    assert load_checkpoint(FORMATS / "checkpoint.safetensors").config.activation == "squared_relu"
-    assert load_trace(FORMATS / "trace.safetensors")[0].config.activation == "squared_relu"
+# --- files of earlier formats: see also test_releases.py ---------------------------------------
 
 
 @pytest.mark.parametrize(

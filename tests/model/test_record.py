@@ -467,8 +467,7 @@ def test_an_array_that_is_assigned_to_is_read_before(text: Callable[[Any], None]
     text(expected)
     recorder = Recorder("float64")
     text(recorder.hold(found))
-    recording = recorder.recording()
-    recording.bind(np.empty(recording.nbytes, np.uint8))
+    recording = recorder.recording(lambda nbytes: np.empty(nbytes, np.uint8))
     recording.run(0)
     np.testing.assert_array_equal(found, expected)
 
@@ -481,8 +480,7 @@ def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
     found = [np.full(result.shape, np.nan) for result in results]
     for result, array in zip(results, found):
         recorder.put(result, array)
-    recording = recorder.recording()
-    recording.bind(np.full(recording.nbytes // 8 + 1, np.nan).view(np.uint8))
+    recording = recorder.recording(lambda n: np.full(n // 8 + 1, np.nan).view(np.uint8))
     for _ in range(2):
         recording.run(0)
     return found
@@ -599,10 +597,10 @@ def test_a_length_is_recorded_once() -> None:
     recordings = 0
     recording = Recorder.recording
 
-    def counted(self: Recorder) -> Any:
+    def counted(self: Recorder, memory: Any) -> Any:
         nonlocal recordings
         recordings += 1
-        return recording(self)
+        return recording(self, memory)
 
     with patch.object(Recorder, "recording", counted):
         for docs in (DOCS[:2], [doc[::-1] for doc in DOCS[:2]], DOCS[1::-1]):
@@ -621,7 +619,7 @@ def test_few_recordings_are_kept() -> None:
             for n in range(1, 30):
                 backend.forward([[1] * (n + 1)] * 2)
                 backend.backward()
-                kept = list(backend.worker.replay.kept.values())
+                kept = list(backend.worker.kept.values())
                 assert kept
                 assert sum(step.recording.size for step in kept) <= 400
     docs = [[1] * 21, [2] * 20]
@@ -630,7 +628,7 @@ def test_few_recordings_are_kept() -> None:
 
 def test_the_recordings_used_last_are_kept() -> None:
     backend = load(small(block_size=40))
-    replay, often = backend.worker.replay, [[1] * 41] * 2
+    replay, often = backend.worker, [[1] * 41] * 2
     one = replay.training(often)  # the largest: a larger one would drop all recordings
     with patch.object(vectorized.replay, "CALLS", 3 * one.recording.size):
         for n in range(5, 30):
@@ -644,7 +642,7 @@ def test_a_step_of_the_default_model_is_of_few_calls(docs: Docs) -> None:
     backend.forward(docs)
     backend.backward()
     backend.update(0.01)
-    replay = backend.worker.replay
+    replay = backend.worker
     assert replay.training(docs).recording.size + replay.adam.size <= 120
 
 

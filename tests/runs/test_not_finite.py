@@ -32,7 +32,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_both(
 
 
 def test_a_target_without_any_probability_is_refused_by_scalar_alone() -> None:
-    """The README names this limit: -log(0) is no number, log(softmax) is one."""
+    """A limit that docs/proof.md states: -log(0) is no number, log(softmax) is one."""
     case = load_case("unlikely-target")
     params = {name: np.array(matrix) for name, matrix in case.params.items()}
     params["lm_head"][0] = -300.0

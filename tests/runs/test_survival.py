@@ -6,19 +6,16 @@ The long forms are in tests/faults.py.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import math
 import os
 import platform
-import pty
 import shutil
 import signal
 import stat
 import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -44,6 +41,9 @@ from microgpt.runs import directory as rundir
 from microgpt.runs.checkpoint import FILE_NAME, load_checkpoint
 from microgpt.runs.directory import LOCK, METRICS, RUN_FILES
 from microgpt.train import Run, new_run, resumed_run
+
+# terminals and locks of POSIX; on Windows these tests are left out
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
 
 STEPS, EVERY = 12, 4
 
