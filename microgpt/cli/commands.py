@@ -20,6 +20,7 @@ from microgpt.cli import shell
 from microgpt.cli.shell import Parser, directory, one_line, say
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError
+from microgpt.runs.launch import launch, mpiexec
 from microgpt.runs.ranks import ALONE, Alone, end, joined
 from microgpt.runs.signals import SIGNALLED
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_flag
@@ -42,8 +43,6 @@ def train(options: argparse.Namespace) -> int:
     """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
     ranks = joined()
     if ranks is ALONE and (cores := _cores(options)) > 1:
-        from microgpt.runs.launch import launch
-
         return launch(cores, options.arguments)
     with ranks.failing():
         if ranks.rank == 0:
@@ -248,7 +247,9 @@ def bench(options: argparse.Namespace) -> int:
     if options.lengths:
         return _lengths(options, config, dtypes)
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or BATCH_SIZES]
-    cores = typed_flag("cores", options.cores) if options.cores else min(2, os.cpu_count() or 1)
+    cores = min(2, os.cpu_count() or 1) if mpiexec() else 1
+    if options.cores:
+        cores = typed_flag("cores", options.cores)
     if options.cores and cores > max(sizes):
         raise MicrogptError(f"--cores {cores}: no batch has a document for each of them")
     threads = None
@@ -262,7 +263,8 @@ def bench(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(timing.as_json(contestants), indent=1))
     else:
-        print("\n".join([timing.table(contestants), *timing.floors(contestants)]))
+        print("\n".join([timing.table(contestants), *timing.reductions(contestants)]))
+        print("\n".join(timing.floors(contestants)))
         remarks = [
             ", ".join(f"{name}: {value}" for name, value in timing.machine().items()),
             "medians of steps taken in turn; apart: the largest difference of loss, gradient and"
@@ -566,7 +568,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
     )
     command.add_argument(
-        "--cores", metavar="N", help="and on so many cores (default: 2, if there are)"
+        "--cores", metavar="N", help="and on so many ranks (default: 2, with MPI and two cores)"
     )
     command.add_argument(
         "--against",
