@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from microgpt.errors import MicrogptError
 from microgpt.runs import launch
 
-AWAKE, NAP = 0.002, 0.01  # seconds of polling before the first nap, and of the longest
+AWAKE, NAP = 0.0003, 0.01  # seconds of polling before the first nap, and of the longest nap
 BEAT, MISSING = 1.0, 10  # seconds between signs of life, and how many of them may be missing
 
 
@@ -205,9 +205,7 @@ class World(Alone):
         began = perf_counter()
         while not request.Test():
             waited = perf_counter() - began
-            if waited < AWAKE:
-                os.sched_yield()
-            else:
+            if waited > AWAKE:
                 sleep(min(waited / 10, NAP))
 
     def _watch(self) -> None:
