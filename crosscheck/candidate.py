@@ -22,18 +22,21 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from microgpt.cli.shell import Plain
 from microgpt.errors import MicrogptError, printable, shortened
 from microgpt.layout import Tree
+from microgpt.runs.signals import exit_now
 
 TEXTS = {
     "vectorized": ("vectorized.model", "vectorized.adam", "vectorized.sample"),
@@ -74,6 +77,7 @@ RESULTS = {  # what a function returns, by name; the others return nothing, or n
     "probabilities": "p",
 }
 UNDONE = "is not attempted"
+IMPORT = 10  # times the limit of a call: libraries are imported with it
 GRACE = 2.0  # seconds after the time limit until the process is ended
 DEEPEST = 5000  # calls within calls; a `backward` that recurses along the graph needs many
 
@@ -174,8 +178,8 @@ class Candidate:
         return file == root or (root.is_dir() and file.is_relative_to(root))
 
 
-def load_candidate(path: Path) -> Candidate:
-    """The candidate in a file or package.
+def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
+    """The candidate in a file or package; time_limit: for one call of its functions.
 
     Raises MicrogptError if it cannot be read, or has nothing of the text; Told if it raises.
     """
@@ -183,8 +187,8 @@ def load_candidate(path: Path) -> Candidate:
     if not file.is_file():
         raise MicrogptError(f"there is no file {printable(str(file))}; expected such as mine.py")
     sources = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    seed = zlib.crc32(b"".join(one.read_bytes() for one in sources))
-    module = _imported(path, file)
+    seed = zlib.crc32(b"".join(one.read_bytes() for one in sources if one.is_file()))
+    module = _imported(path, file, time_limit)
     given = {name: x for name, x in vars(module).items() if callable(x) and name[:1] != "_"}
     own = {name: x for name, x in given.items() if not _ours(x)}
     side = _side(own)
@@ -204,7 +208,7 @@ def load_candidate(path: Path) -> Candidate:
     if not names:
         raise MicrogptError(_nothing(path, own, known, unknown))
     imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
-    found = Candidate(path, module, side, functions, stubs, absent, unknown, seed)
+    found = Candidate(path, module, side, functions, stubs, absent, unknown, seed, time_limit)
     found.torch = "torch" in imported and "numpy" not in imported
     found.parts = {name: own[name] for name in alike if not _is_stub(own[name])}
     found.different = [name for name in beside if name not in alike]
@@ -312,7 +316,7 @@ def _ours(x: Any) -> bool:
     return home in ("scalar", "vectorized", "crosscheck", "microgpt")
 
 
-def _imported(path: Path, file: Path) -> ModuleType:
+def _imported(path: Path, file: Path, time_limit: float) -> ModuleType:
     """The module of a candidate, imported under a name of its own."""
     name = f"candidate_{path.stem}"
     folders = [str(path)] if path.is_dir() else None
@@ -327,8 +331,9 @@ def _imported(path: Path, file: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     linecache.clearcache()
+    where = Candidate(path, module, "", {}, [], [], {}, 0, IMPORT * time_limit)
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), contained(where, path.name):
             # compiled anew: what is cached beside it may be of a change within the same second
             exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
@@ -337,7 +342,6 @@ def _imported(path: Path, file: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         raise MicrogptError(f"{path.name} imports {error.name}, which is not there") from None
     except Exception as error:
-        where = Candidate(path, module, "", {}, [], [], {}, 0)
         raise Told(path.name, f"raises {_words(error)}", innermost(where, error)) from None
     return module
 
@@ -405,7 +409,10 @@ def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, A
 def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
     """A function of the candidate as the text calls it: arrays in, arrays out, told in words."""
     theirs = candidate.functions[name]
-    signature, results = inspect.signature(theirs), RESULTS.get(name)
+    results = RESULTS.get(name)
+    signature = None
+    with suppress(ValueError, TypeError):  # of a function that is not written in Python
+        signature = inspect.signature(theirs)
     wanted = text_functions(candidate.side).get(name)
     inside = False
 
@@ -415,10 +422,11 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
             raise Told(name, f"calls {candidate.side}'s function of that name, which it is to"
                        " take the place of", candidate.line_of(name))  # fmt: skip
         try:
-            signature.bind(*args, **kwargs)
+            if signature:
+                signature.bind(*args, **kwargs)
         except TypeError:
             asked = ", ".join(inspect.signature(wanted).parameters) if wanted else "other arguments"
-            taken = ", ".join(signature.parameters)
+            taken = ", ".join(signature.parameters) if signature else ""
             words = f"takes ({taken}); the text calls it with ({asked})"
             raise Told(name, words, candidate.line_of(name)) from None
         candidate.calls[name] += 1
@@ -479,16 +487,13 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
         with (
             redirect_stdout(printed),
             np.errstate(all="ignore"),
-            limited(candidate, name),
+            contained(candidate, name),
             no_look_up(candidate, name),
         ):
             found = call()
     except NotImplementedError as error:
         raise Told(name, f"{UNDONE}: it raises NotImplementedError",
                    innermost(candidate, error)) from None  # fmt: skip
-    except Late as late:
-        line = innermost(candidate, late)
-        raise Told(name, _late(candidate), line) from None
     except RecursionError as error:
         words = "calls itself until Python's limit"
         raise Told(name, words, innermost(candidate, error)) from None
@@ -497,6 +502,44 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     if printed.getvalue() and name not in candidate.said:
         candidate.said[name] = printed.getvalue().strip().partition("\n")[0]
     return found
+
+
+@contextmanager
+def contained(candidate: Candidate, name: str) -> Iterator[None]:
+    """Within this context, a candidate neither ends the process nor takes longer than its limit.
+
+    What it prints to standard error does not command the terminal. Exit status 0 would say that
+    all is right.
+
+    Raises Told for what is no Exception.
+    """
+    here = os.getpid()
+
+    def exit_of_a_child(status: int) -> None:
+        if os.getpid() == here:
+            raise SystemExit(status)
+        exit_now(status)
+
+    errors = Plain(sys.stderr or io.StringIO())
+    try:
+        with (
+            limited(candidate, name),
+            patch.object(os, "_exit", exit_of_a_child),
+            redirect_stderr(errors),
+        ):
+            yield
+    except (Exception, KeyboardInterrupt, Told):
+        raise
+    except BaseException as error:
+        words = f"raises {_words(error)}"
+        if isinstance(error, SystemExit):
+            words = "ends the program; leave exit() out"
+        elif isinstance(error, Late):
+            words = _late(candidate)
+        raise Told(name, words, innermost(candidate, error)) from None
+    finally:
+        if os.getpid() != here:  # of a process that the candidate began, and left to the caller
+            exit_now(0)
 
 
 @contextmanager
@@ -566,8 +609,9 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
         if not done.wait(GRACE):  # it sleeps, or catches everything
             line = _own_line(candidate, sys._current_frames().get(caller))
             words = f"{name} {_late(candidate)}\n  your line   {line}"
-            print(words, file=sys.__stdout__, flush=True)
-            os._exit(1)
+            with suppress(Exception):  # of an output that is closed, full or read by no program
+                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+            exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -592,7 +636,9 @@ def _line(filename: str, number: int) -> str:
 
 
 def _words(error: BaseException) -> str:
-    first = printable(str(error).strip().partition("\n")[0])
+    first = ""
+    with suppress(Exception):  # an error of the candidate's own may not know its words
+        first = printable(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
@@ -608,7 +654,7 @@ def as_our_array(x: Any) -> Any:
         x = x.detach().cpu().numpy()
     try:
         array = np.asarray(x)
-    except Exception:
+    except (Exception, SystemExit):  # what is no list converts itself, and may do anything
         raise ValueError("ragged lists") from None
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{type(x).__name__} {shortened(x)}" if x is not None else "None")

@@ -56,13 +56,12 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     since = time.monotonic()
     again = f"python -m crosscheck check {printable(str(path))}"
     try:
-        candidate = load_candidate(path)
+        candidate = load_candidate(path, time_limit)
     except Told as told:
         verdict = Verdict(CANNOT if told.function == path.name else WRONG, "")
         verdict.report = report_told(told)
         verdict.end = ["", f"next: mend it, then: {again}"]
         return verdict
-    candidate.time_limit = time_limit
     verdict = Verdict(RIGHT, candidate.describe())
     for name in (*candidate.stubs, *candidate.absent):
         verdict.functions[name] = "not attempted"
@@ -288,9 +287,9 @@ def watch(path: Path, hint: int, time_limit: float, every: float = 1.0) -> int:
         now = {one: (one.stat().st_mtime_ns, one.stat().st_size) for one in files if one.exists()}
         if now != seen:
             seen = now
-            command = [sys.executable, "-m", "crosscheck", "check", str(path), "--json"]
-            command += ["--hint"] * hint + ["--time-limit", str(time_limit)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [sys.executable, "-X", "utf8", "-m", "crosscheck", "check", str(path)]
+            command += ["--json", *["--hint"] * hint, "--time-limit", str(time_limit)]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
             try:
                 found = json.loads(done.stdout)
             except ValueError:

@@ -31,9 +31,9 @@ from crosscheck.candidate import (
     Candidate,
     Late,
     Told,
+    contained,
     guard,
     innermost,
-    limited,
     watched,
 )
 from crosscheck.cases import Case, load_case
@@ -126,9 +126,6 @@ def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -
     try:
         run = compile(text, str(path), "exec")
         watched(learner, path.name, lambda: exec(run, vars(module)))
-    except SystemExit as error:
-        words = "ends the program while it is imported; leave exit() out"
-        raise Told(path.name, words, innermost(learner, error)) from None
     finally:
         del sys.modules[name]
     shipped = import_module(exercise.module)
@@ -291,7 +288,7 @@ def _operated(exercise: Exercise, learner: Candidate, one: Expression) -> dict[s
 
     Raises Told if it comes to nothing, or to no number.
     """
-    with _placed(exercise, learner), limited(learner, one.function):
+    with _placed(exercise, learner), contained(learner, one.function):
         try:
             found = _values({**vars(import_module("scalar.value"))}, one)
         except Late as late:
@@ -430,7 +427,7 @@ def _in_model(exercise: Exercise, learner: Candidate, only: str = "") -> Disagre
         if only not in ("", case.name):
             continue
         reference = _reference(case, _draws(exercise, case))
-        with _placed(exercise, learner), limited(learner, exercise.name):
+        with _placed(exercise, learner), contained(learner, exercise.name):
             theirs, stopped = _theirs(exercise, learner, case, reference)
         found = _compared(case, reference, theirs, stopped)
         if found:
