@@ -23,6 +23,7 @@ NOTHING = "nothing that has a name here"
 AGREEING = 4  # cases that are read; a cause has to explain each of them
 FEW = 5  # numbers, whose signs say nothing
 # readings that say where, or how far; single precision is looked at on its own
+LEFT_OUT = " is left out of "
 NO_CAUSE = ("wrong ", "float32 ")
 
 
@@ -48,6 +49,8 @@ def cause(candidate: Candidate, wrong: Wrong) -> str:
     first, *others = known.values() or [[]]
     common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
     causes = [words for words in common if not words.startswith(NO_CAUSE)]
+    # the formula without a term is said in other words before
+    causes = [words for words in causes if words == causes[0] or LEFT_OUT not in words]
     if not causes:
         causes = [likeness(wrong.function, wrong.evidence)]
     if any(causes):
