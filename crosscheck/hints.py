@@ -21,8 +21,9 @@ from microgpt.config import Config
 Rows = list[tuple[str, str]]
 NOTHING = "nothing that has a name here"
 AGREEING = 4  # cases that are read; a cause has to explain each of them
-FEW = 5  # numbers, of which nothing can be said on average
+FEW = 5  # numbers, whose signs say nothing
 # readings that say where, or how far; single precision is looked at on its own
+LEFT_OUT = " is left out of "
 NO_CAUSE = ("wrong ", "float32 ")
 
 
@@ -31,7 +32,7 @@ def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
 
     hint    1 for the cause, 2 for the equation with its numbers as well
     """
-    if not hint or not wrong.numbers:
+    if not hint or not wrong.numbers or not wrong.evidence:
         return []
     rows = [("looks like", cause(candidate, wrong) or NOTHING)]
     return rows + equation(wrong) if hint > 1 else rows
@@ -43,11 +44,13 @@ def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
 def cause(candidate: Candidate, wrong: Wrong) -> str:
     """What explains all of the inputs that were looked at; "" if nothing does."""
     if single_precision(wrong):
-        return "the error is that of single precision: something is computed in float32"
+        return "the error is of the size of single precision: is something computed in float32?"
     known = dict(_readings(candidate, wrong))
     first, *others = known.values() or [[]]
     common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
     causes = [words for words in common if not words.startswith(NO_CAUSE)]
+    # the formula without a term is said in other words before
+    causes = [words for words in causes if words == causes[0] or LEFT_OUT not in words]
     if not causes:
         causes = [likeness(wrong.function, wrong.evidence)]
     if any(causes):
@@ -68,16 +71,19 @@ def _plain(words: str) -> str:
 
 
 def single_precision(wrong: Wrong) -> bool:
-    """Whether most numbers are off by about the last place of float32, up as often as down."""
+    """Whether the numbers are off by about the last place of float32, up as often as down."""
+    parts = []
     for one, found in wrong.evidence:
-        ours, theirs = np.asarray(one.wanted[wrong.label]), np.asarray(found[wrong.label])
-        with np.errstate(all="ignore"):
-            off = (theirs / ours - 1)[np.abs(ours) > 1e-3 * np.abs(ours).max(initial=0.0)]
-        off = off[np.isfinite(off)]
-        size = np.median(np.abs(off)) if off.size else 0.0
-        if not 1e-10 < size < 1e-6 or (off.size > FEW and not 0.2 < (off > 0).mean() < 0.8):
-            return False
-    return True
+        for label in (wrong.label, *wrong.wrong):
+            ours, theirs = np.asarray(one.wanted[label]), np.asarray(found.get(label))
+            if ours.shape != theirs.shape:
+                return False
+            large = np.abs(ours) > 1e-3 * np.abs(ours).max(initial=0.0)
+            parts.append(theirs[large] / ours[large] - 1)
+    off = np.concatenate(parts)
+    if off.size < FEW or not np.abs(off).max() < 1e-2:
+        return False
+    return bool(1e-10 < np.median(np.abs(off)) < 1e-6 and 0.2 < (off > 0).mean() < 0.8)
 
 
 def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[str]]]:

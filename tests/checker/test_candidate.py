@@ -491,6 +491,18 @@ def test_a_cause_explains_every_input_that_was_looked_at(checked: Check) -> None
     assert "weighted a second time" not in str(verdict)
 
 
+def test_a_value_gets_no_hint_that_was_not_looked_for(checked: Check) -> None:
+    wrong = VALUE.replace("p.grad += slope", "p.grad = slope")
+    assert "looks like" not in str(checked(wrong, 2))
+    assert "--hint" not in str(checked(wrong))
+
+
+def test_single_precision_is_named(checked: Check) -> None:
+    source = NORM.replace("return dx", "return dx.astype('float32').astype('float64')")
+    assert "is something computed in float32?" in " ".join(str(checked(source, 1)).split())
+    assert "float32" not in str(checked(NORM.replace("return dx", "return 1.0000001 * dx"), 1))
+
+
 # --- a whole model -------------------------------------------------------------------------------
 
 
