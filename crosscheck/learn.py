@@ -27,7 +27,7 @@ from crosscheck.exercises import (
 from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
 from crosscheck.report import wrapped
 from microgpt.errors import MicrogptError, as_typed, printable
-from microgpt.runs.files import write_whole
+from microgpt.runs.files import check_target, write_whole
 
 DIRECTORY = Path("exercises")
 PROGRESS = "progress.json"
@@ -63,6 +63,7 @@ def write_exercises(folder: Path) -> list[Path]:
     """The files that were written. What a learner has changed is left as it is."""
     if folder.exists() and not folder.is_dir():
         raise MicrogptError(f"{printable(str(folder))} is a file; name a folder for the exercises")
+    check_target(folder / PROGRESS)
     begun = (folder / PROGRESS).exists()
     others = [path for path in folder.glob("*.py") if not re.match(r"\d+_", path.name)]
     if not begun and others:
@@ -85,10 +86,15 @@ def write_exercises(folder: Path) -> list[Path]:
 
 
 def place(folder: Path, exercise: Exercise) -> Path:
-    """The file of an exercise: the one that is there, whatever its number, or a new one."""
+    """The file of an exercise: the one that is there, whatever its number, or a new one.
+
+    Raises MicrogptError if it is a folder, a device or a pipe.
+    """
     form = re.compile(rf"\d+_{exercise.name}\.py")
     there = sorted(path for path in folder.glob("*.py") if form.fullmatch(path.name))
-    return there[0] if there else folder / filename(exercise)
+    path = there[0] if there else folder / filename(exercise)
+    check_target(path)
+    return path
 
 
 def found_folder(folder: Path | None) -> Path:

@@ -9,10 +9,6 @@ class MicrogptError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
 
-class LostHelpError(MicrogptError):
-    """A process that helped has gone; the model is as the last update left it."""
-
-
 def printable(text: str) -> str:
     """A text that came from outside, without what a terminal would take for a command."""
     return text.translate(CONTROLS)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 from microgpt.cli.whereabouts import refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs import signals
+from microgpt.runs.launch import RANK, told
 from microgpt.runs.signals import SIGNALLED, at_once
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -25,7 +26,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
+        if not told(RANK):  # one rank says it
+            say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -46,11 +48,21 @@ def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] 
     The options that the parser makes have `run`, the command as a function of them, and `parser`,
     its own one. A command whose options have `rest` gets there what its parser does not know.
     """
+    return _printed(lambda: parser().prog, lambda: _parsed(parser(), arguments))
+
+
+def guarded(program: str, command: Callable[[], int]) -> int:
+    """The same for a command without options; `program` is what its errors begin with."""
+    return _printed(lambda: program, lambda: _told(program, command))
+
+
+def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
+    """Run a command whose output may be closed, full, or read by no program any more."""
     status = 0
     with _output():
         try:
             with at_once():
-                status = _run(parser(), arguments)
+                status = command()
                 sys.stdout.flush()
         except KeyboardInterrupt as interrupt:  # before the command began, or as it ended
             if not status:
@@ -62,25 +74,31 @@ def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] 
                 status = status or BROKEN_PIPE
             else:
                 name = error.filename or "output"
-                say(f"{parser().prog}: error: {one_line(name)}: {error.strerror}", sys.stderr)
+                say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
                 status = status or 2
             _silence()
     return status
 
 
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Run the command that the arguments name."""
     try:
         options, unknown = parser.parse_known_args(arguments)
+        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
         if hasattr(options, "rest"):
             options.rest = unknown
         elif unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as done:  # --help and --version are printed, mistakes explained
         return int(done.code or 0)
-    program = options.parser.prog
+    return _told(options.parser.prog, lambda: int(options.run(options)))
+
+
+def _told(program: str, command: Callable[[], int]) -> int:
+    """Run a command that says in one line what ended it."""
     try:
         refuse_another_copy()
-        status: int = options.run(options)
+        return command()
     except MicrogptError as error:
         say(f"{program}: error: {one_line(error)}", sys.stderr)
         return 2
@@ -91,10 +109,12 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             sys.stderr,
         )
         return 2
+    except SystemExit:  # no command of ours: its status would be taken for ours
+        say(f"{program}: error: something that was called has ended the program", sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         say(f"{program}: interrupted", sys.stderr)
         return _signalled(interrupt)
-    return status
 
 
 def _unread(error: OSError) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microgpt.config import FIELDS
-from microgpt.data import NAMES, read_documents
+from microgpt.data import NAMES_FILE, read_documents
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
 from microgpt.settings import CONFIGS, load_config, presets, read_yaml, stored_config, typed_flag
@@ -31,7 +31,7 @@ COMMON = {
     "dataset": "names",
 }
 
-LATER_ADDITIONS: dict[str, Any] = {  # off in both
+LATER_ADDITIONS: dict[str, Any] = {  # off in both presets
     "schedule": "linear",
     "warmup_steps": 0,
     "weight_decay": 0.0,
@@ -98,7 +98,7 @@ def test_a_preset_lists_every_field(preset: str) -> None:
 @pytest.mark.parametrize(("preset", "parameters"), [("microgpt", 4192), ("microgpt-243", 3648)])
 def test_a_preset_has_as_many_parameters_as_the_original(preset: str, parameters: int) -> None:
     config = load_config(preset)
-    V = build_tokenizer("".join(read_documents(NAMES)), config).vocab_size
+    V = build_tokenizer("".join(read_documents(NAMES_FILE)), config).vocab_size
     assert sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values()) == parameters
 
 

@@ -17,7 +17,7 @@ import pytest
 import microgpt
 from crosscheck.__main__ import main as crosscheck
 from crosscheck.cases import load_case
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main
 from microgpt.runs.checkpoint import load_checkpoint, read_tensors, write_tensors
 from microgpt.settings import load_config
@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
     return Path(shutil.copytree(OLD / "run", tmp_path / "run"))
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_goes_on_as_the_earlier_release_would_have(run: Path, backend: str) -> None:
     more = ["--steps", "12", "--backend", backend, "--quiet"]
     assert main(["train", "--resume", "--out", str(run), *more]) == 0
@@ -47,7 +47,7 @@ def test_a_run_goes_on_as_the_earlier_release_would_have(run: Path, backend: str
 def test_a_checkpoint_is_sampled_and_evaluated(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for backend in NAMES:
+    for backend in BACKENDS:
         assert main(["sample", str(run), "--backend", backend]) == 0
         assert capsys.readouterr().out == "kmcx<BOS>x\nhuaknm\n"
     assert main(["eval", str(run)]) == 0
