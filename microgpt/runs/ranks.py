@@ -204,7 +204,7 @@ class World(Alone):
         """Wait for the other ranks; after a while, leave the core to other programs."""
         began = perf_counter()
         while not request.Test():
-            if perf_counter() < began + AWAKE:
+            if perf_counter() < began + AWAKE and hasattr(os, "sched_yield"):  # not on Windows
                 os.sched_yield()
             else:
                 sleep(NAP)
