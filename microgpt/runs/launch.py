@@ -37,7 +37,7 @@ def begin() -> None:
     This process stays behind to say which rank it was if a signal ends the rank: what mpiexec
     itself says then is often about another one.
     """
-    if told(RANK) is None:
+    if told(RANK) is None or not hasattr(os, "fork"):  # on Windows this process is the rank
         return
     rank = os.fork()
     if rank:
@@ -148,6 +148,11 @@ def mpiexec() -> str | None:
     import sysconfig
     from importlib.util import find_spec
 
+    if sys.platform == "win32":
+        raise MicrogptError(
+            f"--cores {ranks}: on Windows mpiexec starts the ranks: mpiexec -n {ranks} microgpt .."
+            " without --cores; or use --cores 1"
+        )
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     return shutil.which("mpiexec", path=path) if find_spec("mpi4py") else None
 

@@ -16,7 +16,7 @@ from crosscheck import conftest as options_of_crosscheck
 from crosscheck import mutants, processes
 from microgpt.cli import shell
 from microgpt.errors import MicrogptError, as_typed
-from microgpt.runs import directory, files, signals
+from microgpt.runs import directory, files, launch, signals
 from microgpt.runs.directory import METRICS, Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def test_output_that_is_no_longer_read_ends_a_command_quietly(
     def unread(*_: object) -> int:
         raise OSError(number, "refused")
 
-    monkeypatch.setattr(shell, "_run", unread)
+    monkeypatch.setattr(shell, "_parsed", unread)
     monkeypatch.setattr(shell, "_silence", lambda: None)
     monkeypatch.setattr(sys, "platform", system)
     assert shell.run(lambda: shell.Parser(prog="microgpt"), []) == status
@@ -142,6 +142,15 @@ def test_a_system_that_cannot_copy_a_process_runs_the_crosscheck_in_one(
         options_of_crosscheck.pytest_configure(config)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("windows")
+def test_windows_is_told_how_ranks_are_started_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MicrogptError, match=r"mpiexec -n 2 microgpt \.\. without --cores"):
+        launch.mpiexec(2)
+    monkeypatch.setenv(launch.RANK[0], "1")
+    monkeypatch.delattr(os, "fork")
+    launch.begin()
+
+
 def test_macos_runs_the_crosscheck_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert processes.cores() == 1
@@ -150,12 +159,13 @@ def test_macos_runs_the_crosscheck_in_one_process(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("package", ["microgpt", "scalar", "vectorized", "crosscheck"])
 def test_what_only_some_systems_have_is_asked_for(package: str) -> None:
     """No module imports, or takes for granted, what Windows lacks."""
-    lacking = ("fcntl", "resource", "pwd", "grp", "termios", "os.fork(", "os.getuid", "os.geteuid")
+    modules = ("fcntl", "resource", "pwd", "grp", "termios")
+    functions = ("fork", "getuid", "geteuid", "wait4", "sched_yield")
     for path in (ROOT / package).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not [
-            name for name in lacking if f"import {name}\n" in text or ("." in name and name in text)
-        ], path
+        assert not [name for name in modules if f"import {name}\n" in text], path
+        for name in functions:
+            assert f"os.{name}(" not in text or f'hasattr(os, "{name}")' in text, (path, name)
         for line in text.splitlines():  # text is UTF-8 wherever it is opened
             if (".read_text(" in line or ".write_text(" in line) and "def " not in line:
                 assert "encoding" in line or "limit.read_text()" in line, f"{path}: {line}"
