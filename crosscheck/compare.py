@@ -98,6 +98,16 @@ class Outcome:
     shares: dict[int, dict[str, float]] = field(default_factory=dict)
     wrong: Array | None = field(default=None, repr=False)
 
+    def note(self, step: int, key: str, share: float) -> None:
+        """Keep the share of a tensor, if it is the largest of its step."""
+        shares = self.shares.setdefault(step, {})
+        shares[key] = max(shares.get(key, 0.0), share)
+
+    def worst(self) -> dict[str, float]:
+        """The largest share of each tensor, over all steps."""
+        keys = dict.fromkeys(key for shares in self.shares.values() for key in shares)
+        return {key: max(one.get(key, 0.0) for one in self.shares.values()) for key in keys}
+
 
 def compare(
     case: Case,

@@ -20,11 +20,11 @@ from crosscheck.cases import Case, case_names, draw_params, load_case, with_para
 from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.lessons import Lessons
-from crosscheck.processes import cores, in_processes
+from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.whereabouts import described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs.files import check_target, write_whole
@@ -121,8 +121,8 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
     reference, candidate, dtype = option("--reference"), option("--backend"), option("--dtype")
     for name in (reference, candidate):
-        if name not in NAMES:
-            raise pytest.UsageError(f"unknown backend {name!r}; expected {' or '.join(NAMES)}")
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"unknown backend {name!r}; expected {' or '.join(BACKENDS)}")
     if dtype not in ("float64", "float32"):
         raise pytest.UsageError(f"unknown dtype {dtype!r}; expected float64 or float32")
     if candidate == "scalar" and dtype == "float32":
@@ -144,6 +144,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
     if option("--processes") is not None and option("--processes") < 1:
         raise pytest.UsageError(f"--processes {option('--processes')}: expected 1 or more")
+    if (option("--processes") or 1) > 1 and not can_fork():
+        raise pytest.UsageError("--processes: this system copies no process; leave it out")
     for name in option("--case") or []:
         try:
             load_case(name)
@@ -165,7 +167,7 @@ def _check_targets(option: Any) -> None:
         if path is None:
             continue
         if name == "--save-case" and path.suffix != ".yaml":
-            raise pytest.UsageError(f"--save-case {path}: expected a name in .yaml")
+            raise pytest.UsageError(printable(f"--save-case {path}: expected a name in .yaml"))
         try:
             check_target(path, name)
             if name == "--save-case":
@@ -176,7 +178,7 @@ def _check_targets(option: Any) -> None:
 
 def _import_sides() -> None:
     """Refuse a side that cannot be imported, in a few lines."""
-    for name in NAMES:
+    for name in BACKENDS:
         try:
             import_module(f"{name}.backend")
         except Exception as error:

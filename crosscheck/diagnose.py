@@ -124,6 +124,10 @@ class Pair:
         return THE_WRONG_ONES if good[self.wrong].all() else ""
 
 
+# what ranks compute together; they take the rest from the text as it stands, or from one rank
+ON_RANKS = ("entry", "entry_m", "entry_v", "unwatched", "adam_m", "adam_v", "update", "params")
+
+
 def diagnose(
     case: Case,
     number: int,
@@ -157,13 +161,15 @@ def diagnose(
     pair = Pair(
         case, number, key, reference, before, candidate, ours, theirs, there, NOISE[promised]
     )
+    shared = case.config.cores > 1 and pair.phase in ON_RANKS
     with np.errstate(all="ignore"):
-        plain = not_finite(pair) or lost(pair)
-        if plain:
-            return plain
-        if not pair.wrong.any():
+        if shared and np.isnan(theirs[there]).any():  # see crosscheck.ranks.Together
+            return "shares of the ranks: the ranks have different numbers"
+        said = not_finite(pair) or lost(pair)
+        if not said and not pair.wrong.any():
             return logarithm(pair)
-        return reading(pair) or description(pair, promised)
+        said = said or reading(pair) or description(pair, promised)
+    return f"shares of the ranks, if one rank agrees: {said}" if shared else said
 
 
 def reading(pair: Pair) -> str:
@@ -559,7 +565,7 @@ def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
         listed = _and(word, sorted(order[start:stop].tolist()), count)
         why = ""
         if pair.phase == "unwatched" and word == "document":
-            why = "the gradients of micro-batches, or of processes, are not added up: "
+            why = "the gradients of micro-batches, or of ranks, are not added up: "
         some = sums[stop] - sums[start]
         if 2 * (stop - start) <= count:
             yield f"{why}only {listed} of {count} counted", some

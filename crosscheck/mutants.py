@@ -26,6 +26,7 @@ from crosscheck import domain
 from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
 from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted, standard
+from crosscheck.processes import can_fork
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
 
@@ -36,7 +37,7 @@ FILES = (
     "vectorized/batch.py",
     "vectorized/adam.py",
     "vectorized/sample.py",
-    "vectorized/worker.py",
+    "vectorized/ranks.py",
 )
 TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is noticed
 SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that tries a mutant
@@ -47,7 +48,6 @@ MEMORY = {
         "placed", "ALIGN", "without_copies", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
     ),
     "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
-    "vectorized/worker.py": ("Line", "Remote", "_deaf", "AWAKE"),
 }  # fmt: skip
 
 
@@ -148,6 +148,8 @@ def domain_mutants() -> Iterator[Mutant]:
 
 def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
     """Each mutant and what became of it, as they are tried."""
+    if not can_fork():
+        raise MicrogptError("mutants are tried in copies of a process, which this system has not")
     for name in case_names():
         for backend in ("scalar", "vectorized"):
             lessons(name, backend)  # before the processes are forked, once for all
@@ -179,7 +181,7 @@ def _try(mutant: Mutant) -> None:
         if first is not None:
             stops = first.stop is not None or first.problem.startswith("stops")
             os._exit(STOPS if stops else DIFFERS)
-        caught = _differs_in_micro_batches(defect) or _differs_on_cores(defect)
+        caught = _differs_in_micro_batches(defect) or _differs_on_ranks(defect)
     os._exit(DIFFERS if caught else SURVIVES)
 
 
@@ -202,8 +204,8 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
     return False
 
 
-def _differs_on_cores(defect: Defect) -> bool:
-    """Whether a batch shared with two more processes tells the mutant from the original."""
+def _differs_on_ranks(defect: Defect) -> bool:
+    """Whether a batch that three ranks share tells the mutant from the original."""
     with planted(defect.patches):
         case, steps = load_case("ragged-batch"), lessons("ragged-batch", "scalar")
         shared = replace(case, config=replace(case.config, cores=3))

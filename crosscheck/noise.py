@@ -138,7 +138,7 @@ def of_operands(config: Config, step: Step) -> Noise:
     found = {}
     for key, moves_of_key in own.items():
         there = real(key, moves_of_key.shape, step["batch/tokens"])
-        found[key] = np.maximum(_smoothed(moves_of_key, there), least_noise(step, key))
+        found[key] = np.maximum(smoothed(moves_of_key, there), least_noise(step, key))
     return _with_second_ways(found, step)
 
 
@@ -156,7 +156,7 @@ def _moves(step: Step, again: Step) -> Step:
             here, there = here**0.5, there**0.5
         rounded = again[f"params/{name}"] if phase == "update" else here
         at = real(key, here.shape, step["batch/tokens"])
-        moved = _smoothed(there - here, at) + ULP * np.abs(rounded)
+        moved = smoothed(there - here, at) + ULP * np.abs(rounded)
         found[key] = np.maximum(moved, least_noise(step, key))
     return found
 
@@ -184,7 +184,7 @@ def _with_second_ways(found: Step, step: Step) -> Noise:
     return {**found, **second}
 
 
-def _smoothed(moves: Array, there: Array) -> Array:
+def smoothed(moves: Array, there: Array) -> Array:
     """The size of each move, no less than that of its row and a share of that of the tensor."""
     sizes = np.where(there, np.abs(moves), 0.0)
     if not sizes.ndim:

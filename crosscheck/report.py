@@ -15,7 +15,7 @@ from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.sides import is_marked
 from crosscheck.tolerance import RTOL
 from crosscheck.trace import PHASES, split_key
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 
 WIDTH = 80
 INSTEAD = (
@@ -131,7 +131,7 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
         ("allowed", str(found.tolerance)),
         ("exceeded by", exceeding + (f"; shown is {CHOICE}" if found.exceeding > 1 else "")),
     ]
-    ours = reference in NAMES and candidate in NAMES  # a port has no such memory
+    ours = reference in BACKENDS and candidate in BACKENDS  # a port has no such memory
     if ours and is_marked(found.candidate) != is_marked(found.reference):
         rows.append(("nan", "memory that is never written holds nan here, so that it shows"))
     return rows

@@ -12,7 +12,7 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.trace import TOP_K, Array, Step, drawn, part
-from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.tokenizer import Tokenizer
 
 
@@ -89,7 +89,7 @@ def _settings(case: Case, key: str, row: int) -> tuple[float, int]:
 
 def _logits(case: Case, name: str, step: Step, tokens: Array) -> Array:
     """The logits of the token that follows these, (V,)."""
-    if name not in NAMES:
+    if name not in BACKENDS:
         raise ValueError(name)
     backend = load_backend(name, replace(case.config, cores=1), fresh_state(part(step, "params")))
     logits: Array = np.asarray(backend.read(tokens.tolist())[-1], float)

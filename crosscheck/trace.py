@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crosscheck.cases import Case
+from crosscheck.ranks import Together
 from crosscheck.sides import IncompleteError, as_array, marked_memory, stop_of
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.config import Config
@@ -124,7 +125,10 @@ class Pair:
     def __init__(self, name: str, config: Config, state: State) -> None:
         self.name, self.config = name, config
         self.watched = load_backend(name, config, state, watch=True)
-        self.trained = self.watched if name == "scalar" else load_backend(name, config, state)
+        self.trained: Any = self.watched
+        if name != "scalar":
+            several = config.cores > 1
+            self.trained = (Together if several else load_backend)(name, config, state)
         self.begun = state.updates
 
 

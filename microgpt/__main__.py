@@ -2,12 +2,13 @@
 
 import sys
 
-from microgpt.runs.signals import begin
+from microgpt.runs import launch, signals
 
 
 def main() -> int:
     """Run a command; returns the exit status."""
-    begin("microgpt")
+    launch.begin()
+    signals.begin("microgpt")
     from microgpt.cli.commands import main as run
 
     return run()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,13 +13,20 @@ from time import perf_counter
 
 import numpy as np
 
-from microgpt.backend import Backend, Docs, fresh_state, load_backend
+from microgpt.backend import (
+    Backend,
+    Docs,
+    State,
+    check_backend,
+    fresh_state,
+    load_backend,
+)
 from microgpt.config import Config
 from microgpt.data import digest, load_documents, located, nth, parts
-from microgpt.errors import LostHelpError, MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import MANY, param_shapes
 from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -48,13 +54,14 @@ from microgpt.runs.directory import (
 )
 from microgpt.runs.files import check_target
 from microgpt.runs.memory import check_memory
+from microgpt.runs.ranks import ALONE, Alone
 from microgpt.runs.signals import between_steps
 from microgpt.settings import TINIEST, checked, flag
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.windows import Windows
 
-# What --resume may change: nothing that the model or the order of the data depends on. Of the data
-# set, which is the first, the place may change, but not the text.
+# What --resume may change: nothing that the model or the order of the documents depends on.
+# `dataset` may name another path, but the text there must be the same.
 RESUMABLE = (
     "dataset",
     "steps",
@@ -71,12 +78,10 @@ RESUMABLE = (
     "top_k",
 )
 
-MANY = 2_000_000  # weights, whose drawing takes a second
-
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out
 
-# What may make a run diverge: a value that does well, and -1 where it is smaller ones that do harm.
+# Options that can make a run diverge: a good value, and the sign of the change that does harm.
 USUAL = {
     "init_std": (0.08, 1),
     "learning_rate": (0.01, 1),
@@ -99,33 +104,34 @@ class Run:
     rng: Random  # as the initialisation left it: the samples are drawn from here on
     lock: RunLock  # on the run's directory
     step: int = 0  # how many steps are done
-    best: tuple[float, int] | None = None  # the lowest loss of what is held out, and its step
-    latest: tuple[float, int] | None = None  # and the one that was measured last
-    numbered: bool = False  # whether the directory's name was not asked for
-    saved: int = -1  # how many steps the checkpoint has had
+    best: tuple[float, int] | None = None  # the lowest held-out loss, and its step
+    latest: tuple[float, int] | None = None  # the latest held-out loss, and its step
+    numbered: bool = False  # whether the directory was named without --out
+    saved: int = -1  # how many steps the checkpoint on disk has had
     signal: int = 0  # the signal that ended training early
-    unlike: str = ""  # what config.yaml had that the checkpoint has not, when the run went on
+    unlike: str = ""  # the values of config.yaml that differed from the checkpoint's on --resume
     remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
+    ranks: Alone = ALONE  # that take each step together; this is rank 0
 
     def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
-        """Run the steps that are left, or as many as max_seconds allows. False if a signal came.
+        """Run the steps that are left, within max_seconds. False if a signal ended training.
 
-        A checkpoint has its steps in metrics.jsonl before it takes the place of the one before.
+        metrics.jsonl has the steps of a checkpoint before the checkpoint replaces the previous one.
 
-        Raises MicrogptError if a number is not finite or a file cannot be written; the checkpoint
-        before stays as it is. A directory that was numbered is removed if that is all it has.
+        Raises MicrogptError if a number is not finite or a file cannot be written; the previous
+        checkpoint stays. A numbered directory is removed if its only checkpoint is of step 0.
         """
         try:
             with (
                 Metrics(self.out) as metrics,
                 between_steps() as received,
-                np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
+                np.errstate(all="ignore"),  # an overflow leads to a loss that is not finite
             ):
                 self._steps(progress, measured, metrics, received)
         except MicrogptError as error:
             if self.numbered and self.saved == 0 and self.lock.stands:
                 discard(self.lock)
-            raise MicrogptError(f"{error}{self._what_is_left()}") from None
+            raise MicrogptError(f"{error}{self._kept_checkpoint()}") from None
         self.signal = received[0] if received else 0
         return not received
 
@@ -134,16 +140,12 @@ class Run:
     ) -> None:
         every = self.config.checkpoint_every
         deadline = perf_counter() + (self.config.max_seconds or math.inf)
-        while self.step < self.config.steps and not received:
+        while not self.ranks.any(
+            bool(received) or self.step >= self.config.steps or perf_counter() >= deadline
+        ):
             start = perf_counter()
-            if start >= deadline:
-                break
             lr_t = learning_rate(self.step, self.config)
-            try:
-                loss = self._step(lr_t)
-            except LostHelpError:
-                self._save(metrics)
-                raise
+            loss = self._step(lr_t)
             self.step += 1
             seconds = perf_counter() - start
             held_out = self._measure()
@@ -154,7 +156,7 @@ class Run:
                 progress(self.step, loss, seconds)
                 if held_out is not None:
                     measured(self.step, held_out)
-            except OSError:  # nobody reads the progress any more
+            except OSError:  # the reader of the progress has gone
                 if not received:
                     self._save(metrics)
                     raise
@@ -172,7 +174,7 @@ class Run:
         return loss
 
     def _measure(self) -> float | None:
-        """The loss of what is held out, after every so many steps; None if it is not finite."""
+        """The held-out loss, if this step measures it and it is finite; else None."""
         every = self.config.eval_every
         if not (every and self.held_out and self.step % every == 0):
             return None
@@ -205,7 +207,7 @@ class Run:
         return MicrogptError(f"step {step}: {what}; {advice}")
 
     def _first_not_finite(self, docs: Docs) -> str:
-        """Where a forward pass goes wrong, read from one whose every intermediate is kept."""
+        """The first tap and parameter that are not finite, from a forward pass that keeps taps."""
         state = self.backend.state()
         watched = load_backend("vectorized", self.config, state, watch=True)
         with suppress(FloatingPointError):
@@ -215,7 +217,7 @@ class Run:
             f" parameter {not_finite(state.params) or 'none'}"
         )
 
-    def _what_is_left(self) -> str:
+    def _kept_checkpoint(self) -> str:
         if self.step == 0 or self.remedy is None:
             return ""
         if not self.lock.stands or not (self.out / FILE_NAME).is_file():
@@ -224,9 +226,9 @@ class Run:
 
     @property
     def how_to_resume(self) -> str:
-        """What to type to go on from the last checkpoint."""
+        """The command that resumes the run from its last checkpoint."""
         remedy = f" {self.remedy}" if self.remedy else ""
-        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}{remedy}"
+        return f"go on with: microgpt train --resume --out {as_typed(self.out)}{remedy}"
 
     @property
     def out(self) -> Path:
@@ -248,16 +250,16 @@ class Run:
 
     @property
     def num_params(self) -> int:
-        """How many numbers the model consists of."""
+        """How many parameters the model has."""
         return count_params(self.config, self.tokenizer.vocab_size)
 
     def checkpoint(self) -> Checkpoint:
-        """The run as it stands."""
+        """The checkpoint of the run's current state."""
         return Checkpoint(self.config, self.tokenizer, self.backend.state(), self.rng, self.digest)
 
 
 def count_params(config: Config, vocab_size: int) -> int:
-    """How many numbers a model consists of."""
+    """How many parameters a model has."""
     shapes = param_shapes(config, vocab_size)
     return sum(n_out * n_in for n_out, n_in in shapes.values())
 
@@ -269,13 +271,14 @@ def new_run(
     name: str,
     overwrite: bool = False,
     say: Callable[[str], object] = id,
+    ranks: Alone = ALONE,
 ) -> Run:
     """A run from its beginning: documents shuffled, weights drawn, directory made.
 
     Without `out`, the run goes to runs/<name>, or to runs/<name>-2 and so on if there is one.
-    Where drawing the weights takes long, `say` is told.
-    Everything that can be wrong with the input is found before the directory is touched, and a run
-    that is replaced is there until the first checkpoint of this one, of step 0, is complete.
+    Where drawing the weights takes long, `say` gets a line about it.
+    All input is checked before the directory is touched, and a run that is replaced stays there
+    until the new run's checkpoint of step 0 is complete.
 
     Raises MicrogptError if the directory belongs to another run.
     """
@@ -288,16 +291,18 @@ def new_run(
     config = replace(config, dataset=located(config.dataset))
     rng.shuffle(documents)
     tokenizer = build_tokenizer("".join(documents), config)
-    check_memory(config, tokenizer.vocab_size, documents, backend_name)
+    here = replace(config, cores=ranks.here)
+    check_memory(here, tokenizer.vocab_size, documents, backend_name)
     parts(documents, config)
     num_params = count_params(config, tokenizer.vocab_size)
     if num_params > MANY:
         say(f"drawing {num_params:,} weights and writing the first checkpoint ..")
     params = init_params(config, tokenizer.vocab_size, rng)
-    backend = load_backend(backend_name, config, fresh_state(params))
+    backend = _backend(ranks, backend_name, config, tokenizer, documents, fresh_state(params))
     lock = claim_free(Path("runs") / name) if out is None else claim(out, overwrite)
     with released_on_error(lock):
         run = Run(config, tokenizer, documents, backend, rng, lock, numbered=out is None)
+        run.ranks = ranks
         try:
             _begin(run, b"")
         except MicrogptError:
@@ -307,10 +312,12 @@ def new_run(
     return run
 
 
-def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> Run:
+def resumed_run(
+    out: Path, backend_name: str, overrides: dict[str, object], ranks: Alone = ALONE
+) -> Run:
     """A run that goes on from the checkpoint in its directory.
 
-    Raises MicrogptError, with the directory as it was, if that checkpoint cannot be gone on from.
+    Raises MicrogptError if the run cannot go on, and leaves the directory as it was.
     """
     if not (out / FILE_NAME).is_file():
         raise MicrogptError(
@@ -337,14 +344,51 @@ def resumed_run(out: Path, backend_name: str, overrides: dict[str, object]) -> R
                 f"{config.dataset}: has changed since the run in {out} began; bring the data set"
                 " back, or start a new run"
             )
-        check_memory(config, held.tokenizer.vocab_size, documents, backend_name)
-        backend = load_backend(backend_name, config, held.state)
+        here = replace(config, cores=ranks.here)
+        check_memory(here, held.tokenizer.vocab_size, documents, backend_name)
+        backend = _backend(ranks, backend_name, config, held.tokenizer, documents, held.state)
         lines = metrics_until(out, updates)
         best = best_held_out(lines)
         run = Run(config, held.tokenizer, documents, backend, held.rng, lock, updates, best)
-        run.unlike = unlike(out, held.config)
+        run.unlike, run.ranks = unlike(out, held.config), ranks
         _begin(run, lines)
     return run
+
+
+def _backend(
+    ranks: Alone,
+    name: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    documents: list[str],
+    state: State,
+) -> Backend:
+    """The backend of rank 0, once all ranks know what to train and have room for it."""
+    ranks.tell((name, config, tokenizer, documents, state.updates))
+    with ranks.agreed():
+        check_backend(name, config)
+    return load_backend(name, config, state, comm=ranks)
+
+
+def follow(ranks: Alone) -> None:
+    """What the other ranks do while rank 0 trains: they take its steps with it.
+
+    Raises AgreedError if a rank cannot train what rank 0 wants to.
+    """
+    name, config, tokenizer, documents, step = ranks.tell()
+    with ranks.agreed():
+        check_memory(replace(config, cores=ranks.here), tokenizer.vocab_size, documents, name)
+    shapes = param_shapes(config, tokenizer.vocab_size)
+    zeros = {tensor: [[0.0] * n_in] * n_out for tensor, (n_out, n_in) in shapes.items()}
+    state = replace(fresh_state(zeros), updates=step)  # rank 0 sends its numbers
+    backend = load_backend(name, config, state, comm=ranks)
+    training, _ = parts(documents, config)
+    with np.errstate(all="ignore"), suppress(ArithmeticError):  # which rank 0 reports
+        while not ranks.any(False):
+            backend.forward(batch(step, training, tokenizer, config))
+            backend.backward()
+            backend.update(learning_rate(step, config))
+            step += 1
 
 
 def _documents(config: Config, out: Path) -> list[str]:
@@ -373,16 +417,16 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
 
 
 def check_measured(config: Config, given: Container[str]) -> None:
-    """Refuse an --eval-every that was given where there is nothing to measure with."""
+    """Raise MicrogptError if --eval-every is given and no document is held out."""
     if "eval_every" in given and config.eval_every and not config.held_out:
         raise MicrogptError("--eval-every: nothing is held out of training; add --held-out N")
 
 
 def _begin(run: Run, metrics: bytes) -> None:
-    """Make the directory that of this run. After a kill in between, --resume does the rest."""
+    """Write the files of a run into its directory. After a kill in between, --resume goes on."""
     for name in RUN_FILES:
         check_target(run.out / name)
-    tidy(run.out)  # first: what a killed run left may be what fills the disk
+    tidy(run.out)  # first: unfinished files of a killed run may fill the disk
     run.save()
     write_metrics(run.out, metrics)
     write_config(run.out, run.config)
@@ -403,8 +447,8 @@ def batch(
 def learning_rate(step: int, config: Config) -> float:
     """lr_t = learning_rate * (1 - step / steps), steps counted from 0
 
-    With another schedule (1 + cos(pi step / steps)) / 2 or 1 for the second factor. Where there
-    are warm-up steps, step / steps counts from their end, and the rate rises to there in a line.
+    The second factor is (1 + cos(pi step / steps)) / 2 with schedule cosine, 1 with constant. The
+    rate rises linearly in the warm-up steps; step and steps then count from the end of those.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -418,10 +462,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def suspect(config: Config, step: int) -> tuple[str, int, float]:
-    """The option that made a run diverge, as it seems: -1 if it is too small, and a better value.
+    """The option that probably made a run diverge; 1 if too large, -1 if too small; a better value.
 
-    It is the learning rate, or before the first update the initial weights, unless another is out
-    by two orders of magnitude and by more than those.
+    It is the learning rate, or before the first update init_std, unless another option is two
+    orders of magnitude or more from its usual value, and farther from it than that one.
     """
     orders = {
         name: direction * math.log10(max(getattr(config, name), TINIEST) / usual)

@@ -179,8 +179,8 @@ class File:
     def close(self) -> None:
         self.file.close()
 
-    def fileno(self) -> int:
-        return self.file.fileno()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
     def __enter__(self) -> File:
         return self

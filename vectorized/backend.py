@@ -17,21 +17,22 @@ import numpy as np
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
 from microgpt.layout import Tree, written
 from microgpt.runs.memory import most_walkers
+from microgpt.runs.ranks import ALONE, Comm
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
 from vectorized.batch import micro_batches, pad
 from vectorized.flat import Shapes, flatten, model_tree, named_views
 from vectorized.model import Array, loss_backward, loss_forward
+from vectorized.ranks import Sums, share
+from vectorized.replay import Replay
 from vectorized.sample import empty_caches, read, sample, sample_many
-from vectorized.worker import Remote, Worker, deal, shared
 
 
 class Watched:
-    """Does what a Worker does by the text as it stands, and keeps all that it computes."""
+    """Does what a Replay does by the text as it stands, and keeps all that it computes."""
 
     def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
         self.config = config
@@ -71,7 +72,9 @@ class Watched:
 class Backend:
     """See microgpt.backend.Backend."""
 
-    def __init__(self, config: Config, state: State, watch: bool = False) -> None:
+    def __init__(
+        self, config: Config, state: State, watch: bool = False, *, comm: Comm = ALONE
+    ) -> None:
         self.config = config
         self.shapes = {name: np.shape(tensor) for name, tensor in state.params.items()}
         dtype = np.dtype(config.dtype)
@@ -79,45 +82,27 @@ class Backend:
             flatten(tensors, dtype) for tensors in (state.params, state.m, state.v)
         )  # (P,)
         self.updates = state.updates
-        self.others: list[Remote] = []  # processes that work on a share of the batch
-        self.busy: list[Remote] = []  # those of them that have one
-        if config.cores > 1 and not watch:
-            try:
-                memory = shared(self.flat.nbytes)
-                self.others = [Remote(config, self.shapes, memory) for _ in range(1, config.cores)]
-            except OSError as error:
-                raise MicrogptError(
-                    f"--cores {config.cores}: the system starts no more processes"
-                    f" ({error.strerror}); take fewer cores"
-                ) from None
-            numbers = np.frombuffer(memory, dtype)
-            numbers[:] = self.flat
-            self.flat = numbers
-        self.flat_grads = np.zeros(len(self.flat), dtype)  # untouched pages take no memory
-        self.worker: Any = (Watched if watch else Worker)(
-            config, self.shapes, self.flat, self.flat_grads
-        )
+        for numbers in (self.flat, self.m, self.v):
+            comm.send(numbers)  # all ranks begin with those of rank 0
+        self.comm = comm
+        self.sums = Sums(comm, len(self.flat), dtype)
+        self.flat_grads = self.sums.grads
+        arrays = self.shapes, self.flat, self.flat_grads
+        self.worker: Any = Watched(config, *arrays) if watch else Replay(config, *arrays)
+        # evaluation has memory of its own, so that it can come between forward and backward
+        self.evaluation: Any = self.worker if watch else Replay(config, *arrays)
         self.params = model_tree(self.flat, self.shapes, config.n_layer)
 
     def forward(self, docs: Docs) -> float:
-        own, *shares = deal(docs, 1 + len(self.others))
-        self.busy = []
-        for other, share in zip(self.others, shares):
-            if share:
-                other.begin(share, of=len(docs))
-                self.busy.append(other)
-        loss: float = self.worker.forward(own, of=len(docs))
-        for other in self.busy:
-            loss += other.forward()
+        own = self.worker.forward(self._share(docs), of=len(docs))
+        loss = self.sums.loss(own)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss
 
     def backward(self) -> None:
         self.worker.backward()
-        for other in self.busy:
-            other.backward()
-            self.flat_grads += other.flat_grads
+        self.sums.gradient()
 
     def update(self, lr_t: float) -> None:
         factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
@@ -129,11 +114,14 @@ class Backend:
 
         A recording for each micro-batch, and that of the update, for (), if there has been one.
         """
-        own, *_ = deal(docs, 1 + len(self.others))
-        steps = [self.worker.replay.training(part) for part in micro_batches(own, self.config)]
+        own = self._share(docs)
+        steps = [self.worker.training(part) for part in micro_batches(own, self.config)]
         shaped = [(step.batch.tokens.shape, step.recording) for step in steps]
-        update = self.worker.replay.adam
+        update = self.worker.adam
         return [*shaped, ((), update)] if update else shaped
+
+    def _share(self, docs: Docs) -> Docs:
+        return share(docs, self.comm.rank, self.comm.size)
 
     def set_grads(self, grads: Tensors) -> None:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
@@ -141,7 +129,7 @@ class Backend:
     def position_losses(self, docs: Docs) -> Array:
         n = np.fromiter(map(len, docs), int, len(docs))[:, None] - 1  # (B, 1)
         T = n.max()
-        losses = np.where(np.arange(T) < n, self.worker.losses(docs)[:, :T], 0.0)  # (B, T)
+        losses = np.where(np.arange(T) < n, self.evaluation.losses(docs)[:, :T], 0.0)  # (B, T)
         if not np.isfinite(losses).all():
             raise FloatingPointError("the loss of a position is not finite")
         return losses

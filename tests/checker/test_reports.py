@@ -387,7 +387,7 @@ def test_a_run_with_a_bug_prints_one_report(processes: str, tmp_path: Path) -> N
     assert done.stdout.count("dlayer0.attn_logits[b=0") == 1
     assert "one cause, reported above: case single-character, step 1" in done.stdout
     assert "fails in all 3 cases" in done.stdout
-    assert "also fails: 2 cases, float32, micro-batches, two processes" in done.stdout
+    assert "also fails: 2 cases, float32, micro-batches, two ranks" in done.stdout
     assert " 21 failed" in done.stdout
     (cause,) = json.loads(path.read_text(encoding="utf-8"))["causes"]
     assert cause["key"] == "backward/dlayer0.attn_logits"

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vectorized.worker import Line, Remote, Worker, deal, serve
 
 from microgpt.backend import Docs, State, fresh_state, load_backend
 from microgpt.cli.commands import main
@@ -31,7 +32,6 @@ from microgpt.runs.checkpoint import load_checkpoint
 from microgpt.settings import load_config
 from microgpt.tokenizer import build_tokenizer
 from vectorized import worker
-from vectorized.worker import Line, Remote, Worker, deal, serve
 
 CONFIG = replace(load_config(), n_embd=4, n_head=2, init_std=0.5, init_std_residual=0.5)
 TOKENIZER = build_tokenizer("abc", CONFIG)
