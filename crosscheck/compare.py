@@ -296,7 +296,9 @@ def explained(
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
-        first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
+        if first.diagnosis and words:  # both are true: what was done, and in which function
+            words, texts = first.diagnosis, (*texts, ("", words))
+        first = replace(first, diagnosis=words or first.diagnosis, texts=texts)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
         first = replace(

@@ -14,6 +14,7 @@ from crosscheck.cases import Case, load_case
 from crosscheck.causes import OR, Cause, Finding
 from crosscheck.defects import Patch, planted
 from crosscheck.diagnose import diagnose
+from crosscheck.explain import WORDS, expression
 from crosscheck.formulas import slips
 from crosscheck.operations import Around, calls
 from crosscheck.read_again import DRAWS, _drawn, drawn_again, read
@@ -183,6 +184,18 @@ def test_a_recording_is_followed_to_the_tap_that_it_gets_wrong() -> None:
     assert leaves_text(case, 1, step) == ""
     with planted([root]), np.errstate(all="ignore"):
         assert "emb_norm is the first that is not the text's" in leaves_text(case, 1, step)
+
+
+def test_an_operation_without_words_is_judged_all_the_same(
+    steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, (_, step) = steps["two-layers"]
+    key, index = "forward/emb_norm", (0, 1, 2)
+    monkeypatch.delitem(WORDS, "rmsnorm")
+    behind = expression(case, 2, key, index, step)
+    assert behind
+    assert behind.formula == "rmsnorm(emb)"
+    assert np.isclose(behind.value, step[key][index], rtol=1e-12)
 
 
 def test_an_axis_with_one_index_is_no_place() -> None:
