@@ -25,7 +25,7 @@ from crosscheck.compare import Outcome
 from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
-from crosscheck.trace import PHASES, real, split_key, taught, trace
+from crosscheck.trace import PHASES, real, split_key, teacher_forced, trace
 from microgpt.backend import BACKENDS
 from microgpt.cli import shell
 from microgpt.cli.shell import Parser, bare, directory
@@ -281,13 +281,17 @@ def float32(options: argparse.Namespace) -> int:
             continue  # it declares that it loses more
         for seed in range(SEEDS):
             case = with_params(stored, draw_params(stored, seed)) if seed else stored
-            lessons = list(trace(case, "vectorized", "float64", 5))
-            for lesson, step in zip(lessons, taught(case, "vectorized", "float32", lessons)):
+            reference_steps = list(trace(case, "vectorized", "float64", 5))
+            for reference_step, step in zip(
+                reference_steps, teacher_forced(case, "vectorized", "float32", reference_steps)
+            ):
                 for key, tensor in step.items():
                     phase, where = split_key(key)[0], f"{name}, seed {seed}: {key}"
-                    there = real(key, tensor.shape, lesson["batch/tokens"])
-                    size = np.abs(lesson[key][there]).max(initial=0.0)
-                    error = np.abs(tensor - lesson[key])[there].max() / size if size else 0.0
+                    there = real(key, tensor.shape, reference_step["batch/tokens"])
+                    size = np.abs(reference_step[key][there]).max(initial=0.0)
+                    error = (
+                        np.abs(tensor - reference_step[key])[there].max() / size if size else 0.0
+                    )
                     worst[phase] = max(worst[phase], (float(error), where))
     for phase, (error, where) in worst.items():
         print(

@@ -19,7 +19,16 @@ from crosscheck.recorded import leaves_text
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
-from crosscheck.trace import Array, Step, axes, expected_shape, keys, real, split_key, taught
+from crosscheck.trace import (
+    Array,
+    Step,
+    axes,
+    expected_shape,
+    keys,
+    real,
+    split_key,
+    teacher_forced,
+)
 from crosscheck.where import where
 
 SIDES = ("reference", "candidate")
@@ -146,9 +155,9 @@ def compare(
     return outcome
 
 
-def compare_taught(
+def compare_teacher_forced(
     case: Case,
-    lessons: Iterable[Step],
+    reference_steps: Iterable[Step],
     candidate: str,
     standard: Standard = FLOAT64,
     reference: str = "",
@@ -156,7 +165,7 @@ def compare_taught(
     """Hold an implementation against a trace, each step from where the trace has it begin."""
     stops: list[Stop | None] = []
     kept: list[Step] = []
-    for step, stop in _until_stopped(lessons):
+    for step, stop in _until_stopped(reference_steps):
         kept.append({key: step[key] for key in step if split_key(key)[0] != "sample"})  # no part
         stops.append(stop)
 
@@ -168,7 +177,9 @@ def compare_taught(
 
     names = (reference, candidate) if reference else ()
     begun = [step for step in kept if "entry/wte" in step]
-    return compare(case, again(), taught(case, candidate, standard.dtype, begun), standard, names)
+    return compare(
+        case, again(), teacher_forced(case, candidate, standard.dtype, begun), standard, names
+    )
 
 
 def _until_stopped(steps: Iterable[Step]) -> Iterator[tuple[Step, Stop | None]]:
@@ -285,7 +296,9 @@ def explained(
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
-        first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
+        if first.diagnosis and words:  # both are true: what was done, and in which function
+            words, texts = first.diagnosis, (*texts, ("", words))
+        first = replace(first, diagnosis=words or first.diagnosis, texts=texts)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
         first = replace(

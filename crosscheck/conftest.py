@@ -19,8 +19,8 @@ import pytest
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
-from crosscheck.lessons import Lessons
 from crosscheck.processes import can_fork, cores, in_processes
+from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
@@ -87,7 +87,7 @@ class Left:
 
 CHOICE = pytest.StashKey[Choice]()
 LEFT = pytest.StashKey[Left]()
-LESSONS = pytest.StashKey[Path]()
+REFERENCE_STEPS = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -155,8 +155,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CHOICE] = Choice(
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
-    config.stash[LESSONS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
-    atexit.register(shutil.rmtree, config.stash[LESSONS], ignore_errors=True)
+    config.stash[REFERENCE_STEPS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
+    atexit.register(shutil.rmtree, config.stash[REFERENCE_STEPS], ignore_errors=True)
     config.pluginmanager.register(Session(config), "crosscheck-session")
 
 
@@ -190,8 +190,8 @@ def _import_sides() -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if LESSONS in config.stash:
-        shutil.rmtree(config.stash[LESSONS], ignore_errors=True)
+    if REFERENCE_STEPS in config.stash:
+        shutil.rmtree(config.stash[REFERENCE_STEPS], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -266,23 +266,23 @@ def case(choice: Choice, case_name: str) -> Case:
 
 
 @pytest.fixture
-def lessons(pytestconfig: pytest.Config, choice: Choice, case_name: str) -> Lessons:
+def reference_steps(pytestconfig: pytest.Config, choice: Choice, case_name: str) -> ReferenceSteps:
     """The steps of the case as the reference computes them, once for all tests."""
-    return _lessons(choice, case_name, pytestconfig.stash[LESSONS])
+    return _reference_steps(choice, case_name, pytestconfig.stash[REFERENCE_STEPS])
 
 
 @pytest.fixture
-def standard(choice: Choice, case: Case, lessons: Lessons) -> Standard:
+def standard(choice: Choice, case: Case, reference_steps: ReferenceSteps) -> Standard:
     """What the candidate is held to in this case."""
-    if choice.dtype == "float32" or lessons.failed.exists():
+    if choice.dtype == "float32" or reference_steps.failed.exists():
         return choice.coarse(case)
-    return float64(lessons.noise, case.config)
+    return float64(reference_steps.noise, case.config)
 
 
 @cache
-def _lessons(choice: Choice, case_name: str, folder: Path) -> Lessons:
+def _reference_steps(choice: Choice, case_name: str, folder: Path) -> ReferenceSteps:
     case = choice.case(case_name)
-    return Lessons(case, choice.reference, choice.steps_of(case), folder, case.name)
+    return ReferenceSteps(case, choice.reference, choice.steps_of(case), folder, case.name)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from crosscheck.cases import load_case
-from crosscheck.compare import Disagreement, compare, compare_taught
+from crosscheck.compare import Disagreement, compare, compare_teacher_forced
 from crosscheck.noise import noise
 from crosscheck.report import WIDTH
 from crosscheck.tolerance import Standard, float64
@@ -129,7 +129,7 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
     with planted(defect.patches), np.errstate(all="ignore"):
         for name in names:
             case = load_case(name)
-            sound = lessons(name, "vectorized" if defect.package == "scalar" else "scalar")
+            sound = reference_steps(name, "vectorized" if defect.package == "scalar" else "scalar")
             faulty: list[Step] = []
             steps = _recorded(trace(case, defect.package, "float64", STEPS), faulty)
             ours, theirs = (steps, sound) if defect.package == "scalar" else (sound, steps)
@@ -140,7 +140,7 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
                 return Verdict(defect, Disagreement(name, 1, "", stopped, diagnosis=str(error)))
             if found:
                 reference = faulty if defect.package == "scalar" else sound
-                alone = compare_taught(case, reference, "vectorized", allowed[name]).found
+                alone = compare_teacher_forced(case, reference, "vectorized", allowed[name]).found
                 return Verdict(
                     defect,
                     found[0],
@@ -157,7 +157,7 @@ def _recorded(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:
 
 
 @cache
-def lessons(case_name: str, backend: str) -> tuple[Step, ...]:
+def reference_steps(case_name: str, backend: str) -> tuple[Step, ...]:
     """The trace of the implementation without the defect."""
     case = load_case(case_name)
     return tuple(trace(case, backend, "float64", STEPS))
@@ -166,7 +166,7 @@ def lessons(case_name: str, backend: str) -> tuple[Step, ...]:
 @cache
 def standard(case_name: str) -> Standard:
     """What is allowed in a case, by the noise of scalar/ without the defect."""
-    return float64(noise(load_case(case_name), lessons(case_name, "scalar")))
+    return float64(noise(load_case(case_name), reference_steps(case_name, "scalar")))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 from crosscheck.adam_forms import of_adam
 from crosscheck.cases import Case
 from crosscheck.explain import clipping
+from crosscheck.formulas import Mechanical
 from crosscheck.operations import Around, Call, calls
 from crosscheck.read_again import other_draws, other_readings
 from crosscheck.trace import DERIVED, PHASES, Array, Step, axes, real, split_key
@@ -180,6 +181,8 @@ def reading(pair: Pair) -> str:
     for kind in KINDS:
         whole: dict[str, float] = {}
         for words, guess in kind(pair):
+            if isinstance(words, Mechanical) and any(type(one) is str for one in whole):
+                continue  # the same numbers have a name
             fit = pair.fits(guess)
             if fit == ALL_OF_THEM and words not in whole:
                 whole[words] = float(np.nanmax(np.abs(pair.theirs - guess)[pair.there]))

@@ -76,8 +76,14 @@ class Written:
 
 
 def _written(call: Call, index: tuple[int, ...]) -> Written:
-    words = WORDS[call.function.__name__](call, index)
+    words = WORDS.get(call.function.__name__, _by_name)(call, index)
     return Written(words.formula, words.operands, words.clause, float(call.total()[index]))
+
+
+def _by_name(call: Call, index: tuple[int, ...]) -> Written:
+    """An operation that is in the table and has no words of its own yet."""
+    tensors = {slot.name: slot.value for slot in call.slots.values() if slot.is_tensor}
+    return Written(f"{call.function.__name__}({', '.join(tensors)})", tensors)
 
 
 def _embedding(call: Call, index: tuple[int, ...]) -> Written:

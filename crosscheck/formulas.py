@@ -19,6 +19,14 @@ import numpy as np
 from crosscheck.trace import Array
 
 Slip = tuple[str, str]  # in words, and the formula that it leads to
+
+
+class Mechanical(str):
+    """Words for a slip, which say less than those of a form that has a name."""
+
+    __slots__ = ()
+
+
 LONGEST = 32  # characters of a part of a formula that are quoted
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
@@ -49,7 +57,7 @@ def slipped(
     """The words and the numbers of a formula with each of its slips."""
     for words, wrong in slips(formula, others or {}):
         try:
-            yield words, value(wrong, names)
+            yield Mechanical(words), value(wrong, names)
         except (NameError, ZeroDivisionError, ValueError, OverflowError):
             continue
 

@@ -25,7 +25,7 @@ import numpy as np
 from crosscheck import domain
 from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
-from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted, standard
+from crosscheck.defects import ROOT, Defect, Patch, judge, planted, reference_steps, standard
 from crosscheck.processes import can_fork
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
@@ -152,7 +152,7 @@ def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
         raise MicrogptError("mutants are tried in copies of a process, which this system has not")
     for name in case_names():
         for backend in ("scalar", "vectorized"):
-            lessons(name, backend)  # before the processes are forked, once for all
+            reference_steps(name, backend)  # before the processes are forked, once for all
         standard(name)
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -197,7 +197,7 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
                 vars(record).update(EQUAL_ROWS=0, ONE_HOT=0)
                 vars(backend).update(most_walkers=lambda config: 1)  # one document after another
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
-                case, steps = load_case(name), lessons(name, "scalar")
+                case, steps = load_case(name), reference_steps(name, "scalar")
                 found = trace(case, "vectorized", "float64", len(steps))
                 if compare(case, steps, found, standard(name)).found:
                     return True
@@ -207,7 +207,7 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
 def _differs_on_ranks(defect: Defect) -> bool:
     """Whether a batch that three ranks share tells the mutant from the original."""
     with planted(defect.patches):
-        case, steps = load_case("ragged-batch"), lessons("ragged-batch", "scalar")
+        case, steps = load_case("ragged-batch"), reference_steps("ragged-batch", "scalar")
         shared = replace(case, config=replace(case.config, cores=3))
         found = trace(shared, "vectorized", "float64", len(steps))
         return bool(compare(case, steps, found, standard("ragged-batch")).found)

@@ -18,6 +18,7 @@ from crosscheck.trace import PHASES, split_key
 from microgpt.backend import BACKENDS
 
 WIDTH = 80
+CALLERS = 3  # that are shown of a function that raises
 INSTEAD = (
     "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis; what is known:"
     " vectorized/record.py"
@@ -162,6 +163,8 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
     if stop.line:
         within = f"  (in {stop.function})" if stop.function else ""
         rows.append(("its line", f"{stop.line} {stop.text.partition('  # ')[0]}{within}"))
+    if stop.callers and not stop.refused:
+        rows.append(("called by", "; ".join(stop.callers[:CALLERS])))
     if stop.refused:
         rows.append(("instead", INSTEAD))
     if stop.last and not stop.refused:

@@ -36,6 +36,7 @@ class Stop:
     function: str = ""
     last: str = ""  # the last tap or derivative that it wrote
     empty: bool = False  # whether that is None: a function that returned nothing
+    callers: tuple[str, ...] = ()  # the lines of the text that led there, the innermost first
 
     @property
     def refused(self) -> bool:
@@ -84,7 +85,18 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
     side, file = _own(frame.f_code.co_filename) or ("", "")
     text = linecache.getline(frame.f_code.co_filename, line).strip()
     last, empty = _last_written([frame for frame, _ in own], config) if config else ("", False)
-    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty)
+    callers = tuple(_caller(*one) for one in reversed(own[:-1]) if not _of_backend(one[0]))
+    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty, callers)
+
+
+def _of_backend(frame: FrameType) -> bool:
+    """Whether a frame only hands the text its numbers."""
+    return Path(frame.f_code.co_filename).name in ("backend.py", "replay.py", "ranks.py")
+
+
+def _caller(frame: FrameType, line: int) -> str:
+    _, file = _own(frame.f_code.co_filename) or ("", "")
+    return f"{frame.f_code.co_name}, {file}:{line}"
 
 
 def _own(filename: str) -> tuple[str, str] | None:

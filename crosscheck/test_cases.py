@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import Case, load_case
-from crosscheck.compare import Outcome, compare, compare_taught
+from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.conftest import Choice
-from crosscheck.lessons import Lessons
+from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import PHASES, Step, backward_order, keys, real, split_key, trace
 from microgpt.backend import State, Tensors, fresh_state, load_backend
@@ -31,43 +31,47 @@ FREE_PARAMS = 1e-10
 
 
 @pytest.mark.about("first steps")
-def test_first_step(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
+def test_first_step(
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
+) -> None:
     """The first step of every case, before all that takes longer; it is counted later."""
     if choice.dtype == "float64":
-        outcome = _free(case, lessons, choice, choice.coarse(case), 1)
+        outcome = _free(case, reference_steps, choice, choice.coarse(case), 1)
     else:
-        outcome = _taught(case, lessons.first(1), choice, choice.coarse(case))
+        outcome = _teacher_forced(case, reference_steps.first(1), choice, choice.coarse(case))
     if outcome.found:
-        lessons.failed.touch()
+        reference_steps.failed.touch()
     settle(outcome, counted=False)
 
 
 @pytest.mark.about("steps one by one")
-def test_taught(
-    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+def test_teacher_forced(
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, settle: Any
 ) -> None:
     """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
-    settle(_taught(case, lessons, choice, standard))
+    settle(_teacher_forced(case, reference_steps, choice, standard))
 
 
 @pytest.mark.about("running freely")
 def test_free_running(
-    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, settle: Any
 ) -> None:
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
-        pytest.skip("single precision goes its own way; see test_taught")
-    settle(_free(case, lessons, choice, standard, choice.steps_of(case)))
+        pytest.skip("single precision goes its own way; see test_teacher_forced")
+    settle(_free(case, reference_steps, choice, standard, choice.steps_of(case)))
 
 
 @pytest.mark.about("float32")
-def test_in_single_precision(case: Case, lessons: Lessons, choice: Choice, settle: Any) -> None:
+def test_in_single_precision(
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
+) -> None:
     """Two steps with what is checked in float32; --dtype float32 does so with all of them."""
     if choice.candidate == "scalar":
         pytest.skip("scalar has double precision only")
     if choice.dtype == "float32":
-        pytest.skip("test_taught compares all steps in single precision already")
-    settle(_taught(case, lessons.first(2), choice, float32(case)), counted=False)
+        pytest.skip("test_teacher_forced compares all steps in single precision already")
+    settle(_teacher_forced(case, reference_steps.first(2), choice, float32(case)), counted=False)
 
 
 @pytest.mark.about("micro-batches")
@@ -79,7 +83,7 @@ def test_in_micro_batches(
     columns: int,
     padding: int,
     lowered: bool,
-    lessons: Lessons,
+    reference_steps: ReferenceSteps,
     choice: Choice,
     standard: Standard,
     settle: Any,
@@ -96,40 +100,46 @@ def test_in_micro_batches(
             for trick in ("EQUAL_ROWS", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
-            settle(_free(case, lessons, choice, standard, min(3, choice.steps_of(case))))
+            settle(_free(case, reference_steps, choice, standard, min(3, choice.steps_of(case))))
         else:
-            settle(_taught(case, lessons.first(2), choice, standard))
+            settle(_teacher_forced(case, reference_steps.first(2), choice, standard))
 
 
 @pytest.mark.about("two ranks")
 def test_on_two_ranks(
-    case: Case, lessons: Lessons, choice: Choice, standard: Standard, settle: Any
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, settle: Any
 ) -> None:
     """A batch that two ranks share is the same batch (see crosscheck.ranks)."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
-        settle(_free(shared, lessons, choice, standard, min(3, choice.steps_of(case))))
+        settle(_free(shared, reference_steps, choice, standard, min(3, choice.steps_of(case))))
     else:
-        settle(_taught(shared, lessons.first(1), choice, standard))
+        settle(_teacher_forced(shared, reference_steps.first(1), choice, standard))
 
 
-def _free(case: Case, lessons: Lessons, choice: Choice, standard: Standard, steps: int) -> Outcome:
+def _free(
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, steps: int
+) -> Outcome:
     """The first steps, each side from where its own step before ended."""
     theirs = islice(trace(case, choice.candidate, "float64", choice.steps_of(case)), steps)
     names = choice.reference, choice.candidate
-    return compare(case, lessons.first(steps), theirs, standard, names)
+    return compare(case, reference_steps.first(steps), theirs, standard, names)
 
 
-def _taught(case: Case, lessons: Iterable[Step], choice: Choice, standard: Standard) -> Outcome:
+def _teacher_forced(
+    case: Case, reference_steps: Iterable[Step], choice: Choice, standard: Standard
+) -> Outcome:
     """The steps, each from where the reference's began."""
-    return compare_taught(case, lessons, choice.candidate, standard, choice.reference)
+    return compare_teacher_forced(
+        case, reference_steps, choice.candidate, standard, choice.reference
+    )
 
 
 @pytest.mark.about("a thousand steps")
 def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None:
     """The original run, each on its own: how far apart are they after a thousand updates?"""
     if choice.dtype == "float32":
-        pytest.skip("single precision goes its own way; see test_taught")
+        pytest.skip("single precision goes its own way; see test_teacher_forced")
     config = load_config()
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
@@ -220,8 +230,8 @@ def test_nothing_is_left_out(choice: Choice, settle: Any) -> None:
         "sample/documents",
         "sample/likeliest",
     ]
-    lessons = list(trace(case, choice.reference, "float64", 1))
-    outcome = _taught(case, lessons, choice, FLOAT64)
+    reference_steps = list(trace(case, choice.reference, "float64", 1))
+    outcome = _teacher_forced(case, reference_steps, choice, FLOAT64)
     if outcome.found:
         settle(outcome)
     for name in (choice.reference, choice.candidate):
@@ -230,7 +240,7 @@ def test_nothing_is_left_out(choice: Choice, settle: Any) -> None:
         assert {split_key(key)[0] for key in step} == set(PHASES)
     assert outcome.tally.tensors == len(expected) - 2
     assert outcome.tally.elements == sum(
-        int(real(key, tensor.shape, lessons[0]["batch/tokens"]).sum())
-        for key, tensor in lessons[0].items()
+        int(real(key, tensor.shape, reference_steps[0]["batch/tokens"]).sum())
+        for key, tensor in reference_steps[0].items()
         if split_key(key)[0] != "sample"
     )

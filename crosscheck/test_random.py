@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from crosscheck.cases import Case, draw_params, save_case, with_params
-from crosscheck.compare import Outcome, compare_taught
-from crosscheck.conftest import LESSONS, Choice
+from crosscheck.compare import Outcome, compare_teacher_forced
+from crosscheck.conftest import REFERENCE_STEPS, Choice
 from crosscheck.models import cases, described
 from crosscheck.noise import Noise, noise
 from crosscheck.sides import IncompleteError
@@ -50,23 +50,25 @@ def test_random_models(
         case = with_params(drawn, draw_params(drawn))
         try:
             steps = len(case.batches)
-            lessons = list(trace(case, choice.reference, "float64", steps, draws=False))
+            reference_steps = list(trace(case, choice.reference, "float64", steps, draws=False))
         except IncompleteError as error:
             if error.stop.not_finite:
                 hypothesis.reject()  # a probability of 0, whose logarithm neither side has
-            lessons = [error.step]
+            reference_steps = [error.step]
 
         @cache
         def rounding() -> list[Noise]:
-            return noise(case, lessons) if choice.reference == "scalar" else []
+            return noise(case, reference_steps) if choice.reference == "scalar" else []
 
         standards = [float64(rounding, case.config)] if choice.dtype == "float64" else []
         if choice.candidate != "scalar" and choice.reference == "scalar":
             standards.append(float32(case, rounding))
         for standard in standards:
-            outcome = compare_taught(case, lessons, choice.candidate, standard, choice.reference)
+            outcome = compare_teacher_forced(
+                case, reference_steps, choice.candidate, standard, choice.reference
+            )
             if outcome.found and standard.dtype == "float32":
-                kinked = map(decided_by_rounding, lessons, rounding())
+                kinked = map(decided_by_rounding, reference_steps, rounding())
                 if not rounding() or any(kinked):
                     continue
             if outcome.found:
@@ -80,7 +82,7 @@ def test_random_models(
         agree()
     for case, outcome in smallest:
         more = f"\n{described(case)}"
-        done = [pytestconfig.stash[LESSONS] / f"saved-{n}" for n in range(share + 1)]
+        done = [pytestconfig.stash[REFERENCE_STEPS] / f"saved-{n}" for n in range(share + 1)]
         if choice.save_case and not any(path.exists() for path in done):  # the first share's stays
             done[share].touch()
             save_case(case, choice.save_case)

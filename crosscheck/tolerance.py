@@ -171,11 +171,13 @@ def float32(case: Case, noise: Sequence[Noise] | Callable[[], Sequence[Noise]] =
     )
 
 
-def decided_by_rounding(lesson: Step, noise: Noise) -> bool:
+def decided_by_rounding(reference_step: Step, noise: Noise) -> bool:
     """Whether single precision may find a ReLU input on the other side of its kink."""
-    inputs = [key for key in lesson if key.startswith("forward/") and key.endswith("mlp_pre")]
+    inputs = [
+        key for key in reference_step if key.startswith("forward/") and key.endswith("mlp_pre")
+    ]
     return any(
-        bool((np.abs(lesson[key]) < SINGLE * noise[key])[lesson[key] != 0].any())
+        bool((np.abs(reference_step[key]) < SINGLE * noise[key])[reference_step[key] != 0].any())
         for key in inputs
         if key in noise
     )

@@ -96,17 +96,19 @@ def trace(
         yield record
 
 
-def taught(case: Case, backend_name: str, dtype: str, lessons: Iterable[Step]) -> Iterator[Step]:
+def teacher_forced(
+    case: Case, backend_name: str, dtype: str, reference_steps: Iterable[Step]
+) -> Iterator[Step]:
     """The same steps, each begun where another trace began it, and updated by its gradients.
 
     What one step gets wrong does not reach the next, and what Adam gets wrong is Adam's alone.
     """
     config = suited(case.config, backend_name, dtype)
-    for step, lesson in enumerate(lessons):
-        params, m, v = (part(lesson, phase) for phase in ("entry", "entry_m", "entry_v"))
-        with stopping({"batch/tokens": lesson["batch/tokens"]}, backend_name, config):
+    for step, reference_step in enumerate(reference_steps):
+        params, m, v = (part(reference_step, phase) for phase in ("entry", "entry_m", "entry_v"))
+        with stopping({"batch/tokens": reference_step["batch/tokens"]}, backend_name, config):
             pair = Pair(backend_name, config, State(params, m, v, step))
-        grads = part(lesson, "gradient", "d")
+        grads = part(reference_step, "gradient", "d")
         yield trace_step(pair, case.docs(step), learning_rate(step, config), grads)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from crosscheck.formulas import slipped, slips, value, values
+from crosscheck.formulas import Mechanical, slipped, slips, value, values
 from crosscheck.operations import (
     Around,
     Call,
@@ -303,7 +303,7 @@ def of_activation(call: Call) -> Iterator[Guess]:
         if kind != own:
             yield f"{kind} in place of {own}", elementwise(other.value, x)
     for words, formula in slips(ACTIVATIONS[own].value):
-        yield f"in {own}, {words}", elementwise(formula, x)
+        yield Mechanical(f"in {own}, {words}"), elementwise(formula, x)
     for name, (other_value, _) in KINDS.items():
         yield f"{name} in place of {own}", other_value(x)
 
@@ -330,7 +330,7 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
         if kind != own:
             yield f"the slope of {kind} in place of that of {own}", dy * elementwise(other.slope, x)
     for words, formula in slips(ACTIVATIONS[own].slope):
-        yield f"in the slope of {own}, {words}", dy * elementwise(formula, x)
+        yield Mechanical(f"in the slope of {own}, {words}"), dy * elementwise(formula, x)
     for name, (_, slope) in [*KINDS.items()][1:]:  # the first has been named above
         yield f"the slope is that of {name}", dy * slope(x)
 

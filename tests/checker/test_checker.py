@@ -51,7 +51,7 @@ def case() -> Case:
 
 
 @pytest.fixture
-def lessons(case: Case) -> list[Step]:
+def reference_steps(case: Case) -> list[Step]:
     """Its reference."""
     return list(trace(case, "vectorized", "float64", 2))
 
@@ -176,8 +176,8 @@ def test_a_weakened_checker_fails_on_a_defect(
 # --- it cannot pass empty ------------------------------------------------------------------------
 
 
-def _doctored(lessons: list[Step], key: str, tensor: Any) -> Iterator[Step]:
-    for step in lessons:
+def _doctored(reference_steps: list[Step], key: str, tensor: Any) -> Iterator[Step]:
+    for step in reference_steps:
         yield {**step, key: tensor}
 
 
@@ -190,76 +190,90 @@ def test_no_step_at_all_fails(case: Case) -> None:
     assert "no step was compared" in _problem(case, [], [])
 
 
-def test_a_tensor_missing_on_either_side_fails(case: Case, lessons: list[Step]) -> None:
-    lacking = [{k: v for k, v in step.items() if k != "forward/layer0.q"} for step in lessons]
-    assert _problem(case, lessons, lacking) == "forward/layer0.q was never written by the candidate"
-    assert _problem(case, lacking, lessons) == "forward/layer0.q was never written by the reference"
+def test_a_tensor_missing_on_either_side_fails(case: Case, reference_steps: list[Step]) -> None:
+    lacking = [
+        {k: v for k, v in step.items() if k != "forward/layer0.q"} for step in reference_steps
+    ]
+    assert (
+        _problem(case, reference_steps, lacking)
+        == "forward/layer0.q was never written by the candidate"
+    )
+    assert (
+        _problem(case, lacking, reference_steps)
+        == "forward/layer0.q was never written by the reference"
+    )
 
 
-def test_the_shape_is_checked_before_the_values(case: Case, lessons: list[Step]) -> None:
+def test_the_shape_is_checked_before_the_values(case: Case, reference_steps: list[Step]) -> None:
     key = "gradient/dlayer0.mlp_fc1"
-    turned = list(_doctored(lessons, key, lessons[0][key].T))
-    found = compare(case, lessons, turned).found[0]
+    turned = list(_doctored(reference_steps, key, reference_steps[0][key].T))
+    found = compare(case, reference_steps, turned).found[0]
     assert found.problem == "has shape (8, 32) in the candidate, and should have (32, 8)"
     assert found.diagnosis == "transposed"
 
 
-def test_a_reference_of_zeros_fails_unless_declared(case: Case, lessons: list[Step]) -> None:
+def test_a_reference_of_zeros_fails_unless_declared(
+    case: Case, reference_steps: list[Step]
+) -> None:
     key = "backward/dlayer0.q"
-    empty = list(_doctored(lessons, key, np.zeros_like(lessons[0][key])))
+    empty = list(_doctored(reference_steps, key, np.zeros_like(reference_steps[0][key])))
     assert "is zero everywhere" in _problem(case, empty, empty)
     declared = dataclasses.replace(case, zero={"dlayer0.q": "for this test"})
     assert _problem(declared, empty, empty) == ""
-    assert "is not zero" in _problem(declared, lessons, lessons)
+    assert "is not zero" in _problem(declared, reference_steps, reference_steps)
 
 
-def test_an_update_that_moves_nothing_fails(case: Case, lessons: list[Step]) -> None:
+def test_an_update_that_moves_nothing_fails(case: Case, reference_steps: list[Step]) -> None:
     key = "update/layer1.mlp_fc2"
-    still = list(_doctored(lessons, key, np.zeros_like(lessons[0][key])))
+    still = list(_doctored(reference_steps, key, np.zeros_like(reference_steps[0][key])))
     assert f"{key} is zero everywhere" in _problem(case, still, still)
 
 
-def test_a_relu_input_on_the_kink_fails_unless_declared(case: Case, lessons: list[Step]) -> None:
+def test_a_relu_input_on_the_kink_fails_unless_declared(
+    case: Case, reference_steps: list[Step]
+) -> None:
     key = "forward/layer0.mlp_pre"
-    pre = lessons[0][key].copy()
+    pre = reference_steps[0][key].copy()
     pre[0, 0, 0] = 1e-15
-    kinked = list(_doctored(lessons, key, pre))
+    kinked = list(_doctored(reference_steps, key, pre))
     assert "the kink of the ReLU" in _problem(case, kinked, kinked)
     assert _problem(dataclasses.replace(case, kink="for this test"), kinked, kinked) == ""
 
 
 def test_declared_unused_rows_must_be_exactly_zero() -> None:
     case = load_case("unused-row")
-    lessons = list(trace(case, "vectorized", "float64", 1))
-    grad = lessons[0]["gradient/dwte"].copy()
+    reference_steps = list(trace(case, "vectorized", "float64", 1))
+    grad = reference_steps[0]["gradient/dwte"].copy()
     grad[case.tokenizer.encode("q")] = 1e-300
-    touched = list(_doctored(lessons, "gradient/dwte", grad))
-    assert "is not exactly zero in the rows" in _problem(case, lessons, touched)
+    touched = list(_doctored(reference_steps, "gradient/dwte", grad))
+    assert "is not exactly zero in the rows" in _problem(case, reference_steps, touched)
 
 
-def test_float32_is_not_taken_for_float64(case: Case, lessons: list[Step]) -> None:
+def test_float32_is_not_taken_for_float64(case: Case, reference_steps: list[Step]) -> None:
     key = "forward/layer0.v"
-    rounded = list(_doctored(lessons, key, lessons[0][key].astype("float32")))
-    assert _problem(case, lessons, rounded) == f"{key} is float32, and float64 was promised"
+    rounded = list(_doctored(reference_steps, key, reference_steps[0][key].astype("float32")))
+    assert _problem(case, reference_steps, rounded) == f"{key} is float32, and float64 was promised"
 
 
-def test_not_a_number_never_agrees(case: Case, lessons: list[Step]) -> None:
+def test_not_a_number_never_agrees(case: Case, reference_steps: list[Step]) -> None:
     key = "forward/loss"
-    undefined = list(_doctored(lessons, key, np.array(np.nan)))
-    assert _problem(case, lessons, undefined) == f"{key} disagrees"
+    undefined = list(_doctored(reference_steps, key, np.array(np.nan)))
+    assert _problem(case, reference_steps, undefined) == f"{key} disagrees"
     assert _problem(case, undefined, undefined) == f"{key} disagrees"
 
 
-def test_a_difference_of_an_allowed_error_and_a_half_fails(case: Case, lessons: list[Step]) -> None:
+def test_a_difference_of_an_allowed_error_and_a_half_fails(
+    case: Case, reference_steps: list[Step]
+) -> None:
     key = "forward/layer1.mlp_norm"
     for share, agrees in ((0.5, True), (1.5, False)):
-        moved = lessons[0][key].copy()
+        moved = reference_steps[0][key].copy()
         moved[0, 0, 0] += share * (1e-12 + 1e-9 * abs(moved[0, 0, 0]))
-        near = [{**lessons[0], key: moved}]
-        assert (_problem(case, lessons[:1], near) == "") is agrees
+        near = [{**reference_steps[0], key: moved}]
+        assert (_problem(case, reference_steps[:1], near) == "") is agrees
 
 
-def test_padding_is_not_compared(lessons: list[Step]) -> None:
+def test_padding_is_not_compared(reference_steps: list[Step]) -> None:
     case = load_case("ragged-batch")
     step = next(trace(case, "vectorized", "float64", 1))
     logits = step["forward/logits"].copy()
@@ -322,15 +336,17 @@ def test_traces_can_be_written_read_and_compared(
 
 
 def test_a_trace_that_differs_is_reported(
-    case: Case, lessons: list[Step], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: Case, reference_steps: list[Step], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from crosscheck.traces import save_trace
 
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     key = "gradient/dlayer0.attn_wq"
-    partly = [{k: v for k, v in step.items() if k.startswith("gradient")} for step in lessons]
+    partly = [
+        {k: v for k, v in step.items() if k.startswith("gradient")} for step in reference_steps
+    ]
     partly[1][key] = 2 * partly[1][key]
-    save_trace(a, case, "vectorized", "float64", lessons)
+    save_trace(a, case, "vectorized", "float64", reference_steps)
     save_trace(b, case, "mine", "float64", partly)
     assert main(["diff", str(a), str(b)]) == 1
     words = capsys.readouterr().out
@@ -378,8 +394,8 @@ def test_pytest_crosscheck_reports_the_bug_and_saves_the_smallest_model(buggy: P
     done = _pytest(buggy, "crosscheck/test_random.py", "--save-case", str(smallest))
     assert done.returncode == 1
     assert "saved as" in done.stdout
-    taught = "crosscheck/test_cases.py::test_taught"
-    done = _pytest(buggy, taught, "--case", "one-head", "--json", str(report))
+    test = "crosscheck/test_cases.py::test_teacher_forced"
+    done = _pytest(buggy, test, "--case", "one-head", "--json", str(report))
     assert done.returncode == 1
     assert "case one-head, step 1, backward pass:\ndlayer0.attn_res disagrees" in done.stdout
     assert "the second term of the norm's derivative is missing" in done.stdout
@@ -388,7 +404,7 @@ def test_pytest_crosscheck_reports_the_bug_and_saves_the_smallest_model(buggy: P
     saved = load_case(str(smallest))
     assert saved.config.n_layer == 1
     assert saved.config.n_embd <= 2
-    again = _pytest(buggy, "crosscheck/test_cases.py::test_taught", "--case", str(smallest))
+    again = _pytest(buggy, "crosscheck/test_cases.py::test_teacher_forced", "--case", str(smallest))
     assert again.returncode == 1
     assert "disagrees" in again.stdout
 
@@ -406,6 +422,6 @@ def test_pytest_crosscheck_reports_the_bug_and_saves_the_smallest_model(buggy: P
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], complaint: str, buggy: Path) -> None:
-    done = _pytest(buggy, "crosscheck/test_cases.py::test_taught", *arguments)
+    done = _pytest(buggy, "crosscheck/test_cases.py::test_teacher_forced", *arguments)
     assert done.returncode != 0
     assert complaint in done.stdout + done.stderr

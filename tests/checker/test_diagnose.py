@@ -9,13 +9,30 @@ import numpy as np
 import pytest
 
 import crosscheck.diagnose
+from crosscheck import read_again
 from crosscheck.cases import Case, load_case
+from crosscheck.causes import OR, Cause, Finding
+from crosscheck.defects import Patch, planted
 from crosscheck.diagnose import diagnose
+from crosscheck.explain import WORDS, expression
+from crosscheck.formulas import slips
 from crosscheck.operations import Around, calls
-from crosscheck.trace import Array, Step, trace
+from crosscheck.read_again import DRAWS, _drawn, drawn_again, read
+from crosscheck.recorded import leaves_text
+from crosscheck.report import with_diagnosis
+from crosscheck.trace import Array, Step, part, trace
 from crosscheck.where import where
 
-JUDGES = ("diagnose", "explain", "operations", "read_again", "variants", "where")
+JUDGES = (
+    "adam_forms",
+    "diagnose",
+    "explain",
+    "formulas",
+    "operations",
+    "read_again",
+    "variants",
+    "where",
+)
 Fault = Callable[[Step, Around], Array]
 
 
@@ -35,6 +52,22 @@ def said(steps: dict[str, tuple[Case, list[Step]]], name: str, key: str, fault: 
 
 def _linear(w: str, x: str) -> Fault:
     return lambda s, a: s[f"forward/{x}"] @ s[f"entry/{w}"].T
+
+
+def _norm(x: Array) -> Array:
+    return np.asarray(x * ((x * x).mean(-1, keepdims=True) + 1e-5) ** -0.5)
+
+
+def _early(a: Around) -> Array:
+    """Channels such that each head of what has been rolled by one begins one too early."""
+    C = a.config.n_embd
+    first = np.arange(C) < a.config.head_dim
+    return np.where(first, (np.arange(C) + 1) % C, np.arange(C))
+
+
+def _scores(q: Array, k: Array, a: Around) -> Array:
+    products = np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(k))
+    return np.asarray(products / a.config.head_dim**0.5 * a.looked_at)
 
 
 def _without(key: str, which: int, times: float = 0.0) -> Fault:
@@ -66,6 +99,13 @@ FAULTS: list[tuple[str, str, Fault, str]] = [
      "3.7 times the reference's; no name for this factor"),
     ("two-layers", "forward/emb", lambda s, a: s["forward/emb"] + s["forward/emb"] * 0.5
      * (np.arange(s["forward/emb"].shape[1]) == 0)[:, None], "wrong at the first position"),
+    ("two-layers", "forward/emb_norm", lambda s, a: s["forward/emb"] * ((s["forward/emb"] ** 2)
+     .mean(-1, keepdims=True) ** -0.5 + 1e-5), "mean(x * x) ** (-0.5) + eps in place of"),
+    ("two-layers", "forward/layer0.mlp_norm", lambda s, a: _norm(
+        s["forward/layer0.attn_res"] - s["forward/emb_norm"]), "goes on without the residual"),
+    ("two-layers", "forward/layer0.attn_logits", lambda s, a: _scores(
+        s["forward/layer0.q"], np.roll(s["forward/layer0.k"], 1, -1)[..., _early(a)], a),
+     "a head begins one channel too early, of k only"),
 ]  # fmt: skip
 
 
@@ -86,6 +126,76 @@ def test_numbers_that_nothing_explains_are_not_explained(
             noise = rng.standard_normal(step[key].shape)
             words = diagnose(case, 2, key, step, {**step, key: step[key] * (1 + noise)}, None)
             assert not words or words.startswith(("wrong ", "rows sum to ")), f"{key}: {words}"
+
+
+def test_a_formula_comes_with_its_slips() -> None:
+    wrong = [formula for _, formula in slips("s * (d - y * mean(d * y))", {"y": ["x"]})]
+    for formula in ("s * d - y * mean(d * y)", "s * (d + y * mean(d * y))", "s * (d - mean(d * y))",
+                    "s * (d - y * sum(d * y))", "s * (d - y * mean(d * x))"):  # fmt: skip
+        assert formula in wrong
+    assert "s * (d - y * mean(d * y))" not in wrong
+
+
+@pytest.mark.parametrize("words", [*DRAWS])
+def test_documents_drawn_with_a_fault_name_it(
+    steps: dict[str, tuple[Case, list[Step]]], words: str
+) -> None:
+    case = steps["gelu"][0]
+    (step,) = trace(case, "vectorized", "float64", 1)
+    params = part(step, "params")
+    for key in ("sample/documents", "sample/likeliest"):
+        wrong = _drawn(case, key, 1, params, DRAWS[words], read_again.Fault())
+        if not np.array_equal(wrong, step[key]):
+            said = diagnose(case, 1, key, step, {**step, key: wrong}, None)
+            assert said
+            explained = [_drawn(case, key, 1, params, DRAWS[one], read_again.Fault())
+                         for one in said.split(OR) if one in DRAWS]  # fmt: skip
+            assert any(np.array_equal(guess, wrong) for guess in explained)
+
+
+def test_drawing_and_reading_by_the_table_are_right(
+    steps: dict[str, tuple[Case, list[Step]]],
+) -> None:
+    for case, (step, _) in steps.values():
+        assert np.allclose(read(Around(case.config, step)), step["read/logits"], rtol=1e-12)
+        for key in ("sample/documents", "sample/likeliest"):
+            assert np.array_equal(drawn_again(case, key, 1, step), step[key])
+
+
+def _found(case: str, diagnosis: str) -> Finding:
+    return Finding("first steps", case, 1, "forward/emb", "", diagnosis, "", "", {})
+
+
+def test_a_reading_is_told_if_other_cases_have_it_too() -> None:
+    first = _found("a", "x, or y")
+    agreed = Cause(first, [_found("b", "y"), _found("c", "y, or z")])
+    assert agreed.diagnosis == "y"
+    assert Cause(first).diagnosis == "x, or y"
+    assert Cause(first, [_found("b", "u"), _found("c", "v")]).diagnosis == ""
+    report = "emb disagrees\n  at          emb\n  looks like  x, or y\n  allowed     0"
+    assert with_diagnosis(report, "x, or y", "y") == report.replace("x, or y", "y")
+    assert "looks like" not in with_diagnosis(report, "x, or y", "")
+
+
+def test_a_recording_is_followed_to_the_tap_that_it_gets_wrong() -> None:
+    case = load_case("two-layers")
+    root = Patch("vectorized/record.py", "-0.5: [np.sqrt, np.reciprocal]", "-0.5: [np.sqrt]")
+    (step,) = trace(case, "vectorized", "float64", 1, draws=False)
+    assert leaves_text(case, 1, step) == ""
+    with planted([root]), np.errstate(all="ignore"):
+        assert "emb_norm is the first that is not the text's" in leaves_text(case, 1, step)
+
+
+def test_an_operation_without_words_is_judged_all_the_same(
+    steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, (_, step) = steps["two-layers"]
+    key, index = "forward/emb_norm", (0, 1, 2)
+    monkeypatch.delitem(WORDS, "rmsnorm")
+    behind = expression(case, 2, key, index, step)
+    assert behind
+    assert behind.formula == "rmsnorm(emb)"
+    assert np.isclose(behind.value, step[key][index], rtol=1e-12)
 
 
 def test_an_axis_with_one_index_is_no_place() -> None:

@@ -21,8 +21,8 @@ from crosscheck.causes import STEPS, VALUE, Finding, Run, also, causes, shared
 from crosscheck.compare import compare, exhibit, simplicity
 from crosscheck.conftest import Session
 from crosscheck.defects import Patch, planted
-from crosscheck.lessons import Lessons
 from crosscheck.lines import function_of, lines_of
+from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.report import WIDTH, render
 from crosscheck.sides import is_marked, marked_memory
 from crosscheck.trace import keys, trace
@@ -271,9 +271,9 @@ def test_simple_is_what_has_few_layers_then_few_documents() -> None:
 def test_steps_of_the_reference_are_computed_once(tmp_path: Path) -> None:
     case = load_case("tied-two-layers")
     whole = list(trace(case, "scalar", "float64", 3))
-    first = Lessons(case, "scalar", 3, tmp_path, "one")
+    first = ReferenceSteps(case, "scalar", 3, tmp_path, "one")
     next(iter(first))
-    second = Lessons(case, "scalar", 3, tmp_path, "one")
+    second = ReferenceSteps(case, "scalar", 3, tmp_path, "one")
     for ours, theirs in zip(whole, second):
         assert list(ours) == list(theirs)
         for key in ours:
@@ -491,7 +491,7 @@ def test_a_mistake_in_value_is_told_before_any_case(
 
 def test_all_that_fails_follows_from_a_mistake_in_value(tmp_path: Path) -> None:
     patch = Patch(VALUE_FILE, "(other.data, self.data))", "(self.data, other.data))")
-    done = run(tmp_path, [patch], *CASES, "-k", "value or first_step or taught")
+    done = run(tmp_path, [patch], *CASES, "-k", "value or first_step or teacher")
     assert "one cause, reported above: before any case: Value.__mul__" in done.stdout
     assert "also fails: 3 cases" in done.stdout
     assert len(done.stdout.splitlines()) <= SCREENS, done.stdout

@@ -635,7 +635,7 @@ def test_diff_draws_a_map_of_two_traces(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_crosscheck_draws_a_map_of_what_its_processes_compare(tmp_path: Path) -> None:
     out = tmp_path / "map.html"
-    told = ["--case", "one-document", "--case", "single-character", "-k", "first or taught"]
+    told = ["--case", "one-document", "--case", "single-character", "-k", "first or teacher"]
     ran = subprocess.run(
         [sys.executable, "-m", "crosscheck", "test", *told, "--processes", "2", "--html", str(out)],
         capture_output=True, text=True, cwd=tmp_path, check=False,

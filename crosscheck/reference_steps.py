@@ -16,7 +16,7 @@ from microgpt.backend import State
 from microgpt.runs.files import write_whole
 
 
-class Lessons:
+class ReferenceSteps:
     """Iterable; each step is computed when it is first asked for.
 
     folder    where steps are kept for other processes
