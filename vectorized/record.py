@@ -474,14 +474,12 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
 def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
     """Whether operand x of call i can lie where the result of call i will lie."""
     call, first = calls[i], x.buffer.uses[0]
+    if not call.elementwise or not alike(x, call.out):
+        return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
     uses = call.out.buffer.uses
-    return (
-        call.elementwise
-        and alike(x, call.out)
-        and not any(since <= j < i for j in uses)
-        and not any(y.buffer.uses is uses for y in call.inputs)
-    )
+    others = [y.buffer.uses for y in call.inputs]
+    return not any(since <= j < i for j in uses) and not any(other is uses for other in others)
 
 
 def alike(x: Traced, y: Traced) -> bool:
