@@ -399,7 +399,8 @@ class Recorder:
         A flat index is the sum of keys times strides.
         """
         *rest, index = keys
-        numbers = len(keys) == x.ndim and x.whole
+        known = all(isinstance(key, (int, np.ndarray)) for key in rest)
+        numbers = known and len(keys) == x.ndim and x.whole
         if not isinstance(index, Traced) or (rest and not numbers):
             raise refusal("this index")
         if not rest:

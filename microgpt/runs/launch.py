@@ -131,6 +131,11 @@ def command_of(ranks: int, program: str, *arguments: str) -> list[str]:
 
     Raises MicrogptError if MPI is not installed.
     """
+    if sys.platform == "win32":
+        raise MicrogptError(
+            f"--cores {ranks}: on Windows mpiexec starts the ranks: mpiexec -n {ranks} microgpt .."
+            " without --cores; or use --cores 1"
+        )
     found = mpiexec()
     if not found:
         raise MicrogptError(
@@ -148,11 +153,6 @@ def mpiexec() -> str | None:
     import sysconfig
     from importlib.util import find_spec
 
-    if sys.platform == "win32":
-        raise MicrogptError(
-            f"--cores {ranks}: on Windows mpiexec starts the ranks: mpiexec -n {ranks} microgpt .."
-            " without --cores; or use --cores 1"
-        )
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     return shutil.which("mpiexec", path=path) if find_spec("mpi4py") else None
 

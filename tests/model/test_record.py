@@ -284,11 +284,15 @@ def multiplies_three(x: Any) -> Any:
     return np.einsum("bti,bti,bti->bt", x, x, x)
 
 
+def looks_up_in_all_rows(x: Any) -> Any:
+    return x[:, :, x]
+
+
 REFUSED = [
     decides, takes_a_number, takes_a_whole_number, counts_with_it, takes_a_root, makes_an_array,
     makes_a_list, sorts, measures, iterates, unpacks, adds_up, looks_for, compares, copies,
     accumulates, chooses, sums_another_axis, takes_the_mean_of_all, returns_two,
-    multiplies_three,
+    multiplies_three, looks_up_in_all_rows,
 ]  # fmt: skip
 
 
