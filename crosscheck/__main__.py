@@ -26,7 +26,7 @@ from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, real, split_key, taught, trace
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli import shell
 from microgpt.cli.shell import Parser, bare, directory
 from microgpt.cli.whereabouts import described
@@ -65,8 +65,10 @@ def test(options: argparse.Namespace) -> int:
 
     ended = Ended()
     with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
-        # the plugin's package is known already, and pytest says that it cannot rewrite it
-        known = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        # the plugin's package is known already, and pytest says that it cannot rewrite it; nor can
+        # it keep which tests failed where the package belongs to another user
+        ignored = ("PytestAssertRewriteWarning", "PytestCacheWarning")
+        known = [word for name in ignored for word in ("-W", f"ignore::pytest.{name}")]
         status = pytest.main([str(Path(__file__).parent), *known, *options.rest], plugins=[ended])
     if isinstance(getattr(ended, "by", None), KeyboardInterrupt):
         raise ended.by
@@ -329,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("trace", record)
     one.add_argument("--case", required=True, metavar="NAME|FILE", help="a case")
-    one.add_argument("--backend", required=True, choices=NAMES)
+    one.add_argument("--backend", required=True, choices=BACKENDS)
     one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
     one.add_argument("--steps", type=int, default=3, metavar="N", help="how many (default: 3)")
     one.add_argument("--out", required=True, type=Path, metavar="FILE", help="a safetensors file")
@@ -354,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="only these of"
                      f" {', '.join(STAGES)}")  # fmt: skip
     one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    one.add_argument("--reference", default="vectorized", choices=NAMES, help="what it is held"
+    one.add_argument("--reference", default="vectorized", choices=BACKENDS, help="what it is held"
                      " against (default: vectorized)")  # fmt: skip
     one.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for one"
                      " case (default: 60)")  # fmt: skip

@@ -15,23 +15,27 @@ import inspect
 import io
 import linecache
 import os
+import re
 import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from microgpt.cli.shell import Plain
 from microgpt.errors import MicrogptError, printable, shortened
 from microgpt.layout import Tree
+from microgpt.runs.signals import exit_now
 
 TEXTS = {
     "vectorized": ("vectorized.model", "vectorized.adam", "vectorized.sample"),
@@ -45,6 +49,8 @@ USERS = {  # modules that use the text as it stands; what is recorded keeps ours
 HELPERS = {"total", "mean", "split_heads", "merge_heads", "causal_mask", "empty_caches", "fortran"}
 HELPERS |= {"choose", "draw", "dot"}
 WHOLE = ("loss_and_grads", "Backend")
+# what a derivative is called in names that are not the text's
+BACKWARD = ("backward", "backwards", "back", "bwd", "grad", "gradient", "derivative", "vjp", "d")
 RESULTS = {  # what a function returns, by name; the others return nothing, or no arrays
     "linear_forward": "y",
     "linear_backward": "dx dw",
@@ -70,6 +76,7 @@ RESULTS = {  # what a function returns, by name; the others return nothing, or n
     "probabilities": "p",
 }
 UNDONE = "is not attempted"
+IMPORT = 10  # times the limit of a call: libraries are imported with it
 GRACE = 2.0  # seconds in which what loops may notice that it is told to stop
 DEEPEST = 5000  # calls within calls: recursion along a graph is how most people write it
 
@@ -106,6 +113,9 @@ class Candidate:
     time_limit: float = 5.0
     calls: Counter[str] = field(default_factory=Counter)
     said: dict[str, str] = field(default_factory=dict)  # the first line that a function printed
+    parts: dict[str, Any] = field(default_factory=dict)  # the text's functions beside a whole model
+    different: list[str] = field(default_factory=list)  # functions that take other arguments
+    borrowed: dict[str, str] = field(default_factory=dict)  # of ours, that a whole model calls
     torch: bool = False  # whether it is to be handed tensors of PyTorch
 
     @property
@@ -115,15 +125,21 @@ class Candidate:
 
     def describe(self) -> str:
         """What was found, what is not attempted, which names nobody knows."""
-        parts = [f"{self.path.name} has {', '.join(self.functions) or 'nothing yet'}"]
+        found = [f"{self.path.name} has {', '.join(self.functions) or 'nothing written yet'}"]
+        if self.parts:
+            found.append(f"and beside it {', '.join(self.parts)}")
+        if self.different:
+            verb = "takes" if len(self.different) == 1 else "take"
+            found.append(f"not held to the text, since {verb} other arguments than the text's:"
+                         f" {', '.join(self.different)}")  # fmt: skip
         if self.stubs:
-            parts.append(f"not attempted: {', '.join(self.stubs)}")
+            found.append(f"not attempted: {', '.join(self.stubs)}")
         if self.absent:
             names = self.absent if len(self.absent) <= 3 else [f"{len(self.absent)} others"]
-            parts.append(f"not there: {', '.join(names)}")
+            found.append(f"not there: {', '.join(names)}")
         for name, nearest in self.unknown.items():
-            parts.append(f"unknown: {name} (did you mean {nearest}?)")
-        return "; ".join(parts)
+            found.append(f"unknown: {name} (did you mean {nearest}?)")
+        return "; ".join(found)
 
     def line_of(self, name: str, node: ast.AST | None = None) -> str:
         """A line of the candidate's: "mine.py:7 return dy"; that of the definition by default."""
@@ -161,8 +177,8 @@ class Candidate:
         return file == root or (root.is_dir() and file.is_relative_to(root))
 
 
-def load_candidate(path: Path) -> Candidate:
-    """The candidate in a file or package.
+def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
+    """The candidate in a file or package; time_limit: for one call of its functions.
 
     Raises MicrogptError if it cannot be read, or has nothing of the text; Told if it raises.
     """
@@ -170,8 +186,8 @@ def load_candidate(path: Path) -> Candidate:
     if not file.is_file():
         raise MicrogptError(f"there is no file {printable(str(file))}; expected such as mine.py")
     sources = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    seed = zlib.crc32(b"".join(one.read_bytes() for one in sources))
-    module = _imported(path, file)
+    seed = zlib.crc32(b"".join(one.read_bytes() for one in sources if one.is_file()))
+    module = _imported(path, file, time_limit)
     given = {name: x for name, x in vars(module).items() if callable(x) and name[:1] != "_"}
     own = {name: x for name, x in given.items() if not _ours(x)}
     side = _side(own)
@@ -179,33 +195,91 @@ def load_candidate(path: Path) -> Candidate:
     names = [name for name in (*WHOLE, *known) if name in own and name not in HELPERS]
     if side == "scalar" and "Value" in own:
         names.append("Value")
-    whole = [name for name in names if name in WHOLE]
-    names = whole[-1:] or names
+    whole = [name for name in names if name in WHOLE][-1:]
+    beside = [name for name in names if name not in WHOLE] if whole else []
+    names = whole or names
     stubs = [name for name in names if _is_stub(own[name])]
     functions = {name: own[name] for name in names if name not in stubs}
-    wanted = [name for name in known if name not in HELPERS] if not whole else []
-    absent = [name for name in wanted if name not in names]
-    defined = [
-        name
-        for name, x in own.items()
-        if name not in known and name not in (*WHOLE, "Value")
-        and str(getattr(x, "__module__", "")).startswith(module.__name__)
-    ]  # fmt: skip
-    near = {name: difflib.get_close_matches(name, [*absent, *WHOLE], 1, 0.8) for name in defined}
-    unknown = {name: close[0] for name, close in near.items() if close and not whole}
-    for name in functions:
+    alike = [name for name in beside if _takes_the_same(own[name], known[name])]
+    _refuse_imported(path, file, module, [*functions, *alike], known, side)
+    absent = [name for name in known if name not in {*names, *HELPERS}] if not whole else []
+    unknown = {} if whole else _misspelt(module, own, known, absent)
+    if not names:
+        raise MicrogptError(_nothing(path, own, known, unknown))
+    imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
+    found = Candidate(path, module, side, functions, stubs, absent, unknown, seed, time_limit)
+    found.torch = "torch" in imported and "numpy" not in imported
+    found.parts = {name: own[name] for name in alike if not _is_stub(own[name])}
+    found.different = [name for name in beside if name not in alike]
+    return found
+
+
+def _takes_the_same(theirs: Any, ours: Any) -> bool:
+    """Whether two functions have the same arguments, by name."""
+    try:
+        return [*inspect.signature(theirs).parameters] == [*inspect.signature(ours).parameters]
+    except (TypeError, ValueError):
+        return False
+
+
+def _refuse_imported(
+    path: Path,
+    file: Path,
+    module: ModuleType,
+    names: Iterable[str],
+    known: Mapping[str, Any],
+    side: str,
+) -> None:
+    """Raises Told if the text's own function is at hand under any name, where one is written."""
+    for name in names:
         if name in known and any(x is known[name] for x in vars(module).values()):
             words = f"has {side}'s own function of that name beside it: {path.name} imports it"
             raise Told(name, words, _line(str(file), _imports(file, name)))
-    if not names:
-        hint = "".join(f"; {name}: did you mean {to}?" for name, to in unknown.items())
-        raise MicrogptError(
-            f"{path.name} defines none of the text's functions, such as rmsnorm_backward, and no"
-            f" loss_and_grads, Backend or Value; their signatures are in vectorized/model.py{hint}"
+
+
+def _nothing(
+    path: Path, own: Mapping[str, Any], known: Mapping[str, Any], unknown: Mapping[str, str]
+) -> str:
+    """What to say of a file in which there is nothing to check."""
+    helpers = [name for name in own if name in known and name in HELPERS]
+    if helpers:
+        return (
+            f"{path.name} has {', '.join(helpers)}, which the text's functions use and which are"
+            " not checked by themselves; write one of those functions, such as rmsnorm_backward"
         )
-    imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
-    torch = "torch" in imported and "numpy" not in imported
-    return Candidate(path, module, side, functions, stubs, absent, unknown, seed, torch=torch)
+    if unknown:
+        meant = "; ".join(f"{name}: did you mean {to}?" for name, to in unknown.items())
+        return f"{path.name} has no function under a name of the text's. {meant}"
+    return (
+        f"{path.name} defines none of the text's functions, such as rmsnorm_backward, and no"
+        " loss_and_grads, Backend or Value; their signatures are in vectorized/model.py"
+    )
+
+
+def _misspelt(
+    module: ModuleType, own: Mapping[str, Any], known: Mapping[str, Any], absent: Sequence[str]
+) -> dict[str, str]:
+    """Names that neither text has, each with the nearest that the text has and the file has not."""
+    spelt = {_spelt_out(name): name for name in (*absent, *WHOLE)}
+    found: dict[str, str] = {}
+    for name, x in own.items():
+        here = str(getattr(x, "__module__", "")).startswith(module.__name__)
+        if here and name not in known and name not in (*WHOLE, "Value"):
+            near = difflib.get_close_matches(_spelt_out(name), spelt, 1, 0.8)
+            found |= {name: spelt[near[0]]} if near else {}
+    return found
+
+
+def _spelt_out(name: str) -> str:
+    """A name as the text would write it: grad_rms_norm and RMSNormBwd are rmsnormbackward."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    words = name.split("_")
+    backward = any(word in BACKWARD for word in words)
+    forward = any(word in ("forward", "fwd") for word in words)
+    rest = "".join(word for word in words if word not in (*BACKWARD, "forward", "fwd"))
+    if rest in ("lossand", "loss", "lossgrads"):
+        return name
+    return rest + "backward" * backward + "forward" * (forward and not backward)
 
 
 @cache
@@ -241,7 +315,7 @@ def _ours(x: Any) -> bool:
     return home in ("scalar", "vectorized", "crosscheck", "microgpt")
 
 
-def _imported(path: Path, file: Path) -> ModuleType:
+def _imported(path: Path, file: Path, time_limit: float) -> ModuleType:
     """The module of a candidate, imported under a name of its own."""
     name = f"candidate_{path.stem}"
     places = [str(path)] if path.is_dir() else None
@@ -256,8 +330,9 @@ def _imported(path: Path, file: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     linecache.clearcache()
+    where = Candidate(path, module, "", {}, [], [], {}, 0, IMPORT * time_limit)
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), contained(where, path.name):
             # compiled anew: what is cached beside it may be of a change within the same second
             exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
@@ -266,7 +341,6 @@ def _imported(path: Path, file: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         raise MicrogptError(f"{path.name} imports {error.name}, which is not there") from None
     except Exception as error:
-        where = Candidate(path, module, "", {}, [], [], {}, 0)
         raise Told(path.name, f"raises {_words(error)}", innermost(where, error)) from None
     return module
 
@@ -332,7 +406,10 @@ def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, A
 def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
     """A function of the candidate as the text calls it: arrays in, arrays out, told in words."""
     theirs = candidate.functions[name]
-    signature, results = inspect.signature(theirs), RESULTS.get(name)
+    results = RESULTS.get(name)
+    signature = None
+    with suppress(ValueError, TypeError):  # of a function that is not written in Python
+        signature = inspect.signature(theirs)
     wanted = text_functions(candidate.side).get(name)
     inside = False
 
@@ -342,10 +419,11 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
             raise Told(name, f"calls {candidate.side}'s function of that name, which it is to"
                        " take the place of", candidate.line_of(name))  # fmt: skip
         try:
-            signature.bind(*args, **kwargs)
+            if signature:
+                signature.bind(*args, **kwargs)
         except TypeError:
             asked = ", ".join(inspect.signature(wanted).parameters) if wanted else "other arguments"
-            taken = ", ".join(signature.parameters)
+            taken = ", ".join(signature.parameters) if signature else ""
             words = f"takes ({taken}); the text calls it with ({asked})"
             raise Told(name, words, candidate.line_of(name)) from None
         candidate.calls[name] += 1
@@ -368,6 +446,34 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
     return call
 
 
+def guarded_whole(candidate: Candidate, args: list[Any]) -> dict[str, Any]:
+    """What the candidate's own loss_and_grads gives, by name.
+
+    Raises Told if that is not a loss and gradients by name.
+    """
+    name = "loss_and_grads"
+    candidate.calls[name] += 1
+    theirs = candidate.functions[name]
+    given = list(args)
+    if candidate.torch:
+        given[0] = {k: to_theirs(x) for k, x in given[0].items()}
+    result = watched(candidate, name, lambda: theirs(*given))
+    line = candidate.line_of(name)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise Told(name, f"returns {_kind(result)}; expected loss, {{name: gradient}}", line)
+    loss, grads = result
+    if not isinstance(grads, Mapping):
+        words = f"returns {type(grads).__name__} for the gradients; expected {{name: gradient}}"
+        raise Told(name, words, line)
+    found: dict[str, Any] = {}
+    for label, x in {"loss": loss, **{f"d{k}": x for k, x in grads.items()}}.items():
+        try:
+            found[label] = as_our_array(x)
+        except ValueError as error:
+            raise Told(name, f"returns {error} for {label}", line) from None
+    return found
+
+
 def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     """What a call of the candidate gives back.
 
@@ -375,14 +481,16 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     """
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), np.errstate(all="ignore"), limited(candidate, name):
+        with (
+            redirect_stdout(printed),
+            np.errstate(all="ignore"),
+            contained(candidate, name),
+            no_look_up(candidate, name),
+        ):
             found = call()
     except NotImplementedError as error:
         raise Told(name, f"{UNDONE}: it raises NotImplementedError",
                    innermost(candidate, error)) from None  # fmt: skip
-    except Late as late:
-        line = innermost(candidate, late)
-        raise Told(name, _late(candidate), line) from None
     except RecursionError as error:
         words = "calls itself until Python's limit"
         raise Told(name, words, innermost(candidate, error)) from None
@@ -391,6 +499,93 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
     if printed.getvalue() and name not in candidate.said:
         candidate.said[name] = printed.getvalue().strip().partition("\n")[0]
     return found
+
+
+@contextmanager
+def contained(candidate: Candidate, name: str) -> Iterator[None]:
+    """Within this context, a candidate neither ends the process nor takes longer than its limit.
+
+    What it prints to standard error does not command the terminal. Exit status 0 would say that
+    all is right.
+
+    Raises Told for what is no Exception.
+    """
+    here = os.getpid()
+
+    def exit_of_a_child(status: int) -> None:
+        if os.getpid() == here:
+            raise SystemExit(status)
+        exit_now(status)
+
+    errors = Plain(sys.stderr or io.StringIO())
+    try:
+        with (
+            limited(candidate, name),
+            patch.object(os, "_exit", exit_of_a_child),
+            redirect_stderr(errors),
+        ):
+            yield
+    except (Exception, KeyboardInterrupt, Told):
+        raise
+    except BaseException as error:
+        words = f"raises {_words(error)}"
+        if isinstance(error, SystemExit):
+            words = "ends the program; leave exit() out"
+        elif isinstance(error, Late):
+            words = _late(candidate)
+        raise Told(name, words, innermost(candidate, error)) from None
+    finally:
+        if os.getpid() != here:  # of a process that the candidate began, and left to the caller
+            exit_now(0)
+
+
+@contextmanager
+def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
+    """Raises Told at the end if the first call of a function had its answer from ours."""
+    if candidate.calls[name] > 1 or name == "Value" or sys.getprofile():
+        yield
+        return
+    answer: list[tuple[str, str]] = []  # what was called, and the candidate's line
+
+    def heard(frame: Any, event: str, _: Any) -> None:
+        home = str(frame.f_globals.get("__name__", ""))
+        if event != "call" or home.partition(".")[0] not in ("scalar", "vectorized", "crosscheck"):
+            return
+        line = _own_line(candidate, frame)
+        if home.startswith("crosscheck") and not line:
+            return  # what calls the candidate, and not what the candidate calls
+        if _is_answer(candidate, name, home, frame.f_code):
+            answer.append((f"{home}.{frame.f_code.co_name}", line))
+        elif candidate.whole and home in TEXTS["vectorized"] and frame.f_code.co_name[0] != "<":
+            candidate.borrowed.setdefault(frame.f_code.co_name, home)
+
+    sys.setprofile(heard)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    if answer:
+        called, line = answer[0]
+        raise Told(name, f"has its answer from {called}; it is to compute that itself", line)
+
+
+def _is_answer(candidate: Candidate, name: str, home: str, code: Any) -> bool:
+    """Whether a function of ours gives what a candidate's function of that name should find."""
+    package = home.partition(".")[0]
+    if home == __name__:  # the guards of the candidate's own functions
+        return False
+    if package != candidate.side:
+        return True
+    if candidate.whole:
+        return home not in TEXTS[package] or code.co_name in ("loss_backward", "gpt_backward")
+    return code is getattr(text_functions(package).get(name), "__code__", None)
+
+
+def _own_line(candidate: Candidate, frame: Any) -> str:
+    """The candidate's line that led to a frame."""
+    while frame and not candidate.own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return _line(frame.f_code.co_filename, frame.f_lineno) if frame else ""
 
 
 def _late(candidate: Candidate) -> str:
@@ -407,13 +602,11 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
             return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
-            frame = sys._current_frames().get(caller)
-            while frame and not candidate.own(frame.f_code.co_filename):
-                frame = frame.f_back
-            line = _line(frame.f_code.co_filename, frame.f_lineno) if frame else ""
+            line = _own_line(candidate, sys._current_frames().get(caller))
             words = f"{name} {_late(candidate)}\n  your line   {line}"
-            print(words, file=sys.__stdout__, flush=True)
-            os._exit(1)
+            with suppress(Exception):  # of an output that is closed, full or read by no program
+                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+            exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -438,7 +631,9 @@ def _line(filename: str, number: int) -> str:
 
 
 def _words(error: BaseException) -> str:
-    first = printable(str(error).strip().partition("\n")[0])
+    first = ""
+    with suppress(Exception):  # an error of the candidate's own may not know its words
+        first = printable(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
@@ -454,7 +649,7 @@ def as_our_array(x: Any) -> Any:
         x = x.detach().cpu().numpy()
     try:
         array = np.asarray(x)
-    except Exception:
+    except (Exception, SystemExit):  # what is no list converts itself, and may do anything
         raise ValueError("ragged lists") from None
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{type(x).__name__} {shortened(x)}" if x is not None else "None")
@@ -463,28 +658,37 @@ def as_our_array(x: Any) -> Any:
 
 def _results(candidate: Candidate, name: str, found: Any, results: Sequence[str]) -> Any:
     """What a function gave back, as the arrays that the text expects."""
-    line = candidate.statement(name, lambda node: isinstance(node, ast.Return))
+
+    def refusal(words: str) -> Told:
+        return Told(name, words, candidate.statement(name, lambda x: isinstance(x, ast.Return)))
+
     if not results:
         if found is not None:
-            words = f"returns {shortened(found)}; it has nothing to return"
-            raise Told(name, words, line)
+            raise refusal(
+                f"returns {_kind(found)}; it is to write into its arguments, and return nothing"
+            )
         return None
     many: Sequence[Any] = found if len(results) > 1 else [found]
     if len(results) > 1 and (not isinstance(found, (tuple, list)) or len(found) != len(results)):
-        kind = f"{len(found)} of them" if isinstance(found, tuple) else type(found).__name__
-        raise Told(name, f"returns {kind}; expected the tuple {', '.join(results)}", line)
+        raise refusal(f"returns {_kind(found)}; expected the tuple {', '.join(results)}")
     if len(results) == 1 and isinstance(found, tuple):
-        raise Told(name, f"returns a tuple of {len(found)}; expected {results[0]} alone", line)
+        raise refusal(f"returns {_kind(found)}; expected {results[0]} alone")
     arrays = []
     for label, x in zip(results, many):
         try:
             arrays.append(as_our_array(x))
         except ValueError as error:
-            words = f"returns {error}; expected {label}, an array of numbers"
-            raise Told(name, words, line) from None
+            raise refusal(f"returns {error}; expected {label}, an array of numbers") from None
     if name == "clip":
         return float(arrays[0])
     return tuple(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _kind(x: Any) -> str:
+    """What kind of thing something is, in words."""
+    if isinstance(x, tuple):
+        return f"a tuple of {len(x)}"
+    return f"an array {x.shape}" if isinstance(x, np.ndarray) else f"{type(x).__name__}"
 
 
 def _as_arrays(tree: Tree) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from crosscheck.cases import Case
 from crosscheck.diagnose import OF_ANOTHER
+from crosscheck.report import with_diagnosis
 from crosscheck.sides import REFUSED
 from crosscheck.trace import PHASES, split_key
 from microgpt.config import Config
@@ -17,7 +18,10 @@ from microgpt.settings import config_from
 from microgpt.taps import taps
 
 LAYER = re.compile(r"layer\d+\.")
+OR = ", or "  # between two readings of the same numbers
+ASIDE = re.compile(r" \(here also [^)]*\)|\d+(\.\d+)?(e-?\d+)?")  # what differs from case to case
 VALUE = "Value alone"  # what fails there shows in everything that scalar computes
+CONFIRMING = 3  # cases that are waited for before a report is printed
 STEPS = ("first steps", "steps one by one", "running freely")  # in float64, in one batch
 
 
@@ -59,9 +63,51 @@ class Cause:
     others: list[Finding] = field(default_factory=list)
 
     @property
+    def diagnosis(self) -> str:
+        """What it looks like, in all cases in which the same kind of tensor is the first to differ.
+
+        A small case allows several readings. Those that most of the other cases do not have are
+        left out; "" where none is left.
+        """
+        own = self.first.diagnosis
+        alike = [one for one in self.others if one.about in STEPS and one.case != self.first.case]
+        told = [
+            {_bare(words) for words in one.diagnosis.split(OR)}
+            for one in {one.case: one for one in alike if _kind(one.key) == _kind(self.first.key)
+                        and one.diagnosis}.values()
+        ]  # fmt: skip
+        if not own or not told:
+            return own
+        votes = {words: sum(_bare(words) in one for one in told) for words in own.split(OR)}
+        if not any(votes.values()):
+            return own if len(told) == 1 or _is_place(own) else ""
+        most = max(votes.values())
+        return OR.join(words for words, count in votes.items() if count == most)
+
+    @property
+    def report(self) -> str:
+        """The report of the first finding, with what is left of its readings."""
+        return with_diagnosis(self.first.report, self.first.diagnosis, self.diagnosis)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether enough other cases show the same for the reading to be told."""
+        return len({one.case for one in self.others} - {self.first.case}) >= CONFIRMING
+
+    @property
     def all(self) -> list[Finding]:
         """All of them."""
         return [self.first, *self.others]
+
+
+def _bare(words: str) -> str:
+    """A reading without layers and numbers, which differ from case to case."""
+    return ASIDE.sub("", LAYER.sub("", words)).partition(", in ")[0]
+
+
+def _is_place(words: str) -> bool:
+    """Whether words say only where numbers are wrong, which is true of its own case."""
+    return words.startswith("wrong ")
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:

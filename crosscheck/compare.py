@@ -14,6 +14,8 @@ from crosscheck.cases import Case
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import Expression, expression, shown
 from crosscheck.lines import function_of, lines_of
+from crosscheck.read_again import drawn_again
+from crosscheck.recorded import leaves_text
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
@@ -95,6 +97,16 @@ class Outcome:
     # first tensor that exceeds it
     shares: dict[int, dict[str, float]] = field(default_factory=dict)
     wrong: Array | None = field(default=None, repr=False)
+
+    def note(self, step: int, key: str, share: float) -> None:
+        """Keep the share of a tensor, if it is the largest of its step."""
+        shares = self.shares.setdefault(step, {})
+        shares[key] = max(shares.get(key, 0.0), share)
+
+    def worst(self) -> dict[str, float]:
+        """The largest share of each tensor, over all steps."""
+        keys = dict.fromkeys(key for shares in self.shares.values() for key in shares)
+        return {key: max(one.get(key, 0.0) for one in self.shares.values()) for key in keys}
 
 
 def compare(
@@ -265,11 +277,14 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
+    recorded = split_key(first.key)[0] in ("eval", "unwatched") and "vectorized" in names
+    if recorded and (words := leaves_text(case, first.step, theirs)):
+        first = replace(first, diagnosis=words)
     if first.shape is not None and split_key(first.key)[0] not in COUNTED:
         words = _where(case, first, ours, theirs, standard)
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.shape is not None and split_key(first.key)[0] in COUNTED:
-        words, texts = parted(case, first.key, ours, theirs, names)
+        words, texts = parted(case, first.step, first.key, ours, theirs, names)
         first = replace(first, diagnosis=first.diagnosis or words, texts=texts)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
@@ -304,6 +319,11 @@ def _follows(
     case: Case, found: Disagreement, step: Step, standard: Standard
 ) -> tuple[float, bool] | None:
     """What an element's own operands come to, and whether it is that; None if there are none."""
+    if split_key(found.key)[0] == "sample":
+        with suppress(KeyError, IndexError, ArithmeticError, ValueError):
+            again = drawn_again(case, found.key, found.step, step)
+            return 0.0, np.array_equal(again, step[found.key])
+        return None
     try:
         behind = behind_element(case, found.step, found.key, found.index, step)
     except (KeyError, IndexError, ArithmeticError, ValueError, TypeError):

@@ -20,16 +20,15 @@ from crosscheck.cases import Case, case_names, draw_params, load_case, with_para
 from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.lessons import Lessons
-from crosscheck.processes import cores, in_processes
+from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.whereabouts import described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs.files import check_target, write_whole
 
-STEPS = 5
 SHOWN = 2  # causes of which the full report is printed without -v
 # tests by stage: what is cheap and tells most comes first
 FIRST = ("test_first_step",)
@@ -44,7 +43,7 @@ class Choice:
     reference: str
     candidate: str
     dtype: str
-    steps: int
+    steps: int | None  # of every case; None: each of its batches once, then the first again
     seed: int | None
     save_case: Path | None
 
@@ -52,6 +51,10 @@ class Choice:
         """A case, with its own parameters, or those of the chosen seed."""
         case = _loaded(name)
         return case if self.seed is None else with_params(case, draw_params(case, self.seed))
+
+    def steps_of(self, case: Case) -> int:
+        """How many steps of a case are run."""
+        return self.steps or len(case.batches) + 1
 
     def coarse(self, case: Case) -> Standard:
         """What the candidate is held to, without the noise of each tensor."""
@@ -95,7 +98,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dtype", default="float64", help="precision of what is checked: float64, float32"
     )
     group.addoption("--case", action="append", help="only this case, by its name or YAML file")
-    group.addoption("--steps", type=int, default=STEPS, help=f"steps of every case ({STEPS})")
+    group.addoption(
+        "--steps",
+        type=int,
+        help="steps of every case (each of its batches once, then the first again)",
+    )
     group.addoption("--seed", type=int, help="draw other parameters, and other random models")
     group.addoption("--save-case", type=Path, help="where to put the smallest random model that"
                     " disagrees, as a case (FILE.yaml)")  # fmt: skip
@@ -114,8 +121,8 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
     reference, candidate, dtype = option("--reference"), option("--backend"), option("--dtype")
     for name in (reference, candidate):
-        if name not in NAMES:
-            raise pytest.UsageError(f"unknown backend {name!r}; expected {' or '.join(NAMES)}")
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"unknown backend {name!r}; expected {' or '.join(BACKENDS)}")
     if dtype not in ("float64", "float32"):
         raise pytest.UsageError(f"unknown dtype {dtype!r}; expected float64 or float32")
     if candidate == "scalar" and dtype == "float32":
@@ -133,10 +140,12 @@ def pytest_configure(config: pytest.Config) -> None:
                 f"--html: the library {error.name} is not there; install what pages need with:"
                 " python -m pip install jinja2 pygments"
             ) from None
-    if option("--steps") < 1:
+    if option("--steps") is not None and option("--steps") < 1:
         raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
     if option("--processes") is not None and option("--processes") < 1:
         raise pytest.UsageError(f"--processes {option('--processes')}: expected 1 or more")
+    if (option("--processes") or 1) > 1 and not can_fork():
+        raise pytest.UsageError("--processes: this system copies no process; leave it out")
     for name in option("--case") or []:
         try:
             load_case(name)
@@ -158,7 +167,7 @@ def _check_targets(option: Any) -> None:
         if path is None:
             continue
         if name == "--save-case" and path.suffix != ".yaml":
-            raise pytest.UsageError(f"--save-case {path}: expected a name in .yaml")
+            raise pytest.UsageError(printable(f"--save-case {path}: expected a name in .yaml"))
         try:
             check_target(path, name)
             if name == "--save-case":
@@ -169,7 +178,7 @@ def _check_targets(option: Any) -> None:
 
 def _import_sides() -> None:
     """Refuse a side that cannot be imported, in a few lines."""
-    for name in NAMES:
+    for name in BACKENDS:
         try:
             import_module(f"{name}.backend")
         except Exception as error:
@@ -267,13 +276,13 @@ def standard(choice: Choice, case: Case, lessons: Lessons) -> Standard:
     """What the candidate is held to in this case."""
     if choice.dtype == "float32" or lessons.failed.exists():
         return choice.coarse(case)
-    return float64(lessons.noise)
+    return float64(lessons.noise, case.config)
 
 
 @cache
 def _lessons(choice: Choice, case_name: str, folder: Path) -> Lessons:
     case = choice.case(case_name)
-    return Lessons(case, choice.reference, choice.steps, folder, case.name)
+    return Lessons(case, choice.reference, choice.steps_of(case), folder, case.name)
 
 
 @pytest.fixture
@@ -448,7 +457,11 @@ class Session:
         name = min(wrong, key=lambda name: self.order[name])
         if any(self.order[one] < self.order[name] for one in self.undone):
             return
-        self.announced = self.findings[name][0].report
+        cause = causes(self.in_order)[0]
+        if not cause.confirmed and any(one.partition("::")[2].startswith(FIRST)
+                                       for one in self.undone):  # fmt: skip
+            return
+        self.announced = cause.report
         self.terminal.ensure_newline()
         self.terminal.write_line("")
         self.terminal.write_line(self.announced)
@@ -499,11 +512,11 @@ class Session:
                 f"cause {number + 1} of {of}: {at}: {first.headline} (-v shows the report)"
             )
         lines = [""]
-        if first.report == self.announced:
+        if cause.report == self.announced:
             title = "one cause" if of == 1 else f"cause 1 of {of}"
             lines += wrapped(f"{title}, reported above: {at}: {first.headline}")
         else:
-            lines += [f"cause {number + 1} of {of}:"] * (of > 1) + first.report.splitlines()
+            lines += [f"cause {number + 1} of {of}:"] * (of > 1) + cause.report.splitlines()
         for line in self._consequences(cause):
             lines += wrapped(line, "  ", "  ")
         return lines
@@ -539,6 +552,7 @@ class Session:
                 "causes": [
                     {
                         **cause.first.fields,
+                        "diagnosis": cause.diagnosis,
                         "about": cause.first.about,
                         "shared": self._consequences(cause)[0],
                         "also_fails": [{"about": one.about, **one.fields} for one in cause.others],

@@ -9,7 +9,7 @@ reproduces is described by where it is wrong, or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -17,10 +17,11 @@ from math import e, log, sqrt
 
 import numpy as np
 
+from crosscheck.adam_forms import of_adam
 from crosscheck.cases import Case
 from crosscheck.explain import clipping
 from crosscheck.operations import Around, Call, calls
-from crosscheck.read_again import other_readings
+from crosscheck.read_again import other_draws, other_readings
 from crosscheck.trace import DERIVED, PHASES, Array, Step, axes, real, split_key
 from crosscheck.variants import (
     OTHER_FORMS,
@@ -48,6 +49,7 @@ class Pair:
     key: str
     step: Step  # of the sound side
     before: Step | None  # the step before it
+    faulty: Step  # the step of the other side
     ours: Array
     theirs: Array
     there: Array  # which elements there are
@@ -147,11 +149,17 @@ def diagnose(
         return "transposed" if ours.shape == theirs.shape[::-1] else ""
     if theirs.dtype == "float32" and promised == "float64" and ours.dtype == "float64":
         return "float32 where float64 was promised"
-    if split_key(key)[0] in ("batch", "sample"):
+    if split_key(key)[0] == "batch":
         return ""
+    if split_key(key)[0] == "sample":
+        drawn = other_draws(case, key, number, reference)
+        same = [words for words, guess in drawn if np.array_equal(guess, theirs)]
+        return ", or ".join(same[:2])
     there = real(key, ours.shape, reference["batch/tokens"])
     theirs = theirs.astype("float64")
-    pair = Pair(case, number, key, reference, before, ours, theirs, there, NOISE[promised])
+    pair = Pair(
+        case, number, key, reference, before, candidate, ours, theirs, there, NOISE[promised]
+    )
     shared = case.config.cores > 1 and pair.phase in ON_RANKS
     with np.errstate(all="ignore"):
         if shared and np.isnan(theirs[there]).any():  # see crosscheck.ranks.Together
@@ -390,10 +398,27 @@ def moved_about(pair: Pair) -> Iterator[Guess]:
         yield from rearranged(a, own, ours, axes(pair.key))
     if pair.phase == "backward" and ours.ndim:
         yield f"{pair.name} in place of its derivative", pair.step[f"forward/{pair.name}"]
+    for words in other_layer(pair):
+        yield words, pair.theirs
     for key, tensor in pair.step.items():
         if tensor.shape == ours.shape and key != pair.key and ours.size > 1:
             phase, name = split_key(key)
             yield f"{OF_ANOTHER} {name} ({PHASES[phase]})", tensor
+
+
+def other_layer(pair: Pair) -> Iterator[str]:
+    """Whether the faulty side has the right numbers of this layer in another one."""
+    layer, dot, last = split_key(pair.key)[1].rpartition(".")
+    prefix = pair.key.split("/")[0] + "/" + layer.rstrip("0123456789")
+    for i in range(pair.case.config.n_layer if dot else 0):
+        key = f"{prefix}{i}.{last}"
+        other = pair.faulty.get(key) if key != pair.key else None
+        if other is not None and other.shape == pair.ours.shape:
+            apart = np.abs(np.asarray(other, "float64") - pair.ours)[pair.there]
+            if apart.size > 1 and apart.max() <= 1e3 * pair.noise * pair.size:
+                yield (
+                    f"the layers run in another order: what belongs here is in {split_key(key)[1]}"
+                )
 
 
 def _order(pair: Pair) -> str:
@@ -628,7 +653,7 @@ def factors(pair: Pair) -> Mapping[str, float]:
     if H > 1:
         named |= {"sqrt(D)/sqrt(C)": sqrt(D / C)}
     b1, b2, n = config.beta1, config.beta2, pair.number
-    if pair.phase in (*RULES, "params"):
+    if pair.phase in ("adam_m", "adam_v", "update", "params"):
         lr = learning_rate(n - 1, config)
         named |= {
             "beta1": b1, "beta2": b2, "1 - beta1": 1 - b1, "1 - beta2": 1 - b2,
@@ -648,236 +673,15 @@ def factors(pair: Pair) -> Mapping[str, float]:
     return {name: value for name, value in named.items() if abs(value - 1) > 1e-9}
 
 
-# --- Adam ----------------------------------------------------------------------------------------
-
-
-def of_m(pair: Pair) -> Iterator[Guess]:
-    """The running mean of the gradient by another rule."""
-    config, name, n = pair.case.config, pair.name, pair.number
-    b1, b2, limit = config.beta1, config.beta2, config.grad_clip
-    m, raw = pair.step[f"entry_m/{name}"], pair.step[f"gradient/d{name}"]
-    p, v = pair.step[f"entry/{name}"], pair.step[f"entry_v/{name}"]
-    factor = clipping(config, pair.step)
-    g = factor * raw
-    own = min(1.0, limit / max(float(np.sqrt((raw * raw).sum())), 1e-300)) if limit else 1.0
-    for words, other in {
-        "the gradient is not clipped": raw,
-        "every tensor is clipped by its own length": own * raw,
-        "clipped number by number": np.clip(raw, -limit, limit),
-        "the gradient is clipped twice": factor * g,
-        "scaled up to grad_clip, though it is shorter: the min with 1 is missing": (
-            limit / max(_length(pair), 1e-300) * raw
-        ),
-        "divided by its length, whatever grad_clip is": raw / max(_length(pair), 1e-300),
-        "clipped by the largest element, not by the length": (
-            min(1.0, limit / max(_largest(pair), 1e-300)) * raw if limit else raw
-        ),
-        "clipped by the sum of sizes, not by the length": (
-            min(1.0, limit / max(_sum_of_sizes(pair), 1e-300)) * raw if limit else raw
-        ),
-        "clipped by the square of the length: the root is missing": (
-            min(1.0, limit / max(_length(pair) ** 2, 1e-300)) * raw if limit else raw
-        ),
-        "the weight decay is added to the gradient": g + config.weight_decay * p,
-        "the sign of the gradient alone": np.sign(g),
-        "the gradient's square in place of the gradient": g * g,
-    }.items():
-        yield words, b1 * m + (1 - b1) * other
-    if pair.before and f"gradient/d{name}" in pair.before:
-        earlier = clipping(config, pair.before) * pair.before[f"gradient/d{name}"]
-        yield "the gradient of the step before", b1 * m + (1 - b1) * earlier
-        if f"adam_m/{name}" in pair.before:
-            yield "m does not change", m
-    yield "the gradient enters m without the factor 1 - beta1", b1 * m + g
-    yield "beta1 and 1 - beta1 exchanged", (1 - b1) * m + b1 * g
-    yield "m does not remember: beta1 m is missing", (1 - b1) * g
-    yield "beta1 m without its beta1", m + (1 - b1) * g
-    yield "m is the gradient itself", g
-    yield "beta2 in place of beta1", b2 * m + (1 - b2) * g
-    yield "beta2 in place of beta1 before m", b2 * m + (1 - b1) * g
-    yield "1 - beta2 in place of 1 - beta1", b1 * m + (1 - b2) * g
-    yield "1 + beta1 in place of 1 - beta1", b1 * m + (1 + b1) * g
-    yield "a sign: beta1 m - (1 - beta1) g", b1 * m - (1 - b1) * g
-    yield "the sum of all gradients", m + g
-    yield "corrected for its bias in place: m_hat is kept", (b1 * m + (1 - b1) * g) / (1 - b1**n)
-    yield "v in place of m", b1 * v + (1 - b1) * g
-
-
-def _length(pair: Pair) -> float:
-    keys = [key for key in pair.step if key.startswith("gradient/")]
-    return sqrt(sum(float((pair.step[key] ** 2).sum()) for key in keys))
-
-
-def _largest(pair: Pair) -> float:
-    keys = [key for key in pair.step if key.startswith("gradient/")]
-    return max(float(np.abs(pair.step[key]).max()) for key in keys)
-
-
-def _sum_of_sizes(pair: Pair) -> float:
-    keys = [key for key in pair.step if key.startswith("gradient/")]
-    return sum(float(np.abs(pair.step[key]).sum()) for key in keys)
-
-
-def of_v(pair: Pair) -> Iterator[Guess]:
-    """The running mean of the gradient's square by another rule."""
-    config, name, n = pair.case.config, pair.name, pair.number
-    b1, b2 = config.beta1, config.beta2
-    v, m = pair.step[f"entry_v/{name}"], pair.step[f"adam_m/{name}"]
-    m0 = pair.step[f"entry_m/{name}"]
-    raw = pair.step[f"gradient/d{name}"]
-    factor = clipping(config, pair.step)
-    g, kept = factor * raw, b2 * v
-    m_hat = m / (1 - b1**n)
-    for words, other in {
-        "the gradient is not clipped": raw * raw,
-        "the clip factor is not squared": factor * raw * raw,
-        "the clip factor enters to the fourth power": factor**4 * raw * raw,
-        "the gradient enters v without its square": g,
-        "the gradient enters v by its size, not its square": np.abs(g),
-        "the gradient's cube in place of its square": g**3,
-        "the mean gradient is squared in place of the gradient": m * m,
-        "the corrected mean gradient is squared in place of the gradient": m_hat**2,
-        "the gradient times its mean in place of its square": g * m,
-        "the gradient's distance from its mean is squared": (g - m) ** 2,
-        "the mean of the tensor's squares in place of each number's own": (
-            0 * g + float((g * g).mean())
-        ),
-    }.items():
-        yield words, kept + (1 - b2) * other
-    yield "the gradient enters v without the factor 1 - beta2", kept + g * g
-    yield "beta2 and 1 - beta2 exchanged", (1 - b2) * v + b2 * g * g
-    yield "v does not remember: beta2 v is missing", (1 - b2) * g * g
-    yield "beta2 v without its beta2", v + (1 - b2) * g * g
-    yield "v is the gradient's square itself", g * g
-    yield "the sum of all squares, as in Adagrad", v + g * g
-    yield "the largest square so far", np.maximum(kept, (1 - b2) * g * g)
-    yield "beta1 in place of beta2", b1 * v + (1 - b1) * g * g
-    yield "beta1 in place of beta2 before v", b1 * v + (1 - b2) * g * g
-    yield "1 - beta1 in place of 1 - beta2", kept + (1 - b1) * g * g
-    yield "1 + beta2 in place of 1 - beta2", kept + (1 + b2) * g * g
-    yield "1 - beta2 is squared with the gradient", kept + ((1 - b2) * g) ** 2
-    yield "a sign: beta2 v - (1 - beta2) g^2", kept - (1 - b2) * g * g
-    yield "m in place of v", b2 * m0 + (1 - b2) * g * g
-    yield "corrected for its bias in place: v_hat is kept", (kept + (1 - b2) * g * g) / (1 - b2**n)
-    yield "v never falls, as in AMSGrad", np.maximum(v, kept + (1 - b2) * g * g)
-
-
-def of_update(pair: Pair) -> Iterator[Guess]:
-    """The update by another rule."""
-    config, n, name = pair.case.config, pair.number, pair.name
-    b1, b2, eps, wd = config.beta1, config.beta2, config.adam_eps, config.weight_decay
-    lr = learning_rate(n - 1, config)
-    m, v, p = (pair.step[f"{phase}/{name}"] for phase in ("adam_m", "adam_v", "entry"))
-    m0, v0 = (pair.step[f"{phase}/{name}"] for phase in ("entry_m", "entry_v"))
-    g = clipping(config, pair.step) * pair.step[f"gradient/d{name}"]
-
-    def rule(
-        t1: float | None = n, t2: float | None = n, lr: float = lr, m: Array = m, v: Array = v
-    ) -> Array:
-        corrected_m = m / (1 - b1**t1) if t1 else m
-        corrected_v = v / (1 - b2**t2) if t2 else v
-        return -lr * corrected_m / (np.sqrt(corrected_v) + eps)
-
-    m_hat, v_hat, right = m / (1 - b1**n), v / (1 - b2**n), rule()
-    decay = -lr * wd * p
-    if wd:  # without weight decay these are the rule itself, which explains nothing
-        yield "the weight decay is missing", right
-        yield "the weight decay is not multiplied by the learning rate", right - wd * p
-        yield "the sign of the weight decay", right - decay
-        yield "the weight decay is applied twice", right + 2 * decay
-        yield "the weight decay is applied after the update", right - lr * wd * (p + right)
-        yield (
-            "the weight decay is divided by the root of v too",
-            (-lr * (m_hat + wd * p) / (np.sqrt(v_hat) + eps)),
-        )
-        yield (
-            "the weight decay goes by the rate before the schedule",
-            (right - config.learning_rate * wd * p),
-        )
-        yield (
-            "the weight itself is multiplied by the decay's factor's square",
-            (right + p * ((1 - lr * wd) ** 2 - 1)),
-        )
-    guesses: dict[str, Array] = {
-        "bias correction is absent": rule(None, None),
-        "bias correction of m is absent": rule(None, n),
-        "bias correction of v is absent": rule(n, None),
-        "bias correction off by one step: t + 1 in place of t": rule(n + 1, n + 1),
-        "bias correction of m off by one step: t + 1 in place of t": rule(n + 1, n),
-        "bias correction of v off by one step: t + 1 in place of t": rule(n, n + 1),
-        "bias corrections exchanged": (-lr * (m / (1 - b2**n)) / (np.sqrt(v / (1 - b1**n)) + eps)),
-        "the bias correction of v uses beta1": -lr * m_hat / (np.sqrt(v / (1 - b1**n)) + eps),
-        "the bias correction of m uses beta2": -lr * (m / (1 - b2**n)) / (np.sqrt(v_hat) + eps),
-        "multiplied by the bias corrections, not divided": (
-            -lr * m * (1 - b1**n) / (np.sqrt(v * (1 - b2**n)) + eps)
-        ),
-        "m is multiplied by its correction, not divided": (
-            -lr * m * (1 - b1**n) / (np.sqrt(v_hat) + eps)
-        ),
-        "v is multiplied by its correction, not divided": (
-            -lr * m_hat / (np.sqrt(v * (1 - b2**n)) + eps)
-        ),
-        "the correction is 1 - beta * t, not 1 - beta^t": (
-            -lr * (m / (1 - b1 * n)) / (np.sqrt(v / (1 - b2 * n)) + eps)
-        ),
-        "the correction of v comes after the root": (
-            -lr * m_hat / (np.sqrt(v) / (1 - b2**n) + eps)
-        ),
-        "eps in the wrong place: under the root": -lr * m_hat / np.sqrt(v_hat + eps),
-        "eps is missing": -lr * m_hat / np.sqrt(v_hat),
-        "eps is not corrected along with v": (-lr * m_hat * sqrt(1 - b2**n) / (np.sqrt(v) + eps)),
-        "the root of v is missing": -lr * m_hat / (v_hat + eps),
-        "multiplied by the root of v, not divided": -lr * m_hat * (np.sqrt(v_hat) + eps),
-        "not divided by the root of v: momentum alone": -lr * m_hat,
-        "the sign: the update goes uphill": -right,
-        "the gradient in place of its mean": -lr * g / (np.sqrt(v_hat) + eps),
-        "the mean of before this step": rule(m=m0),
-        "the mean square of before this step": rule(v=v0),
-        "both means of before this step": rule(m=m0, v=v0),
-        "plain gradient descent": -lr * g,
-        "the learning rate is missing": rule(lr=1.0),
-        "the learning rate is not decayed": rule(lr=config.learning_rate),
-        "the learning rate is squared": rule(lr=lr * lr),
-        "the learning rate is a step ahead": rule(lr=learning_rate(n, config)),
-        "Nesterov's step: beta1 m_hat + (1 - beta1) g": (
-            -lr * (b1 * m_hat + (1 - b1) * g / (1 - b1**n)) / (np.sqrt(v_hat) + eps)
-        ),
-        "not at all: the parameters do not move": np.zeros_like(m),
-    }
-    if n > 1:
-        guesses |= {
-            "bias correction off by one step: t - 1 in place of t": rule(n - 1, n - 1),
-            "bias correction of m off by one step: t - 1 in place of t": rule(n - 1, n),
-            "bias correction of v off by one step: t - 1 in place of t": rule(n, n - 1),
-            "the learning rate is a step behind": rule(lr=learning_rate(n - 2, config)),
-            "always corrected as at the first step": rule(1, 1),
-            "corrections and learning rate are those of the first step": (
-                rule(1, 1, lr=learning_rate(0, config))
-            ),
-        }
-    for other in (1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12):
-        if other != eps:
-            guesses[f"eps is {other:g}, not {eps:g}"] = -lr * m_hat / (np.sqrt(v_hat) + other)
-    for words, update in guesses.items():
-        yield words, decay + update
-
-
-RULES: dict[str, Callable[[Pair], Iterator[Guess]]] = {
-    "adam_m": of_m,
-    "adam_v": of_v,
-    "update": of_update,
-}
-
-
-def rules(pair: Pair) -> Iterator[Guess]:
+def adam(pair: Pair) -> Iterator[Guess]:
     """Adam by another rule."""
-    if pair.phase in RULES:
-        yield from RULES[pair.phase](pair)
+    known = pair.number, pair.case.config, pair.step, pair.before
+    yield from of_adam(pair.phase, pair.name, *known)
 
 
 # the kinds of readings, those with the fewest changes first
 KINDS = [
-    rules,
+    adam,
     formulas,
     changed_parts,
     repeated_tokens,

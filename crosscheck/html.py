@@ -1,7 +1,7 @@
 """The map of a crosscheck: how close each tensor of each step came to what is allowed.
 
-Columns are steps, case by case; rows are tensors in the order of computation. What a comparison
-leaves for the map is plain, so that it can come from another process.
+Columns are steps, case by case; rows are tensors in the order of computation. The part of the map
+that a comparison makes is numbers and texts alone, so that one process can send it to another.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PALETTE = np.array(
     ],
     np.uint8,
 )
-REDS = 12  # shades by which elements are told apart that are off
+REDS = 12  # shades of elements that are beyond what is allowed
 FARTHEST = 1e15  # times what is allowed; what is not finite counts as this
 ERRORS = np.array(
     [
@@ -48,13 +48,19 @@ ERRORS = np.array(
     ],
     np.uint8,
 )
-MATRICES = 24  # of the tensor that differs first
-PIXELS = 128  # across each of them
+COLUMNS = {  # what a column stands for, by kind of comparison; a step in all others
+    "random models": "a random model, with the worst of its steps",
+    "a thousand steps": "the worst of 50 steps of the long run; parameters, after every fifth",
+    "the witness": "an implementation, scalar before vectorized, beside derivatives that no"
+    " backward pass has computed",
+}
+MATRICES = 24  # that are drawn of the tensor that differs first
+PIXELS = 128  # across each of these matrices
 
 
 @dataclass
 class Part:
-    """What one comparison leaves for the map."""
+    """The part of the map that one comparison makes."""
 
     about: str  # the kind of comparison, in words
     case: str
@@ -88,6 +94,7 @@ class Sheet:
     """A kind of comparison."""
 
     about: str
+    column: str  # what one stands for
     bands: list[Band]
     columns: list[Column]
 
@@ -106,7 +113,7 @@ class Difference:
 
 
 def part(outcome: Outcome, about: str) -> Part:
-    """What an outcome leaves for the map."""
+    """The part of the map that an outcome makes."""
     steps = {str(step): shares for step, shares in outcome.shares.items()}
     if not outcome.found:
         return Part(about, outcome.case, steps, [])
@@ -115,7 +122,7 @@ def part(outcome: Outcome, about: str) -> Part:
 
 
 def matrices(outcome: Outcome) -> list[dict[str, Any]]:
-    """The tensor that differs first, as pictures of how far each element is off."""
+    """Pictures of the tensor that differs first: how far each element is off."""
     shares, key = outcome.wrong, outcome.found[0].key
     if shares is None or not shares.ndim:
         return []
@@ -182,7 +189,7 @@ def of_outcomes(about: str, outcomes: Sequence[Outcome], reference: str, candida
 
 
 def difference(cause: Cause, parts: Iterable[Part]) -> Difference:
-    """A cause with its pictures, which its comparison has left."""
+    """A cause with the pictures of its part of the map."""
     first = cause.first
     at = [first.step, first.key]
     place = first.about, first.case
@@ -215,13 +222,18 @@ def sheet(about: str, parts: Sequence[Part]) -> Sheet:
         if not bands or bands[-1].title != title:
             bands.append(Band(title, []))
         bands[-1].rows.append(name)
-    return Sheet(about, bands, [column(one, place) for one in parts if one.steps])
+    return Sheet(
+        about,
+        COLUMNS.get(about, "a step"),
+        bands,
+        [column(one, place) for one in parts if one.steps],
+    )
 
 
 def rows(parts: Sequence[Part]) -> list[str]:
     """Every tensor once: those of the deepest model, and the rest each after its predecessor.
 
-    What both are given has a row only where it is not the same.
+    A tensor that both sides are given has a row only where the two differ.
     """
     steps = [shares for one in parts for shares in one.steps.values()]
     off = {key for shares in steps for key, share in shares.items() if share}

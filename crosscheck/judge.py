@@ -22,22 +22,24 @@ from unittest.mock import patch
 
 import numpy as np
 
+from crosscheck.alone import alone
 from crosscheck.candidate import (
     DEEPEST,
     RESULTS,
     Candidate,
     Late,
     Told,
+    contained,
     guard,
     innermost,
-    limited,
     watched,
 )
 from crosscheck.cases import Case, load_case
 from crosscheck.check import report_alone, report_told
 from crosscheck.compare import Disagreement, compare
 from crosscheck.exercises import Exercise, attempted, refused
-from crosscheck.functions import alone, drawn_cases, inputs
+from crosscheck.functions import drawn_cases, inputs
+from crosscheck.hints import hints
 from crosscheck.report import render
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Step, drawn, part, stopping, suited, trace_step
@@ -122,9 +124,6 @@ def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -
     try:
         run = compile(text, str(path), "exec")
         watched(learner, path.name, lambda: exec(run, vars(module)))
-    except SystemExit as error:
-        words = "ends the program while it is imported; leave exit() out"
-        raise Told(path.name, words, innermost(learner, error)) from None
     finally:
         del sys.modules[name]
     shipped = import_module(exercise.module)
@@ -174,7 +173,8 @@ def _judged(
                 continue
             wrong = alone(learner, name, _inputs(name, learner.seed))
             if wrong:
-                return Verdict(WRONG, (), name, tuple(report_alone(learner, wrong, hint)))
+                lines = report_alone(wrong, hints(learner, wrong, hint))
+                return Verdict(WRONG, (), name, tuple(lines))
     if exercise.module == "scalar.value" and not exercise.defect:
         verdict = _operations(exercise, learner, written, hint)
         if verdict:
@@ -270,7 +270,7 @@ def _operations(
         if one.function not in written:
             continue
         wanted = _values(shipped, one)
-        with _placed(exercise, learner), limited(learner, one.function):
+        with _placed(exercise, learner), contained(learner, one.function):
             try:
                 found = _values({**vars(import_module("scalar.value"))}, one)
             except Late as late:
@@ -372,7 +372,7 @@ def _in_model(exercise: Exercise, learner: Candidate, only: str = "") -> Disagre
         if only not in ("", case.name):
             continue
         lessons = _lessons(case, _draws(exercise, case))
-        with _placed(exercise, learner), limited(learner, exercise.name):
+        with _placed(exercise, learner), contained(learner, exercise.name):
             theirs, stopped = _theirs(exercise, learner, case, lessons)
         found = _compared(case, lessons, theirs, stopped)
         if found:

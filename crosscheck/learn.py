@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from crosscheck.exercises import (
@@ -27,8 +26,8 @@ from crosscheck.exercises import (
 )
 from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
 from crosscheck.report import wrapped
-from microgpt.errors import MicrogptError, printable
-from microgpt.runs.files import write_whole
+from microgpt.errors import MicrogptError, as_typed, printable
+from microgpt.runs.files import check_target, write_whole
 
 DIRECTORY = Path("exercises")
 PROGRESS = "progress.json"
@@ -64,6 +63,7 @@ def write_exercises(folder: Path) -> list[Path]:
     """The files that were written. What a learner has changed is left as it is."""
     if folder.exists() and not folder.is_dir():
         raise MicrogptError(f"{printable(str(folder))} is a file; name a folder for the exercises")
+    check_target(folder / PROGRESS)
     begun = (folder / PROGRESS).exists()
     others = [path for path in folder.glob("*.py") if not re.match(r"\d+_", path.name)]
     if not begun and others:
@@ -86,10 +86,15 @@ def write_exercises(folder: Path) -> list[Path]:
 
 
 def place(folder: Path, exercise: Exercise) -> Path:
-    """The file of an exercise: the one that is there, whatever its number, or a new one."""
+    """The file of an exercise: the one that is there, whatever its number, or a new one.
+
+    Raises MicrogptError if it is a folder, a device or a pipe.
+    """
     form = re.compile(rf"\d+_{exercise.name}\.py")
     there = sorted(path for path in folder.glob("*.py") if form.fullmatch(path.name))
-    return there[0] if there else folder / filename(exercise)
+    path = there[0] if there else folder / filename(exercise)
+    check_target(path)
+    return path
 
 
 def found_folder(folder: Path | None) -> Path:
@@ -101,7 +106,7 @@ def found_folder(folder: Path | None) -> Path:
     for one in tried:
         if (one / PROGRESS).is_file():
             return one
-    name = quote(printable(str(folder))) if folder else "this folder"
+    name = as_typed(printable(str(folder))) if folder else "this folder"
     again = f"microgpt learn {name}" if folder else "microgpt learn"
     raise MicrogptError(f"there are no exercises in {name}; to write them: {again}")
 
@@ -124,7 +129,7 @@ def read_progress(folder: Path) -> dict[str, Kept]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MicrogptError(
             f"{printable(str(path))} is damaged; delete it and type microgpt learn"
-            f" {quote(printable(str(folder)))}: what you have written stays as it is"
+            f" {as_typed(printable(str(folder)))}: what you have written stays as it is"
         ) from None
     return found
 
@@ -213,7 +218,9 @@ class Check:
     def again(self) -> str:
         """The command that checks once more."""
         here = self.folder in (Path(), DIRECTORY)
-        return "microgpt check" if here else f"microgpt check {quote(printable(str(self.folder)))}"
+        return (
+            "microgpt check" if here else f"microgpt check {as_typed(printable(str(self.folder)))}"
+        )
 
     @property
     def done(self) -> int:

@@ -1,25 +1,52 @@
 """What a wrong function of the text computes instead: a named defect, or a change of one place.
 
-The shipped function with the defect in it is given the same input, and if it gives back the same
-wrong numbers, that is what was found.
+The shipped function with the defect in it, or with a defect in a function that it calls, is given
+the same inputs. If it gives back the same wrong numbers for all of them, that is what was found.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from importlib import import_module
 from inspect import getsource
+from types import CodeType
 from typing import Any
 
 import numpy as np
 
-from crosscheck.candidate import TEXTS, text_functions
+from crosscheck.alone import WHOLE
+from crosscheck.candidate import text_functions
 from crosscheck.defects import load_defects
 from crosscheck.domain import mutations
-from crosscheck.functions import Input, call, copied, outputs
+from crosscheck.functions import Input, call, copied, outputs, text_loss_and_grads
 
 CLOSE = 1e-9
+FIRST = "from __future__ import annotations\n"
+Space = dict[str, Any]
+# what is often written instead: in words, what the text says, what is said instead
+SLIPS = (
+    ("divided by sqrt(C), the width, and not by sqrt(D)", "head_dim**0.5", "n_embd**0.5"),
+    ("divided by D, and not by its root", "head_dim**0.5", "head_dim"),
+    (
+        "heads are cut by reshaping to (B, H, T, D), which mixes positions and heads: reshape to"
+        " (B, T, H, D), then exchange the axes",
+        "x.reshape(*x.shape[:2], config.n_head, config.head_dim)",
+        "x.reshape(len(x), config.n_head, x.shape[1], -1).swapaxes(1, 2)",
+    ),
+    (
+        "heads are merged from (B, H, T, D), which mixes positions and heads: exchange the axes"
+        " H and T first",
+        "x.reshape(*x.shape[:2], -1)",
+        "x.swapaxes(1, 2).reshape(*x.shape[:2], -1)",
+    ),
+    (
+        "over all rows together, and not over each row",
+        "(axis=-1, keepdims=True)",
+        "(keepdims=True)",
+    ),
+)
 
 
 def likeness(name: str, evidence: Sequence[tuple[Input, Mapping[str, Any]]]) -> str:
@@ -27,26 +54,39 @@ def likeness(name: str, evidence: Sequence[tuple[Input, Mapping[str, Any]]]) -> 
 
     evidence    inputs, and what was found for each
     """
-    for words, function in _faulty(name):
-        if all(_gives(function, one, found) for one, found in evidence):
-            return words
+    ordered = sorted(evidence, key=lambda one: sum(np.size(x) for x in one[1].values()))
+    for words, space in _faulty(name):
+        if all(_gives(space, one, found) for one, found in ordered):
+            return words()
     return ""
 
 
-def _gives(function: Any, one: Input, found: Mapping[str, Any]) -> bool:
-    """Whether a function gives these results."""
+def _gives(space: Space, one: Input, found: Mapping[str, Any]) -> bool:
+    """Whether the function in this namespace gives these results."""
     args = copied(one.args)
     try:
-        result = outputs(one.function, call(function, args), args)
+        if one.function == WHOLE:
+            results = [text_loss_and_grads(args, space), _one_by_one(args, space)]
+        else:
+            results = [outputs(one.function, call(space[one.function], args), args)]
     except Exception:  # a defect that this input does not get through
         return False
-    return _same(result, found, one.wanted)
+    return any(_same(result, found, one.wanted) for result in results)
+
+
+def _one_by_one(args: Sequence[Any], space: Space) -> Mapping[str, Any]:
+    """The loss and the gradients as the means of those of each document, without any padding."""
+    params, docs, config = args
+    each = [text_loss_and_grads((params, [doc], config), space) for doc in docs]
+    return {label: sum(one[label] for one in each) / len(docs) for label in each[0]}
 
 
 def _same(result: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether all results are those that were found, and not all of them right."""
     differs = False
     for label, x in found.items():
+        if label not in wanted:  # it was there before the call
+            continue
         ours = np.asarray(result.get(label, np.nan))
         theirs = np.asarray(x)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():
@@ -58,25 +98,75 @@ def _same(result: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[s
     return differs
 
 
-def _faulty(name: str) -> Iterator[tuple[str, Any]]:
-    """The function with a defect in it, after what that is; named defects first."""
-    home = text_functions("vectorized")[name].__module__
-    module = import_module(home)
-    file, source = home.replace(".", "/") + ".py", getsource(module)
+def _faulty(name: str) -> Iterator[tuple[Callable[[], str], Space]]:
+    """The text with a defect in it, after what says which that is; named defects first."""
+    home = "vectorized.model" if name == WHOLE else text_functions("vectorized")[name].__module__
+    called = _called(name, _codes(home))
+    sources = {one: getsource(text_functions("vectorized")[one]) for one in called}
+    for words, old, new in _named(home, sources):
+        yield partial(_told, words, old, new), _with(home, new)
+    for own in sources.values():
+        for words, old, new in SLIPS:
+            if old in own:
+                yield partial(str, words), _with(home, own.replace(old, new))
+    for own in sources.values():
+        for what, changed in mutations(own, lists=False):
+            yield partial(_told, what, own, changed), _with(home, changed)
+
+
+def _named(home: str, sources: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """The named defects of some functions: in words, the functions as they are, and with it."""
+    file = home.replace(".", "/") + ".py"
     for defect in load_defects():
-        (patch, *others) = defect.patches
-        if patch.file == file and not others and source.count(patch.old) == 1:
-            yield defect.story, _defined(name, source.replace(patch.old, patch.new), {})
-    own = getsource(text_functions("vectorized")[name])
-    for what, changed in mutations(own, lists=False):
-        lines = [line[2:].partition("  # ")[0].strip()
-                 for line in difflib.ndiff(own.splitlines(), changed.splitlines())
-                 if line.startswith("+ ")]  # fmt: skip
-        yield f"{what}: {' '.join(lines)}", _defined(name, changed, vars(module))
+        faulty = dict(sources)
+        for patch in defect.patches:
+            homes = [one for one, source in faulty.items() if source.count(patch.old) == 1]
+            if patch.file != file or not homes:
+                break
+            faulty[homes[0]] = faulty[homes[0]].replace(patch.old, patch.new)
+        else:
+            changed = [one for one in sources if faulty[one] != sources[one]]
+            old, new = ("".join(x[one] for one in changed) for x in (sources, faulty))
+            yield defect.name.replace("-", " "), old, new
 
 
-def _defined(name: str, source: str, names: Mapping[str, Any]) -> Any:
-    """The function of that name in a source; what is not defined there is taken from `names`."""
-    space = {**names, "__name__": TEXTS["vectorized"][0]}
-    exec(compile(source, "<a defect>", "exec"), space)
-    return space[name]
+def _with(home: str, changed: str) -> Space:
+    """The names of a module in which some functions are others, also for those that call them."""
+    space = dict(vars(import_module(home)))
+    for code in _codes(home).values():
+        exec(code, space)
+    exec(compile(FIRST + changed, "<a defect>", "exec"), space)
+    return space
+
+
+@cache
+def _codes(home: str) -> dict[str, CodeType]:
+    """The definition of each function of a module, compiled."""
+    return {
+        name: compile(FIRST + getsource(x), home, "exec")
+        for name, x in text_functions("vectorized").items()
+        if x.__module__ == home
+    }
+
+
+def _called(name: str, codes: Mapping[str, CodeType]) -> list[str]:
+    """A function of a module, and all of the module's that it calls, directly or not."""
+    functions = text_functions("vectorized")
+    found: list[str] = []
+    left = ["loss_backward", "loss_forward"] if name == WHOLE else [name]
+    while left:
+        one = left.pop(0)
+        if one in codes and one not in found:
+            found.append(one)
+            left += functions[one].__code__.co_names
+    return found
+
+
+def _told(what: str, old: str, new: str) -> str:
+    """What was done to a source, and the line in which it differs from the old one."""
+    lines = [
+        line[2:].partition("  # ")[0].strip()
+        for line in difflib.ndiff(old.splitlines(), new.splitlines())
+        if line.startswith("+ ")
+    ]
+    return f"{what}: {' '.join(lines)}"

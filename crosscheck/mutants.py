@@ -26,6 +26,7 @@ from crosscheck import domain
 from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
 from crosscheck.defects import ROOT, Defect, Patch, judge, lessons, planted, standard
+from crosscheck.processes import can_fork
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
 
@@ -36,7 +37,6 @@ FILES = (
     "vectorized/batch.py",
     "vectorized/adam.py",
     "vectorized/sample.py",
-    "vectorized/worker.py",
     "vectorized/ranks.py",
 )
 TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is noticed
@@ -148,6 +148,8 @@ def domain_mutants() -> Iterator[Mutant]:
 
 def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
     """Each mutant and what became of it, as they are tried."""
+    if not can_fork():
+        raise MicrogptError("mutants are tried in copies of a process, which this system has not")
     for name in case_names():
         for backend in ("scalar", "vectorized"):
             lessons(name, backend)  # before the processes are forked, once for all

@@ -7,7 +7,8 @@ noise. Sums in another order, or another exp, move it about as far.
 One run may leave an element where it was by accident, so an element's noise is no less than the
 root mean square of its row, and than a tenth of that of the tensor, and than its own last place,
 and than a sixteenth of the last place of the tensor's root mean square: what lies within that needs
-no measurement.
+no measurement. Nor is it less than what the noise of the tensor's operands makes of it, by the
+table: where errors of scalar/ cancel, those of another text need not.
 Adam's v is a square and spans many orders of magnitude: its noise is that of its root.
 
 Source: Parker, "Monte Carlo arithmetic: exploiting randomness in floating-point arithmetic" (1997).
@@ -25,8 +26,10 @@ from typing import Any
 import numpy as np
 
 from crosscheck.cases import Case
+from crosscheck.operations import Around, Slot, calls
 from crosscheck.trace import Array, Step, part, real, split_key, suited
 from microgpt.backend import State, load_backend
+from microgpt.config import Config
 from microgpt.train import learning_rate
 
 Noise = Mapping[str, Array]  # by key
@@ -64,6 +67,8 @@ def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
             again |= _keyed("forward/", backend.taps()) | _keyed("backward/d", backend.dtaps())
             again |= _keyed("gradient/d", backend.grads())
             now = _moves(step, again)
+            now |= {key: np.fmax(now[key], x) for key, x in of_operands(config, step).items()
+                    if key in now}  # fmt: skip
             # Adam takes a gradient no element of which has stayed where it was by accident
             for name, grad in part(step, "gradient", "d").items():
                 key = f"gradient/d{name}"
@@ -102,6 +107,41 @@ def _rounding_at_random(rng: np.random.Generator) -> Iterator[None]:
         Value.__init__ = exact
 
 
+def of_operands(config: Config, step: Step) -> Noise:
+    """What one unit in the last place of every operand makes of each tensor, by the table.
+
+    The noise of a tensor is no less: scalar/ may compute operands whose errors cancel, and another
+    text of the same model others whose errors do not.
+    """
+    around, rng = Around(config, step), np.random.default_rng(0)
+    own: Step = {}  # the move of each tensor, element by element
+
+    def moved(slot: Slot) -> Any:
+        if not slot.is_tensor:
+            return slot.value
+        keys = (f"backward/{slot.name}", f"forward/{slot.name}")
+        move = next((own[key] for key in keys if key in own), 0.0)
+        sign = rng.choice((-1, 1), np.shape(slot.value))
+        return slot.value + move + ULP * slot.value * sign
+
+    with np.errstate(all="ignore"):
+        for key in step:
+            of_text = split_key(key)[0] in ("forward", "backward", "gradient")
+            parts = calls(around, key) if of_text else []
+            if parts:
+                moves = [
+                    call.total(**{name: moved(slot) for name, slot in call.slots.items()})
+                    - call.total()
+                    for call in parts
+                ]
+                own[key] = np.nan_to_num(sum(moves[1:], start=moves[0]))
+    found = {}
+    for key, moves_of_key in own.items():
+        there = real(key, moves_of_key.shape, step["batch/tokens"])
+        found[key] = np.maximum(smoothed(moves_of_key, there), least_noise(step, key))
+    return _with_second_ways(found, step)
+
+
 def _keyed(prefix: str, tensors: Mapping[str, Any]) -> Step:
     return {f"{prefix}{name}": np.array(tensor) for name, tensor in tensors.items()}
 
@@ -116,7 +156,7 @@ def _moves(step: Step, again: Step) -> Step:
             here, there = here**0.5, there**0.5
         rounded = again[f"params/{name}"] if phase == "update" else here
         at = real(key, here.shape, step["batch/tokens"])
-        moved = _smoothed(there - here, at) + ULP * np.abs(rounded)
+        moved = smoothed(there - here, at) + ULP * np.abs(rounded)
         found[key] = np.maximum(moved, least_noise(step, key))
     return found
 
@@ -144,7 +184,7 @@ def _with_second_ways(found: Step, step: Step) -> Noise:
     return {**found, **second}
 
 
-def _smoothed(moves: Array, there: Array) -> Array:
+def smoothed(moves: Array, there: Array) -> Array:
     """The size of each move, no less than that of its row and a share of that of the tensor."""
     sizes = np.where(there, np.abs(moves), 0.0)
     if not sizes.ndim:

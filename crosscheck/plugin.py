@@ -5,12 +5,9 @@ Runs that ask for neither are not touched, and import nothing of the crosscheck.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-CANNOT = 2  # exit status where nothing can be checked
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,16 +35,22 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if path is None:
         return None
     from crosscheck.check import run
+    from microgpt.cli.shell import guarded
     from microgpt.errors import MicrogptError
+
+    def judged() -> int:
+        if config.getoption("--html", None):
+            raise MicrogptError(
+                "--html draws the tensors of whole runs, and a candidate is judged function by"
+                " function; leave --html out"
+            )
+        return run(path, config.getoption("--hint"), True, 5.0)
 
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture:
         capture.suspend_global_capture(in_=True)
     try:
-        return run(path, config.getoption("--hint"), True, 5.0)
-    except MicrogptError as error:
-        print(f"pytest --candidate: error: {error}", file=sys.stderr)
-        return CANNOT
+        return guarded("pytest --candidate", judged)
     finally:
         if capture:
             capture.resume_global_capture()

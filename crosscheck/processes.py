@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,9 +18,14 @@ import pytest
 MOST = 8  # processes; there are some twenty cases to share
 
 
+def can_fork() -> bool:
+    """Whether this system can copy a process; Windows cannot."""
+    return "fork" in get_all_start_methods()
+
+
 def cores() -> int:
     """How many processes are of use on this machine."""
-    if "fork" not in get_all_start_methods():
+    if not can_fork() or sys.platform == "darwin":  # whose BLAS does not survive a fork
         return 1
     able = getattr(os, "sched_getaffinity", None)
     return min(MOST, len(able(0)) if able else os.cpu_count() or 1)

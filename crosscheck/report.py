@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import struct
 import textwrap
 from typing import Any
@@ -14,7 +15,7 @@ from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.sides import is_marked
 from crosscheck.tolerance import RTOL
 from crosscheck.trace import PHASES, split_key
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 
 WIDTH = 80
 INSTEAD = (
@@ -113,6 +114,8 @@ def _reason(found: Disagreement, names: dict[str, str]) -> str:
             f"{name} holds other numbers than its own inputs give; was it changed in place after"
             " it was written?"
         )
+    if found.texts:
+        return f"drawn again from {names[found.at_fault]}'s own parameters, they are others"
     own = f"{names[found.at_fault]}'s own inputs"
     return f"recomputed from {own}, it should be {found.recomputed:.6g}"
 
@@ -128,7 +131,7 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
         ("allowed", str(found.tolerance)),
         ("exceeded by", exceeding + (f"; shown is {CHOICE}" if found.exceeding > 1 else "")),
     ]
-    ours = reference in NAMES and candidate in NAMES  # a port has no such memory
+    ours = reference in BACKENDS and candidate in BACKENDS  # a port has no such memory
     if ours and is_marked(found.candidate) != is_marked(found.reference):
         rows.append(("nan", "memory that is never written holds nan here, so that it shows"))
     return rows
@@ -165,6 +168,17 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
         empty = ", which is None: a function returned nothing" if stop.empty else ""
         rows.append(("got to", f"{stop.last}, the last tap that it wrote{empty}"))
     return rows
+
+
+def with_diagnosis(report: str, old: str, new: str) -> str:
+    """A report with other words after "looks like"; without that row, if there are none."""
+    row = re.search(r"^  looks like +", report, re.MULTILINE)
+    if not row or old == new:
+        return report
+    first, then = row[0], " " * len(row[0])
+    before, after = ("".join(f"{line}\n" for line in wrapped(words, first, then))
+                     for words in (old, new))  # fmt: skip
+    return report.replace(before, after if new else "", 1)
 
 
 def wrapped(text: str, first: str = "", then: str = "") -> list[str]:

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from unittest.mock import patch
 
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.trace import TOP_K, Array, Step, part
-from microgpt.backend import NAMES, fresh_state, load_backend
+from crosscheck.trace import TOP_K, Array, Step, drawn, part
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.tokenizer import Tokenizer
 
 
 def parted(
-    case: Case, key: str, ours: Step, theirs: Step, names: Sequence[str]
+    case: Case, number: int, key: str, ours: Step, theirs: Step, names: Sequence[str]
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """What it looks like, and rows of label and text: the first two documents that differ.
 
+    number   which step it is, from 1
     names    of the two implementations, which are then asked for logits and probabilities
     """
     tokenizer = case.tokenizer
@@ -61,10 +63,21 @@ def parted(
         texts.append(("", f"{rule}: {numbers}"))
         own = " and ".join(f"{name}.sample.probabilities" for name in wrong)
         return f"{own} of the same logits is not {rule}", tuple(texts)
+    if "vectorized" in names and _right_one_by_one(case, number, key, theirs, ours[key]):
+        return "drawn one after another they are right: sample_many is at fault", tuple(texts)
     return (
         "both read the same logits and make the same probabilities of them: the draw, the prompt or"
         " the closing token is at fault"
     ), tuple(texts)
+
+
+def _right_one_by_one(case: Case, number: int, key: str, step: Step, right: Array) -> bool:
+    """Whether vectorized/ draws the right documents when it draws them one after another."""
+    state = fresh_state(part(step, "params"))
+    with suppress(Exception), patch("vectorized.backend.most_walkers", lambda config: 1):
+        backend = load_backend("vectorized", replace(case.config, cores=1), state)
+        return np.array_equal(drawn(case, backend, number - 1)[key], right)
+    return False
 
 
 def _settings(case: Case, key: str, row: int) -> tuple[float, int]:
@@ -76,7 +89,7 @@ def _settings(case: Case, key: str, row: int) -> tuple[float, int]:
 
 def _logits(case: Case, name: str, step: Step, tokens: Array) -> Array:
     """The logits of the token that follows these, (V,)."""
-    if name not in NAMES:
+    if name not in BACKENDS:
         raise ValueError(name)
     backend = load_backend(name, replace(case.config, cores=1), fresh_state(part(step, "params")))
     logits: Array = np.asarray(backend.read(tokens.tolist())[-1], float)

@@ -25,6 +25,7 @@ from microgpt.settings import load_config
 from microgpt.train import learning_rate
 
 CHECKPOINT = 5  # steps of the long run between two states from which it can be repeated
+COLUMN = 50  # steps of the long run that are one column of the map
 FREE_LOSS = 1e-12  # 1e-14 is exceeded by no run we know of
 FREE_PARAMS = 1e-10
 
@@ -56,7 +57,7 @@ def test_free_running(
     """Each goes its own way: what one step gets wrong, the next ones build on."""
     if choice.dtype == "float32":
         pytest.skip("single precision goes its own way; see test_taught")
-    settle(_free(case, lessons, choice, standard, choice.steps))
+    settle(_free(case, lessons, choice, standard, choice.steps_of(case)))
 
 
 @pytest.mark.about("float32")
@@ -95,7 +96,7 @@ def test_in_micro_batches(
             for trick in ("EQUAL_ROWS", "ONE_HOT"):
                 patch.setattr(record, trick, 0)
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
-            settle(_free(case, lessons, choice, standard, min(3, choice.steps)))
+            settle(_free(case, lessons, choice, standard, min(3, choice.steps_of(case))))
         else:
             settle(_taught(case, lessons.first(2), choice, standard))
 
@@ -107,14 +108,14 @@ def test_on_two_ranks(
     """A batch that two ranks share is the same batch (see crosscheck.ranks)."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
-        settle(_free(shared, lessons, choice, standard, min(3, choice.steps)))
+        settle(_free(shared, lessons, choice, standard, min(3, choice.steps_of(case))))
     else:
         settle(_taught(shared, lessons.first(1), choice, standard))
 
 
 def _free(case: Case, lessons: Lessons, choice: Choice, standard: Standard, steps: int) -> Outcome:
     """The first steps, each side from where its own step before ended."""
-    theirs = islice(trace(case, choice.candidate, "float64", choice.steps), steps)
+    theirs = islice(trace(case, choice.candidate, "float64", choice.steps_of(case)), steps)
     names = choice.reference, choice.candidate
     return compare(case, lessons.first(steps), theirs, standard, names)
 
@@ -140,22 +141,26 @@ def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None
     theirs = load_backend(choice.candidate, config, start)
     checkpoints = [start]
     worst = apart = 0.0
+    outcome = Outcome(case.name)  # for the map
     for step in range(config.steps):
         if step % CHECKPOINT == 0:
             checkpoints = [checkpoints[-1], _copied(ours.state())]
-            apart = _apart(checkpoints[-1].params, theirs.state().params)
+            apart = _apart(checkpoints[-1].params, theirs.state().params, step, outcome)
             if apart > FREE_PARAMS:
                 break
         docs = case.docs(step)
         losses = ours.forward(docs), theirs.forward(docs)
         worst = max(worst, abs(losses[0] - losses[1]))
+        share = abs(losses[0] - losses[1]) / FREE_LOSS
+        outcome.note(step // COLUMN + 1, "forward/loss", share)
         if worst > FREE_LOSS:
             break
         for backend in (ours, theirs):
             backend.backward()
             backend.update(learning_rate(step, config))
     else:
-        apart = _apart(ours.state().params, theirs.state().params)
+        apart = _apart(ours.state().params, theirs.state().params, step, outcome)
+        settle(outcome, counted=False)
     if max(worst / FREE_LOSS, apart / FREE_PARAMS) > 1:
         settle(_restarted(case, checkpoints[0], choice, step + 1 - checkpoints[0].updates))
         pytest.fail(f"in step {step + 1}: losses {worst:.1e}, parameters {apart:.1e} apart")
@@ -165,11 +170,15 @@ def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None
     )
 
 
-def _apart(ours: Tensors, theirs: Tensors) -> float:
-    """The largest distance of two parameters."""
-    return max(
-        float(np.abs(np.asarray(ours[name]) - np.asarray(theirs[name])).max()) for name in ours
-    )
+def _apart(ours: Tensors, theirs: Tensors, step: int, outcome: Outcome) -> float:
+    """The largest distance of two parameters, each of which is noted for the map."""
+    apart = {
+        name: float(np.abs(np.asarray(ours[name]) - np.asarray(theirs[name])).max())
+        for name in ours
+    }
+    for name, distance in apart.items():
+        outcome.note(step // COLUMN + 1, f"params/{name}", distance / FREE_PARAMS)
+    return max(apart.values())
 
 
 def _copied(state: State) -> State:

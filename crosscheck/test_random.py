@@ -60,7 +60,7 @@ def test_random_models(
         def rounding() -> list[Noise]:
             return noise(case, lessons) if choice.reference == "scalar" else []
 
-        standards = [float64(rounding)] if choice.dtype == "float64" else []
+        standards = [float64(rounding, case.config)] if choice.dtype == "float64" else []
         if choice.candidate != "scalar" and choice.reference == "scalar":
             standards.append(float32(case, rounding))
         for standard in standards:
@@ -74,6 +74,7 @@ def test_random_models(
                 raise AssertionError
             if standard.dtype == choice.dtype:
                 total.tally.add(outcome.tally)
+                total.shares[len(total.shares) + 1] = outcome.worst()  # a column of the map
 
     with suppress(AssertionError):
         agree()

@@ -14,7 +14,7 @@ from crosscheck.lines import lines_of
 from crosscheck.tolerance import FLOAT64
 from crosscheck.trace import Array, backward_order, suited
 from crosscheck.witness import as_direction, complex_step, difference
-from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from vectorized.flat import flatten
 
 TOLERANCE = FLOAT64.tolerances["gradient"]
@@ -36,15 +36,17 @@ def gradient(case: Case, backend_name: str) -> Array:
 @pytest.mark.parametrize("name", SMALL)
 def test_every_parameter_by_complex_step(name: str, tallies: list[Tally], settle: Any) -> None:
     case = load_case(name)
-    sides = {side: gradient(case, side) for side in NAMES}
+    sides = {side: gradient(case, side) for side in BACKENDS}
     witnessed = complex_step(case, np.eye(len(sides["scalar"])))
     shares = {side: TOLERANCE.shares(witnessed, found) for side, found in sides.items()}
-    wrong = [side for side in NAMES if shares[side].max() > 1]
+    wrong = [side for side in BACKENDS if shares[side].max() > 1]
     if wrong:
-        numbers = {side: as_direction(case, sides[side]) for side in NAMES}
+        numbers = {side: as_direction(case, sides[side]) for side in BACKENDS}
         true, exceeding = as_direction(case, witnessed), as_direction(case, shares[wrong[0]])
         settle(_objection(case, wrong, numbers, true, exceeding), labels=("witness", wrong[0]))
     assert np.count_nonzero(witnessed) > len(witnessed) // 3
+    columns = enumerate((as_direction(case, shares[side]) for side in BACKENDS), 1)
+    settle(Outcome(name, shares={n: _worst(column) for n, column in columns}), counted=False)
     worst = max(float(share.max()) for share in shares.values())
     about = f"gradient of {name} by complex step"
     tallies.append(Tally(1, 2, 2 * len(witnessed), worst, about))
@@ -61,7 +63,7 @@ def _objection(
     name = next(name for name in backward_order(true) if shares[name].max() > 1)
     key, side = f"gradient/d{name}", wrong[0]
     index = exhibit(key, true[name], shares[name])
-    others = [one for one in NAMES if one not in wrong]
+    others = [one for one in BACKENDS if one not in wrong]
     verdict = f"in {side} alone: that of {others[0]} is" if others else f"in {' and '.join(wrong)}"
     found = Disagreement(
         case.name,
@@ -81,7 +83,12 @@ def _objection(
         " what they have in common is at fault, or both have the same mistake",
         lines=lines_of(key, case.config),
     )
-    return Outcome(case.name, found=[found])
+    return Outcome(case.name, found=[found], shares={1: _worst(shares)})
+
+
+def _worst(shares: Mapping[str, Array]) -> dict[str, float]:
+    """The largest share of each gradient, for the map."""
+    return {f"gradient/d{name}": float(shares[name].max()) for name in backward_order(shares)}
 
 
 def _along(case: Case, what: str) -> Outcome:
@@ -94,7 +101,7 @@ def _along(case: Case, what: str) -> Outcome:
 @pytest.mark.parametrize("name", SMOOTH)
 def test_random_directions_by_complex_step(name: str, settle: Any) -> None:
     case = load_case(name)
-    sides = {side: gradient(case, side) for side in NAMES}
+    sides = {side: gradient(case, side) for side in BACKENDS}
     ours = sides["scalar"]
     directions = np.random.default_rng(7).standard_normal((20, len(ours)))
     witnessed = complex_step(case, directions)
@@ -108,6 +115,12 @@ def test_random_directions_by_complex_step(name: str, settle: Any) -> None:
     ]
     if wrong:
         settle(_along(case, " and ".join(wrong)))
+    apart = {side: np.abs(directions @ found - witnessed) for side, found in sides.items()}
+    shares = {
+        n: {"gradient/along 20 random directions": float((apart[side] / allowed).max())}
+        for n, side in enumerate(BACKENDS, 1)
+    }
+    settle(Outcome(name, shares=shares), counted=False)
 
 
 @pytest.mark.about("the witness")

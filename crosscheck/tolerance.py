@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.noise import SQUARES, Noise, least_noise
+from crosscheck.noise import SQUARES, Noise, least_noise, of_operands
 from crosscheck.trace import PHASES, Array, Step, split_key
+from microgpt.config import Config
 
 RTOL, ATOL = 1e-9, 1e-12
+OF_THE_TABLE = ("forward", "eval", "read", "backward", "gradient", "unwatched")  # phases
 # How many times its noise a number may be off. The worst of the stored cases is off by 31 times its
 # noise, and where exp, log and the order of sums are made those of another machine, by 40 times.
 FACTOR = 512
@@ -76,18 +78,15 @@ class Standard:
     dtype: str
     tolerances: Mapping[str, Tolerance]
     noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()  # by step; or what measures it
+    config: Config | None = None  # of the model; with it, less has to be measured
+    of_operands: dict[int, Noise] = field(default_factory=dict, compare=False, repr=False)
 
     def tolerance(self, step: int, key: str) -> Tolerance:
         """What is allowed to a tensor of a step, counted from 1."""
         phase, _ = split_key(key)
         noise = self.noise() if callable(self.noise) else self.noise
         known = noise[step - 1].get(key) if step <= len(noise) else None
-        most = self.tolerances[phase]
-        if known is None:
-            return most
-        if self.dtype == "float64":
-            return replace(most, noise=known, root=phase in SQUARES)
-        return most if phase in SQUARES else replace(most, atol=most.atol + SINGLE * known)
+        return self.tolerances[phase] if known is None else self._with(known, phase)
 
     def widening(self, step: int, key: str, reference: Step) -> Iterator[tuple[Tolerance, bool]]:
         """What is allowed to a tensor; before that, where the noise is still to be measured, what
@@ -96,11 +95,22 @@ class Standard:
         if callable(self.noise) and (phase != "update" or f"params/{name}" in reference):
             most = self.tolerances[phase]
             if self.dtype == "float64":
-                least = least_noise(reference, key)
-                yield replace(most, noise=least, root=phase in SQUARES), True
+                yield self._with(least_noise(reference, key), phase), True
             else:
                 yield most, False
+            if self.config and phase in OF_THE_TABLE:
+                if step not in self.of_operands:
+                    self.of_operands[step] = of_operands(self.config, reference)
+                if (known := self.of_operands[step].get(key)) is not None:
+                    yield self._with(known, phase), self.dtype == "float64"
         yield self.tolerance(step, key), False
+
+    def _with(self, noise: Array, phase: str) -> Tolerance:
+        """What is allowed to a tensor of a phase by its noise."""
+        most = self.tolerances[phase]
+        if self.dtype == "float64":
+            return replace(most, noise=noise, root=phase in SQUARES)
+        return most if phase in SQUARES else replace(most, atol=most.atol + SINGLE * noise)
 
 
 # Adam's v has no atol: many of its numbers are smaller than that, and any would pass
@@ -110,9 +120,11 @@ FLOAT64 = Standard(
 )
 
 
-def float64(noise: Sequence[Noise] | Callable[[], Sequence[Noise]]) -> Standard:
+def float64(
+    noise: Sequence[Noise] | Callable[[], Sequence[Noise]], config: Config | None = None
+) -> Standard:
     """FLOAT64, and of that no more than the noise of each tensor says."""
-    return replace(FLOAT64, noise=noise)
+    return replace(FLOAT64, noise=noise, config=config, of_operands={})
 
 
 # Single precision loses digits where numbers of unlike size are added, so its error is measured
@@ -155,6 +167,7 @@ def float32(case: Case, noise: Sequence[Noise] | Callable[[], Sequence[Noise]] =
             for phase, measured in FLOAT32_MEASURED.items()
         },
         noise,
+        case.config,
     )
 
 

@@ -20,7 +20,13 @@ from crosscheck.tolerance import FLOAT64, float32, float64
 from crosscheck.trace import Array, Step, expected_shape, keys, split_key
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError, shortened
-from microgpt.runs.checkpoint import DAMAGED, TensorFile, read_json, whole, write_tensors
+from microgpt.runs.checkpoint import (
+    BAD_METADATA,
+    TensorFile,
+    read_json,
+    whole_number,
+    write_tensors,
+)
 from microgpt.settings import stored_config
 
 FORMAT = "microgpt trace"
@@ -80,12 +86,12 @@ def load_trace(path: Path) -> Trace:
     try:
         config = _config(path, read_json(metadata["config"]))
         chars, dtype, name = metadata["chars"], metadata["dtype"], metadata.get("case", path.stem)
-        count = whole(metadata["steps"])
+        count = whole_number(metadata["steps"])
         if dtype not in ("float64", "float32") or not 1 <= count <= len(file.layouts):
             raise ValueError(f"dtype {dtype!r}, {count} steps of {len(file.layouts)} tensors")
         if not name.isprintable():
             raise ValueError(f"the case {name!r}")
-    except DAMAGED as error:
+    except BAD_METADATA as error:
         raise MicrogptError(f"{path}: damaged: {shortened(error, 200)}") from None
     case = Case(name, "a trace", config, chars, [], kink="read from a trace")
     if name in case_names():  # it knows what may be zero, and what single precision loses

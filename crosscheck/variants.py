@@ -6,17 +6,19 @@ padding holds is not in a trace), it has NaN there.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import log, pi, sqrt
 from typing import Any
 
 import numpy as np
 
+from crosscheck.formulas import slipped, slips, value, values
 from crosscheck.operations import (
     Around,
     Call,
     Slot,
+    calls,
     elementwise,
     merge,
     row_mean,
@@ -33,37 +35,48 @@ Guess = tuple[str, Any]  # words, and the numbers to which they lead
 
 def of_rmsnorm(call: Call) -> Iterator[Guess]:
     x, eps = call.slots["x"].value, call.slots["eps"].value
-    ms, n = row_mean(x * x), x.shape[-1]
-    centred = x - row_mean(x)
-    var = row_mean(centred**2)
-    y = x * (ms + eps) ** -0.5
-    yield "eps in the wrong place: added to the root, not under it", x / (np.sqrt(ms) + eps)
-    yield "eps is missing under the root", x / np.sqrt(ms)
-    for other in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12):
-        yield f"eps is {other:g}, not {eps:g}", x / np.sqrt(ms + other)
-    for words, other in {"its root": sqrt(eps), "its square": eps**2, "n eps": n * eps,
-                         "eps / n": eps / n, "2 eps": 2 * eps, "-eps": -eps}.items():  # fmt: skip
-        yield f"eps enters as {words}", x / np.sqrt(ms + other)
-    yield "the sum of squares in place of their mean", x / np.sqrt(ms * n + eps)
-    yield "n + 1 in place of n in the mean", x / np.sqrt(ms * n / (n + 1) + eps)
+    a, n = call.around, x.shape[-1]
+    ms = row_mean(x * x)
+    names = {
+        "x": x, "eps": eps, "n": n, "mean": row_mean, "sum": row_sum, "ms": ms, "abs": np.abs,
+        "centred": x - row_mean(x), "y": x * (ms + eps) ** -0.5,
+        "whole": float((x * x)[a.real].mean()),
+        "over_t": (x * x).sum(axis=1, keepdims=True) / a.n[:, None, None],
+    }  # fmt: skip
+    own = "x * (mean(x * x) + eps) ** -0.5"
+    forms = {
+        "eps in the wrong place: added to the root, not under it": "x / (ms ** 0.5 + eps)",
+        "eps is missing under the root": "x / ms ** 0.5",
+        "the sum of squares in place of their mean": "x / (n * ms + eps) ** 0.5",
+        "n + 1 in place of n in the mean": "x / (ms * n / (n + 1) + eps) ** 0.5",
+        "the root is missing": "x / (ms + eps)",
+        "multiplied by the root mean square in place of divided by it": "x * (ms + eps) ** 0.5",
+        "mean subtracted: this is a LayerNorm": "centred / (mean(centred ** 2) + eps) ** 0.5",
+        "divided by the standard deviation, the mean not subtracted": (
+            "x / (mean(centred ** 2) + eps) ** 0.5"
+        ),
+        "the mean is subtracted, and the norm is of what was before": (
+            "centred / (ms + eps) ** 0.5"
+        ),
+        "not normalised": "x",
+        "normalised twice": "y / (mean(y * y) + eps) ** 0.5",
+        "the mean of |x| in place of the root of the mean square": "x / (mean(abs(x)) + eps)",
+        "one mean over all positions, not one for each": "x / (whole + eps) ** 0.5",
+        "the mean square over the positions, not over the channels": "x / (over_t + eps) ** 0.5",
+    }
     if n > 1:
-        yield "n - 1 in place of n in the mean", x / np.sqrt(ms * n / (n - 1) + eps)
-        unbiased = centred / np.sqrt(var * n / (n - 1) + eps)
-        yield "a LayerNorm that divides by n - 1: the mean is subtracted", unbiased
-    yield "the root is missing", x / (ms + eps)
-    yield "multiplied by the root mean square in place of divided by it", x * np.sqrt(ms + eps)
-    yield "mean subtracted: this is a LayerNorm", centred / np.sqrt(var + eps)
-    yield "divided by the standard deviation, the mean not subtracted", x / np.sqrt(var + eps)
-    yield "the mean is subtracted, and the norm is of what was before", centred / np.sqrt(ms + eps)
-    yield "not normalised", x
-    yield "normalised twice", y / np.sqrt(row_mean(y * y) + eps)
-    yield "the mean of |x| in place of the root of the mean square", x / (row_mean(np.abs(x)) + eps)
-    whole = float((x * x)[call.around.real].mean())
-    yield "one mean over all positions, not one for each", x / np.sqrt(whole + eps)
-    yield (
-        "the mean square over the positions, not over the channels",
-        x / np.sqrt((x * x).sum(axis=1, keepdims=True) / call.around.n[:, None, None] + eps),
-    )
+        forms |= {
+            "n - 1 in place of n in the mean": "x / (ms * n / (n - 1) + eps) ** 0.5",
+            "a LayerNorm that divides by n - 1: the mean is subtracted": (
+                "centred / (sum(centred ** 2) / (n - 1) + eps) ** 0.5"
+            ),
+        }
+    for other in (1e-2, *CONSTANTS):
+        forms[f"eps is {other:g}, not {eps:g}"] = f"x / (ms + {other}) ** 0.5"
+    for other_eps in ("eps ** 0.5", "eps ** 2", "n * eps", "eps / n", "2 * eps", "-eps"):
+        forms[f"eps enters as {other_eps}"] = f"x / (ms + {other_eps}) ** 0.5"
+    yield from values(forms, names)
+    yield from slipped(own, names)
 
 
 CONSTANTS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)  # that are put anywhere
@@ -71,110 +84,111 @@ CONSTANTS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)  # that are
 
 def of_d_rmsnorm(call: Call) -> Iterator[Guess]:
     dy, y, scale = (call.slots[name].value for name in ("dy", "y", "scale"))
-    n = y.shape[-1]
-    first, inner = scale * dy, row_mean(dy * y)
+    a = call.around
+    names = {
+        "dy": dy, "y": y, "scale": scale, "x": y / scale, "n": y.shape[-1], "mean": row_mean,
+        "sum": row_sum, "over_t": (dy * y).sum(axis=1, keepdims=True) / a.n[:, None, None],
+    }  # fmt: skip
     lost = "in the second term of the norm's derivative"
-    yield "the second term of the norm's derivative is missing", first
-    yield "the norm is passed as if it were not there", dy
-    yield "the sign of the second term of the norm's derivative", first + scale * y * inner
-    yield "a sum in place of the mean in the norm's derivative", first - scale * y * inner * n
-    yield "the norm's derivative lacks the factor scale", dy - y * inner
-    yield f"the factor y is missing {lost}", first - scale * inner
-    yield f"mean(dy) in place of mean(dy * y) {lost}", first - scale * y * row_mean(dy)
-    yield f"mean(y) in place of mean(dy * y) {lost}", first - scale * y * row_mean(y * y)
-    for power, words in ((0, "1"), (2, "scale^2"), (3, "scale^3"), (4, "scale^4")):
-        yield f"{words} in place of scale {lost}", first - scale**power * y * inner
-    x = y / scale
-    yield "x in place of y in the norm's derivative", scale * (dy - x * row_mean(dy * x))
-    yield f"x in place of y before the mean {lost}", first - scale * x * inner
-    yield f"x in place of y inside the mean {lost}", first - scale * y * row_mean(dy * x)
-    yield "scale^2 in place of scale in the norm's derivative", scale * (first - scale * y * inner)
-    yield (
-        "divided by scale in place of multiplied in the norm's derivative",
-        (dy - y * inner) / scale,
-    )
-    for tap in taps(call.around.config).values():
+    forms = {
+        "the second term of the norm's derivative is missing": "scale * dy",
+        "the norm is passed as if it were not there": "dy",
+        "the sign of the second term of the norm's derivative": "scale * (dy + y * mean(dy * y))",
+        "a sum in place of the mean in the norm's derivative": "scale * (dy - y * sum(dy * y))",
+        "the norm's derivative lacks the factor scale": "dy - y * mean(dy * y)",
+        f"the factor y is missing {lost}": "scale * (dy - mean(dy * y))",
+        f"mean(dy) in place of mean(dy * y) {lost}": "scale * (dy - y * mean(dy))",
+        f"mean(y) in place of mean(dy * y) {lost}": "scale * (dy - y * mean(y * y))",
+        f"1 in place of scale {lost}": "scale * dy - y * mean(dy * y)",
+        "x in place of y in the norm's derivative": "scale * (dy - x * mean(dy * x))",
+        f"x in place of y before the mean {lost}": "scale * (dy - x * mean(dy * y))",
+        f"x in place of y inside the mean {lost}": "scale * (dy - y * mean(dy * x))",
+        "scale^2 in place of scale in the norm's derivative": "scale ** 2 * (dy - y * mean(dy*y))",
+        "divided by scale in place of multiplied in the norm's derivative": (
+            "(dy - y * mean(dy * y)) / scale"
+        ),
+        "the derivative of a LayerNorm": "scale * (dy - mean(dy) - y * mean(dy * y))",
+        f"the mean over positions, not over channels, {lost}": "scale * (dy - y * over_t)",
+    }
+    for power in (2, 3, 4):
+        words = f"scale^{power} in place of scale {lost}"
+        forms[words] = f"scale * dy - scale ** {power} * y * mean(dy * y)"
+    yield from values(forms, names)
+    for tap in taps(a.config).values():
         if tap.operation == call.operation and tap.name != call.slots["y"].name:
-            other, before = call.around[tap.name], call.around[tap.operands[0]]
-            other_scale = (row_mean(before * before) + call.around.config.norm_eps) ** -0.5
-            yield (
-                f"the scale of {tap.name} in place of that of {call.slots['y'].name}",
-                (other_scale * (dy - y * inner)),
-            )
-            yield (
-                f"{tap.name} and its scale in place of {call.slots['y'].name}",
-                (other_scale * (dy - other * row_mean(dy * other))),
-            )
-    yield "the derivative of a LayerNorm", scale * (dy - row_mean(dy) - y * inner)
-    shared = (dy * y).sum(axis=1, keepdims=True) / (call.around.n[:, None, None])
-    yield f"the mean over positions, not over channels, {lost}", first - scale * y * shared
+            before = a[tap.operands[0]]
+            scale = (row_mean(before * before) + a.config.norm_eps) ** -0.5
+            others = {
+                f"the scale of {tap.name} in place of that of {call.slots['y'].name}": y,
+                f"{tap.name} and its scale in place of {call.slots['y'].name}": a[tap.name],
+            }
+            for words, other in others.items():
+                yield words, scale * (dy - other * row_mean(dy * other))
+    yield from slipped("scale * (dy - y * mean(dy * y))", names, {"y": ["x"], "dy": ["y"]})
 
 
 def of_softmax(call: Call) -> Iterator[Guess]:
     a, x = call.around, call.slots["x"].value
-    seen = np.where(a.looked_at, x, -np.inf)
-    top = np.where(a.looked_at, x, -1e300).max(axis=-1, keepdims=True)
-    exps = np.where(a.looked_at, np.exp(np.minimum(seen - top, 0)), 0.0)
-    y = exps / np.maximum(row_sum(exps), 1e-300)
+    T, looked_at = x.shape[-1], a.looked_at
+
+    def exp(x: Array) -> Array:
+        return np.where(looked_at, np.exp(np.minimum(np.where(looked_at, x, 0.0), 700)), 0.0)
+
+    def most(x: Array) -> Array:
+        return np.where(looked_at, x, -1e300).max(axis=-1, keepdims=True)
+
+    def total(x: Array) -> Array:
+        return np.maximum(row_sum(np.where(looked_at, x, 0.0)), 1e-300)
+
+    exps = exp(x - most(x))
+    D, C = a.config.head_dim, a.config.n_embd
+    names = {
+        "x": x, "exp": exp, "max": most, "sum": total, "exps": exps, "y": exps / total(exps),
+        "softmax": lambda x: exp(x - most(x)) / total(exp(x - most(x))), "D": D, "C": C,
+        "log": lambda x: np.log(np.maximum(x, 1e-300)), "mean": row_mean, "full": np.exp,
+        "over_queries": lambda x: np.maximum(x.sum(axis=-2, keepdims=True), 1e-300),
+        "over_heads": lambda x: x.sum(axis=1, keepdims=True),
+    }  # fmt: skip
+    forms = {}
+    columns = "each column sums to one, not each row: the softmax runs over the queries"
     everything = _unmasked_logits(call)
-    if everything is not None and everything.shape[-1] > 1:
+    if everything is not None and T > 1:
         late = np.exp(everything)
-        unmasked = "the mask is missing or comes after the softmax: positions to come take part"
-        yield unmasked, late / row_sum(late)
-        upper = np.where(np.tril(np.ones(late.shape[-2:])) > 0, late, 1.0)
-        yield (
-            "positions to come take part with a logit of 0: masked by 0, not by -inf",
-            (upper / row_sum(upper)),
-        )
-        columns = np.where(np.tril(np.ones(late.shape[-2:])) > 0, late, 0.0)
-        yield (
-            "each column sums to one, not each row: the softmax runs over the queries",
-            (columns / columns.sum(axis=-2, keepdims=True)),
-        )
+        lower = np.tri(T, dtype=bool)
+        names |= {"late": late, "upper": np.where(lower, late, 1.0), "row": row_sum}
+        names |= {"lower": np.where(lower, late, 0.0)}
+        forms = {
+            "the mask is missing or comes after the softmax: positions to come take part": (
+                "late / row(late)"
+            ),
+            "positions to come take part with a logit of 0: masked by 0, not by -inf": (
+                "upper / row(upper)"
+            ),
+            columns: "lower / over_queries(lower)",
+        }
     else:
-        yield (
-            "each column sums to one, not each row: the softmax runs over the queries",
-            (
-                np.exp(np.where(a.looked_at, x, -np.inf))
-                / np.maximum(np.exp(seen).sum(axis=-2, keepdims=True), 1e-300)
-            ),
-        )
-    yield "not normalised: softmax without its division", exps
-    yield "not normalised: softmax without its division", np.exp(x) * a.looked_at
-    yield "the softmax runs over the heads", np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
-    yield "a sigmoid in place of the softmax", 1 / (1 + np.exp(-x))
-    yield (
-        "normalised by the root of the sum of squares",
-        exps / np.sqrt(np.maximum(row_sum(exps**2), 1e-300)),
-    )
-    yield "the softmax is taken twice", _softmax_of(y, a)
+        forms = {columns: "exp(x) / over_queries(exp(x))"}
+    forms |= {
+        "not normalised: softmax without its division": "exps",
+        "not normalised: softmax without its division, and without the max": "exp(x)",
+        "the softmax runs over the heads": "full(x) / over_heads(full(x))",
+        "a sigmoid in place of the softmax": "1 / (1 + full(-x))",
+        "normalised by the root of the sum of squares": "exps / sum(exps ** 2) ** 0.5",
+        "the softmax is taken twice": "softmax(y)",
+        "the logits are divided by their sum, without exp": "x / sum(x)",
+        "log-softmax: the exp after it is missing": "log(y)",
+    }
     for eps in CONSTANTS:
-        total = np.maximum(row_sum(exps), 1e-300)
-        yield f"{eps:g} is added to the sum that the softmax divides by", exps / (total + eps)
-        yield (
-            f"{eps:g} is added to each exp of the softmax",
-            (
-                np.where(a.looked_at, exps + eps, 0)
-                / row_sum(np.where(a.looked_at, exps + eps, 1e-300))
-            ),
-        )
-    yield "the logits are divided by their sum, without exp", x / row_sum(x)
-    yield "log-softmax: the exp after it is missing", np.log(np.maximum(y, 1e-300))
-    D, H = a.config.head_dim, a.config.n_head
-    for words, factor in {
-        "sqrt(D)": sqrt(D), "1/sqrt(D)": 1 / sqrt(D), "2": 2.0, "1/2": 0.5, "-1": -1.0,
-        "D": D, "1/D": 1 / D, "sqrt(C)": sqrt(D * H), "1/sqrt(C)": 1 / sqrt(D * H),
-    }.items():  # fmt: skip
-        yield (
-            f"the logits are multiplied by {words} once more before the softmax",
-            (_softmax_of(factor * x, a)),
-        )
-
-
-def _softmax_of(x: Array, a: Around) -> Array:
-    top = np.where(a.looked_at, x, -1e300).max(axis=-1, keepdims=True)
-    exps = np.where(a.looked_at, np.exp(np.minimum(x - top, 0)), 0.0)
-    return exps / np.maximum(row_sum(exps), 1e-300)
+        added = f"{eps:g} is added to"
+        forms[f"{added} the sum that the softmax divides by"] = f"exps / (sum(exps) + {eps})"
+        forms[f"{added} each exp of the softmax"] = f"(exps + {eps}) / sum(exps + {eps})"
+    for factor in ("D ** 0.5", "1 / D ** 0.5", "2", "1 / 2", "-1", "D", "1 / D", "C ** 0.5",
+                   "1 / C ** 0.5"):  # fmt: skip
+        shown = factor.replace("D ** 0.5", "sqrt(D)").replace("C ** 0.5", "sqrt(C)")
+        words = f"the logits are multiplied by {shown.replace(' ', '')} once more before the"
+        forms[f"{words} softmax"] = f"softmax(({factor}) * x)"
+    yield from values(forms, names)
+    yield from slipped("exp(x - max(x)) / sum(exp(x - max(x)))", names)
 
 
 def _unmasked_logits(call: Call) -> Array | None:
@@ -194,51 +208,50 @@ def of_d_softmax(call: Call) -> Iterator[Guess]:
     a = call.around
     dy, y = (call.slots[name].value for name in ("dy", "y"))
     x = a.step[f"forward/{call.slots['y'].name.replace('attn_weights', 'attn_logits')}"]
-    end = "in the softmax's derivative"
-    yield f"missing: the sum over the row {end}", y * dy
-    yield f"sum(dy) in place of sum(dy * y) {end}", y * (dy - row_sum(dy))
     prefix = call.slots["y"].name.rpartition(".")[0]
     dout, v = a.heads(a.step[f"backward/d{prefix}.attn_out"]), a.heads(a[f"{prefix}.v"])
-    every_dy = np.where(unpadded(a), np.einsum("bthd,buhd->bhtu", dout, v), np.nan)
-    yield f"sum(dy) in place of sum(dy * y) {end}", y * (dy - row_sum(every_dy))
-    yield f"the factor y is missing {end}", every_dy - row_sum(dy * y)
-    yield (
-        "y (1 - y) dy is the derivative of a sigmoid: the rest of the row is left out",
-        (y * (1 - y) * dy),
-    )
-    yield f"the factor y is missing {end}", np.where(a.looked_at, dy - row_sum(dy * y), 0.0)
-    yield (
-        f"the factor y is missing before the sum {end}",
-        np.where(a.looked_at, y * dy - row_sum(dy * y), 0.0),
-    )
-    yield "the softmax is passed as if it were not there", dy
-    yield f"the sign of the sum over the row {end}", y * (dy + row_sum(dy * y))
-    T = y.shape[-1]
-    t = np.arange(1, T + 1)[:, None]
-    yield (
-        f"a mean over all T positions in place of the sum over the row {end}",
-        (y * (dy - row_sum(dy * y) / T)),
-    )
-    yield f"a mean in place of the sum over the row {end}", y * (dy - row_sum(dy * y) / t)
-    columns = (dy * y).sum(axis=-2, keepdims=True)
-    yield f"the sum over the column in place of the row {end}", y * (dy - columns)
-    yield (
-        f"the sum over the heads in place of the row {end}",
-        (y * (dy - (dy * y).sum(axis=1, keepdims=True))),
-    )
-    yield f"y squared before the sum over the row {end}", y * dy - y * y * row_sum(dy * y)
-    yield f"the softmax's input in place of its output {end}", x * (dy - row_sum(dy * x))
     top = np.where(a.looked_at, x, -1e300).max(axis=-1, keepdims=True)
-    shifted = np.where(a.looked_at, x - top, 0.0)
-    yield (
-        f"exp is differentiated by its input, not its output, {end}",
-        (y * (dy - row_sum(dy * y)) / np.exp(shifted) * shifted),
-    )
-    exps = np.where(a.looked_at, np.exp(x), 0.0)
-    yield (
-        f"exp(x), which is not divided by the sum, in place of y {end}",
-        (exps * (dy - row_sum(dy * exps))),
-    )
+    T = y.shape[-1]
+    names = {
+        "dy": dy, "y": y, "x": x, "sum": row_sum, "T": T, "t": np.arange(1, T + 1)[:, None],
+        "all_dy": np.where(unpadded(a), np.einsum("bthd,buhd->bhtu", dout, v), np.nan),
+        "shifted": np.where(a.looked_at, x - top, 0.0), "exp": np.exp,
+        "exps": np.where(a.looked_at, np.exp(x), 0.0),
+        "mean": lambda x: row_sum(x) / np.arange(1, T + 1)[:, None],
+        "column": lambda x: x.sum(axis=-2, keepdims=True),
+        "heads": lambda x: x.sum(axis=1, keepdims=True),
+    }  # fmt: skip
+    end = "in the softmax's derivative"
+    forms = {
+        f"missing: the sum over the row {end}": "y * dy",
+        f"sum(dy) in place of sum(dy * y) {end}": "y * (dy - sum(dy))",
+        f"sum(dy) in place of sum(dy * y), positions to come included, {end}": (
+            "y * (dy - sum(all_dy))"
+        ),
+        f"the factor y is missing {end}": "dy - sum(dy * y)",
+        "y (1 - y) dy is the derivative of a sigmoid: the rest of the row is left out": (
+            "y * (1 - y) * dy"
+        ),
+        f"the factor y is missing before the sum {end}": "y * dy - sum(dy * y)",
+        "the softmax is passed as if it were not there": "dy",
+        f"the sign of the sum over the row {end}": "y * (dy + sum(dy * y))",
+        f"a mean over all T positions in place of the sum over the row {end}": (
+            "y * (dy - sum(dy * y) / T)"
+        ),
+        f"a mean in place of the sum over the row {end}": "y * (dy - mean(dy * y))",
+        f"the sum over the column in place of the row {end}": "y * (dy - column(dy * y))",
+        f"the sum over the heads in place of the row {end}": "y * (dy - heads(dy * y))",
+        f"y squared before the sum over the row {end}": "y * dy - y * y * sum(dy * y)",
+        f"the softmax's input in place of its output {end}": "x * (dy - sum(dy * x))",
+        f"exp is differentiated by its input, not its output, {end}": (
+            "y * (dy - sum(dy * y)) / exp(shifted) * shifted"
+        ),
+        f"exp(x), which is not divided by the sum, in place of y {end}": (
+            "exps * (dy - sum(dy * exps))"
+        ),
+    }
+    yield from values(forms, names)
+    yield from slipped("y * (dy - sum(dy * y))", names, {"y": ["x"], "dy": ["y"]})
 
 
 KINDS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
@@ -284,66 +297,15 @@ def _normal(x: Array) -> Array:
     return np.array([0.5 * (1 + erf(number / sqrt(2))) for number in x.ravel()]).reshape(x.shape)
 
 
-def mutants(formula: str) -> Iterator[tuple[str, str]]:
-    """The formula with a term or factor left out, an operation exchanged, or another number, and
-    in words what is changed."""
-    tree = ast.parse(formula, mode="eval")
-    swaps: dict[type, type] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div,
-                               ast.Div: ast.Mult}  # fmt: skip
-    for node in ast.walk(tree):
-        before = _short(node)
-        if isinstance(node, ast.BinOp):
-            own, kept = node.op, {"left": node.left, "right": node.right}
-            if type(own) in swaps:
-                node.op = swaps[type(own)]()
-                yield f"{_short(node)} in place of {before}", ast.unparse(tree)
-                node.op = own
-            word = "factor" if isinstance(own, (ast.Mult, ast.Div)) else "term"
-            word = "power" if isinstance(own, ast.Pow) else word
-            neutral = ast.Constant(0 if word == "term" else 1)
-            for side, part in kept.items():
-                if word == "power" and side == "left":
-                    continue
-                setattr(node, side, neutral)
-                yield f"the {word} {_short(part)} is left out of {before}", ast.unparse(tree)
-                setattr(node, side, part)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            number = node.value
-            others = {round(number, places) for places in range(1, 6)}
-            others |= {int(number * 10**places) / 10**places for places in range(1, 6)}
-            others |= {number / 3, number * 3, number * 2, number / 2, number + 1, -number}
-            for other in sorted(others - {number}):
-                node.value = round(other, 9)
-                yield f"{other:.9g} in place of {before}", ast.unparse(tree)
-            node.value = number
-    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    for number in {node.value for node in constants if isinstance(node.value, (int, float))}:
-        alike = [node for node in constants if node.value == number]
-        if len(alike) < 2:
-            continue
-        for other in (number - 1, number + 1, number / 2, number * 2):
-            for node in alike:
-                node.value = other
-            yield f"{other:g} in place of {number:g}, everywhere", ast.unparse(tree)
-        for node in alike:
-            node.value = number
-
-
-def _short(node: ast.AST) -> str:
-    """The source of a part of a formula, with dots inside if it is long."""
-    text = ast.unparse(node)
-    return text if len(text) <= 32 else f"{text[:18]} .. {text[-10:]}"
-
-
 def of_activation(call: Call) -> Iterator[Guess]:
     x, own = call.slots["x"].value, call.slots["kind"].value
     for kind, other in ACTIVATIONS.items():
         if kind != own:
             yield f"{kind} in place of {own}", elementwise(other.value, x)
-    for words, formula in mutants(ACTIVATIONS[own].value):
+    for words, formula in slips(ACTIVATIONS[own].value):
         yield f"in {own}, {words}", elementwise(formula, x)
-    for name, (value, _) in KINDS.items():
-        yield f"{name} in place of {own}", value(x)
+    for name, (other_value, _) in KINDS.items():
+        yield f"{name} in place of {own}", other_value(x)
 
 
 def of_d_activation(call: Call) -> Iterator[Guess]:
@@ -367,7 +329,7 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
     for kind, other in ACTIVATIONS.items():
         if kind != own:
             yield f"the slope of {kind} in place of that of {own}", dy * elementwise(other.slope, x)
-    for words, formula in mutants(ACTIVATIONS[own].slope):
+    for words, formula in slips(ACTIVATIONS[own].slope):
         yield f"in the slope of {own}, {words}", dy * elementwise(formula, x)
     for name, (_, slope) in [*KINDS.items()][1:]:  # the first has been named above
         yield f"the slope is that of {name}", dy * slope(x)
@@ -376,74 +338,73 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
 def of_cross_entropy(call: Call) -> Iterator[Guess]:
     logits, target = call.slots["logits"].value, call.slots["target"].value
     at = (np.arange(logits.shape[-1]) == target[..., None]).astype("float64")
-    x = logits - logits.max(axis=-1, keepdims=True)
-    log_sum, own = np.log(np.exp(x).sum(axis=-1)), (x * at).sum(axis=-1)
-    p = np.exp(own - log_sum)
+
+    def total(x: Array) -> Array:
+        return x.sum(axis=-1)
+
+    names = {
+        "logits": logits, "at": at, "x": logits - logits.max(axis=-1, keepdims=True), "exp": np.exp,
+        "log": np.log, "sum": total, "mean": lambda x: x.mean(axis=-1), "row": row_sum, "ln": log,
+    }  # fmt: skip
+    names |= {"p": value("exp(x) / row(exp(x))", names)}
+    own = "log(sum(exp(x))) - sum(x * at)"
+    forms = {
+        "log2 in place of ln": f"({own}) / ln(2)",
+        "log10 in place of ln": f"({own}) / ln(10)",
+        "the logarithm is missing: 1 - p": "1 - sum(p * at)",
+        "the logarithm is missing: -p": "-sum(p * at)",
+        "the sign: log(p) in place of -log(p)": f"-({own})",
+        "the softmax is missing: -logits[target]": "-sum(logits * at)",
+        "log(sum(exp)) is missing": "-sum(x * at)",
+        "the largest logit is subtracted from one term only": "log(sum(exp(x))) - sum(logits * at)",
+        "the logit of the target is missing: log(sum(exp)) alone": "log(sum(exp(x)))",
+        "the softmax is taken twice": "log(sum(exp(p))) - sum(p * at)",
+        "the sum over all tokens, not the target's alone": "-sum(log(p))",
+        "the mean over all tokens, not the target's alone": "-mean(log(p))",
+        "squared error in place of cross entropy": "sum((p - at) ** 2)",
+    }
     for eps in CONSTANTS:
-        yield (
-            f"{eps:g} is added to the sum inside the logarithm",
-            (np.log(np.exp(x).sum(axis=-1) + eps) - own),
-        )
-    yield "log2 in place of ln", (log_sum - own) / log(2)
-    yield "log10 in place of ln", (log_sum - own) / log(10)
-    yield "the logarithm is missing: 1 - p", 1 - p
-    yield "the logarithm is missing: -p", -p
-    yield "the sign: log(p) in place of -log(p)", own - log_sum
-    yield "the softmax is missing: -logits[target]", -(logits * at).sum(axis=-1)
-    yield "log(sum(exp)) is missing", -own
-    yield "the largest logit is subtracted from one term only", log_sum - (logits * at).sum(axis=-1)
-    yield "the logit of the target is missing: log(sum(exp)) alone", log_sum
-    yield "the softmax is taken twice", _twice(np.exp(x - log_sum[..., None]), at)
-    every = -(x - log_sum[..., None])
-    yield "the sum over all tokens, not the target's alone", every.sum(axis=-1)
-    yield "the mean over all tokens, not the target's alone", every.mean(axis=-1)
-    yield (
-        "squared error in place of cross entropy",
-        ((np.exp(x - log_sum[..., None]) - at) ** 2).sum(axis=-1),
-    )
-
-
-def _twice(p: Array, at: Array) -> Array:
-    return np.log(np.exp(p).sum(axis=-1)) - (p * at).sum(axis=-1)
+        words = f"{eps:g} is added to the sum inside the logarithm"
+        forms[words] = f"log(sum(exp(x)) + {eps}) - sum(x * at)"
+    yield from values(forms, names)
+    yield from slipped(own, names)
 
 
 def of_d_cross_entropy(call: Call) -> Iterator[Guess]:
     dy, logits, target = (call.slots[name].value for name in ("dy", "logits", "target"))
     real = call.around.real[..., None]
     at = (np.arange(logits.shape[-1]) == target[..., None]) * real
-    exps = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p = exps / row_sum(exps) * real
-    d = dy[..., None]
-    yield "the - 1 at the target is missing: the softmax alone", d * p
-    yield "the - 1 at the target is not weighted by dloss_t", d * p - at
-    yield "the softmax is not weighted by dloss_t", p - d * at
-    yield "the weights dloss_t are missing", p - at
-    yield "the sign: the target minus the softmax", d * (at - p)
-    yield "the softmax without its division", d * (exps * real - at)
-    yield "the logits in place of their softmax", d * (logits * real - at)
-    yield "the derivative is kept at the target alone", d * (p - at) * at
-    yield (
-        "the softmax's own derivative is applied once more",
-        d * p * ((p - at) - row_sum((p - at) * p)),
-    )
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    yield (
-        "exp is differentiated by its input, not its output",
-        d * (p - at) * shifted / np.exp(shifted),
-    )
-    yield (
-        "the derivative of the log is that of 1/log(p), not 1/p",
-        (d * (p - at) * (_own(p, at) / np.log(_own(p, at)))),
-    )
-    yield (
-        "the log-probability in place of the probability",
-        d * (np.log(np.maximum(p, 1e-300)) * real - at),
-    )
-
-
-def _own(p: Array, at: Array) -> Array:
-    """The probability of the target, (B, T, 1)."""
-    return np.maximum(row_sum(p * at), 1e-300)
+    exps = np.exp(shifted)
+    p = exps / row_sum(exps) * real
+    names = {
+        "d": dy[..., None], "p": p, "at": at, "real": real, "exps": exps * real,
+        "shifted": shifted, "exp": np.exp, "sum": row_sum, "logits": logits * real,
+        "own": np.maximum(row_sum(p * at), 1e-300), "log_p": np.log(np.maximum(p, 1e-300)) * real,
+        "log": np.log,
+    }  # fmt: skip
+    forms = {
+        "the - 1 at the target is missing: the softmax alone": "d * p",
+        "the - 1 at the target is not weighted by dloss_t": "d * p - at",
+        "the softmax is not weighted by dloss_t": "p - d * at",
+        "the weights dloss_t are missing": "p - at",
+        "the sign: the target minus the softmax": "d * (at - p)",
+        "the softmax without its division": "d * (exps - at)",
+        "the logits in place of their softmax": "d * (logits - at)",
+        "the derivative is kept at the target alone": "d * (p - at) * at",
+        "the softmax's own derivative is applied once more": (
+            "d * p * ((p - at) - sum((p - at) * p))"
+        ),
+        "exp is differentiated by its input, not its output": (
+            "d * (p - at) * shifted / exp(shifted)"
+        ),
+        "the derivative of the log is that of 1/log(p), not 1/p": (
+            "d * (p - at) * (own / log(own))"
+        ),
+        "the log-probability in place of the probability": "d * (log_p - at)",
+    }
+    yield from values(forms, names)
+    yield from slipped("d * (p - at)", names)
 
 
 def of_scores(call: Call) -> Iterator[Guess]:
@@ -456,6 +417,10 @@ def of_scores(call: Call) -> Iterator[Guess]:
         yield f"{words}, of k only", np.einsum("bthd,buhd->bhtu", a.heads(q), split(k)) / scale
     own = np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(k)) / scale
     T = q.shape[1]
+    every = all_layers_in_one(a, call.slots["k"].name)
+    if every is not None:
+        words = "the keys of all layers lie in one list"
+        yield words, np.einsum("bthd,buhd->bhtu", a.heads(q), a.heads(every)) / scale
     back = (np.arange(T)[:, None] - np.arange(T)) % T
     yield (
         "keys are kept newest first",
@@ -485,18 +450,63 @@ def scales(a: Around) -> Iterator[Guess]:
              "sqrt(block_size)": sqrt(config.block_size)}  # fmt: skip
     yield "not divided by sqrt(D)", 1.0
     yield "multiplied by sqrt(D), not divided", 1 / sqrt(D)
-    for value in sorted(set(named.values())):
-        names = [name for name, number in named.items() if number == value]
-        yield f"divided by {' = '.join(names[:3])}, not by sqrt(D)", value
+    for other in sorted(set(named.values())):
+        names = [name for name, number in named.items() if number == other]
+        yield f"divided by {' = '.join(names[:3])}, not by sqrt(D)", other
 
 
 def _splits(a: Around) -> Iterator[tuple[str, Callable[[Array], Array]]]:
+    """Other ways to take the channels of each head: (B, T, C) -> (B, T, H, D)."""
     D, H = a.config.head_dim, a.config.n_head
-    if H > 1 and D > 1:
+    if H == 1:
+        return
+    if D > 1:
         yield (
             "channels of different heads are interleaved: split as (D, H), not (H, D)",
             lambda x: x.reshape(*x.shape[:2], D, H).swapaxes(2, 3),
         )
+    starts = {
+        "a head begins one channel after the head before, not D channels": np.arange(H),
+        "a head begins one channel too early": np.maximum(np.arange(H) * D - 1, 0),
+        "a head begins one channel too late": np.arange(H) * D + 1,
+        "every head has the channels of the first": np.zeros(H, int),
+    }
+    for words, start in starts.items():
+        channels = start[:, None] + np.arange(D)  # (H, D)
+        if (channels != np.arange(H * D).reshape(H, D)).any():
+            yield words, partial(_channels, channels=channels)
+
+
+def _channels(x: Array, channels: Array) -> Array:
+    """These channels of the last axis, 0 for those that there are not."""
+    C = x.shape[-1]
+    return np.where(channels < C, x[..., np.minimum(channels, C - 1)], 0.0)
+
+
+def _seen_only(a: Around, letters: str, weights: Array, v: Array) -> Array:
+    """A product over the positions that are looked at; NaN where one of those is NaN."""
+    missing: Array = np.isnan(v[:, :, 0, 0])  # (B, U)
+    unknown: Array = missing[:, None, None] & a.looked_at  # (B, 1, T, U)
+    out = np.einsum(letters, weights, np.nan_to_num(v))
+    rows: Array = np.asarray(unknown[:, 0].any(axis=-1))  # (B, T)
+    return np.where(rows[..., None, None], np.nan, out)
+
+
+def all_layers_in_one(a: Around, name: str) -> Array | None:
+    """(B, U, C): what is found at u if all layers put a tap into one list; or None.
+
+    Layer i puts its own in after those before it, so at u lies that of layer u % L, position
+    u // L.
+    """
+    layer, _, last = name.rpartition(".")
+    L = a.config.n_layer
+    if L < 2 or not layer:
+        return None
+    taps_of = [a[f"layer{i}.{last}"] for i in range(L)]
+    U = taps_of[0].shape[1]
+    found = np.stack([taps_of[u % L][:, u // L] for u in range(U)], axis=1)
+    found[:, L:] = np.nan  # what later layers come to after the first wrong position is not known
+    return found
 
 
 def of_weighted_sum(call: Call) -> Iterator[Guess]:
@@ -505,6 +515,10 @@ def of_weighted_sum(call: Call) -> Iterator[Guess]:
     out = np.einsum("bhtu,buhd->bthd", weights, a.heads(v))
     B, T, H, _ = out.shape
     t, u = np.arange(T)[:, None], np.arange(T)
+    every = all_layers_in_one(a, call.slots["v"].name)
+    if every is not None:
+        words = "the values of all layers lie in one list"
+        yield words, merge(_seen_only(a, "bhtu,buhd->bthd", weights, a.heads(every)))
     newest_first = np.take_along_axis(weights, np.broadcast_to((t - u) % T, weights.shape), axis=-1)
     yield (
         "values are kept newest first",
@@ -783,6 +797,7 @@ def alternatives(call: Call, name: str, earlier: Step, before: Step | None) -> I
         dweights = np.einsum("bthd,buhd->bhtu", dout, v)  # positions to come included
         yield f"d{own} in place of {own}", np.where(unpadded(a), dweights, np.nan)
     if not of_param:
+        yield from _only_a_term(a, own)
         yield from rearranged(a, own, x, slot.axes)
         yield from restricted(a, own, x, slot.axes)
     if of_param:
@@ -829,6 +844,19 @@ def _of_the_same_shape(call: Call, slot: Slot, earlier: Step) -> Iterator[Guess]
         rest = [pair for pair in found if pair not in same_tap] if same_tap else found
         for name, tensor in [*same_tap, *rest]:
             yield f"{name} in place of {own}", tensor
+
+
+def _only_a_term(a: Around, name: str) -> Iterator[Guess]:
+    """A tap or a derivative that has lost one of the terms of which it is the sum."""
+    derived = f"backward/{name}" in a.step
+    key = f"{'backward' if derived else 'forward'}/{name}"
+    if key not in a.step:
+        return
+    parts = calls(a, key)
+    terms = {label or one.label: term for one in parts for label, term in one.terms().items()}
+    if len(terms) > 1:
+        for label, term in terms.items():
+            yield f"{name} goes on without {label}", a.step[key] - term
 
 
 def _axes(key: str) -> tuple[str, ...]:

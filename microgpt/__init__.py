@@ -6,20 +6,20 @@ import os
 
 from microgpt.errors import MicrogptError
 
-TYPE_CHECKING = False  # known to type checkers by its name; typing takes a moment to import
+TYPE_CHECKING = False  # type checkers read it as True; importing `typing` takes time
 if TYPE_CHECKING:
     from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["GPT", "MicrogptError"]
 
-# For NumPy's OpenBLAS, which reads it when it is loaded. Threads make products of this size slower,
+# NumPy's OpenBLAS reads this variable when it is loaded. Threads make products of this size slower,
 # and many times slower where another program keeps a core busy; --cores shares batches instead.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def __getattr__(name: str) -> Any:
-    """GPT is imported when it is asked for, since NumPy takes a moment."""
+    """GPT, imported on first use, because importing NumPy takes time."""
     if name == "GPT":
         from microgpt.gpt import GPT
 

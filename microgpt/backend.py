@@ -14,21 +14,21 @@ from microgpt.errors import MicrogptError
 from microgpt.runs.ranks import ALONE, Comm
 from microgpt.tokenizer import Tokenizer
 
-# A tensor at the border is what numpy.asarray reads and what iterates as rows of numbers: nested
-# lists from scalar/, arrays from vectorized/. Tensors go by the names of microgpt.layout.
+# A backend takes and returns tensors as nested lists (scalar/) or arrays (vectorized/): both can be
+# iterated by rows, and numpy.asarray reads both. Their names are those of microgpt.layout.
 Tensors = Mapping[str, Any]
 Docs = Sequence[Sequence[int]]  # token ids by document, BOS and closing token included
 
-NAMES = ("scalar", "vectorized")
+BACKENDS = ("scalar", "vectorized")
 
 
 @dataclass(frozen=True)
 class State:
-    """All that training changes."""
+    """Everything that training changes."""
 
     params: Tensors
     m: Tensors  # Adam's running mean of the gradient
-    v: Tensors  # and of its square
+    v: Tensors  # Adam's running mean of the squared gradient
     updates: int  # how many updates led here
 
     def __repr__(self) -> str:
@@ -47,35 +47,35 @@ def fresh_state(params: Tensors) -> State:
 class Backend(Protocol):
     """A GPT that can be trained, evaluated and sampled.
 
-    A step of training is forward, backward, update; each reads what the one before it left. Taps
-    and gradients are those of the latest step, and may be overwritten by the next.
+    A step of training is forward, backward, update, in this order. Taps and gradients are those of
+    the latest step; the next step may overwrite them.
     """
 
     def forward(self, docs: Docs) -> float:
         """The loss of a batch: the mean over its documents of the mean over their positions.
 
-        Raises FloatingPointError if it is not finite.
+        Raises FloatingPointError if the loss is not finite.
         """
 
     def backward(self) -> None:
-        """The gradient of the loss that forward found, in every parameter."""
+        """Find the gradient of the latest forward's loss with respect to every parameter."""
 
     def update(self, lr_t: float) -> None:
         """One update by Adam with this learning rate."""
 
     def set_grads(self, grads: Tensors) -> None:
-        """Put these in the place of what backward found, for update to go by."""
+        """Replace the gradients that backward found; the next update uses these gradients."""
 
     def position_losses(self, docs: Docs) -> Sequence[Sequence[float]]:
-        """-log p(next token) at every position of every document; nothing is learned.
+        """-log p(next token) at every position of every document; the model is not changed.
 
-        A row for each document, (B, T), with zeros after its last position.
+        A row for each document, (B, T), with zeros after the document's last position.
 
-        Raises FloatingPointError if one is not finite.
+        Raises FloatingPointError if a loss is not finite.
         """
 
     def read(self, tokens: Sequence[int]) -> Any:
-        """The logits (T, V) that follow each token, read one at a time as in sampling."""
+        """The logits (T, V) after each token, found token by token with the KV cache."""
 
     def sample(
         self,
@@ -89,21 +89,21 @@ class Backend(Protocol):
         """Documents drawn from the model, without BOS and closing token, prompt included.
 
         temperature    0: the likeliest token each time
-        top_k          only from so many of the likeliest tokens; 0: from all
+        top_k          draw from the top_k likeliest tokens; 0: from all
 
-        Draws from rng as one document after another would with rng.choices, a token a draw.
+        Takes from rng what rng.choices takes for one token after another, document by document.
 
-        Raises FloatingPointError if a logit that is drawn from is not finite.
+        Raises FloatingPointError if the logits of a drawn token are not finite.
         """
 
     def state(self) -> State:
-        """Parameters and Adam's moments. Views where that costs nothing: copy to keep."""
+        """Parameters and Adam's moments; some are views that update changes, so copy to keep."""
 
     def taps(self) -> Tensors:
-        """What forward computed in between, by document and position, zero where there is none.
+        """The intermediates of the latest forward, by document and position, zero in padding.
 
         Batched shapes: (B, T, channels), attention (B, H, T, T), loss_t (B, T), loss ().
-        Needs `watch`, without which some are overwritten.
+        Needs `watch`: without `watch`, later intermediates overwrite earlier ones.
         """
 
     def dtaps(self) -> Tensors:
@@ -132,8 +132,10 @@ def load_backend(
 
 def check_backend(name: str, config: Config) -> None:
     """Raise MicrogptError if there is none of that name, or if it cannot do what config asks."""
-    if name not in NAMES:
-        raise MicrogptError(f"--backend: unknown backend {name!r}; expected {' or '.join(NAMES)}")
+    if name not in BACKENDS:
+        raise MicrogptError(
+            f"--backend: unknown backend {name!r}; expected {' or '.join(BACKENDS)}"
+        )
     if name == "scalar" and config.dtype != "float64":
         raise MicrogptError(
             f"--dtype {config.dtype}: scalar computes with Python's floats, which are float64;"
@@ -148,7 +150,7 @@ def check_backend(name: str, config: Config) -> None:
 
 @contextmanager
 def drawing(where: str = "") -> Iterator[None]:
-    """Where Backend.sample is called: numbers that nothing can be drawn from are refused."""
+    """Raise MicrogptError where Backend.sample meets logits that are not finite."""
     try:
         yield
     except ArithmeticError as error:

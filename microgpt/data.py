@@ -14,14 +14,14 @@ from typing import TextIO
 from platformdirs import user_cache_path
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.memory import check_file
 from microgpt.settings import FIXTURES
 from microgpt.windows import Windows, check_window, cut
 
-NAMES = FIXTURES / "data" / "names.txt"
-PRIDE = FIXTURES / "data" / "pride.txt"
-EMBEDDED = {"names": NAMES, "pride": PRIDE}
+NAMES_FILE = FIXTURES / "data" / "names.txt"
+PRIDE_FILE = FIXTURES / "data" / "pride.txt"
+EMBEDDED = {"names": NAMES_FILE, "pride": PRIDE_FILE}
 IN_PYTHON = "(given in Python)"  # the data set of a model that was given a list of texts
 TEXTS_ARE_GONE = "this model was trained on texts given in Python, which are not in its checkpoint"
 
@@ -32,10 +32,10 @@ MAKEMORE_BYTES = 228_145
 
 
 def load_documents(dataset: str, documents: str = "lines") -> list[str]:
-    """The documents of a data set, in the order of the file; of windows, its text as the only one.
+    """The documents of a data set, in the order of the file; for windows, the text as one document.
 
     dataset      names, pride, makemore, or a UTF-8 text file
-    documents    lines, stripped, without the blank ones, or windows
+    documents    lines (stripped, without blank lines) or windows
 
     Raises MicrogptError if the file cannot be read as text, or holds no document.
     """
@@ -54,19 +54,19 @@ def load_documents(dataset: str, documents: str = "lines") -> list[str]:
         close = difflib.get_close_matches(dataset[:80], known, n=1)
         expected = f"expected {', '.join(known)}, or the path of a text file"
         hint = f"did you mean {close[0]!r}?" if close else expected
-        raise MicrogptError(f"--dataset: {dataset!r} {kind} file; {hint}")
+        raise MicrogptError(f"--dataset: {shortened(dataset, 300)} {kind} file; {hint}")
     return read(Path(dataset))
 
 
 def located(dataset: str) -> str:
-    """The same data set, from whichever folder one asks."""
+    """The name of a data set, or the absolute path of its file."""
     return dataset if dataset in (*EMBEDDED, "makemore") else os.path.abspath(dataset)
 
 
 def parts(documents: list[str], config: Config) -> tuple[list[str] | Windows, list[str]]:
-    """What training sees of the shuffled documents, and the last ones, which it does not.
+    """The training documents, and the held-out documents, which are the last of those given.
 
-    Raises MicrogptError if nothing would be left to train on.
+    Raises MicrogptError if no document would be left to train on.
     """
     left = len(documents) - config.held_out
     if config.documents == "lines":
@@ -88,24 +88,39 @@ def parts(documents: list[str], config: Config) -> tuple[list[str] | Windows, li
 
 
 def nth(documents: Sequence[str] | Windows, i: int) -> str:
-    """The document that training sees as its i-th: lines come round and round."""
+    """The i-th document of training, which starts over after the last line."""
     return documents[i] if isinstance(documents, Windows) else documents[i % len(documents)]
 
 
 def in_order(training: list[str] | Windows) -> list[str]:
-    """The documents that training draws from, once each; windows one after another."""
+    """Every training document once; windows in the order of the text."""
     return cut(training.text, training.n) if isinstance(training, Windows) else training
 
 
+def cropped(documents: list[str], window: int) -> list[str]:
+    """Lines on how much of the text fits into the context; none if every document does."""
+    longer = sum(len(document) > window for document in documents)
+    if not longer:
+        return []
+    share = sum(min(len(document), window) for document in documents) / sum(map(len, documents))
+    percent = f"{min(100 * share, 99.9):.1f}" if share >= 0.01 else f"{100 * share:.1g}"
+    said = (
+        f"{longer:,} of {len(documents):,} documents {'is' if longer == 1 else 'are'} longer than"
+        f" the context: {percent} % of the text is seen"
+    )
+    much = share < 0.5 or 2 * longer > len(documents)
+    return [said, "to learn all of it: --documents windows"] if much else [said]
+
+
 def digest(documents: list[str]) -> str:
-    """The SHA-256 of documents in their order."""
+    """The SHA-256 of these documents in this order."""
     return sha256_of("\n".join(documents).encode())
 
 
 def read_documents(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without the blank ones.
+    """The lines of a UTF-8 text file, stripped, without blank lines.
 
-    Lines end as on any system, and nowhere else that Unicode takes for a line's end.
+    A line ends at \\n, \\r\\n or \\r, and not at Unicode's other line separators.
     """
     with _text(path) as file:
         documents = [document for line in file if (document := line.strip())]
@@ -125,9 +140,9 @@ def read_text(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file, open. What cannot be read becomes a MicrogptError."""
+    """An open UTF-8 text file; MicrogptError if the file cannot be read."""
     try:
-        if not path.stat().st_size:  # of files of the system that say 0, some wait for ever
+        if not path.stat().st_size:  # some files in /proc say 0, and a read of them never ends
             yield io.StringIO()
             return
         check_file(path, lines=True)
@@ -145,12 +160,12 @@ def _first_line_that_is_not_utf_8(path: Path) -> int:
         for number, line in enumerate(file, 1):
             if any("\udc80" <= char <= "\udcff" for char in line):
                 return number
-    return 0  # it has been replaced meanwhile
+    return 0  # the file was replaced after the first attempt to read it
 
 
 def makemore() -> Path:
     """The original program's names.txt in the user's cache, downloaded if it is not there yet."""
-    from microgpt.download import download  # what it imports takes a tenth of a short run's time
+    from microgpt.download import download  # its imports take a tenth of a short run
 
     path = cache_folder() / "makemore-names.txt"
     if not path.is_file():

@@ -1,5 +1,7 @@
 """The errors that are written for the person who meets them."""
 
+import sys
+
 CONTROLS = {i: repr(chr(i))[1:-1] for i in (*range(0x20), *range(0x7F, 0xA0))}
 
 
@@ -10,6 +12,17 @@ class MicrogptError(Exception):
 def printable(text: str) -> str:
     """A text that came from outside, without what a terminal would take for a command."""
     return text.translate(CONTROLS)
+
+
+def as_typed(word: object) -> str:
+    """A word as a shell takes it: quoted if it has to be, for Windows in double quotes."""
+    if sys.platform == "win32":
+        from subprocess import list2cmdline
+
+        return list2cmdline([str(word)])
+    from shlex import quote
+
+    return quote(str(word))
 
 
 def shortened(value: object, longest: int = 60) -> str:

@@ -17,15 +17,15 @@ from microgpt.runs.checkpoint import Checkpoint
 from microgpt.runs.memory import check_memory
 from microgpt.tokenizer import Tokenizer
 
-COLUMNS = 768  # positions at a time, with padding, or those of one document
+POSITIONS_AT_ONCE = 768  # of a batch, with padding; a longer document is a batch of its own
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model loses on documents it is shown."""
+    """The loss of a model on documents."""
 
     loss: float  # the mean over documents of the mean over their positions
-    by_position: list[tuple[int, float]]  # how many documents reach it, and their mean loss there
+    by_position: list[tuple[int, float]]  # documents that reach it, and their mean loss there
 
 
 def evaluation(
@@ -35,35 +35,35 @@ def evaluation(
     config: Config,
     progress: Callable[[int], object] = id,
 ) -> Evaluation:
-    """Show every document to the model once; nothing is learned.
+    """The loss of the model on every document; the model is not changed.
 
-    progress    is told how many documents are done, after each batch
+    progress    called after each batch with the number of documents done so far
 
-    Raises MicrogptError naming the first character that the model never saw.
+    Raises MicrogptError naming the first character that is not in the vocabulary.
     """
     T = config.max_tokens - 1
     documents = sorted((document[:T] for document in documents), key=len, reverse=True)
     if not set(tokenizer.ids).issuperset("".join(documents)):
-        for document in documents:  # before hours are spent on the others
+        for document in documents:  # raise before hours are spent on other documents
             tokenizer.encode(document)
     n = np.minimum(np.array(list(map(len, documents))) + 1, T)  # positions of each document
     doc_sum, sums = 0.0, np.zeros(T)
     start = 0
     while start < len(documents):
-        rows = slice(start, start + max(1, COLUMNS // int(n[start])))
+        rows = slice(start, start + max(1, POSITIONS_AT_ONCE // int(n[start])))
         docs = encoded(documents[rows], tokenizer, T + 1)
         losses = np.asarray(backend.position_losses(docs), float)  # (B, T), padded with zeros
         doc_sum += float((losses.sum(axis=1) / n[rows]).sum())
         sums[: n[start]] += losses.sum(axis=0)
         start = min(rows.stop, len(documents))
         progress(start)
-    counts = len(n) - np.searchsorted(n[::-1], np.arange(n[0]), "right")  # documents that reach it
+    counts = len(n) - np.searchsorted(n[::-1], np.arange(n[0]), "right")  # documents per position
     means = sums[: n[0]] / counts
     return Evaluation(doc_sum / len(n), list(zip(counts.tolist(), means.tolist())))
 
 
 def encoded(documents: Sequence[str], tokenizer: Tokenizer, longest: int) -> Docs:
-    """The tokens of each document; of documents of one length as an array, in less time."""
+    """The tokens of each document; for documents of equal length one array, which is faster."""
     if len(documents[0]) != len(documents[-1]):
         return [tokenizer.document(document, longest) for document in documents]
     text = "".join(documents).translate({ord(char): i for char, i in tokenizer.ids.items()})
@@ -77,8 +77,8 @@ def encoded(documents: Sequence[str], tokenizer: Tokenizer, longest: int) -> Doc
 def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str, str, list[str]]:
     """The data set, its part and the documents to measure a model with.
 
-    dataset    another one than the run's
-    part       held-out, training or all; where none is named, what was held out, if anything was
+    dataset    replaces the run's data set
+    part       held-out, training or all; by default held-out if the run held documents out
 
     Raises MicrogptError if there is no such part.
     """
@@ -90,7 +90,7 @@ def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str
         raise MicrogptError(f"--part {part}: is of the run's own data set; leave out --dataset")
     if part == "held-out" and not config.held_out:
         raise MicrogptError("--part held-out: this run held nothing out; use --part all")
-    name = dataset or config.dataset
+    name = config.dataset if dataset is None else dataset
     documents = load_documents(name, config.documents)
     if part != "all":
         Random(config.seed).shuffle(documents)
@@ -109,7 +109,7 @@ def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str
 def check_evaluation(
     backend_name: str, documents: Sequence[str], tokenizer: Tokenizer, config: Config
 ) -> None:
-    """Refuse an evaluation that this machine has no memory for."""
+    """Raise MicrogptError if this machine has too little memory for an evaluation."""
     longest = min(max(map(len, documents)) + 1, config.max_tokens - 1)
-    config = replace(config, batch_size=max(1, COLUMNS // longest), num_samples=0)
+    config = replace(config, batch_size=max(1, POSITIONS_AT_ONCE // longest), num_samples=0)
     check_memory(config, tokenizer.vocab_size, documents, backend_name)

@@ -1,4 +1,4 @@
-"""A GPT in Python, with either implementation: docs/python.md shows the whole of it."""
+"""The Python interface to one GPT and both implementations; docs/python.md shows every call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from warnings import warn
 
 import numpy as np
 
-from microgpt.backend import NAMES, Backend, State, drawing, fresh_state, load_backend
-from microgpt.cli.report import cropped
+from microgpt.backend import BACKENDS, Backend, State, drawing, fresh_state, load_backend
 from microgpt.config import Config
-from microgpt.data import IN_PYTHON, digest, load_documents, located, parts
+from microgpt.data import IN_PYTHON, cropped, digest, load_documents, located, parts
 from microgpt.errors import MicrogptError, shortened
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
@@ -32,11 +31,11 @@ from microgpt.settings import checked, load_config, typed, typed_fields
 from microgpt.tokenizer import Tokenizer, build_tokenizer, prompt_ids
 from microgpt.train import batch, learning_rate
 
-LINES = 30  # of a repr
+REPR_LINES = 30  # at most
 
 
-class Tensors(Mapping[str, Any]):
-    """Arrays by name, as copies. To change a model, see `set_params`: writing here is refused."""
+class TensorCopies(Mapping[str, Any]):
+    """Read-only copies of arrays, by name. To change a model, call `set_params` or `set_grads`."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._arrays = {name: np.array(tensor) for name, tensor in tensors.items()}
@@ -66,11 +65,11 @@ class Tensors(Mapping[str, Any]):
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
         lines = [f"{name:{width}}  {array.shape}" for name, array in self.items()]
-        return "\n".join([*lines[:LINES], ".."] if len(lines) > LINES else lines)
+        return "\n".join([*lines[:REPR_LINES], ".."] if len(lines) > REPR_LINES else lines)
 
 
 class GPT:
-    """A model, and the documents that it learns.
+    """A model and its training documents.
 
     data       names, pride, makemore, the path of a text file, or a list of texts; by default the
                data set of the configuration
@@ -78,7 +77,7 @@ class GPT:
     backend    vectorized or scalar
     fields     what differs from the configuration, such as n_layer=2
 
-    Raises MicrogptError, as everything here does for what the caller can mend.
+    Raises MicrogptError, as every method does, for mistakes that the caller can mend.
     """
 
     _watched: Backend | None
@@ -95,7 +94,7 @@ class GPT:
         if data is not None and "dataset" in given:
             raise MicrogptError("GPT: data and dataset are both given; leave one out")
         settings = checked({**asdict(load_config(str(config))), **given})
-        if "cores" not in fields:  # processes are for those who ask for them
+        if "cores" not in fields:  # several processes only where the caller names `cores`
             settings = replace(settings, cores=1)
         texts, settings = _texts(data, settings)
         if settings.documents == "lines" and len(said := cropped(texts, settings.window)) > 1:
@@ -105,9 +104,9 @@ class GPT:
         tokenizer = build_tokenizer("".join(texts), settings)
         _check_backend(backend)
         check_memory(settings, tokenizer.vocab_size, texts, backend)
-        self._take(texts, settings)
+        self._set_documents(texts, settings)
         params = init_params(settings, tokenizer.vocab_size, rng)
-        self._begin(settings, tokenizer, fresh_state(params), rng, backend)
+        self._set_model(settings, tokenizer, fresh_state(params), rng, backend)
 
     @classmethod
     def load(
@@ -117,18 +116,18 @@ class GPT:
         *,
         backend: str = "vectorized",
     ) -> GPT:
-        """The model of a checkpoint or a run directory; the data are read when they are needed."""
+        """The model of a checkpoint or a run directory; the data set is read on first use."""
         _check_backend(backend)
         held = load_checkpoint(_path(path, "GPT.load"))
         dtype = "float64" if backend == "scalar" else held.config.dtype
         config = replace(held.config, cores=1, dtype=dtype)
         gpt: GPT = cls.__new__(cls)
         gpt._digest, gpt._parts = held.documents, None
-        gpt._begin(config, held.tokenizer, held.state, held.rng, backend)
+        gpt._set_model(config, held.tokenizer, held.state, held.rng, backend)
         if data is not None:
             texts, gpt.config = _texts(data, config)
             Random(config.seed).shuffle(texts)
-            gpt._take(texts, gpt.config)
+            gpt._set_documents(texts, gpt.config)
         return gpt
 
     def save(self, path: str | Path) -> Path:
@@ -148,7 +147,7 @@ class GPT:
     # a step of training
 
     def forward(self, documents: Any = None) -> float:
-        """The loss of a batch: texts, or lists of token ids; else the next batch of training."""
+        """The loss of a batch of texts or lists of token ids; by default, the next of training."""
         docs = self._tokens(documents)
         self._stage, self._watched = "", None
         try:
@@ -159,9 +158,9 @@ class GPT:
         return loss
 
     def backward(self) -> None:
-        """Find the gradient of the loss that forward found."""
+        """Find the gradient of the loss of the latest forward pass."""
         if self._stage != "forward":
-            done = "has been called for it already" if self._stage else "needs a forward pass"
+            done = "has been called already" if self._stage else "needs a forward pass"
             raise MicrogptError(f"backward: {done}; call forward(documents) first")
         self._stage = ""
         with np.errstate(all="ignore"):  # gradients that overflow show in the next loss
@@ -191,50 +190,50 @@ class GPT:
         self.update(lr)
         return loss
 
-    # what is in it
+    # parameters, gradients, intermediates
 
     @property
-    def params(self) -> Tensors:
+    def params(self) -> TensorCopies:
         """The parameters by name."""
-        return Tensors(self._backend.state().params)
+        return TensorCopies(self._backend.state().params)
 
     @property
-    def grads(self) -> Tensors:
-        """The derivative of the loss with respect to each parameter, until the update."""
+    def grads(self) -> TensorCopies:
+        """The derivative of the loss with respect to each parameter; void after the update."""
         self._need("grads", "backward")
-        return Tensors(self._backend.grads())
+        return TensorCopies(self._backend.grads())
 
     @property
-    def taps(self) -> Tensors:
-        """What the latest forward pass computed in between, zero where a document has ended."""
+    def taps(self) -> TensorCopies:
+        """The intermediates of the latest forward pass, zero after the end of a document."""
         self._need("taps", "forward")
-        return Tensors(self._watching().taps())
+        return TensorCopies(self._watching().taps())
 
     @property
-    def dtaps(self) -> Tensors:
+    def dtaps(self) -> TensorCopies:
         """The derivative of the loss with respect to each tap."""
         self._need("dtaps", "backward")
         watching = self._watching()
         if watching is not self._backend:
             watching.backward()
-        return Tensors(watching.dtaps())
+        return TensorCopies(watching.dtaps())
 
     def set_params(self, tensors: Mapping[str, Any]) -> None:
-        """Put these in the place of the parameters of their names."""
+        """Replace the parameters of these names by these tensors."""
         state = self._backend.state()
         params = {**state.params, **self._checked(tensors, "set_params")}
-        self._begin(self.config, self.tokenizer, replace(state, params=params), self._rng,
+        self._set_model(self.config, self.tokenizer, replace(state, params=params), self._rng,
                     self.backend)  # fmt: skip
 
     def set_grads(self, tensors: Mapping[str, Any]) -> None:
-        """Put these in the place of the gradients of their names, for update to go by."""
+        """Replace the gradients of these names by these tensors; update then uses them."""
         self._need("set_grads", "backward")
         self._backend.set_grads({**self._backend.grads(), **self._checked(tensors, "set_grads")})
 
-    # what it has learned
+    # evaluation and sampling
 
     def evaluate(self, documents: Any = None) -> float:
-        """The mean loss over texts; by default those that were held out of training."""
+        """The mean loss over texts; by default the held-out documents."""
         texts = self.held_out if documents is None else documents
         if documents is None and not texts:
             raise MicrogptError("evaluate: nothing was held out of training; give texts")
@@ -257,10 +256,10 @@ class GPT:
         top_k: int | None = None,
         seed: int | None = None,
     ) -> list[str]:
-        """Texts drawn from the model; without a seed, each call draws others.
+        """Texts drawn from the model; without a seed, every call draws different texts.
 
         temperature    divides the logits; 0: the likeliest token each time
-        top_k          draw from so many of the likeliest tokens; 0: from all
+        top_k          draw from the top_k likeliest tokens; 0: from all
         """
         if temperature is None:
             temperature = self.config.temperature
@@ -278,12 +277,12 @@ class GPT:
 
     @property
     def training(self) -> Any:
-        """The documents that training goes through, shuffled; or windows of a text."""
+        """The training documents, shuffled; or windows of a text."""
         return self._split()[0]
 
     @property
     def held_out(self) -> list[str]:
-        """The documents that training does not see."""
+        """The documents that are kept from training."""
         return self._split()[1]
 
     def __repr__(self) -> str:
@@ -294,24 +293,24 @@ class GPT:
             f" {self.updates:,} updates)"
         )
 
-    # how it is done
+    # private
 
-    def _begin(
+    def _set_model(
         self, config: Config, tokenizer: Tokenizer, state: State, rng: Random, backend: str
     ) -> None:
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.updates = state.updates
         self._rng = rng
-        self._stage = ""  # what was done last with the parameters as they are: forward, backward
+        self._stage = ""  # forward or backward, if done since the latest change of parameters
         self._watched = None
         self._backend = load_backend(backend, config, state)
 
-    def _take(self, texts: list[str], config: Config) -> None:
+    def _set_documents(self, texts: list[str], config: Config) -> None:
         self._parts: Any = parts(texts, config)
         self._digest = digest(texts)
 
     def _split(self) -> Any:
-        if self._parts is None:  # of a model that was loaded
+        if self._parts is None:  # a loaded model reads its data set here
             if self.config.dataset == IN_PYTHON:
                 raise MicrogptError(
                     "the documents of this model are not in its checkpoint; give some, as in"
@@ -324,7 +323,7 @@ class GPT:
                     f"{self.config.dataset}: has changed since this model was trained; give its"
                     " data, as in GPT.load(path, data)"
                 )
-            self._take(texts, self.config)
+            self._set_documents(texts, self.config)
         return self._parts
 
     def _need(self, what: str, stage: str) -> None:
@@ -336,8 +335,8 @@ class GPT:
             )
 
     def _watching(self) -> Backend:
-        """An implementation that keeps all taps of the latest batch."""
-        if self.backend == "scalar":  # which keeps them anyway
+        """A backend that has kept all taps of the latest batch."""
+        if self.backend == "scalar":  # keeps its taps anyway
             return self._backend
         if self._watched is None:
             config = replace(self.config, cores=1)
@@ -383,7 +382,7 @@ class GPT:
         return ids
 
     def _checked(self, tensors: Any, where: str) -> dict[str, Any]:
-        """Tensors that came from outside, if their names and shapes are those of parameters."""
+        """The caller's tensors as arrays; MicrogptError unless names and shapes are known."""
         if not isinstance(tensors, Mapping):
             raise MicrogptError(f"{where}: expected tensors by name, got {shortened(tensors)}")
         params = self._backend.state().params
@@ -410,7 +409,7 @@ class GPT:
 
 
 def _items(documents: Any) -> list[Any]:
-    """The documents of a batch, one by one."""
+    """The documents of a batch as a list; a single text is a batch of one."""
     try:
         items = [documents] if isinstance(documents, str) else list(documents)
     except TypeError:
@@ -421,7 +420,7 @@ def _items(documents: Any) -> list[Any]:
 
 
 def meant(name: object, names: Iterable[str]) -> str:
-    """The name that is closest to one that there is not."""
+    """The end of an error about an unknown name: the closest known name, or some of them."""
     known = list(names)
     ends = [full for full in known if full.endswith(f".{name}")]
     close = ends or difflib.get_close_matches(str(name)[:80], known, n=1)
@@ -429,13 +428,13 @@ def meant(name: object, names: Iterable[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy's as one of Python's."""
+    """A NumPy number as a Python number; any other value as it is."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_backend(name: object) -> None:
-    if name not in NAMES:
-        raise MicrogptError(f"backend: expected {' or '.join(NAMES)}, got {shortened(name)}")
+    if name not in BACKENDS:
+        raise MicrogptError(f"backend: expected {' or '.join(BACKENDS)}, got {shortened(name)}")
 
 
 def _path(path: Any, where: str) -> Path:
@@ -450,7 +449,7 @@ def _rate(lr: Any) -> float:
 
 
 def _texts(data: Any, config: Config) -> tuple[list[str], Config]:
-    """The documents of what was given as data, and a configuration that knows where they are."""
+    """The documents that `data` stands for, and the configuration with their data set's name."""
     if data is None or isinstance(data, (str, Path)):
         dataset = config.dataset if data is None else str(data)
         texts = load_documents(dataset, config.documents)

@@ -20,7 +20,7 @@ def init_params(config: Config, vocab_size: int, rng: Random) -> dict[str, list[
     for name, (n_out, n_in) in param_shapes(config, vocab_size).items():
         residual = name.endswith((".attn_wo", ".mlp_fc2"))
         std = config.init_std_residual if residual else config.init_std
-        # one block for a matrix: as many small ones the system would never have back
+        # one block per matrix: the memory of many small blocks is never given back to the system
         numbers = memoryview(array("d", (rng.gauss(0, std) for _ in range(n_out * n_in))))
         params[name] = [numbers[start : start + n_in] for start in range(0, len(numbers), n_in)]
     return params

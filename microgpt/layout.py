@@ -1,7 +1,7 @@
 """Tensors by name: the shapes of parameters, the names of taps, and trees of both.
 
 Inside a model, tensors are attributes of a tree (`params.wte`, `params.layers[0].attn_wq`).
-At every border (files, comparisons) they go by their full names ("wte", "layer0.attn_wq").
+In files and comparisons, tensors go by their full names ("wte", "layer0.attn_wq").
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from microgpt.config import Config
 from microgpt.taps import params, shape_of, sizes, taps
+
+MANY = 2_000_000  # weights of a model: drawing them, or a document from it, takes seconds
 
 
 def param_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, int]]:
@@ -26,19 +28,19 @@ def tap_names(config: Config) -> list[str]:
 
 
 class Tree:
-    """Tensors by name, none at first. Python reads its attributes faster than SimpleNamespace's."""
+    """Tensors as attributes, none at first. Python reads them faster than a SimpleNamespace's."""
 
     def __init__(self, n_layer: int = 0) -> None:
         self.layers = [Tree() for _ in range(n_layer)]
 
-    if TYPE_CHECKING:  # any name is one of its attributes
+    if TYPE_CHECKING:  # a tree may have attributes of any name
 
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 def grow(named: Mapping[str, Any], n_layer: int) -> Tree:
-    """The tree whose tensors bear these full names."""
+    """The tree of these tensors, given by their full names."""
     root = Tree(n_layer)
     for name, tensor in named.items():
         node, last = _holder(root, name)
@@ -47,13 +49,13 @@ def grow(named: Mapping[str, Any], n_layer: int) -> Tree:
 
 
 def pick(root: Tree, name: str) -> Any:
-    """The tensor of the tree that bears this full name."""
+    """The tensor of this full name."""
     node, last = _holder(root, name)
     return getattr(node, last)
 
 
 def written(root: Tree, names: Iterable[str]) -> dict[str, Any]:
-    """The tensors of these full names, as far as they have been put into the tree."""
+    """The tensors of these full names that are in the tree, by full name."""
     held = {name: _holder(root, name) for name in names}
     return {name: getattr(*node) for name, node in held.items() if hasattr(*node)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import copy
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from microgpt.config import FIELDS, LARGEST, Config
+from microgpt.config import FIELDS, LARGEST_WHOLE, Config
 from microgpt.errors import MicrogptError, shortened
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -20,6 +21,8 @@ CONFIGS = FIXTURES / "configs"
 DEFAULT_PRESET = "microgpt"
 TINIEST = 1e-300  # the inverse of anything smaller may be infinite
 LARGEST_YAML = 1_000_000  # bytes
+POINTLESS = re.compile("[-+]?[0-9]{1,30}[.]?[0-9]{0,30}[eE][-+]?[0-9]{1,9}")  # text to YAML
+NUMERIC = set("+-.0123456789eEinfa")  # characters of a number; 1e-5, inf and nan among them
 BEFORE = {
     name: field.metadata["before"]
     for name, field in FIELDS.items()
@@ -30,7 +33,7 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 
 def presets() -> list[str]:
-    """The names that `--config` knows."""
+    """The names of the presets, which `--config` takes."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -48,7 +51,7 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, str] | Non
 
 
 def config_from(raw: dict[Any, Any], where: str) -> Config:
-    """The configuration of a mapping: a preset under `preset`, and what differs from it."""
+    """The configuration of a mapping: the name of a preset, and the fields that differ."""
     fields = copy(raw)
     base = fields.pop("preset", DEFAULT_PRESET)
     if base not in presets():
@@ -60,7 +63,7 @@ def config_from(raw: dict[Any, Any], where: str) -> Config:
 
 
 def checked(fields: Mapping[str, Any]) -> Config:
-    """A configuration whose fields fit together."""
+    """The configuration of these fields; MicrogptError if two fields contradict each other."""
     config = Config(**fields)
     if config.n_embd % config.n_head:
         widest = min(config.n_embd, 1000)
@@ -88,7 +91,7 @@ def checked(fields: Mapping[str, Any]) -> Config:
 
 
 def stored_config(fields: Mapping[Any, Any], where: str) -> Config:
-    """The configuration that a file carries along, which must be complete."""
+    """The configuration that a checkpoint or run directory holds, with every field."""
     missing = [name for name in FIELDS if name not in fields and name not in BEFORE]
     if missing:
         raise MicrogptError(
@@ -99,7 +102,7 @@ def stored_config(fields: Mapping[Any, Any], where: str) -> Config:
 
 
 def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """The fields of a mapping that came from outside, each with its right type and range."""
+    """The fields of an unchecked mapping, once the type and range of each are checked."""
     raw = _renamed(raw, where)
     for name in raw:
         if name not in FIELDS:
@@ -111,7 +114,7 @@ def typed_fields(raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 
 def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
-    """The same fields, with `activation` for `squared_relu`, which is what it was called first."""
+    """The same fields, with `squared_relu` of earlier files replaced by `activation`."""
     if "squared_relu" not in raw or "activation" in raw:
         return raw
     fields = copy(raw)
@@ -124,13 +127,13 @@ def _renamed(raw: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
 
 
 def typed_flag(name: str, text: str, where: str = "") -> Any:
-    """What the text after a field's flag means; `where` is the flag, if it is not the field's."""
+    """The value of a text for a field; `where` is the flag, if it is not named as the field."""
     kind = KINDS[str(FIELDS[name].type)]
     value: Any = text
-    with suppress(ValueError, KeyError):  # left as text, it is refused by the check of types
+    with suppress(ValueError, KeyError):  # `typed` refuses a value that is still a text
         if kind is bool:
             value = {"true": True, "false": False}[text]
-        elif text.isascii() and "_" not in text:  # Python takes more for a number than people do
+        elif not set(text) - NUMERIC:  # Python takes more for a number than people do
             value = kind(text)
     return typed(name, value, where or flag(name))
 
@@ -152,10 +155,10 @@ def _read_source(source: str) -> dict[Any, Any]:
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; `on_line` knows where each key stands.
+    """The mapping that a YAML file holds; `on_line` gives the line of each key.
 
-    Raises MicrogptError if it is none, larger than a megabyte, nested without end, or if it has
-    aliases, tags or a key twice.
+    Raises MicrogptError if the file holds no mapping, is larger than a megabyte or nested too
+    deeply, or has aliases, tags or a key twice.
     """
     import yaml
 
@@ -163,7 +166,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
     try:
         content = b""
-        if path.stat().st_size:  # of files of the system that say 0, some wait for ever
+        if path.stat().st_size:  # some files in /proc say 0, and a read of them never ends
             with open(path, "rb") as file:
                 content = file.read(LARGEST_YAML + 1)
         if len(content) > LARGEST_YAML:
@@ -183,22 +186,24 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def on_line(raw: Mapping[Any, Any], key: Any) -> str:
-    """Where a key stands, if the mapping was read from YAML."""
+    """The line of a key as the end of a message, if the mapping was read from YAML."""
     line = getattr(raw, "lines", {}).get(key)
     return f" (line {line})" if line else ""
 
 
 def typed(name: str, value: Any, where: str) -> Any:
-    """The value of a field that came from outside, if its type and range are right."""
+    """The value of a field; MicrogptError unless its type and range are right."""
     field = FIELDS[name]
     kind = KINDS[str(field.type)]
-    if type(value) is int and abs(value) > LARGEST:
-        raise MicrogptError(f"{where}: expected {LARGEST:,} at most, got a number of more digits")
+    if type(value) is int and abs(value) > LARGEST_WHOLE:
+        raise MicrogptError(
+            f"{where}: expected {LARGEST_WHOLE:,} at most, got a number of more digits"
+        )
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         hint = ""
-        if isinstance(value, str) and kind is float and _is_number(value):
+        if isinstance(value, str) and kind is float and POINTLESS.fullmatch(value):
             hint = f" (YAML reads {value} as text: write {_with_point(value)})"
         raise MicrogptError(
             f"{where}: expected {WORDS[str(field.type)]}, got {shortened(value)}{hint}"
@@ -223,16 +228,8 @@ def typed(name: str, value: Any, where: str) -> Any:
     return value
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return len(text) < 40
-
-
 def _with_point(text: str) -> str:
-    """1e-8 as YAML wants it: 1.0e-8."""
+    """1e-8 as YAML reads a number: 1.0e-8."""
     mantissa, e, exponent = text.lower().partition("e")
     sign = "" if exponent[:1] in "+-" else "+"
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{sign}{exponent}"

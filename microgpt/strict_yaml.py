@@ -17,7 +17,7 @@ from yaml.resolver import Resolver
 from microgpt.errors import shortened
 
 DEEPEST = 20  # levels of lists and mappings
-LONGEST = 100  # characters of a number: longer ones take time out of all proportion
+LONGEST_NUMBER = 100  # characters of a number: longer ones take time out of all proportion
 MOST = 10_000  # keys and values: the parser that PyYAML has everywhere takes a second for these
 WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
@@ -35,7 +35,8 @@ class Strict(Composer, SafeConstructor, Resolver):
 
     Aliases are refused: a file of a few lines can ask for billions of values by them. So are tags,
     which nothing here needs, and keys that are there twice, of which PyYAML would take the last.
-    Numbers are decimal: YAML 1.1 takes 017 for 15 and 1:30 for 90, and these are refused.
+    Numbers are decimal: YAML 1.1 takes 017 for 15 and 1:30 for 90, and these are refused. Dates
+    are texts, as they are written.
     """
 
     level = count = 0
@@ -82,7 +83,12 @@ class Strict(Composer, SafeConstructor, Resolver):
         return _as_written(node, number, ":" not in node.value)
 
 
-constructors: dict[str, Any] = {"map": Strict.section, "int": Strict.whole, "float": Strict.real}
+constructors: dict[str, Any] = {
+    "map": Strict.section,
+    "int": Strict.whole,
+    "float": Strict.real,
+    "timestamp": SafeConstructor.construct_yaml_str,
+}
 for tag, constructor in constructors.items():
     Strict.add_constructor(f"tag:yaml.org,2002:{tag}", constructor)
 
@@ -107,7 +113,7 @@ if yaml.__with_libyaml__:
 
 
 def _short(node: yaml.ScalarNode) -> yaml.ScalarNode:
-    if len(node.value) > LONGEST:
+    if len(node.value) > LONGEST_NUMBER:
         raise _refusal(node, f"a number of {len(node.value):,} characters")
     return node
 

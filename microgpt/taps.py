@@ -1,7 +1,7 @@
 """The table of the model: every parameter and every intermediate, in the order of computation.
 
-A tap is an intermediate under its name. The order of comparison, the axes of reports, which
-elements padding leaves, the shapes in trace files, the tables of crosscheck/TRACES.md, who consumes
+A tap is an intermediate under its name. The order of comparison, the axes of reports, the
+mask of padding, the shapes in trace files, the tables of crosscheck/TRACES.md, who consumes
 what, and the skeleton of the explanations and diagnoses derive from this table. A new operation is
 written in scalar/model.py and in vectorized/model.py, and entered here.
 
@@ -31,16 +31,16 @@ class Param(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """An intermediate: what it is called, and how it is computed from what."""
+    """An intermediate: its name, its shape, and how it is computed from its operands."""
 
     name: str
     shape: str
     operation: str  # see crosscheck.operations for the arithmetic of each
-    operands: tuple[str, ...]  # taps and parameters; `res` is what the section before hands on
+    operands: tuple[str, ...]  # taps and parameters; `res` is the last tap of the section before
     equation: str
-    within: str  # the function of scalar/model.py that computes it
-    function: str = ""  # and the one that it calls to do so; in vectorized/, f_forward, f_backward
-    switch: str = ""  # the field of the configuration without which there is none
+    within: str  # the function of scalar/model.py that computes this tap
+    function: str = ""  # f, which `within` calls for it; f_forward, f_backward in vectorized/
+    switch: str = ""  # the configuration field that switches this tap on; "": always on
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Tap(NamedTuple):
 PARAMS = (
     Param("wte", "V C"),
     Param("wpe", "block_size C"),
-    Param("lm_head", "V C"),  # none if it is tied to wte
+    Param("lm_head", "V C"),  # absent if tied to wte
 )
 LAYER_PARAMS = (
     Param("attn_wq", "C C"),
@@ -64,7 +64,7 @@ LAYER_PARAMS = (
 
 
 class Activation(NamedTuple):
-    """A function of x and its derivative, as Python writes them: the words are the arithmetic."""
+    """A function of x and its derivative, as Python expressions that crosscheck evaluates."""
 
     value: str
     slope: str
@@ -151,7 +151,7 @@ def params(config: Config) -> dict[str, Param]:
 
 @cache
 def consumers(config: Config) -> dict[str, list[tuple[Tap, int]]]:
-    """For every tap and parameter, the taps that are computed from it, and as which operand."""
+    """For every tap and parameter, the taps computed from it, each with the operand's index."""
     found: dict[str, list[tuple[Tap, int]]] = {
         name: [] for name in (*params(config), *taps(config))
     }
@@ -162,7 +162,7 @@ def consumers(config: Config) -> dict[str, list[tuple[Tap, int]]]:
 
 
 def sizes(config: Config, vocab_size: int = 0, B: int = 0, T: int = 0) -> dict[str, int]:
-    """What the letters of a shape stand for."""
+    """The number that each letter of a shape stands for."""
     C = config.n_embd
     return {
         "B": B,

@@ -11,9 +11,9 @@ from microgpt.errors import MicrogptError, shortened
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """One token per character (a Unicode code point), one that opens and one that closes.
+    """One token per character (a Unicode code point), plus BOS and the closing token.
 
-    chars-bos        the characters from 0 on, then BOS, which also closes
+    chars-bos        the characters from 0 on, then BOS, which is the closing token too
     bos-eos-chars    BOS 0, EOS 1, then the characters
     """
 
@@ -27,7 +27,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """V: the characters and what opens and closes a document."""
+        """V: the number of characters, plus BOS and the closing token."""
         return len(self.chars) + len({self.bos, self.eos})
 
     def encode(self, text: str) -> list[int]:
@@ -45,9 +45,9 @@ class Tokenizer:
             ) from None
 
     def document(self, text: str, longest: int | None = None) -> list[int]:
-        """BOS, the characters, and the closing token; of these the first `longest`.
+        """BOS, the characters and the closing token, cropped to the first `longest` tokens.
 
-        What is not kept is not looked at, so that a book costs no more than its beginning.
+        Characters after the crop are not encoded, so a book takes no longer than its beginning.
         """
         kept = text if longest is None else text[: longest - 1]
         return [self.bos, *self.encode(kept), self.eos][:longest]
@@ -70,7 +70,7 @@ class Tokenizer:
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer, config: Config, where: str) -> list[int]:
-    """The ids of a text that samples begin with; refused if it leaves no room for more."""
+    """The ids of a prompt; MicrogptError if the prompt leaves no room in the context."""
     ids = tokenizer.encode(prompt)
     if len(ids) >= config.block_size:
         raise MicrogptError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,10 +23,10 @@ from microgpt.backend import (
 )
 from microgpt.config import Config
 from microgpt.data import digest, load_documents, located, nth, parts
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import MANY, param_shapes
 from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -61,8 +60,8 @@ from microgpt.settings import TINIEST, checked, flag
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.windows import Windows
 
-# What --resume may change: nothing that the model or the order of the data depends on. Of the data
-# set, which is the first, the place may change, but not the text.
+# What --resume may change: nothing that the model or the order of the documents depends on.
+# `dataset` may name another path, but the text there must be the same.
 RESUMABLE = (
     "dataset",
     "steps",
@@ -79,12 +78,10 @@ RESUMABLE = (
     "top_k",
 )
 
-MANY = 2_000_000  # weights, whose drawing takes a second
-
 Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out
 
-# What may make a run diverge: a value that does well, and -1 where it is smaller ones that do harm.
+# Options that can make a run diverge: a good value, and the sign of the change that does harm.
 USUAL = {
     "init_std": (0.08, 1),
     "learning_rate": (0.01, 1),
@@ -107,34 +104,34 @@ class Run:
     rng: Random  # as the initialisation left it: the samples are drawn from here on
     lock: RunLock  # on the run's directory
     step: int = 0  # how many steps are done
-    best: tuple[float, int] | None = None  # the lowest loss of what is held out, and its step
-    latest: tuple[float, int] | None = None  # and the one that was measured last
-    numbered: bool = False  # whether the directory's name was not asked for
-    saved: int = -1  # how many steps the checkpoint has had
+    best: tuple[float, int] | None = None  # the lowest held-out loss, and its step
+    latest: tuple[float, int] | None = None  # the latest held-out loss, and its step
+    numbered: bool = False  # whether the directory was named without --out
+    saved: int = -1  # how many steps the checkpoint on disk has had
     signal: int = 0  # the signal that ended training early
-    unlike: str = ""  # what config.yaml had that the checkpoint has not, when the run went on
+    unlike: str = ""  # the values of config.yaml that differed from the checkpoint's on --resume
     remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
     ranks: Alone = ALONE  # that take each step together; this is rank 0
 
     def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
-        """Run the steps that are left, or as many as max_seconds allows. False if a signal came.
+        """Run the steps that are left, within max_seconds. False if a signal ended training.
 
-        A checkpoint has its steps in metrics.jsonl before it takes the place of the one before.
+        metrics.jsonl has the steps of a checkpoint before the checkpoint replaces the previous one.
 
-        Raises MicrogptError if a number is not finite or a file cannot be written; the checkpoint
-        before stays as it is. A directory that was numbered is removed if that is all it has.
+        Raises MicrogptError if a number is not finite or a file cannot be written; the previous
+        checkpoint stays. A numbered directory is removed if its only checkpoint is of step 0.
         """
         try:
             with (
                 Metrics(self.out) as metrics,
                 between_steps() as received,
-                np.errstate(all="ignore"),  # what overflows ends in a loss that is not finite
+                np.errstate(all="ignore"),  # an overflow leads to a loss that is not finite
             ):
                 self._steps(progress, measured, metrics, received)
         except MicrogptError as error:
             if self.numbered and self.saved == 0 and self.lock.stands:
                 discard(self.lock)
-            raise MicrogptError(f"{error}{self._what_is_left()}") from None
+            raise MicrogptError(f"{error}{self._kept_checkpoint()}") from None
         self.signal = received[0] if received else 0
         return not received
 
@@ -159,7 +156,7 @@ class Run:
                 progress(self.step, loss, seconds)
                 if held_out is not None:
                     measured(self.step, held_out)
-            except OSError:  # nobody reads the progress any more
+            except OSError:  # the reader of the progress has gone
                 if not received:
                     self._save(metrics)
                     raise
@@ -177,7 +174,7 @@ class Run:
         return loss
 
     def _measure(self) -> float | None:
-        """The loss of what is held out, after every so many steps; None if it is not finite."""
+        """The held-out loss, if this step measures it and it is finite; else None."""
         every = self.config.eval_every
         if not (every and self.held_out and self.step % every == 0):
             return None
@@ -210,7 +207,7 @@ class Run:
         return MicrogptError(f"step {step}: {what}; {advice}")
 
     def _first_not_finite(self, docs: Docs) -> str:
-        """Where a forward pass goes wrong, read from one whose every intermediate is kept."""
+        """The first tap and parameter that are not finite, from a forward pass that keeps taps."""
         state = self.backend.state()
         watched = load_backend("vectorized", self.config, state, watch=True)
         with suppress(FloatingPointError):
@@ -220,7 +217,7 @@ class Run:
             f" parameter {not_finite(state.params) or 'none'}"
         )
 
-    def _what_is_left(self) -> str:
+    def _kept_checkpoint(self) -> str:
         if self.step == 0 or self.remedy is None:
             return ""
         if not self.lock.stands or not (self.out / FILE_NAME).is_file():
@@ -229,9 +226,9 @@ class Run:
 
     @property
     def how_to_resume(self) -> str:
-        """What to type to go on from the last checkpoint."""
+        """The command that resumes the run from its last checkpoint."""
         remedy = f" {self.remedy}" if self.remedy else ""
-        return f"go on with: microgpt train --resume --out {shlex.quote(str(self.out))}{remedy}"
+        return f"go on with: microgpt train --resume --out {as_typed(self.out)}{remedy}"
 
     @property
     def out(self) -> Path:
@@ -253,16 +250,16 @@ class Run:
 
     @property
     def num_params(self) -> int:
-        """How many numbers the model consists of."""
+        """How many parameters the model has."""
         return count_params(self.config, self.tokenizer.vocab_size)
 
     def checkpoint(self) -> Checkpoint:
-        """The run as it stands."""
+        """The checkpoint of the run's current state."""
         return Checkpoint(self.config, self.tokenizer, self.backend.state(), self.rng, self.digest)
 
 
 def count_params(config: Config, vocab_size: int) -> int:
-    """How many numbers a model consists of."""
+    """How many parameters a model has."""
     shapes = param_shapes(config, vocab_size)
     return sum(n_out * n_in for n_out, n_in in shapes.values())
 
@@ -279,9 +276,9 @@ def new_run(
     """A run from its beginning: documents shuffled, weights drawn, directory made.
 
     Without `out`, the run goes to runs/<name>, or to runs/<name>-2 and so on if there is one.
-    Where drawing the weights takes long, `say` is told.
-    Everything that can be wrong with the input is found before the directory is touched, and a run
-    that is replaced is there until the first checkpoint of this one, of step 0, is complete.
+    Where drawing the weights takes long, `say` gets a line about it.
+    All input is checked before the directory is touched, and a run that is replaced stays there
+    until the new run's checkpoint of step 0 is complete.
 
     Raises MicrogptError if the directory belongs to another run.
     """
@@ -320,7 +317,7 @@ def resumed_run(
 ) -> Run:
     """A run that goes on from the checkpoint in its directory.
 
-    Raises MicrogptError, with the directory as it was, if that checkpoint cannot be gone on from.
+    Raises MicrogptError if the run cannot go on, and leaves the directory as it was.
     """
     if not (out / FILE_NAME).is_file():
         raise MicrogptError(
@@ -420,16 +417,16 @@ def _changed(config: Config, overrides: dict[str, object]) -> Config:
 
 
 def check_measured(config: Config, given: Container[str]) -> None:
-    """Refuse an --eval-every that was given where there is nothing to measure with."""
+    """Raise MicrogptError if --eval-every is given and no document is held out."""
     if "eval_every" in given and config.eval_every and not config.held_out:
         raise MicrogptError("--eval-every: nothing is held out of training; add --held-out N")
 
 
 def _begin(run: Run, metrics: bytes) -> None:
-    """Make the directory that of this run. After a kill in between, --resume does the rest."""
+    """Write the files of a run into its directory. After a kill in between, --resume goes on."""
     for name in RUN_FILES:
         check_target(run.out / name)
-    tidy(run.out)  # first: what a killed run left may be what fills the disk
+    tidy(run.out)  # first: unfinished files of a killed run may fill the disk
     run.save()
     write_metrics(run.out, metrics)
     write_config(run.out, run.config)
@@ -450,8 +447,8 @@ def batch(
 def learning_rate(step: int, config: Config) -> float:
     """lr_t = learning_rate * (1 - step / steps), steps counted from 0
 
-    With another schedule (1 + cos(pi step / steps)) / 2 or 1 for the second factor. Where there
-    are warm-up steps, step / steps counts from their end, and the rate rises to there in a line.
+    The second factor is (1 + cos(pi step / steps)) / 2 with schedule cosine, 1 with constant. The
+    rate rises linearly in the warm-up steps; step and steps then count from the end of those.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -465,10 +462,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def suspect(config: Config, step: int) -> tuple[str, int, float]:
-    """The option that made a run diverge, as it seems: -1 if it is too small, and a better value.
+    """The option that probably made a run diverge; 1 if too large, -1 if too small; a better value.
 
-    It is the learning rate, or before the first update the initial weights, unless another is out
-    by two orders of magnitude and by more than those.
+    It is the learning rate, or before the first update init_std, unless another option is two
+    orders of magnitude or more from its usual value, and farther from it than that one.
     """
     orders = {
         name: direction * math.log10(max(getattr(config, name), TINIEST) / usual)

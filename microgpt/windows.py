@@ -1,8 +1,7 @@
-"""A text that is no list of documents, cut into windows of the context.
+"""A text cut into windows, each as long as the context.
 
-A window is a document like any other, as long as the context: BOS, and then as many characters as
-there are positions. The closing token has no place in it, so a model of windows writes on until
-its context is full.
+A window is a document of BOS and as many characters as the context has positions. The context has
+no room for its closing token, so a model trained on windows samples until the context is full.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ from microgpt.errors import MicrogptError
 
 
 class Windows:
-    """Windows of n characters without end: windows[i] is the one that training sees as its i-th.
+    """An endless sequence of windows of n characters: windows[i] is the i-th document of training.
 
-    In every epoch the text is cut at other places, and its windows come in another order. Both
-    follow from the seed and the epoch alone, so a run that goes on needs to know no more than its
-    number of steps. Up to 2 n characters at the two ends are left out, others in each epoch.
+    Every epoch cuts the text at other offsets and shuffles the windows again. Both depend on the
+    seed and the epoch alone, so a resumed run needs only its number of steps. Every epoch leaves
+    out less than 2 n characters at the two ends of the text together.
     """
 
     def __init__(self, text: str, n: int, seed: int) -> None:
         self.text, self.n, self.seed = text, n, seed
         self.per_epoch = max(1, len(text) // n - 1)
-        self.epoch = -1  # whose windows begin at self.starts
+        self.epoch = -1  # the epoch of self.starts; -1: none yet
 
     def __getitem__(self, i: int) -> str:
-        epoch, place = divmod(i, self.per_epoch)
+        epoch, index = divmod(i, self.per_epoch)
         if epoch != self.epoch:
             self.epoch, self.starts = epoch, self._starts(epoch)
-        start = self.starts[place]
+        start = self.starts[index]
         return self.text[start : start + self.n]
 
     def _starts(self, epoch: int) -> array[int]:
@@ -43,12 +42,12 @@ class Windows:
 
 
 def cut(text: str, n: int) -> list[str]:
-    """The windows of a text one after another, without what is left over at its end."""
+    """The windows of a text one after another; the rest at its end, shorter than n, is left out."""
     return [text[start : start + n] for start in range(0, len(text) - n + 1, n)]
 
 
 def check_window(text: str, n: int, where: str) -> None:
-    """Refuse a text that has not a single window."""
+    """Raise MicrogptError if a text is shorter than one window."""
     if len(text) < n:
         raise MicrogptError(
             f"{where}: has {len(text):,} characters, fewer than a window of {n:,}; take a smaller"

@@ -23,7 +23,7 @@ def adam(
     step    how many updates came before this one
     lr_t    this step's learning rate
 
-    The gradients are those in params. Sources: Kingma and Ba, "Adam: a method for stochastic
+    The gradient of a parameter p is p.grad. Sources: Kingma and Ba, "Adam: a method for stochastic
     optimization" (2015), algorithm 1; for the weight decay, Loshchilov and Hutter, "Decoupled
     weight decay regularization" (2019), algorithm 2.
     """

@@ -22,7 +22,7 @@ Nested = dict[str, list[Any]]
 
 
 class Backend:
-    """See microgpt.backend.Backend. The taps keep their gradients, so `watch` costs nothing."""
+    """See microgpt.backend.Backend. A tap keeps its gradient here, so `watch` changes nothing."""
 
     def __init__(self, config: Config, state: State, watch: bool = False) -> None:
         self.config = config
@@ -106,7 +106,7 @@ class Backend:
             return loss(docs, self.params, self.config)
 
     def _by_name(self, numbers: Iterable[float]) -> Nested:
-        """One number per parameter, as matrices by name."""
+        """Matrices by name, filled with these numbers, one for each parameter."""
         rest = iter(numbers)
         return {
             name: [[next(rest) for _ in row] for row in matrix]
@@ -114,12 +114,12 @@ class Backend:
         }
 
     def _batched(self, field: str) -> Nested:
-        """The taps by name, documents padded with zeros to one length."""
+        """`field` of every tap by name, with documents padded with zeros to one length."""
         if not self.doc_taps:
             raise FloatingPointError("the forward pass has not been finished")
         T = max(map(len, self.doc_taps))
         batched: Nested = {}
-        for name in written(self.doc_taps[0][0], table(self.config)):  # `loss` is in none
+        for name in written(self.doc_taps[0][0], table(self.config)):  # all taps but `loss`
             entry = table(self.config)[name]
             docs = [[_numbers(pick(tap, name), field) for tap in taps] for taps in self.doc_taps]
             if "U" in entry.axes:
@@ -131,14 +131,14 @@ class Backend:
                     for doc in docs
                 ]  # [B][H][T][T]
             else:
-                nothing = [0.0] * len(docs[0][0]) if len(entry.axes) > 2 else 0.0
-                batched[name] = [_padded(doc, T, nothing) for doc in docs]  # [B][T][channels]
+                zero = [0.0] * len(docs[0][0]) if len(entry.axes) > 2 else 0.0
+                batched[name] = [_padded(doc, T, zero) for doc in docs]  # [B][T][channels]
         return {**batched, "loss": getattr(self.loss, field)}
 
 
 @contextmanager
 def _overflows() -> Iterator[None]:
-    """Powers of Python's floats raise where products become inf: FloatingPointError for both."""
+    """Raise FloatingPointError where a power overflows: Python raises OverflowError, not inf."""
     try:
         yield
     except OverflowError:
@@ -146,9 +146,9 @@ def _overflows() -> Iterator[None]:
 
 
 def _numbers(tap: Any, field: str) -> Any:
-    """A Value's number, or those of a nested list of Values; None for what is no Value."""
+    """`field` of a Value, or of every Value in a nested list; None for any other object."""
     return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field, None)
 
 
-def _padded(items: list[Any], length: int, nothing: Any) -> list[Any]:
-    return items + [nothing] * (length - len(items))
+def _padded(items: list[Any], length: int, padding: Any) -> list[Any]:
+    return items + [padding] * (length - len(items))

@@ -2,7 +2,7 @@
 
 A vector is a list of Values, a matrix a list of rows. At the end of a line: [its shape].
 C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, t = this position.
-`tap.name = ...` keeps what was computed under its name; after backward() its .grad is d<name>.
+`tap.name = ...` keeps an intermediate under its name; after backward(), d<name> is its .grad.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def loss(
 ) -> tuple[Value, list[list[Tree]]]:
     """loss = mean over documents of the mean over positions of loss_t
 
-    Each position predicts the token after it, so a document of n + 1 tokens has n of them.
+    Each position predicts the token after it, so a document of n + 1 tokens has n positions.
     Returns the loss, and the taps by document and position.
     """
     taps = [[Tree(config.n_layer) for _ in pairwise(tokens)] for tokens in docs]

@@ -15,9 +15,9 @@ from scalar.model import Matrix, Vector, gpt, softmax
 def probabilities(logits: Vector, temperature: float, top_k: int) -> list[float]:
     """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
 
-    top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+    top_k 0 keeps all logits, temperature 0 the largest alone; of equal logits, the lower token id.
 
-    Raises FloatingPointError if a logit is not finite, also after the division.
+    Raises FloatingPointError if a logit is not finite, before or after the division.
     """
     scaled = [logit / (temperature or 1.0) for logit in logits]  # [V]
     if not all(isfinite(logit.data) for logit in scaled):
@@ -40,7 +40,7 @@ def sample(
 ) -> list[int]:
     """next token ~ probabilities(logits), until the closing token or the context is full
 
-    Returns the prompt and what was drawn after it, without BOS and closing token.
+    Returns the prompt and the tokens drawn after the prompt, without BOS and closing token.
     """
     keys: list[Matrix] = [[] for _ in range(config.n_layer)]
     values: list[Matrix] = [[] for _ in range(config.n_layer)]
@@ -48,7 +48,7 @@ def sample(
     for position in range(config.block_size):
         logits = gpt(tokens[position], position, params, keys, values, config, Tree(config.n_layer))
         if position < len(prompt):
-            continue  # still reading
+            continue  # the next token is the prompt's
         probs = probabilities(logits, temperature, top_k)
         token = rng.choices(range(tokenizer.vocab_size), weights=probs)[0]
         if token == tokenizer.eos:

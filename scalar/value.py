@@ -1,4 +1,4 @@
-"""A number that remembers how it was made, and can therefore be differentiated.
+"""A number that keeps its operands and local derivatives, so that it can be differentiated.
 
 operation   value            local derivatives
 a + b       a + b            1, 1
@@ -11,7 +11,7 @@ tanh(a)     tanh a           1 - tanh(a)^2
 total(x)    x_0 + x_1 + ..   1, 1, ..
 dot(x, y)   x_0 y_0 + ..     y_0, y_1, .., x_0, x_1, ..
 
-Everything else (-a, a - b, a / b) is written in terms of these, and so needs no derivative.
+Everything else (-a, a - b, a / b) is written with these operations, and needs no derivative.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from operator import add, mul
 
 
 class Value:
-    """A number, what it was made from, and its derivative with respect to each of those."""
+    """A number, its operands (children), and its derivative with respect to each operand."""
 
     __slots__ = ("_children", "_local_grads", "data", "grad")
 
@@ -94,32 +94,32 @@ class Value:
         return self**-1 * other
 
     def backward(self) -> None:
-        """d(self) / d(v) into v.grad of every v behind self: the chain rule, last made first.
+        """v.grad += d(self) / d(v) for every v that self depends on: the chain rule, self first.
 
-        Leaves (values made from nothing: parameters) add to the gradient they hold, so that
-        several graphs can share them. A graph runs backward once.
+        A leaf (a value without operands, such as a parameter) adds to the gradient it holds, so
+        that several graphs can share a leaf. A graph runs backward once.
 
-        Raises RuntimeError if a value behind self has been run through already.
+        Raises RuntimeError if backward() has already run through a part of the graph.
         """
         order = self._topological_order()
         self.grad = 1.0
         for value in reversed(order):
             for child, local_grad in zip(value._children, value._local_grads or ()):
                 child.grad += local_grad * value.grad
-            value._local_grads = None  # spent
+            value._local_grads = None  # a second run is refused
 
     def _topological_order(self) -> list[Value]:
-        """Every value behind self that has children, each after all of its children.
+        """Every value with children that self depends on, each after all of its children.
 
-        The depth-first post-order, operands from left to right. A stack of our own takes the
-        place of recursion, which would end at Python's limit of a thousand or so values in a row.
+        The depth-first post-order, operands from left to right. An explicit stack replaces
+        recursion, which Python limits to a depth of about a thousand calls.
         """
         order: list[Value] = []
         seen: set[Value] = set()
         stack: list[Value | None] = [self]
         while stack:
             value = stack.pop()
-            if value is None:  # what lies under this mark has all its children in order
+            if value is None:  # a mark: the value under it comes after its children
                 order.append(stack.pop())  # type: ignore[arg-type]
             elif value not in seen:
                 if value._local_grads is None:
@@ -151,8 +151,8 @@ def mean(x: Sequence[Value]) -> Value:
 def dot(x: Sequence[Value], y: Sequence[Value]) -> Value:
     """s = x_0 y_0 + x_1 y_1 + .. + x_n-1 y_n-1, left to right, as one value.
 
-    The digits are those of the sum of products written out; the built-in sum() would not do,
-    since from Python 3.12 on it rounds sums of plain floats differently.
+    The digits are those of the sum of products written out. The built-in sum() has other digits:
+    from Python 3.12 on, sum() of floats makes up for rounding errors.
     """
     x_data = [x_i.data for x_i in x]
     y_data = [y_i.data for y_i in y]

@@ -1,4 +1,4 @@
-"""What several tests of the shell start from: the golden figures, a small data set, a small run."""
+"""Fixtures of several test files: the golden figures, a small data set, a small run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from microgpt.train import new_run
 # fewer documents than steps, one of a single character, two that are longer than the context
 WORDS = ("emma", "zo\u00e9", "a", "maximilian", "ana", "mia", "emma", "evangeline", "noam")
 
-# two layers and two heads that take milliseconds, with weights large enough to tell things apart
+# two layers and two heads: a step takes milliseconds; large weights make errors visible
 TINY = {
     "n_layer": "2",
     "n_embd": "4",
@@ -41,7 +41,7 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
-    """What the untouched original program printed on the embedded names."""
+    """The figures that the unchanged original program printed on the embedded names."""
     return json.loads((FIXTURES / "golden" / "microgpt-names.json").read_text(encoding="utf-8"))
 
 
@@ -55,7 +55,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(words: Path) -> dict[str, str]:
-    """What to put in the place of the preset's fields, as typed on the command line."""
+    """Fields that replace those of the preset, as typed on the command line."""
     return {**TINY, "dataset": str(words)}
 
 
@@ -81,7 +81,7 @@ def trained(
 
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[[Path, Path, Edit], None]:
-    """Copy a checkpoint, with its tensors and its metadata edited and its checksum made to fit."""
+    """Copy a checkpoint, with edited tensors and metadata, and the checksum of the edited file."""
 
     def copy(source: Path, target: Path, edit: Edit) -> None:
         tensors, metadata = read_tensors(source)

@@ -27,12 +27,12 @@ from vectorized.batch import micro_batches, pad
 from vectorized.flat import Shapes, flatten, model_tree, named_views
 from vectorized.model import Array, loss_backward, loss_forward
 from vectorized.ranks import Sums, share
+from vectorized.replay import Replay
 from vectorized.sample import empty_caches, read, sample, sample_many
-from vectorized.worker import Worker
 
 
 class Watched:
-    """Does what a Worker does by the text as it stands, and keeps all that it computes."""
+    """Does what a Replay does by the text as it stands, and keeps all that it computes."""
 
     def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
         self.config = config
@@ -87,9 +87,10 @@ class Backend:
         self.comm = comm
         self.sums = Sums(comm, len(self.flat), dtype)
         self.flat_grads = self.sums.grads
-        self.worker: Any = (Watched if watch else Worker)(
-            config, self.shapes, self.flat, self.flat_grads
-        )
+        arrays = self.shapes, self.flat, self.flat_grads
+        self.worker: Any = Watched(config, *arrays) if watch else Replay(config, *arrays)
+        # evaluation has memory of its own, so that it can come between forward and backward
+        self.evaluation: Any = self.worker if watch else Replay(config, *arrays)
         self.params = model_tree(self.flat, self.shapes, config.n_layer)
 
     def forward(self, docs: Docs) -> float:
@@ -114,9 +115,9 @@ class Backend:
         A recording for each micro-batch, and that of the update, for (), if there has been one.
         """
         own = self._share(docs)
-        steps = [self.worker.replay.training(part) for part in micro_batches(own, self.config)]
+        steps = [self.worker.training(part) for part in micro_batches(own, self.config)]
         shaped = [(step.batch.tokens.shape, step.recording) for step in steps]
-        update = self.worker.replay.adam
+        update = self.worker.adam
         return [*shaped, ((), update)] if update else shaped
 
     def _share(self, docs: Docs) -> Docs:
@@ -128,7 +129,7 @@ class Backend:
     def position_losses(self, docs: Docs) -> Array:
         n = np.fromiter(map(len, docs), int, len(docs))[:, None] - 1  # (B, 1)
         T = n.max()
-        losses = np.where(np.arange(T) < n, self.worker.losses(docs)[:, :T], 0.0)  # (B, T)
+        losses = np.where(np.arange(T) < n, self.evaluation.losses(docs)[:, :T], 0.0)  # (B, T)
         if not np.isfinite(losses).all():
             raise FloatingPointError("the loss of a position is not finite")
         return losses

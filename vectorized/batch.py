@@ -81,11 +81,8 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
     B, T = tokens.shape
     if B == 1 or isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
         n = len(docs[0]) - 1
-        if B == 1:
-            tokens[0, :n], targets[0, :n], weights[0, :n] = docs[0][:-1], docs[0][1:], 1 / (of * n)
-        else:
-            both = np.asarray(docs)  # (B, n + 1)
-            tokens[:, :n], targets[:, :n], weights[:, :n] = both[:, :-1], both[:, 1:], 1 / (of * n)
+        both = np.asarray(docs[0] if B == 1 else docs)  # (n + 1,) or (B, n + 1)
+        tokens[:, :n], targets[:, :n], weights[:, :n] = both[..., :-1], both[..., 1:], 1 / (of * n)
         if n < T:
             tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
         return

@@ -39,12 +39,14 @@ class Sums:
         self.slices = np.zeros(slices, dtype)  # untouched pages take no memory
         self.grads: Array = self.slices.reshape(-1)[:numbers]  # (P,)
         self.received = np.zeros(slices, dtype)  # this rank's slice, of every rank
-        self.losses = np.zeros((comm.size, 1))
 
     def loss(self, own: float) -> float:
         """The sum of the losses of all ranks."""
-        self.comm.gather(np.array([own]), self.losses)
-        return float(self.losses.sum())
+        if self.comm.size == 1:
+            return own
+        losses = np.zeros((self.comm.size, 1))
+        self.comm.gather(np.array([own]), losses)
+        return float(losses.sum())
 
     def gradient(self) -> None:
         """Put the sum of the gradients of all ranks in the place of this rank's gradient."""

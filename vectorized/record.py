@@ -2,21 +2,19 @@
 
 A function of the text is called with arrays that have a shape and no numbers. NumPy hands every
 operation on them to the recorder, which writes down a list of calls (function, arrays in, array
-out). A step of training puts its tokens into place and runs down the list. On the way from the
-text to the list:
+out). A step of training puts its tokens into place and runs down the list. The recorder chooses:
 
-memory order   The last axis of a result lies slowest, documents and positions fastest. Sums over
-               channels then add rows, and a linear layer is one product w . x of matrices.
-few axes       Element-wise calls see views with as few axes as memory allows: `_fused`.
-one object     Views of the same memory are one array: where a call writes over its operand, NumPy
-               need not find out how the two overlap (1.08 at a batch of one).
+memory order   The last axis of a result lies slowest, documents and positions fastest. A sum over
+               channels then adds rows, and a linear layer is one product w . x of matrices.
+few axes       Element-wise calls get views with as few axes as memory allows: `_fused`.
+one object     Views of the same memory are one array object, so that NumPy need not find out how
+               they overlap when a call writes over its operand (1.08 at a batch of one).
 sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
                of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
                64).
-copies         A result that is only copied is computed in its place: `without_copies` (1.06 at 1).
-numbers        What is scaled by two numbers of a run is scaled once: `scaled` (1.01 at 1).
-memory         Results share memory when their lives do not overlap: `placed`.
+places         Results share memory when their lives do not overlap. A result that is only copied
+               is computed where the copy would lie (1.06 at 1): `placed`.
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
 that number of documents.
@@ -27,12 +25,12 @@ decision that depends on the numbers in an array, or an operation that is not kn
 
 from __future__ import annotations
 
-import operator
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
+from operator import add, mul, sub, truediv
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,19 +40,19 @@ from microgpt.errors import MicrogptError
 from vectorized.model import Array
 
 Ints = tuple[int, ...]
+Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 ALIGN = 64  # bytes of a cache line
 
 # How the list calls these operations. A method of an array is faster than NumPy's function.
-BOUND: dict[Any, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+BOUND: dict[Any, Callable[..., Run]] = {
     "dot": lambda a, b, out: (a.dot, (b, out)),
     "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
     "sum": lambda x, out: (np.add.reduce, (x, 0, None, out)),
     "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
     np.maximum: lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # positional: deprecated
-    np.minimum: lambda x, y, out: (partial(np.minimum, out=out), (x, y)),
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
     "put": lambda at, values, out: (out.__setitem__, (at, values)),
     "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
@@ -63,8 +61,10 @@ BOUND: dict[Any, Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {
 }
 # How these powers are computed.
 POWERS: dict[Any, list[np.ufunc]] = {2: [np.square], 0.5: [np.sqrt], -0.5: [np.sqrt, np.reciprocal]}
-# What they are called in `operator`, for numbers that are no arrays.
-PLAIN = {"add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv", "power": "pow"}
+# The ufuncs as Python's operations, for numbers that are no arrays.
+PLAIN: dict[str, Any] = {
+    "add": add, "subtract": sub, "multiply": mul, "divide": truediv, "power": pow
+}  # fmt: skip
 
 
 class RecordingError(MicrogptError):
@@ -78,30 +78,25 @@ class Line(NamedTuple):
     number: int
 
 
+@dataclass(eq=False, slots=True)
 class Buffer:
     """The memory of a result, which gets its place when the recording ends; or the caller's."""
 
-    __slots__ = ("array", "end", "find", "home", "offset", "rows", "writes")
-
-    def __init__(self, array: Array, home: Array | None = None) -> None:
-        self.array = array  # of a result: as large as its memory, and never touched
-        self.home = home  # the caller's array, if this memory is the caller's
-        self.offset = self.end = 0  # of a result, in the block of memory
-        self.rows: Array | None = None  # the view (.., n) if all n are equal and count as one
-        self.find: Callable[[], float] | None = None  # what it holds, if that is a Number
-        self.writes = 0  # so far
+    array: Array  # of a result: as large as its memory, and never touched
+    home: Array | None = None  # the array of the caller that it lies in, if it does
+    offset: int = 0  # where it lies in the block of memory otherwise,
+    end: int = 0  # and ends: 0 as long as it has no place
+    uses: list[int] = field(default_factory=list)  # numbers of the calls that use its place
+    rows: Any = None  # the view (.., n) if all n are equal and count as one
 
 
 class Call:
     """One call of the list. Of its operands, the last is written."""
 
-    __slots__ = ("elementwise", "ends", "f", "inputs", "line", "operands", "out", "part")
-
     def __init__(self, f: Any, operands: Sequence[Traced], line: Line, part: int) -> None:
         self.f = f  # a ufunc, or a name in BOUND
         self.operands = operands
         *self.inputs, self.out = operands
-        self.ends: set[Buffer] = set()  # results that are used here for the last time
         self.line = line
         self.part = part  # of the list
         self.elementwise = isinstance(f, np.ufunc) or f == "copy"
@@ -114,15 +109,11 @@ class Number(NDArrayOperatorsMixin):
         self.find = find
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        x, y = inputs if ufunc.__name__ in PLAIN else self._decision()
-        f = getattr(operator, PLAIN[ufunc.__name__])
-        if isinstance(x, Traced) or isinstance(y, Traced):
+        if any(isinstance(x, Traced) for x in inputs):
             return NotImplemented
-        if not isinstance(y, Number):
-            return Number(lambda: f(x.find(), y))
-        if not isinstance(x, Number):
-            return Number(lambda: f(x, y.find()))
-        return Number(lambda: f(x.find(), y.find()))
+        f = PLAIN[ufunc.__name__] if ufunc.__name__ in PLAIN else self._decision()
+        x, y = (x.find if isinstance(x, Number) else partial(float, x) for x in inputs)
+        return Number(lambda: f(x(), y()))
 
     def _decision(self) -> Any:
         raise refusal("a decision that depends on a number of one run")
@@ -133,14 +124,13 @@ class Number(NDArrayOperatorsMixin):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "dtype", "ndim", "recorder", "scaled", "shape", "view")
+    __slots__ = ("buffer", "dtype", "ndim", "recorder", "shape", "view")
 
     def __init__(self, recorder: Recorder, view: Array, buffer: Buffer) -> None:
         self.recorder = recorder
         self.view = view  # of the buffer's array
         self.buffer = buffer
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
-        self.scaled: Any = None  # (x, n, x's writes) of what has been computed as x times Number n
 
     @property
     def whole(self) -> bool:
@@ -153,46 +143,37 @@ class Traced(NDArrayOperatorsMixin):
         return 0 if self.whole else address(self.view) - address(self.buffer.array)
 
     @property
-    def rows(self) -> Array | None:
-        """Of an array (.., 1) whose numbers have been computed n times, the view (.., n)."""
+    def rows(self) -> Ints | None:
+        """Of an array (.., 1) whose numbers have been computed n times, the shape (.., n)."""
         rows = self.buffer.rows
-        return rows if rows is not None and (*rows.shape[:-1], 1) == self.shape else None
+        return rows.shape if rows is not None and (*rows.shape[:-1], 1) == self.shape else None
 
     @property
     def T(self) -> Traced:  # noqa: N802, as arrays have it
         return self.like(self.view.T)
 
     @property
-    def flat(self) -> Traced:
-        """All elements in one axis: (N,)"""
-        return self.reshaped(self.view, (-1,))
-
-    @property
     def matrix(self) -> Traced:
         """The last axis as rows and all others as columns: (n, N)"""
         last = self.ndim - 1
-        return self.reshaped(self.view.transpose(last, *range(last)), (self.shape[-1], -1))
+        return self.like(self.view.transpose(last, *range(last))).reshape(self.shape[-1], -1)
 
     def like(self, view: Array) -> Traced:
         """Another view of the same memory."""
         return Traced(self.recorder, view, self.buffer)
 
-    def reshaped(self, view: Array, shape: Sequence[int]) -> Traced:
-        """A view of the same memory in another shape."""
-        out = view.reshape(shape)
-        if out.base is not (view if view.base is None else view.base):  # it is a copy
-            raise refusal("this operation on an array that lies in this order")
-        return self.like(out)
-
     def reshape(self, *shape: int) -> Traced:
-        return self.reshaped(self.view, shape)
+        """The same memory in another shape."""
+        view = self.view.reshape(shape)
+        if view.base is not (self.view if self.view.base is None else self.view.base):
+            raise refusal("this operation on an array that lies in this order")  # it is a copy
+        return self.like(view)
 
     def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
         return self.recorder.reduced(self, "sum", axis, keepdims)
 
     def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        n = self.view.size if axis is None else self.shape[axis]
-        return self.recorder.reduced(self, "sum", axis, keepdims, 1 / n)
+        return self.recorder.reduced(self, "mean", axis, keepdims)
 
     def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
         return self.recorder.reduced(self, "max", axis, keepdims)
@@ -214,7 +195,7 @@ class Traced(NDArrayOperatorsMixin):
         if f is np.einsum and len(args) == 3 and not kwargs:
             return self.recorder.einsum(*args)
         if f is np.zeros_like and not kwargs:
-            zeros = self.recorder.new(args[0].shape, range(args[0].ndim))
+            zeros = self.recorder.new(args[0].shape)
             self.recorder.emit("fill", self.recorder.operand(0.0), zeros)
             return zeros
         raise refusal(f"numpy.{f.__name__} with these arguments")
@@ -238,12 +219,12 @@ class Traced(NDArrayOperatorsMixin):
         return part
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        keys = key if isinstance(key, tuple) else (key,)
+        keys, value = key if isinstance(key, tuple) else (key,), self.recorder.operand(value)
         if any(isinstance(k, Traced) for k in keys):
-            memory, index = self.recorder.numbers_at(self, keys)
-            self.recorder.emit("put", index, value.flat, memory)
+            table, index = self.recorder.table_and_index(self, keys)
+            self.recorder.emit("put", index, value.reshape(-1, *table.shape[1:]), table)
         else:
-            self.recorder.emit("copy", self.recorder.operand(value), self.like(self.view[key]))
+            self.recorder.emit("copy", value, self.like(self.view[key]))
 
 
 class Recorder:
@@ -253,11 +234,12 @@ class Recorder:
         self.dtype = np.dtype(dtype)
         self.calls: list[Call] = []
         self.part = 0
-        self.known: dict[Any, Any] = {}  # constants and flat indices
+        self.known: dict[Any, Any] = {}  # the caller's memory, constants, flat indices
+        self.numbers: list[tuple[Array, Callable[[], float]]] = []  # where they lie in each run
 
     def hold(self, array: Array) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
-        return Traced(self, array, Buffer(array, array))
+        return Traced(self, array, self.known.setdefault(id(array), Buffer(array, array)))
 
     def mark(self) -> None:
         """Begin another part of the list, which is run by itself."""
@@ -267,29 +249,31 @@ class Recorder:
         """Let a result lie in an existing array."""
         self.hold(place)[...] = result
 
-    def recording(self) -> Recording:
-        """What has been written down."""
-        calls, nbytes = placed(without_copies(self.calls))
-        parts = [[call for call in calls if call.part == part] for part in range(self.part + 1)]
+    def recording(self, memory: Callable[[int], Array]) -> Recording:
+        """What has been written down, in a block of memory of so many bytes."""
+        calls, nbytes = placed(self.calls)
         self.calls, self.known = [], {}  # no circles of references
-        numbers = [(x.buffer.home, x.buffer.find) for call in calls for x in call.inputs]
-        return Recording(parts, nbytes, [(home, find) for home, find in numbers if find])
+        parts = [[call for call in calls if call.part == part] for part in range(self.part + 1)]
+        block = memory(nbytes)
+        views: dict[Any, Array] = {}  # NumPy is faster where input and output are one object
+        return Recording(
+            [[bound(call, block, views) for call in part] for part in parts],
+            [[(getattr(c.f, "__name__", c.f), c.line) for c in part] for part in parts],
+            self.numbers,
+        )
 
     def emit(self, f: Any, *operands: Any) -> None:
         """Write down a call. The last operand is written."""
-        self.calls.append(Call(f, operands, _line(), self.part))
-        operands[-1].buffer.writes += 1
+        self.calls.append(Call(f, operands, line_of_the_text(), self.part))
         if operands[-1].buffer.rows is not None:
             raise refusal("writing into a sum, or into what was computed from it,")
 
-    def new(self, shape: Sequence[int], order: Sequence[int] = (), dtype: Any = None) -> Traced:
-        """A result. order: its axes, the slowest first; without one, the last lies slowest."""
-        n = len(shape)
-        order = tuple(order) or (n - 1, *range(n - 1))[:n]
-        array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-        return Traced(
-            self, array.transpose([order.index(axis) for axis in range(n)]), Buffer(array)
-        )
+    def new(self, shape: Sequence[int], dtype: Any = None) -> Traced:
+        """A result: rows of a table, or of more than two axes, the last of which lies slowest."""
+        *others, n = shape or [1]
+        array = np.empty(shape if len(others) < 2 else (n, *others), dtype or self.dtype)
+        view = array if len(others) < 2 else array.transpose(*range(1, len(shape)), 0)
+        return Traced(self, view, Buffer(array))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""
@@ -297,132 +281,100 @@ class Recorder:
             self.known[key] = self.hold(np.asarray(value(), self.dtype))
         return self.known[key]
 
+    def operand(self, x: Any) -> Traced:
+        """What a call is given."""
+        if isinstance(x, Traced):
+            return x
+        if isinstance(x, np.ndarray):
+            return self.hold(np.asarray(x, self.dtype, order="C"))
+        if isinstance(x, Number):
+            self.numbers.append((np.empty((), self.dtype), x.find))
+            return self.hold(self.numbers[-1][0])
+        return self.constant(("number", x), lambda: x)
+
     # --- element by element
 
     def elementwise(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None) -> Traced:
         """A ufunc, or what does the same in less time."""
         x, y = inputs[0], inputs[-1]
-        plain = isinstance(y, (int, float))
-        if ufunc is np.divide and (plain or isinstance(y, Number)):
-            ufunc, y = np.multiply, 1 / y
-            inputs = (x, y)
-        elif ufunc is np.power and plain and y in POWERS:
+        if ufunc is np.divide and isinstance(y, (int, float, Number)):
+            ufunc, inputs = np.multiply, (x, 1 / y)
+        elif ufunc is np.power and isinstance(y, (int, float)) and y in POWERS:
             *first, ufunc = POWERS[y]
             for root in first:
-                x = self.apply(root, [x])
+                x = self.apply(root, (x,))
             inputs = (x,)
-        if ufunc is np.multiply and out is None and isinstance(y, Number):
-            return self.scaled(x, y)
-        if ufunc is np.multiply and out is None and isinstance(x, Number):
-            return self.scaled(y, x)
         return self.apply(ufunc, inputs, out)
 
-    def scaled(self, x: Traced, number: Any) -> Traced:
-        """x times a number; of y times another number, y times both."""
-        if x.scaled and (x.buffer.writes, x.scaled[0].buffer.writes) == (1, x.scaled[2]):
-            x, number = x.scaled[0], x.scaled[1] * number
-        out = self.apply(np.multiply, (x, number))
-        out.scaled = x, number, x.buffer.writes
-        return out
-
-    def apply(self, f: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
+    def apply(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
         """One call of a ufunc, on equal rows if all arrays have them or if that is the shape."""
         operands = [self.operand(x) for x in inputs]
-        every = [x.rows for x in operands if x.ndim]
-        wide = {rows.shape for rows in every if rows is not None}
-        as_rows = out is None and len(wide) == 1 and not any(rows is None for rows in every)
-        (shape,) = wide if as_rows else [_broadcast(*[x.shape for x in operands])]
-        if shape in wide:
-            operands = [
-                x if x.rows is None or x.rows.shape != shape else x.like(x.rows) for x in operands
-            ]
-        if out is not None:
-            self.emit(f, *operands, out)
-            return out
-        alike = [x.view for x in operands if x.shape == shape]
-        if not alike or (len(shape) > 2 and alike[0].flags.c_contiguous):  # rows of a table
-            out = self.new(shape)
-        else:
-            view = np.empty_like(alike[0], self.dtype)
-            out = Traced(self, view, Buffer(view))
-        self.emit(f, *operands, out)
-        return self.as_one(out) if as_rows else out
+        rows = [x.rows for x in operands]
+        every = {n for x, n in zip(operands, rows) if x.ndim}
+        as_rows = out is None and len(every) == 1 and None not in every
+        shape: Any = every.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
+        operands = [x.like(x.buffer.rows) if n == shape else x for x, n in zip(operands, rows)]
+        result = self.new(shape) if out is None else out
+        self.emit(ufunc, *operands, result)
+        return self.as_one(result) if as_rows else result
 
     def as_one(self, rows: Traced) -> Traced:
         """The array (.., 1) of numbers that have been computed n times."""
         rows.buffer.rows = rows.view
         return rows.like(rows.view[..., :1])
 
-    def operand(self, x: Any) -> Traced:
-        """What a call is given."""
-        if isinstance(x, Traced):
-            return x
-        if isinstance(x, Number):
-            number: Traced = self.hold(np.empty((), self.dtype))
-            number.buffer.find = x.find
-            return number
-        if isinstance(x, np.ndarray):
-            return self.hold(np.asarray(x, self.dtype, order="C"))
-        return self.constant(("number", x), lambda: x)
-
     # --- sums, maxima, products
 
-    def reduced(
-        self, x: Traced, f: str, axis: int | None, keepdims: bool, weight: float = 1.0
-    ) -> Traced:
-        """The sum times a weight, or the maximum: over the last axis, or the sum over the first."""
-        if (f, axis, keepdims, weight) == ("sum", 0, False, 1.0):
-            out = self.new(x.shape[1:], range(x.ndim - 1))
+    def reduced(self, x: Traced, f: str, axis: int | None, keepdims: bool) -> Traced:
+        """The sum, mean or maximum over the last axis, or the sum over the first."""
+        if (f, axis, keepdims) == ("sum", 0, False):
+            out = self.new(x.shape[1:])
             self.emit(*("sum", x) if len(x) > 1 else ("copy", x[0]), out)
             return out
         if axis != -1 or not keepdims:
             raise refusal(f"a {f} over this axis")
         n, N = x.matrix.shape
-        if f == "sum" and n * n * N <= EQUAL_ROWS:
-            ones = self.constant(("rows", n, weight), lambda: np.full((n, n), weight))
-            out = self.new(x.shape)
-            self.emit("dot", ones, x.matrix, out.matrix)
-            return self.as_one(out)
-        out = self.new((*x.shape[:-1], 1))
-        if f == "sum":
-            ones = self.constant(("ones", n, weight), lambda: np.full(n, weight))
-            self.emit("dot", ones, x.matrix, out.flat)
-        else:
-            self.emit("max", x.matrix, out.flat)
-        return out
+        if f == "max":
+            out = self.new((*x.shape[:-1], 1))
+            self.emit("max", x.matrix, out.reshape(-1))
+            return out
+        weight = 1 / n if f == "mean" else 1.0
+        width = n if n * n * N <= EQUAL_ROWS else 1
+        key = "ones", n, width, weight
+        return self.as_one(self.matmul(x, self.constant(key, lambda: np.full((n, width), weight))))
 
     def matmul(self, x: Any, w: Any) -> Traced:
         """x @ w, computed as w^T . x^T: (.., k), (k, n) -> (.., n)"""
-        if not isinstance(x, Traced) or not isinstance(w, Traced) or w.ndim != 2 or x.ndim < 2:
+        x, w = self.operand(x), self.operand(w)
+        if w.ndim != 2 or x.ndim < 3:
             raise refusal("this product")
         out = self.new((*x.shape[:-1], w.shape[1]))
         self.emit("dot", w.T, x.matrix, out.matrix)
         return out
 
-    def einsum(self, letters: str, a: Traced, b: Traced) -> Traced:
+    def einsum(self, letters: str, a: Any, b: Any) -> Traced:
         """One matrix product for each value of the indices that a, b and the result share.
 
         b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
         """
+        a, b = self.operand(a), self.operand(b)
         of_a, of_b, to = letters.replace("->", ",").split(",")
-        size = {**dict(zip(of_a, a.shape)), **dict(zip(of_b, b.shape))}
+        size = dict(zip(of_a + of_b, a.shape + b.shape))
         every = [x for x in to if x in of_a and x in of_b]
         summed = [x for x in of_a if x in of_b and x not in to]
         rows, columns = ([x for x in to if x in of and x not in every] for of in (of_a, of_b))
         if {*of_a, *of_b} != {*every, *summed, *rows, *columns}:
             raise refusal(f"numpy.einsum({letters!r})")
         order = sorted(to, key="u".__ne__ if "t" in to and "u" in to else "btu".__contains__)
-        out = self.new([size[x] for x in to], [to.index(x) for x in order])
-        if not to:
-            self.emit("dot", a.flat, b.flat, out)
-            return out
+        memory = self.new([prod(size[x] for x in to)]).reshape(*(size[x] for x in order))
+        out = memory.like(memory.view.transpose([order.index(x) for x in to]))
 
         def matrices(x: Traced, of: str, left: list[str], right: list[str]) -> Traced:
             view = x.view.transpose([of.index(letter) for letter in every + left + right])
-            sizes = (prod(size[letter] for letter in side) for side in (left, right))
-            return x.reshaped(view, (*(size[letter] for letter in every), *sizes))
+            shape = view.shape[: len(every)]
+            return x.like(view).reshape(*shape, prod([size[letter] for letter in left]), -1)
 
-        if order[-1] in rows:  # what lies fastest in the result are its columns
+        if order and order[-1] in rows:  # what lies fastest in the result are its columns
             a, b, of_a, of_b, rows, columns = b, a, of_b, of_a, columns, rows
         left, right = matrices(a, of_a, rows, summed), matrices(b, of_b, summed, columns)
         self.emit("matmul" if every else "dot", left, right, matrices(out, to, rows, columns))
@@ -432,27 +384,29 @@ class Recorder:
 
     def gather(self, x: Traced, keys: tuple[Any, ...]) -> Traced:
         """x[keys]: a row of a table for every position, or one number for each."""
-        index = keys[-1]
-        if len(keys) > 1:
-            out = self.new(index.shape, range(index.ndim))
-            self.emit("take", *self.numbers_at(x, keys), out.flat)
-        else:
-            out = self.new((*index.shape, x.shape[1]), range(index.ndim + 1))
-            self.emit("take", x, index.flat, out.reshape(-1, x.shape[1]))
-        return out
+        table, index = self.table_and_index(x, keys)
+        out = self.new((*index.shape, *table.shape[1:]))
+        self.emit("take", table, index, out)
+        return out.reshape(*keys[-1].shape, *table.shape[1:])
 
-    def numbers_at(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
-        """The memory of x, and where x[keys] are in it: the sum of keys times strides."""
+    def table_and_index(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
+        """For x[index], x and the index; for x[.., index], the memory of x and a flat index.
+
+        A flat index is the sum of keys times strides.
+        """
         *rest, index = keys
-        if not x.whole or len(keys) < x.ndim or any(isinstance(k, Traced) for k in rest):
+        numbers = len(keys) == x.ndim and x.whole
+        if not isinstance(index, Traced) or (rest and not numbers):
             raise refusal("this index")
+        if not rest:
+            return x, index.reshape(-1)
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
-        first = np.ravel(sum(k * stride for k, stride in zip(rest, strides)))
-        place = index.buffer, index.start, index.shape, index.view.strides
-        if (key := (place, last, first.tobytes())) not in self.known:
-            self.known[key] = out = self.new((index.view.size,), dtype=np.intp)
-            self.emit(np.multiply, index.flat, self.hold(np.array(last)), out)
-            self.emit(np.add, out, self.hold(first), out)
+        start = np.broadcast_to(sum(map(mul, rest, strides)), index.shape).ravel()
+        place = index.buffer, index.start, index.view.strides
+        if (key := (place, last, start.tobytes())) not in self.known:
+            self.known[key] = out = self.new((index.view.size,), np.intp)
+            self.emit(np.multiply, index.reshape(-1), self.hold(np.array(last)), out)
+            self.emit(np.add, out, self.hold(start), out)
         return x.like(x.buffer.array.ravel("K")), self.known[key]
 
     def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
@@ -461,58 +415,72 @@ class Recorder:
             raise refusal("np.add.at into an array that is not like another (np.zeros_like)")
         rows, n = values.matrix.T, len(table)  # (N, C)
         if n > ONE_HOT:
-            self.emit("add_at", index.flat, rows, table)
+            self.emit("add_at", index.reshape(-1), rows, table)
             return
         eye = self.constant(("eye", n), lambda: np.eye(n))
-        one_hot, sums = self.new((len(rows), n), (0, 1)), self.new(table.shape, (0, 1))
+        one_hot, sums = self.new((len(rows), n)), self.new(table.shape)
         if (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
             self.calls.pop()
             sums = table
-        self.emit("take", eye, index.flat, one_hot)
+        self.emit("take", eye, index.reshape(-1), one_hot)
         self.emit("dot", one_hot.T, rows, sums)
         if sums is not table:
             self.emit(np.add, table, sums, table)
 
 
-def without_copies(calls: list[Call]) -> list[Call]:
-    """Let the results that are only copied lie where the copies would.
+def placed(calls: list[Call]) -> tuple[list[Call], int]:
+    """The calls that remain, their results each at its place in one block, and the block's bytes.
 
-    In `p[:] = a * p + y` the sum lies in p, and so does the product: an element-wise call may write
-    over its operands.
+    From the last call to the first: a result needs its place from the last call that reads it back
+    to the first that writes it. An operand takes the place of the result where that is possible,
+    so a copy that would be made in place is left out. Left out is also what no later call reads.
     """
-    uses: dict[Any, list[int]] = defaultdict(list)  # the calls that use some memory
     for i, call in enumerate(calls):
         for x in call.operands:
-            uses[_memory(x)].append(i)
-    kept = []
+            x.buffer.uses.append(i)
+    kept: list[Call] = []
+    taken: list[Buffer] = []  # a result for each place that is in use, in the order of the block
+    nbytes = 0
     for i, call in reversed(list(enumerate(calls))):
-        place, home = call.out, call.out.buffer.home
-        for x in call.inputs if call.elementwise and home is not None else ():
-            first, in_use = uses[_memory(x)][0], uses[id(home)]
-            since = first + 1 if calls[first].elementwise else first
-            if (
-                x.buffer.home is None
-                and _alike(x, place)
-                and uses[x.buffer][-1] == i
-                and not any(since <= j < i for j in in_use)
-                and not any(_memory(y) == id(home) for y in call.inputs)
-            ):
-                in_use += uses[x.buffer]
-                x.buffer.home = home
-                if call.f != "copy":
-                    kept.append(call)
-                break
-        else:
+        out, in_place = call.out.buffer, False
+        if out.home is None and not out.end:
+            continue
+        for x in reversed(call.inputs):
+            own = x.buffer
+            if own.home is not None or own.end:
+                continue
+            if in_place := fits_over(x, i, calls):
+                own.home, own.offset, own.end = out.home, out.offset, out.end
+                out.uses += own.uses
+                own.uses = out.uses
+            else:
+                start, at, size = 0, 0, own.array.nbytes
+                while at < len(taken) and start + size > taken[at].offset:
+                    start, at = taken[at].end, at + 1
+                own.offset, own.end = start, start + size + -size % ALIGN
+                taken.insert(at, own)
+                nbytes = max(nbytes, own.end)
+        if call.f != "copy" or not in_place:
             kept.append(call)
-    return kept[::-1]
+        if out.home is None and min(out.uses) == i:
+            taken = [buffer for buffer in taken if buffer.offset != out.offset]
+    return kept[::-1], nbytes
 
 
-def _memory(x: Traced) -> Any:
-    """The same for all arrays in the same memory."""
-    return x.buffer if x.buffer.home is None else id(x.buffer.home)
+def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
+    """Whether operand x of call i can lie where the result of call i will lie."""
+    call, first = calls[i], x.buffer.uses[0]
+    since = first + calls[first].elementwise  # an element-wise call may write over its operands
+    uses = call.out.buffer.uses
+    return (
+        call.elementwise
+        and alike(x, call.out)
+        and not any(since <= j < i for j in uses)
+        and not any(y.buffer.uses is uses for y in call.inputs)
+    )
 
 
-def _alike(x: Traced, y: Traced) -> bool:
+def alike(x: Traced, y: Traced) -> bool:
     """Whether both are all of their memory, in the same order."""
     if x.shape != y.shape or not x.whole or not y.whole:
         return False
@@ -520,62 +488,18 @@ def _alike(x: Traced, y: Traced) -> bool:
     return x.view.strides == y.view.strides or all(n == 1 or i == j for n, i, j in form)
 
 
-def placed(calls: list[Call]) -> tuple[list[Call], int]:
-    """Give every result its place in one block of memory. Returns the calls whose results are
-    read, or lie where the caller wants them, and the bytes of the block.
-
-    A place is free again after the last call that uses it. An element-wise call writes to the place
-    of an operand that no later call reads.
-    """
-    kept: list[Call] = []
-    later: set[Buffer] = set()  # results that later calls use
-    for call in reversed(calls):
-        if call.out.buffer.home is not None or call.out.buffer in later:
-            call.ends = {x.buffer for x in call.operands if x.buffer.home is None} - later
-            later |= call.ends
-            kept.insert(0, call)
-    taken: list[Buffer] = []  # the results in use, as they lie
-    nbytes = 0
-    for call in kept:
-        out = call.out.buffer
-        if out.home is None and not out.end:
-            over = [x for x in call.inputs if call.elementwise and x.buffer in call.ends]
-            over = [x for x in over if _alike(x, call.out)]
-            if over:
-                out.offset, out.end = over[0].buffer.offset, over[0].buffer.end
-                taken[taken.index(over[0].buffer)] = out
-            else:
-                start, at, size = 0, 0, out.array.nbytes
-                while at < len(taken) and start + size > taken[at].offset:
-                    start, at = taken[at].end, at + 1
-                out.offset, out.end = start, start + size + -size % ALIGN
-                taken.insert(at, out)
-                nbytes = max(nbytes, out.end)
-        if call.ends:
-            taken = [buffer for buffer in taken if buffer not in call.ends]
-    return kept, nbytes
-
-
+@dataclass
 class Recording:
     """A list of calls in parts, which can be run over and over."""
 
-    def __init__(
-        self,
-        parts: list[list[Call]],
-        nbytes: int,
-        numbers: list[tuple[Any, Callable[[], float]]],
-    ) -> None:
-        self.parts = parts
-        self.nbytes = nbytes  # of the block of memory that its results share
-        self.numbers = numbers
-        self.lines = [[(getattr(c.f, "__name__", c.f), c.line) for c in part] for part in parts]
+    runs: list[list[Run]]  # a list for each part
+    lines: list[list[tuple[str, Line]]]  # what each of them calls, and for which line of the text
+    numbers: list[tuple[Array, Callable[[], float]]]  # that are found anew for every run
 
-    def bind(self, block: Array) -> None:
-        """Give the calls their memory."""
-        views: dict[Any, Array] = {}  # NumPy is faster where input and output are one object
-        self.runs = [[_bound(call, block, views) for call in part] for part in self.parts]
-        self.size = sum(map(len, self.runs))  # calls
-        self.parts = []
+    @property
+    def size(self) -> int:
+        """Its calls."""
+        return sum(map(len, self.runs))
 
     def run(self, part: int) -> None:
         """Run a part of the list."""
@@ -585,22 +509,20 @@ class Recording:
             f(*arguments)
 
 
-def _bound(
-    call: Call, block: Array, known: dict[Any, Array]
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def bound(call: Call, block: Array, views: dict[Any, Array]) -> Run:
     """The function and its arguments, in memory that exists."""
     forms = [(x.shape, x.view.strides) for x in call.operands]
     if call.elementwise:
         forms = _fused(tuple(forms))
-    views = []
+    arguments = []
     for x, (shape, strides) in zip(call.operands, forms):
         memory = block if x.buffer.home is None else x.buffer.home
         start = x.buffer.offset + x.start
         key = id(memory), start, shape, strides, x.dtype
-        if (view := known.get(key)) is None:
-            view = known[key] = np.ndarray(shape, x.dtype, memory, start, strides)
-        views.append(view)
-    return BOUND[call.f](*views) if call.f in BOUND else (call.f, tuple(views))
+        if key not in views:
+            views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
+        arguments.append(views[key])
+    return BOUND[call.f](*arguments) if call.f in BOUND else (call.f, tuple(arguments))
 
 
 @lru_cache(maxsize=4096)
@@ -635,10 +557,11 @@ def address(array: Array) -> int:
 
 def refusal(what: str) -> RecordingError:
     """The error for something that a list of calls cannot repeat."""
-    return RecordingError(f"{':'.join(map(str, _line()))}: {what} cannot be recorded")
+    line = line_of_the_text()
+    return RecordingError(f"{line.file}:{line.number}: {what} cannot be recorded")
 
 
-def _line() -> Line:
+def line_of_the_text() -> Line:
     """The line of the text that is running."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename in INSIDE and frame.f_back is not None:
@@ -647,8 +570,3 @@ def _line() -> Line:
 
 
 INSIDE = (__file__, sys.modules[NDArrayOperatorsMixin.__module__].__file__)
-
-
-@lru_cache(maxsize=1024)
-def _broadcast(*shapes: Ints) -> Ints:
-    return np.broadcast_shapes(*shapes)

@@ -1,13 +1,13 @@
-"""What training and evaluation run: the text, recorded once for every shape of a batch.
+"""What trains and evaluates: the text, recorded once for every shape of a micro-batch.
 
 Same as scalar:         the numbers.
-Different from scalar:  the functions of the text -> the calls that they made (vectorized.record).
+Different from scalar:  the functions of the text -> the calls that they made (vectorized.record);
+                        one document after another -> micro-batches, whose gradients add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.layout import Tree, grow, pick
 from vectorized.adam import adam
-from vectorized.batch import empty_batch, fill, rounded
+from vectorized.batch import empty_batch, fill, micro_batches, rounded
 from vectorized.flat import Shapes, named_views
 from vectorized.model import Array, Batch, loss_backward, loss_forward
 from vectorized.record import ALIGN, Number, Recorder, Recording, address
@@ -25,119 +25,136 @@ CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments s
 ROOM = 4  # a new block is so many times the recording it is made for; untouched pages take none
 
 
-class Step:
-    """The recorded calls of one shape of a batch, and the arrays that they begin and end with."""
+class Step(NamedTuple):
+    """The recorded calls for one shape of a batch, and the arrays that they begin and end with."""
 
-    def __init__(self, batch: Batch, result: Array, recording: Recording) -> None:
-        self.batch = batch
-        self.result = result  # the loss (), or the loss of every position (B, T)
-        self.recording = recording
-
-    def forward(self, docs: Docs, of: int) -> float:
-        """The mean losses of these documents, added up, / `of` (documents of the whole batch)."""
-        fill(self.batch, docs, of)
-        self.recording.run(0)
-        return float(self.result)
-
-    def backward(self) -> None:
-        """The gradient of what forward returned."""
-        self.recording.run(1)
+    batch: Batch
+    result: Array  # in training, the loss (); in evaluation, the loss of every position (B, T)
+    recording: Recording
 
 
 class Replay:
-    """A model's recordings: one for each shape of a batch, made when it first occurs."""
+    """A model's loss, gradient and update, by recordings: one for each shape of a batch."""
 
     def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
         self.config = config
         self.shapes = shapes
         self.flat = flat
-        self.flat_grads = flat_grads
-        self.kept: dict[Any, Any] = {}  # recordings, those used last at the end
-        self.calls = 0  # of all recordings kept
+        self.flat_grads = flat_grads  # (P,), as flat
+        self.flat_sum = np.zeros(len(flat), flat.dtype)  # untouched pages take no memory
+        self.summed = False  # whether flat_sum has gradients of this batch
+        self.last: Step | None = None  # whose backward pass is still to come
+        self.kept: dict[Any, Step] = {}  # those used last at the end
         self.adam: Recording | None = None
         self.numbers: tuple[float, ...] = ()  # what an update takes besides arrays
-        self.block = np.empty(0, np.uint8)  # where all of them work, one after another
+        self.block = np.empty(0, np.uint8)  # where all recordings work, one after another
 
-    def training(self, docs: Docs) -> Step:
-        """Loss and gradient of documents as many and as long as these."""
-        return self._kept(self._record_training, len(docs), max(map(len, docs)) - 1)
+    def forward(self, docs: Docs, of: int) -> float:
+        """The mean losses of these documents, added up, / `of` (documents of the whole batch).
+
+        Of all micro-batches but the last, the backward pass is run at once: its arrays are in the
+        cache, and the next micro-batch needs their memory.
+        """
+        if not docs:  # there are more ranks than documents
+            self.flat_grads.fill(0.0)
+            return 0.0
+        loss = 0.0
+        *others, last = micro_batches(docs, self.config)
+        self.summed = bool(others)
+        if others:
+            self.flat_sum.fill(0.0)
+        with np.errstate(all="ignore"):  # a loss that is not finite says it all
+            for micro_batch in others:
+                step = self.training(micro_batch)
+                loss += _loss(step, micro_batch, of)
+                step.recording.run(1)
+                self.flat_sum += self.flat_grads
+            self.last = self.training(last)
+            return loss + _loss(self.last, last, of)
+
+    def backward(self) -> None:
+        """The gradient of what forward returned, in flat_grads."""
+        if self.last is None:
+            return
+        self.last.recording.run(1)
+        self.last = None
+        if self.summed:
+            self.flat_grads += self.flat_sum
+
+    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
+        """An update by Adam, with the gradient in flat_grads times a factor."""
+        self.numbers = step, lr_t, factor
+        if self.adam is None:
+            self.adam = self._record_update(m, v)
+        self.adam.run(0)
 
     def losses(self, docs: Docs) -> Array:
         """The loss of every position: a row for each document, T rounded up, padding included."""
-        step = self._kept(self._record_losses, len(docs), max(map(len, docs)) - 1)
+        step = self._kept(docs, training=False)
         fill(step.batch, docs, len(docs))
-        step.recording.run(0)
+        with np.errstate(all="ignore"):  # padding need not be finite
+            step.recording.run(0)
         return step.result
 
-    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
-        """An update by Adam, with the gradient times a factor."""
-        self.numbers = step, lr_t, factor
-        if self.adam is None:
-            self.adam = self._bound(self._record_update(m, v))
-        self.adam.run(0)
+    def training(self, docs: Docs) -> Step:
+        """Loss and gradient of documents as many and as long as these."""
+        return self._kept(docs, training=True)
 
-    def _record_training(self, B: int, T: int) -> Step:
-        recorder, batch, params, tap = self._begin(B, T)
-        dtap, dparams = Tree(self.config.n_layer), Tree(self.config.n_layer)
-        held = Batch(*map(recorder.hold, batch))
-        loss = np.empty((), self.flat.dtype)
-        recorder.put(loss_forward(held, params, self.config, tap), loss)
-        recorder.mark()
-        loss_backward(held, params, dparams, self.config, tap, dtap)
-        for name, grad in named_views(self.flat_grads, self.shapes).items():
-            recorder.put(pick(dparams, name), grad)
-        return Step(batch, loss, recorder.recording())
-
-    def _record_losses(self, B: int, T: int) -> Step:
-        recorder, batch, params, tap = self._begin(B, T)
-        losses = np.empty((B, T), self.flat.dtype)
-        loss_forward(Batch(*map(recorder.hold, batch)), params, self.config, tap)
-        recorder.put(tap.loss_t, losses)
-        return Step(batch, losses, recorder.recording())
-
-    def _record_update(self, m: Array, v: Array) -> Recording:
-        recorder = Recorder(self.flat.dtype)
-        step: Any = Number(lambda: self.numbers[0])
-        lr_t: Any = Number(lambda: self.numbers[1])
-        factor = Number(lambda: self.numbers[2])
-        for start in range(0, len(self.flat), CHUNK):
-            part = slice(start, start + CHUNK)
-            params, grads, m_, v_ = (
-                recorder.hold(x[part]) for x in (self.flat, self.flat_grads, m, v)
-            )
-            if self.config.grad_clip:
-                grads = factor * grads
-            adam(params, grads, m_, v_, step, lr_t, self.config)
-        return recorder.recording()
-
-    def _begin(self, B: int, T: int) -> tuple[Recorder, Batch, Tree, Tree]:
-        dtype = self.flat.dtype
-        batch = empty_batch(B, T, dtype)
-        recorder = Recorder(dtype)
-        named = named_views(self.flat, self.shapes)
-        params = grow({name: recorder.hold(w) for name, w in named.items()}, self.config.n_layer)
-        return recorder, batch, params, Tree(self.config.n_layer)
-
-    def _kept(self, record: Callable[[int, int], Step], B: int, n: int) -> Step:
-        """The step for B documents of up to n positions (n + 1 tokens)."""
-        key = record.__name__, B, rounded(n, B, self.config)
+    def _kept(self, docs: Docs, training: bool) -> Step:
+        B = len(docs)
+        key = B, rounded(max(map(len, docs)) - 1, B, self.config), training
         step = self.kept.pop(key, None)
         if step is None:
-            step = record(*key[1:])
-            self._bound(step.recording)
-            self.calls += step.recording.size
-            while self.calls > CALLS and self.kept:
-                self.calls -= self.kept.pop(next(iter(self.kept))).recording.size
+            step = self._record(*key)
+            calls = step.recording.size + sum(one.recording.size for one in self.kept.values())
+            while calls > CALLS and self.kept:
+                calls -= self.kept.pop(next(iter(self.kept))).recording.size
         self.kept[key] = step
         return step
 
-    def _bound(self, recording: Recording) -> Recording:
-        """The recording, in the block of memory where all of them work."""
-        if recording.nbytes > len(self.block) - ALIGN:
+    def _record(self, B: int, T: int, training: bool) -> Step:
+        recorder, L = Recorder(self.flat.dtype), self.config.n_layer
+        tap, dtap, dparams = Tree(L), Tree(L), Tree(L)
+        named = named_views(self.flat, self.shapes)
+        params = grow({name: recorder.hold(w) for name, w in named.items()}, L)
+        batch = empty_batch(B, T, self.flat.dtype)
+        held = Batch(*map(recorder.hold, batch))
+        loss = loss_forward(held, params, self.config, tap)
+        result = np.empty(() if training else (B, T), self.flat.dtype)
+        recorder.put(loss if training else tap.loss_t, result)
+        if training:
+            recorder.mark()
+            loss_backward(held, params, dparams, self.config, tap, dtap)
+            for name, grad in named_views(self.flat_grads, self.shapes).items():
+                recorder.put(pick(dparams, name), grad)
+        return Step(batch, result, recorder.recording(self._memory))
+
+    def _record_update(self, m: Array, v: Array) -> Recording:
+        recorder = Recorder(self.flat.dtype)
+        step, lr_t, factor = map(self._number, range(3))
+        for start in range(0, len(self.flat), CHUNK):
+            arrays = (x[start : start + CHUNK] for x in (self.flat, self.flat_grads, m, v))
+            params, grads, m_, v_ = map(recorder.hold, arrays)
+            if self.config.grad_clip:
+                grads = factor * grads
+            adam(params, grads, m_, v_, step, lr_t, self.config)
+        return recorder.recording(self._memory)
+
+    def _number(self, i: int) -> Any:
+        """The number that stands there when an update is run."""
+        return Number(lambda: self.numbers[i])
+
+    def _memory(self, nbytes: int) -> Array:
+        """So many bytes for a recording: the first of the block."""
+        if nbytes > len(self.block) - ALIGN:
             self.kept.clear()  # they work in the old block
-            self.calls = 0
             self.adam = None
             self.block = np.empty(0, np.uint8)  # free the old block before making a larger one
-            self.block = np.empty(ROOM * recording.nbytes + ALIGN, np.uint8)
-        recording.bind(self.block[-address(self.block) % ALIGN :])
-        return recording
+            self.block = np.empty(ROOM * nbytes + ALIGN, np.uint8)
+        return self.block[-address(self.block) % ALIGN :]
+
+
+def _loss(step: Step, docs: Docs, of: int) -> float:
+    fill(step.batch, docs, of)
+    step.recording.run(0)
+    return float(step.result)

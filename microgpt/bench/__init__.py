@@ -1,1 +1,1 @@
-"""The bench: backends and opponents, timed by turns."""
+"""The bench: backends and opponents, timed in turn."""

@@ -1,7 +1,7 @@
-"""What a step of vectorized consists of: the calls of NumPy that it replays, timed in place.
+"""The NumPy calls that a step of vectorized replays, each timed in its place in the step.
 
-A call on so few numbers takes most of its time to find out what it has been given. What an empty
-one takes, times the number of calls, is therefore what no step gets below that makes as many.
+On arrays this small, a call spends most of its time on its arguments and not on arithmetic. So the
+time of an empty call, times the number of calls, is a lower bound of the time of a step.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ import numpy as np
 
 from microgpt.backend import Docs
 
-Run = Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]  # calls and their arguments
+CallList = Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]  # functions and their arguments
 
 PASSES = ("forward", "backward")  # the parts of a recording
-SECONDS = 1.0  # that the replays take
-REPLAYS = 11, 1000  # at least, at most
-FIRSTS = 3  # first steps, each with a backend of its own
-EMPTY = 1000  # calls in a row
-SHAPES = 32  # characters of the longest shapes that are written out
-BETWEEN = {"dot": " . ", "matmul": " @ "}  # the shapes of what goes in
-IN_PLACE = ("__setitem__", "fill", "at")  # of NumPy, what writes to the first of its arrays
+SECONDS = 1.0  # for all replays together
+REPLAYS = 11, 1000  # the least, the most
+FIRSTS = 3  # first steps that are timed, each with a new backend
+EMPTY = 1000  # empty calls in a row
+SHAPES = 32  # characters of the column of shapes, at most
+BETWEEN = {"dot": " . ", "matmul": " @ "}  # stands between operands
+IN_PLACE = ("__setitem__", "fill", "at")  # NumPy's functions that write to their first array
 
 
 @dataclass
 class Call:
-    """One of the list, and the time it took, a median."""
+    """A NumPy call, and the median of its times."""
 
     name: str
     file: str
     line: int
-    shapes: list[tuple[int, ...]]  # of the arrays, the one that it writes last
+    shapes: list[tuple[int, ...]]  # of its arrays, the written array last
     written: int  # bytes
     seconds: float
 
     @property
     def source(self) -> str:
-        """The line of the text, without what it says behind #."""
+        """The line of vectorized/ that made the call, without its comment."""
         return linecache.getline(self.file, self.line).partition("  # ")[0].strip()
 
     @property
     def form(self) -> str:
-        """The shapes as one writes them: 16x48 . 48x7 -> 16x7"""
+        """The shapes as text: 16x48 . 48x7 -> 16x7"""
         *inputs, out = ["x".join(map(str, shape)) or "1" for shape in self.shapes]
         return f"{BETWEEN.get(self.name, ', ').join(inputs)} -> {out}".strip()
 
@@ -65,23 +65,23 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum over its calls."""
         return sum(call.seconds for call in self.calls)
 
 
 @dataclass
 class Listing:
-    """A step in all its calls."""
+    """All calls of a step."""
 
     label: str
     parts: list[Part]
-    step: float  # seconds of the whole step, in which tokens have to be put into place as well
+    step: float  # seconds of the whole step, in which tokens are copied too
     empty: float  # seconds of an empty call
-    recording: float  # seconds longer that the first step took
+    recording: float  # seconds by which the first step was longer
 
     @property
     def calls(self) -> list[Call]:
-        """Those of all parts."""
+        """The calls of all parts."""
         return [call for part in self.parts for call in part.calls]
 
     @property
@@ -91,9 +91,9 @@ class Listing:
 
 
 def listed(label: str, fresh: Callable[[], Any], docs: Docs) -> Listing:
-    """The step of vectorized on these documents; fresh() is a backend that has done nothing.
+    """The step of vectorized on these documents; fresh() returns a new backend.
 
-    The rate is 0, so that every step is the first one over again.
+    The learning rate is 0, so that every step repeats the first.
     """
 
     def both_passes() -> float:
@@ -109,7 +109,7 @@ def listed(label: str, fresh: Callable[[], Any], docs: Docs) -> Listing:
         backend = fresh()
         firsts.append(both_passes())
         backend.update(0.0)
-    both_passes()  # what had to make room for a larger one has been recorded again
+    both_passes()  # record again what a larger recording displaced
     backend.update(0.0)
     *micro_batches, (_, update) = backend.recordings(docs)
     kinds = [
@@ -143,26 +143,26 @@ def listed(label: str, fresh: Callable[[], Any], docs: Docs) -> Listing:
 
 
 def _call(f: Any, arguments: Sequence[Any], name: str, line: Any, seconds: float) -> Call:
-    named = getattr(f, "keywords", {}).values()  # of a partial
+    named = getattr(f, "keywords", {}).values()  # arguments of a partial
     operands = [getattr(f, "__self__", None), *arguments, *named]
     arrays = [x for x in operands if isinstance(x, np.ndarray)]
     written = arrays[-1].nbytes
     if getattr(f, "__name__", "") in IN_PLACE:
         first, *others = arrays
         arrays = [*others, first]
-        written = others[1].nbytes if len(others) > 1 else first.nbytes  # others[0] says where
+        written = others[1].nbytes if len(others) > 1 else first.nbytes  # others[0] is the index
     return Call(name, line.file, line.number, [x.shape for x in arrays], written, seconds)
 
 
 @lru_cache(maxsize=1)
 def empty_call() -> float:
-    """Seconds that NumPy takes for a call that has next to nothing to do, on this machine."""
+    """The seconds of a NumPy call on single numbers, on this machine."""
     return median(_replayed(_empty_calls()) for _ in range(100)) / EMPTY
 
 
 @lru_cache(maxsize=1)
 def _of_the_clock() -> float:
-    """Nanoseconds that a look at the clock adds to each call."""
+    """The nanoseconds that reading the clock adds to each call."""
     looked = []
     for _ in range(100):
         stamps = _stamps(_empty_calls())
@@ -171,19 +171,19 @@ def _of_the_clock() -> float:
 
 
 @lru_cache(maxsize=1)
-def _empty_calls() -> Run:
+def _empty_calls() -> CallList:
     x, y, out = np.ones(1), np.ones(1), np.ones(1)
     return [(np.add, (x, y, out))] * EMPTY
 
 
-def _replayed(run: Run) -> float:
+def _replayed(run: CallList) -> float:
     start = perf_counter()
     for f, arguments in run:
         f(*arguments)
     return perf_counter() - start
 
 
-def _stamps(run: Run) -> list[int]:
+def _stamps(run: CallList) -> list[int]:
     """Run the calls, and note the time before the first and after each, in nanoseconds."""
     clock = perf_counter_ns
     stamps = [clock()]
@@ -195,9 +195,9 @@ def _stamps(run: Run) -> list[int]:
 
 
 def per_step(backend: Any, batches: Sequence[Docs]) -> float | None:
-    """The calls of a step of vectorized, on average; with several cores, those of this process.
+    """How many calls a step makes on average; with several cores, those of this process.
 
-    None for whoever replays none.
+    None for a backend that replays no recording.
     """
     if not hasattr(backend, "recordings"):
         return None
@@ -206,7 +206,7 @@ def per_step(backend: Any, batches: Sequence[Docs]) -> float | None:
 
 
 def lines(listing: Listing, width: int) -> list[str]:
-    """The listing in lines of so many characters: of several micro-batches, the largest."""
+    """The listing as lines of `width` characters; of several micro-batches, the largest."""
     largest = max(listing.shapes, key=lambda shape: shape[0] * shape[1])
     first = next(i for i, part in enumerate(listing.parts) if part.shape == largest)
     shown = [*listing.parts[first : first + 2], listing.parts[-1]]
@@ -233,8 +233,8 @@ def lines(listing: Listing, width: int) -> list[str]:
 def _totals(listing: Listing) -> list[str]:
     count = len(listing.calls)
     seconds = sum(call.seconds for call in listing.calls)
-    step, empty, pieces = listing.step, listing.empty * count, len(listing.shapes)
-    of = f" for {pieces} micro-batches and the update" if pieces > 1 else ""
+    step, empty, micro_batches = listing.step, listing.empty * count, len(listing.shapes)
+    of = f" for {micro_batches} micro-batches and the update" if micro_batches > 1 else ""
     one = "one shape" if len(set(listing.shapes)) == 1 else f"{len(set(listing.shapes))} shapes"
     return [
         f"{listing.label}: a step of {step * 1e6:,.1f} us",
@@ -246,7 +246,7 @@ def _totals(listing: Listing) -> list[str]:
 
 
 def as_json(listing: Listing) -> dict[str, object]:
-    """The same for other programs, all micro-batches; times in seconds."""
+    """The listing as JSON, with all micro-batches; times in seconds."""
     return {
         "label": listing.label,
         "seconds_per_step": listing.step,
@@ -282,7 +282,7 @@ def _place(call: Call) -> str:
 
 
 def _short(number: int) -> str:
-    """A number in five characters."""
+    """A number in at most five characters."""
     for unit in ("", "k", "M"):
         if number < 10_000:
             return f"{number}{unit}"

@@ -1,11 +1,11 @@
-"""Speed, with the equality beside it: a wrong answer has no speed.
+"""Speed, and beside it correctness: a contestant with a wrong result gets no time.
 
-All contestants train the same model on the same documents. Their steps are timed in turn, so that
-what disturbs the machine disturbs all alike. When the time is up, each takes one more step on every
-batch. That on the first is held against scalar/ from the same state on the same documents, the
-others against vectorized/ in double precision, all of a batch at once. Where the first would take
-scalar/ minutes, it gets as many tokens as it can do in seconds, and the whole is held against
-vectorized/ as well. Of a program that is not ours, the losses are known that it prints.
+All contestants train the same model on the same documents. Their steps are timed in turn, so that a
+disturbance of the machine reaches all of them. Afterwards each takes one more step on every batch.
+The step on the first batch is compared with scalar/ from the same state, the steps on the others
+with vectorized/ in float64, without micro-batches. Where the first batch would take scalar/
+minutes, scalar/ computes as many of its tokens as it can in seconds, and the whole first batch is
+compared with vectorized/ as well. Of a foreign program, only the losses that it prints are known.
 """
 
 from __future__ import annotations
@@ -50,30 +50,30 @@ ALLOWED = {"float64": 1e-9, "float32": 1e-3}  # see difference()
 PRINTED = 1e-4  # allowed where a loss is known to four digits
 LEARNING_RATE = 1e-3
 DTYPES = ("float64", "float32")
-MANY = 100  # documents, in `lengths`
-AGAIN = 2  # rounds in which their shapes are known
-HELD = 4  # of them that are held to the right answer, or a whole batch
-# what is reported of the seconds of a step
+MANY_LENGTHS = 100  # documents that `lengths` times
+AGAIN = 2  # rounds of `lengths` in which every shape is known
+HELD = 4  # documents of `lengths` that are compared, or a whole batch
+# statistics of the seconds of a step
 TIMES: dict[str, Callable[[list[float]], float]] = {
     "seconds_per_step": median,
     "fastest": min,
     "slowest": max,
 }
-# how variables begin by which an environment steers the libraries that compute
+# prefixes of the environment variables that steer numerical libraries
 STEERING = ("OPENBLAS_", "MKL_", "BLIS_", "VECLIB_", "OMP_", "KMP_", "NPY_", "ATEN_", "ONEDNN_")
 
 
 @dataclass
 class Contestant:
-    """Somebody who can train, and how long the steps took."""
+    """A backend that trains, and how long its steps took."""
 
     name: str
     config: Config
-    backend: Any  # a Backend, or as much of one as can be had
+    backend: Any  # a Backend, or the part of one that an opponent has
     batches: list[Docs]  # taken in turn
-    seconds: list[float] = field(default_factory=list)  # a step, in each round
-    difference: float = 0.0  # the largest of all batches
-    calls: float | None = None  # of NumPy in a step, on average: see microgpt.bench.calls
+    seconds: list[float] = field(default_factory=list)  # of a step, one number per round
+    difference: float = 0.0  # the largest over all batches
+    calls: float | None = None  # NumPy calls per step, on average: see bench.calls
     reduction: float | None = None  # seconds of a step in which ranks add up their gradients
 
     @property
@@ -94,17 +94,17 @@ class Contestant:
 
     @property
     def allowed(self) -> float:
-        """How far it may be from them."""
+        """The largest difference that counts as right."""
         return PRINTED if self.foreign else ALLOWED[self.config.dtype]
 
     @property
     def foreign(self) -> bool:
-        """Whether nothing is known of it but the losses that it prints."""
+        """Whether this is a program of which only the printed losses are known."""
         return isinstance(self.backend, Program)
 
     @property
     def partly(self) -> bool:
-        """Whether scalar does a part of the first batch only."""
+        """Whether scalar computes only a part of the first batch."""
         return not self.foreign and _few(self.batches[0], self) != self.batches[0]
 
     def step(self, docs: Docs) -> None:
@@ -132,15 +132,15 @@ def bench(
     dtypes: Sequence[str] = DTYPES,
     torch_threads: int | None = None,
 ) -> list[Contestant]:
-    """Time scalar, vectorized and whoever they are up against, at each batch size.
+    """Time scalar, vectorized and their opponents at each batch size.
 
     against          torch, or a program's file: see microgpt.bench.opponents
-    dtypes           of vectorized; what goes by the last of them: several ranks, torch
-    torch_threads    as many as it takes by itself unless told otherwise
+    dtypes           of vectorized; torch, and vectorized on several ranks, use the last of them
+    torch_threads    None leaves the number of threads to PyTorch
 
-    scalar and programs take part with a batch of one, scalar if it does one in seconds (see
-    SCALAR_WORK); vectorized once more on several ranks, where the batch has a document for each.
-    Raises MicrogptError if an opponent is unknown or ends before its time, or if a loss is not
+    scalar and programs take part with a batch of one, scalar if such a step takes seconds (see
+    SCALAR_WORK); vectorized takes part again on several ranks, where each has a document.
+    Raises MicrogptError if an opponent is unknown or ends too early, or if a loss is not
     finite.
     """
     single = replace(config, batch_size=1, dtype="float64", cores=1)
@@ -160,7 +160,7 @@ def bench(
             if opponent not in programs:
                 contestants += _opponents(opponent, entry, torch_threads)
     try:
-        with np.errstate(all="ignore"):  # what overflows ends in a loss that is not finite
+        with np.errstate(all="ignore"):  # an overflow leads to a loss that is not finite
             _take_turns(contestants, rounds)
             for one in contestants:
                 one.difference = difference(one)
@@ -185,24 +185,24 @@ def listed(config: Config) -> calls.Listing:
 
 @dataclass
 class Lengths(Contestant):
-    """Somebody who meets documents of many lengths."""
+    """A contestant on documents of many lengths."""
 
     longest: int = 0  # positions
-    first: float = 0.0  # seconds of a step of the first round, in which shapes are recorded
-    shapes: int = 0  # that have been recorded
+    first: float = 0.0  # seconds of a step in the first round, which records the shapes
+    shapes: int = 0  # how many were recorded
 
     @property
     def of_lengths(self) -> dict[str, float]:
-        """What there is to report besides."""
+        """The entries that a report has in addition."""
         return {"longest": self.longest, "seconds_at_first": self.first, "shapes": self.shapes}
 
 
 def lengths(
     config: Config, longest: int, batch_sizes: Sequence[int], dtypes: Sequence[str] = DTYPES
 ) -> list[Lengths]:
-    """Time vectorized on documents from 1 to `longest` positions, spread evenly, in any order.
+    """Time vectorized on documents from 1 to `longest` positions, spread evenly, in shuffled order.
 
-    A round is a step on each batch: one in which the shapes are new, and some in which they are
+    A round is a step on each batch. In the first round the shapes are new, in the others they are
     known. The text of the documents is cut from the data set.
 
     Raises MicrogptError if the model does not fit into memory, or if a loss is not finite.
@@ -214,7 +214,7 @@ def lengths(
     corpus *= 1 + longest // len(corpus)
     found = []
     for size in batch_sizes:
-        count = -(-MANY // size) * size
+        count = -(-MANY_LENGTHS // size) * size
         ends = [round((longest - 1) * i / max(1, count - 1)) for i in range(count)]
         documents = [corpus[:end] for end in ends]
         for dtype in dtypes:
@@ -242,7 +242,7 @@ def _meet(one: Lengths) -> None:
     except ArithmeticError as error:
         raise _untrainable(error, one.config) from None
     one.first = sum(rounds[0]) / len(one.batches)
-    one.seconds = [sum(map(min, *rounds)) / len(one.batches)]  # each at its fastest
+    one.seconds = [sum(map(min, *rounds)) / len(one.batches)]  # each batch at its fastest
     one.calls = calls.per_step(one.backend, one.batches)
     recordings = (shape for docs in one.batches for shape, _ in one.backend.recordings(docs))
     one.shapes = len(set(recordings) - {()})
@@ -259,12 +259,12 @@ def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
     counts = []
     for one, turn in zip(contestants, turns):
         slow = one.name == "scalar" or one.foreign
-        warm_up = 2 if slow else len(one.batches)  # each shape once: it may be compiled for it
+        warm_up = 2 if slow else len(one.batches)  # each shape once: torch may compile for it
         for docs in islice(turn, warm_up):
             one.step(docs)
         counts.append(max(1, int(ROUND_SECONDS * 2 / one.steps(list(islice(turn, 2))))))
     gc.collect()
-    gc.disable()  # as timeit does: whose garbage it finds is chance
+    gc.disable()  # as timeit does: a collection would hit any contestant by chance
     try:
         for _ in range(rounds):
             for one, turn, count in zip(contestants, turns, counts):
@@ -274,14 +274,14 @@ def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
 
 
 def difference(one: Contestant) -> float:
-    """How far a contestant's steps are from the right ones, at most, over one step on every batch.
+    """The largest relative difference between a contestant's steps and the right ones.
 
-    The largest of: the loss, as a share of itself; the gradient, of the largest number in it; and
-    the change of the parameters, of the largest, held against what Adam makes of that gradient.
+    Compared are the loss; the gradient, relative to its largest number; and the change of the
+    parameters, relative to the largest change, with Adam's update by the contestant's gradient.
 
     In single precision an input of a ReLU can fall on the other side of 0, where the gradient is
-    another: in one of 150 batches of names-fast that is more than is allowed. One step later it is
-    gone, so whoever is wrong may try again.
+    different: in one of 150 batches of names-fast by more than is allowed. The next step is right
+    again, so a contestant whose step is wrong takes a second one.
     """
     if one.foreign:
         return _off_course(one)
@@ -300,7 +300,7 @@ def _twice_apart(one: Contestant, docs: Docs, right: Callable[..., Step]) -> flo
 
 
 def _off_course(one: Contestant) -> float:
-    """How far a program's losses are from those of vectorized, which trains as long as it has."""
+    """The largest relative difference between a program's losses and those of vectorized."""
     state, batches = _start(one.config, "vectorized")
     ours = load_backend("vectorized", one.config, state)
     apart = 0.0
@@ -347,7 +347,7 @@ def _scalar_step(config: Config, state: State, docs: Docs, grads: Tensors) -> St
 
 
 def _by_document(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
-    """The same by vectorized/, where all of a batch at once would be most of it padding."""
+    """The same by vectorized/, one document at a time, since a batch would be mostly padding."""
     vectorized = load_backend("vectorized", config, state, watch=True)
     return _in_parts(vectorized, 1, state, docs, grads)
 
@@ -364,7 +364,7 @@ def _in_parts(backend: Backend, most: int, state: State, docs: Docs, grads: Tens
 
 
 def _whole_step(config: Config, state: State, docs: Docs, grads: Tensors) -> Step:
-    """The same by vectorized/, all of the batch at once."""
+    """The same by vectorized/, without micro-batches."""
     vectorized = load_backend("vectorized", config, state, watch=True)
     loss = vectorized.forward(docs)
     vectorized.backward()
@@ -415,9 +415,9 @@ def table(contestants: Sequence[Contestant]) -> str:
 
 
 def floors(contestants: Sequence[Contestant]) -> list[str]:
-    """How many calls a step of vectorized has, and what share of it as many empty ones would take.
+    """The calls of a step of vectorized, and the share of the step that empty calls would take.
 
-    A line for each size of a batch.
+    A line for each batch size.
     """
     lines: dict[str, list[str]] = {}
     for one in contestants:
@@ -461,17 +461,17 @@ def table_of_lengths(found: Sequence[Lengths]) -> str:
 
 
 def _fit(number: float, width: int, decimals: int) -> str:
-    """A number with so many decimals, or with none if it is too wide."""
+    """A number with `decimals` decimals, or with none if that is too wide."""
     text = f"{number:{width},.{decimals}f}"
     return text if len(text) <= width else f"{number:{width},.0f}"
 
 
 def machine() -> dict[str, str]:
-    """Where it was measured, and what the environment told the libraries that compute.
+    """The machine, the libraries, and the environment variables that steer the libraries.
 
-    OPENBLAS_CORETYPE, say, makes OpenBLAS take the kernels for another CPU than this one.
+    For example, OPENBLAS_CORETYPE makes OpenBLAS use its kernels for another CPU.
     """
-    torch = sys.modules.get("torch")  # if it took part
+    torch = sys.modules.get("torch")  # if PyTorch took part
     return {
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
@@ -490,7 +490,7 @@ def machine() -> dict[str, str]:
 
 
 def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
-    """The same for other programs; times in seconds, none where the answer is wrong."""
+    """The results as JSON; times in seconds, null for a contestant that is wrong."""
     return {
         "machine": machine(),
         "seconds_per_empty_call": calls.empty_call(),
@@ -550,9 +550,9 @@ def _start(
     documents = list(given) or documents
     rng.shuffle(documents)
     training = documents if given else parts(documents, replace(config, held_out=0))[0]
-    trained = replace(config, num_samples=0)  # nothing is drawn here
+    trained = replace(config, num_samples=0)  # the bench draws no samples
     seen = documents
-    if backend_name == "scalar":  # which is asked for as much as it can do in seconds
+    if backend_name == "scalar":  # scalar computes as much as it can in seconds
         size = sum(map(prod, param_shapes(config, tokenizer.vocab_size).values()))
         seen = [document[: SCALAR_WORK // size] for document in documents]
     check_memory(trained, tokenizer.vocab_size, seen, backend_name)
@@ -576,7 +576,7 @@ def _steered() -> str:
 
 
 def _steers(name: str) -> bool:
-    return name.startswith(STEERING) and name != "OPENBLAS_NUM_THREADS"  # which is stated anyway
+    return name.startswith(STEERING) and name != "OPENBLAS_NUM_THREADS"  # machine() states it
 
 
 def _blas() -> str:

@@ -20,9 +20,9 @@ from microgpt.errors import MicrogptError
 
 
 def torch_backends(threads: int | None = None) -> dict[str, Callable[[Config, State], Any]]:
-    """The contestants that PyTorch can field, on so many threads or as it finds right.
+    """The makers of PyTorch's backends by name; threads None leaves their number to PyTorch.
 
-    Raises MicrogptError if it is not installed.
+    Raises MicrogptError if PyTorch is not installed.
     """
     try:
         import torch
@@ -32,7 +32,7 @@ def torch_backends(threads: int | None = None) -> dict[str, Callable[[Config, St
         ) from None
     if threads is not None:
         torch.set_num_threads(threads)
-    torch._dynamo.config.recompile_limit = 1000  # beyond it, "compiled" would be eager
+    torch._dynamo.config.recompile_limit = 1000  # beyond the limit, "compiled" runs eager
     return {
         "torch": lambda config, state: TorchBackend(torch, config, state, compiled=False),
         "torch compiled": lambda config, state: TorchBackend(torch, config, state, compiled=True),
@@ -40,7 +40,7 @@ def torch_backends(threads: int | None = None) -> dict[str, Callable[[Config, St
 
 
 class TorchBackend:
-    """As much of microgpt.backend.Backend as a benchmark needs, eager or compiled."""
+    """The part of microgpt.backend.Backend that a benchmark needs, eager or compiled."""
 
     def __init__(self, torch: Any, config: Config, state: State, compiled: bool) -> None:
         self.torch, self.config = torch, config
@@ -62,7 +62,7 @@ class TorchBackend:
 
     def forward(self, docs: Docs) -> float:
         T = max(map(len, docs)) - 1
-        if self.compiled:  # for every shape anew, so let there be few
+        if self.compiled:  # each shape is compiled anew: round T up, for few shapes
             T = min(-(-T // 4) * 4, self.config.block_size)
         ids = self.torch.tensor([[*doc, *[0] * (T + 1 - len(doc))] for doc in docs])
         weights = [
@@ -72,7 +72,7 @@ class TorchBackend:
         shares = self.torch.tensor(weights, dtype=self.params["wte"].dtype)
         try:
             self.loss = self.loss_of(self.params, ids[:, :-1], ids[:, 1:], shares)
-        except RuntimeError as error:  # as a rule, there is no compiler for C++
+        except RuntimeError as error:  # usually because there is no C++ compiler
             first, *_ = str(error).splitlines()
             raise MicrogptError(f"--against torch: PyTorch cannot do it here: {first}") from None
         return float(self.loss.detach())
@@ -133,7 +133,7 @@ class TorchBackend:
         return (weights * losses).sum()
 
 
-# runs a file, and waits for a byte before it begins and after each loss that it prints
+# runs a file, and waits for a byte before the file begins and after each loss that it prints
 IN_STEPS = """
 import builtins, os, runpy, sys
 
@@ -155,8 +155,8 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 class Program:
     """A program that trains the same model on input.txt and prints "loss X" at every step.
 
-    As the original does. It runs in a process of its own, which stands still between two steps and
-    ends when nobody is there any more to ask for one.
+    The original does so too. The program runs in a process of its own, which waits between two
+    steps, and ends when this process has ended.
     """
 
     LOSS = re.compile(rb"loss (\S+)\s*[\r\n]")
@@ -180,8 +180,8 @@ class Program:
         weakref.finalize(self, _end, self.process, folder)
 
     def forward(self, docs: Docs) -> float:
-        """Let it run until it prints the next loss. Which documents it takes is its own affair."""
-        with suppress(BrokenPipeError):  # it has ended, and that is noticed in a moment
+        """The next loss that the program prints; it trains on documents of its own choice."""
+        with suppress(BrokenPipeError):  # the process has ended, which the read below reports
             self.process.stdin.write(b".")
         while not (found := self.LOSS.search(self.printed)):
             more = self.process.stdout.read(1 << 16)
@@ -197,10 +197,10 @@ class Program:
         return self.losses[-1]
 
     def backward(self) -> None:
-        """It has done that."""
+        """Nothing: the program does this by itself."""
 
     def update(self, lr_t: float) -> None:
-        """And that, at its own rate."""
+        """Nothing: the program does this by itself, at its own learning rate."""
 
 
 def _end(process: Any, folder: TemporaryDirectory[str]) -> None:

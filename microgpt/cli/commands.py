@@ -7,19 +7,19 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from microgpt import __version__
 from microgpt.cli import shell
 from microgpt.cli.shell import Parser, directory, one_line, say
 from microgpt.config import FIELDS, Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.runs.launch import launch, mpiexec
 from microgpt.runs.ranks import ALONE, Alone, end, joined
 from microgpt.runs.signals import SIGNALLED
@@ -28,7 +28,7 @@ from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_
 if TYPE_CHECKING:
     from microgpt.train import Run
 
-PORTION = 1000  # samples drawn before the first of them is printed
+DRAWN_AT_ONCE = 1000  # samples that are drawn before they are printed
 RUN_NAME = re.compile(r"\w[\w.-]*")
 PARTS = {"held-out": "held out of training", "training": "without what is held out", "all": "all"}
 BATCH_SIZES = ("1", "16", "64", "256")  # of `bench`
@@ -80,8 +80,8 @@ def _lead(options: argparse.Namespace, ranks: Alone) -> int:
 def _train(run: Run, options: argparse.Namespace) -> int:
     from microgpt.backend import drawing
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.directory import write_samples
-    from microgpt.train import MANY
 
     config, tokenizer = run.config, run.tokenizer
     if not options.quiet:
@@ -115,13 +115,13 @@ def _train(run: Run, options: argparse.Namespace) -> int:
     said += [report.numbered(samples, windows)] if samples else []
     if not options.quiet:
         print("\n".join(said))
-    look = "" if options.quiet else f"; to look at it: microgpt report {quote(str(run.out))}"
+    look = "" if options.quiet else f"; to look at it: microgpt report {as_typed(run.out)}"
     print(f"everything is in {run.out}{look}")
     return 0
 
 
 def log_every(options: argparse.Namespace) -> int:
-    """Steps between lines of progress; 0: as fits."""
+    """Steps between lines of progress; 0: report.Progress decides."""
     if options.log_every is None:
         return 0
     if options.quiet:
@@ -131,7 +131,7 @@ def log_every(options: argparse.Namespace) -> int:
 
 
 def _loss_of_held_out(run: Run, quiet: bool) -> tuple[float | None, str]:
-    """The loss of what is held out, which metrics.jsonl then has, too; and a line about it."""
+    """The held-out loss, which is added to metrics.jsonl as well, and a line about it."""
     from microgpt.cli import report
     from microgpt.evaluate import evaluation
     from microgpt.runs.directory import keep_held_out
@@ -157,6 +157,7 @@ def sample(options: argparse.Namespace) -> int:
     """`microgpt sample`: prints one sample per line, or with a line of dashes between them."""
     from microgpt.backend import drawing, load_backend
     from microgpt.cli import report
+    from microgpt.layout import MANY
     from microgpt.runs.checkpoint import load_checkpoint
     from microgpt.runs.memory import check_memory
     from microgpt.tokenizer import prompt_ids
@@ -170,17 +171,22 @@ def sample(options: argparse.Namespace) -> int:
     top_k = config.top_k
     if options.top_k is not None:
         top_k = typed_flag("top_k", options.top_k)
-    num = config.num_samples if temperature else 1  # the likeliest is the same each time
+    num = config.num_samples if temperature else 1  # at temperature 0, all samples are the same
     if options.num is not None:
         num = typed_flag("num_samples", options.num, "--num")
-    config = replace(_reading(config, options.backend), num_samples=min(num, PORTION))
+    config = replace(_reading(config, options.backend), num_samples=min(num, DRAWN_AT_ONCE))
     check_memory(config, tokenizer.vocab_size, [], options.backend)
     rng = held.rng if options.seed is None else Random(typed_flag("seed", options.seed))
     backend = load_backend(options.backend, config, held.state)
+    weights = sum(tensor.size for tensor in held.state.params.values())
+    if weights > MANY:  # standard output is for samples alone
+        say(f"drawing {num:,} samples from {weights:,} weights ..", sys.stderr)
     windows = config.documents == "windows"
-    for left in range(num, 0, -PORTION):  # what is drawn can be read at once
+    for left in range(num, 0, -DRAWN_AT_ONCE):  # each portion is printed before the next is drawn
         with drawing():
-            drawn = backend.sample(tokenizer, rng, min(left, PORTION), temperature, prompt, top_k)
+            drawn = backend.sample(
+                tokenizer, rng, min(left, DRAWN_AT_ONCE), temperature, prompt, top_k
+            )
         for i, ids in enumerate(drawn, num - left):
             if windows and i:
                 print(report.DASHES)
@@ -234,13 +240,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`microgpt bench`: 1 if a contestant computes something else than scalar does."""
+    """`microgpt bench`: 1 if a contestant is wrong."""
     import json
     from textwrap import fill
 
     from microgpt.bench import contest as timing
 
-    config = load_config(options.config or DEFAULT_PRESET)
+    config = load_config(_preset(options))
     dtypes = [typed_flag("dtype", options.dtype)] if options.dtype else timing.DTYPES
     if options.calls:
         return _calls(options, config)
@@ -269,31 +275,31 @@ def bench(options: argparse.Namespace) -> int:
             ", ".join(f"{name}: {value}" for name, value in timing.machine().items()),
             "medians of steps taken in turn; apart: the largest difference of loss, gradient and"
             " update, as a share of the largest number, from those of scalar on the first batch and"
-            " of vectorized, float64 and in one piece, on the others; calls: of NumPy, that a step"
-            " of vectorized makes, and what as many empty ones would take",
+            " of vectorized, float64 and without micro-batches, on the others; calls: the NumPy"
+            " calls of a step of vectorized, and the time that as many empty calls would take",
         ]
         if any(one.partly for one in contestants):
             remarks.append(
-                "a batch would take scalar minutes: to that, they are held on a few tokens, and to"
-                " vectorized on all batches"
+                "a batch would take scalar minutes: scalar computes a few of its tokens, and all"
+                " batches are compared with vectorized"
             )
         if any(one.foreign for one in contestants):
-            remarks.append("of a program, what is compared is the losses that it prints")
+            remarks.append("of a program, only the losses that it prints are compared")
         print("\n".join(fill(remark, 80, break_long_words=False) for remark in remarks))
     return 0 if all(one.right for one in contestants) else 1
 
 
 def atlas(options: argparse.Namespace) -> int:
-    """`microgpt atlas`: writes a page with every number of one document."""
+    """`microgpt atlas`: writes a page with every named number of one document."""
     from microgpt.runs.files import check_target
 
-    with _extra():
+    with _page_libraries():
         from crosscheck import atlas as drawn
         from microgpt.pages.page import write
 
     check_target(options.out, "--out")
     step = typed_flag("steps", options.step, "--step") if options.step is not None else None
-    _written(options.out, drawn.of_run(options.run_directory, options.text, step), write)
+    _write_page(options.out, drawn.of_run(options.run_directory, options.text, step), write)
     return 0
 
 
@@ -301,22 +307,22 @@ def report(options: argparse.Namespace) -> int:
     """`microgpt report`: writes a page about one or several runs."""
     from microgpt.runs.files import check_target
 
-    with _extra():
+    with _page_libraries():
         from microgpt.pages import run_report
         from microgpt.pages.page import write
 
     check_target(options.out, "--out")
-    _written(options.out, run_report.report(options.runs), write)
+    _write_page(options.out, run_report.report(options.runs), write)
     return 0
 
 
 def learn(options: argparse.Namespace) -> int:
-    """`microgpt learn`: writes the exercises, and leaves alone what has been written in them."""
+    """`microgpt learn`: writes the exercises, except files that the learner has changed."""
     from crosscheck.learn import DIRECTORY, write_exercises
 
     folder = options.folder or DIRECTORY
     written = write_exercises(folder)
-    name = quote(str(folder))
+    name = as_typed(folder)
     if written:
         print(f"{len(written)} exercises in {name}; the first is {written[0].name}")
     else:
@@ -343,8 +349,8 @@ def check(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _extra() -> Iterator[None]:
-    """What to install, where the libraries that make pages are missing."""
+def _page_libraries() -> Iterator[None]:
+    """Raise MicrogptError, with what to install, if a library that makes pages is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -354,7 +360,7 @@ def _extra() -> Iterator[None]:
         ) from None
 
 
-def _written(path: Path, html: str, write: Callable[[Path, str], None]) -> None:
+def _write_page(path: Path, html: str, write: Callable[[Path, str], None]) -> None:
     write(path, html)
     print(f"{path}: {path.stat().st_size:,} bytes; open it in a browser, no network is needed")
 
@@ -367,7 +373,7 @@ def _calls(options: argparse.Namespace, config: Config) -> int:
     from microgpt.bench import calls
     from microgpt.bench import contest as timing
 
-    _alone(options, "calls", ("lengths", "cores", "against", "torch_threads"))
+    _refuse_beside(options, "calls", ("lengths", "cores", "against", "torch_threads"))
     size, *others = options.batch_size or [str(config.batch_size)]
     if others:
         raise MicrogptError("--calls: lists one step; give --batch-size once")
@@ -383,25 +389,25 @@ def _calls(options: argparse.Namespace, config: Config) -> int:
 
 
 def _lengths(options: argparse.Namespace, config: Config, dtypes: Sequence[str]) -> int:
-    """`microgpt bench --lengths`: 1 if something else than the right numbers is computed."""
+    """`microgpt bench --lengths`: 1 if a result is wrong."""
     import json
 
     from microgpt.bench import contest as timing
 
-    _alone(options, "lengths", ("cores", "against", "torch_threads"))
+    _refuse_beside(options, "lengths", ("cores", "against", "torch_threads"))
     longest = typed_flag("block_size", options.lengths, "--lengths")
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or ["1"]]
     try:
         found = timing.lengths(config, longest, sizes, dtypes)
-    except MicrogptError as error:  # of memory, perhaps
+    except MicrogptError as error:  # such as one about memory
         raise MicrogptError(str(error).replace("--block-size", "--lengths")) from None
     print(json.dumps(timing.as_json(found), indent=1) if options.json
           else timing.table_of_lengths(found))  # fmt: skip
     return 0 if all(one.right for one in found) else 1
 
 
-def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> None:
-    """Refuse options that have no meaning beside this one."""
+def _refuse_beside(options: argparse.Namespace, name: str, others: Sequence[str]) -> None:
+    """Raise MicrogptError if an option is given that has no meaning beside this one."""
     for other in others:
         if getattr(options, other):
             raise MicrogptError(f"{flag(name)}: does not go with {flag(other)}; leave one out")
@@ -410,7 +416,7 @@ def _alone(options: argparse.Namespace, name: str, others: Sequence[str]) -> Non
 def _new(options: argparse.Namespace, ranks: Alone) -> Run:
     from microgpt.train import check_measured, new_run
 
-    source, overrides = options.config or DEFAULT_PRESET, _overrides(options)
+    source, overrides = _preset(options), _overrides(options)
     config = load_config(source, overrides)
     check_measured(config, overrides)
     name = source if source in presets() else Path(source).stem
@@ -452,9 +458,13 @@ def _cores(options: argparse.Namespace) -> int:
 
 
 def _reading(config: Config, backend_name: str) -> Config:
-    """What sampling and evaluating take: one core, no batch, and float64 where it is scalar's."""
+    """The configuration for sampling and evaluation: one core, no batch; float64 for scalar."""
     dtype = "float64" if backend_name == "scalar" else config.dtype
     return replace(config, cores=1, dtype=dtype, batch_size=1)
+
+
+def _preset(options: argparse.Namespace) -> str:
+    return DEFAULT_PRESET if options.config is None else str(options.config)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -470,8 +480,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"microgpt {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_eval(commands)
+    _add_atlas(commands)
+    _add_report(commands)
+    _add_learn(commands)
+    _add_check(commands)
+    _add_bench(commands)
+    return parser
 
-    command = _command(commands, "train", train, "learn a data set and write samples")
+
+def _add_train(commands: Any) -> None:
+    command = _model_command(commands, "train", train, "learn a data set and write samples")
     command.add_argument(
         "--config",
         metavar="NAME|FILE",
@@ -485,7 +506,9 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace the run that --out DIR holds"
     )
     command.add_argument(
-        "--log-every", metavar="N", help="steps between lines of progress (default: as fits)"
+        "--log-every",
+        metavar="N",
+        help="steps between lines of progress (default: 20 lines in a pipe)",
     )
     command.add_argument(
         "--quiet", action="store_true", help="print nothing but where everything is"
@@ -498,7 +521,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar = "|".join(choices) if choices else METAVARS[str(field.type)]
         fields.add_argument(flag(name), metavar=metavar, help=field.metadata["help"])
 
-    command = _command(commands, "sample", sample, "write documents with a trained model")
+
+def _add_sample(commands: Any) -> None:
+    command = _model_command(commands, "sample", sample, "write documents with a trained model")
     _add_checkpoint(command)
     command.add_argument("--prompt", default="", metavar="TEXT", help="how each sample begins")
     command.add_argument(
@@ -509,15 +534,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--top-k",
         metavar="K",
-        help="draw from so many of the likeliest tokens; 0: from all (default: the run's)",
+        help="draw from the K likeliest tokens; 0: from all (default: the run's)",
     )
     command.add_argument("--num", metavar="N", help="how many samples (default: the run's;"
                          " at temperature 0 one)")  # fmt: skip
     command.add_argument(
-        "--seed", metavar="S", help="of the draws (default: go on as training did)"
+        "--seed", metavar="S", help="of the draws (default: the random stream of the run goes on)"
     )
 
-    command = _command(commands, "eval", evaluate, "measure a trained model's loss")
+
+def _add_eval(commands: Any) -> None:
+    command = _model_command(commands, "eval", evaluate, "measure a trained model's loss")
     _add_checkpoint(command)
     command.add_argument("--dataset", metavar="NAME|FILE", help="names, makemore, pride, or a text"
                          " file (default: the run's)")  # fmt: skip
@@ -528,8 +555,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="for other programs")
 
-    command = _page(commands, "atlas", atlas, "draw every number of one document, in both"
-                    " implementations")  # fmt: skip
+
+def _add_atlas(commands: Any) -> None:
+    command = _page_command(commands, "atlas", atlas, "draw every named number of one document,"
+                    " in both implementations")  # fmt: skip
     command.add_argument("run_directory", nargs="?", type=directory, metavar="RUN", help="a"
                          " checkpoint or run directory (default: the default preset)")  # fmt: skip
     command.add_argument(
@@ -537,26 +566,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--step", metavar="N", help="before and after this step of the run")
 
-    command = _page(commands, "report", report, "draw how runs went, and where they differ")
+
+def _add_report(commands: Any) -> None:
+    command = _page_command(commands, "report", report, "draw how runs went, and where they differ")
     command.add_argument("runs", nargs="+", type=directory, metavar="RUN", help="a run directory")
 
-    command = _plain(commands, "learn", learn, "write exercises: this GPT, with bodies taken out")
+
+def _add_learn(commands: Any) -> None:
+    command = _command(commands, "learn", learn, "write exercises: this GPT, with bodies taken out")
     command.add_argument("folder", nargs="?", type=directory, metavar="DIR", help="where to put"
                          " them (default: exercises)")  # fmt: skip
 
-    command = _plain(commands, "check", check, "check the exercises, and say how far you are")
+
+def _add_check(commands: Any) -> None:
+    command = _command(commands, "check", check, "check the exercises, and say how far you are")
     command.add_argument("folder", nargs="?", type=directory, metavar="DIR", help="where they are"
                          " (default: this folder, or exercises in it)")  # fmt: skip
     command.add_argument("--hint", action="count", default=0, help="say what a mistake looks like;"
                          " given twice, the equation with its numbers as well")  # fmt: skip
     command.add_argument("--solution", metavar="NAME", help="show how the text does an exercise")
-    command.add_argument("--watch", action="store_true", help="again whenever a file has changed")
+    command.add_argument(
+        "--watch", action="store_true", help="check again whenever a file has changed"
+    )
     command.add_argument("--json", action="store_true", help="for other programs")
 
+
+def _add_bench(commands: Any) -> None:
     command = commands.add_parser(
         "bench",
         help="time both implementations, side by side",
-        description="Time both implementations, side by side, and hold what they compute together.",
+        description="Time both implementations, side by side, and compare their results.",
         allow_abbrev=False,
     )
     command.set_defaults(run=bench, parser=command)
@@ -568,17 +607,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
     )
     command.add_argument(
-        "--cores", metavar="N", help="and on so many ranks (default: 2, with MPI and two cores)"
+        "--cores",
+        metavar="N",
+        help="time vectorized on N ranks as well (default: 2, with MPI and two cores)",
     )
     command.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="torch|FILE.py",
-        help="who else takes part; a program is one that reads input.txt and prints each loss, as"
-        " the original microgpt.py",
+        help="an opponent, may be repeated; a program reads input.txt and prints each loss, as the"
+        " original microgpt.py does",
     )
-    command.add_argument("--torch-threads", metavar="N", help="for torch (default: as it likes)")
+    command.add_argument(
+        "--torch-threads", metavar="N", help="threads of PyTorch (default: its own)"
+    )
     command.add_argument(
         "--dtype", metavar="float32|float64", help="one precision only (default: both)"
     )
@@ -593,7 +636,6 @@ def _parser() -> argparse.ArgumentParser:
         help="time vectorized on documents from 1 to N positions, new and known lengths",
     )
     command.add_argument("--json", action="store_true", help="for other programs")
-    return parser
 
 
 METAVARS = {"int": "N", "float": "X", "bool": "true|false", "str": "NAME|FILE"}
@@ -604,6 +646,11 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
         name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
     )
     command.set_defaults(run=run, parser=command)
+    return command
+
+
+def _model_command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command = _command(commands, name, run, help)
     command.add_argument(
         "--backend",
         default="vectorized",
@@ -613,16 +660,8 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
     return command
 
 
-def _plain(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
-    )
-    command.set_defaults(run=run, parser=command)
-    return command
-
-
-def _page(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    command = _plain(commands, name, run, help)
+def _page_command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    command = _command(commands, name, run, help)
     command.add_argument(
         "--out",
         type=Path,

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 from microgpt.cli.shell import bare
+from microgpt.data import cropped
 from microgpt.errors import printable
 from microgpt.windows import Windows
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from microgpt.evaluate import Evaluation
     from microgpt.train import Run
 
-RECENT = 100  # how many losses the closing figure is the mean of
-LINES = 20  # how many lines of progress a pipe gets,
-SILENCE = 10  # and one after so many seconds at the latest
+RECENT = 100  # how many losses the final mean is over
+PIPE_LINES = 20  # of progress that a pipe gets in a run
+SILENCE = 10  # seconds after which a pipe gets one more line
 FLUSH, REFRESH = 1.0, 0.1  # seconds between writes to a pipe, and to a terminal
 WIDTH = 80
 DASHES = "-" * 40  # between samples of several lines
@@ -28,23 +29,23 @@ DASHES = "-" * 40  # between samples of several lines
 class Progress:
     """A bar on a terminal, plain lines elsewhere and where --log-every asks for them.
 
-    every    steps between lines; 0: as fits
-    quiet    neither bar nor lines
+    every    steps between lines; 0: PIPE_LINES lines in a pipe, none above a bar
+    quiet    no bar and no lines
     """
 
     def __init__(self, step: int, steps: int, every: int = 0, quiet: bool = False) -> None:
         self.steps = steps
         self.recent: deque[float] = deque(maxlen=RECENT)
-        self.done = 0  # steps of this run, and the seconds they took together
+        self.done = 0  # steps that this process has done, and their seconds
         self.seconds = 0.0
         self.quiet = quiet
         self.bar = None if quiet else bar(sys.stdout, steps, "step", step)
-        self.every = every or (0 if self.bar else max(1, steps // LINES))
+        self.every = every or (0 if self.bar else max(1, steps // PIPE_LINES))
         self.asked = bool(every)
         self.printed = self.flushed = perf_counter()
 
     def update(self, step: int, loss: float, seconds: float) -> None:
-        """After each step, counted from 1."""
+        """Take in the loss and the seconds of a step, counted from 1, and show them."""
         self.recent.append(loss)
         self.done += 1
         self.seconds += seconds
@@ -64,12 +65,12 @@ class Progress:
             self.flushed = now
 
     def measured(self, step: int, loss: float) -> None:
-        """After a step at which the loss of what is held out was measured."""
+        """Show the held-out loss that was measured after a step."""
         if not self.quiet:
             self.say(step, f"held out {figure(loss)}")
 
     def say(self, step: int, what: str) -> None:
-        """One line, above the bar if there is one."""
+        """Print one line, above the bar if there is one."""
         line = f"step {step:{len(str(self.steps))}} / {self.steps} | {what}"
         if self.bar is None:
             print(line)
@@ -82,7 +83,7 @@ class Progress:
         return math.fsum(self.recent) / len(self.recent)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar, and leave it on the terminal."""
         if self.bar is not None:
             self.bar.close()
 
@@ -112,7 +113,7 @@ class Evaluating:
         self.printed = perf_counter()
 
     def update(self, done: int) -> None:
-        """After each batch, with the documents done so far."""
+        """Show how many documents are done."""
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
         elif not self.quiet and perf_counter() > self.printed + SILENCE:
@@ -120,14 +121,14 @@ class Evaluating:
             self.printed = perf_counter()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Close the bar, and remove it from the terminal."""
         if self.bar is not None:
             self.bar.leave = False
             self.bar.close()
 
 
 def beginning(run: Run) -> str:
-    """The figures by which two runs are recognised as the same, and how much they see of a text."""
+    """The sizes of data set, vocabulary, model and training, and how much of a text is seen."""
     config, more = run.config, ""
     if isinstance(run.training, Windows):
         n, more = run.training.per_epoch, " more"
@@ -150,23 +151,8 @@ def beginning(run: Run) -> str:
     return "\n".join([*lines, *seen])
 
 
-def cropped(documents: list[str], window: int) -> list[str]:
-    """What to say where documents are longer than the context: how much of the text is seen."""
-    longer = sum(len(document) > window for document in documents)
-    if not longer:
-        return []
-    share = sum(min(len(document), window) for document in documents) / sum(map(len, documents))
-    percent = f"{min(100 * share, 99.9):.1f}" if share >= 0.01 else f"{100 * share:.1g}"
-    said = (
-        f"{longer:,} of {len(documents):,} documents {'is' if longer == 1 else 'are'} longer than"
-        f" the context: {percent} % of the text is seen"
-    )
-    much = share < 0.5 or 2 * longer > len(documents)
-    return [said, "to learn all of it: --documents windows"] if much else [said]
-
-
 def numbered(samples: list[str], windows: bool) -> str:
-    """The samples, each behind its number, or below it where it has several lines."""
+    """The samples with their numbers; a sample of several lines stands below its number."""
     between = "\n" if windows else " "
     return "\n".join(
         f"sample {i:2}:{between}{shown(sample, windows)}" for i, sample in enumerate(samples, 1)
@@ -174,22 +160,22 @@ def numbered(samples: list[str], windows: bool) -> str:
 
 
 def shown(text: str, windows: bool) -> str:
-    """A sample as it may be printed; those of windows have lines."""
+    """A sample with control characters escaped, but not the line ends of windows."""
     return "\n".join(map(printable, text.split("\n") if windows else [text]))
 
 
 def counted(documents: int, config: Config) -> str:
-    """How many documents or windows: 1 document, 2 documents."""
+    """A count with its word: 1 document, 2 documents, 2 windows."""
     return f"{documents:,} {config.documents_are if documents != 1 else config.documents_are[:-1]}"
 
 
 def ending(
     progress: Progress, vocab_size: int, held_out: float | None = None, kept: str = ""
 ) -> str:
-    """The loss beside that of a model that knows nothing, what that means, and the time it took.
+    """The loss beside that of a uniform guess, what the loss means, and the time of training.
 
-    held_out    the loss of what training did not see, by which the model is judged if there is one
-    kept        a line about it
+    held_out    the held-out loss, which replaces the training loss in what the loss means
+    kept        a line about the held-out loss
     """
     loss, uniform = progress.mean(), math.log(vocab_size)
     steps = len(progress.recent)
@@ -206,7 +192,7 @@ def ending(
 
 
 def evaluated(result: Evaluation, vocab_size: int) -> dict[str, Any]:
-    """An evaluation for other programs."""
+    """An evaluation as JSON."""
     return {
         "loss": result.loss,
         "uniform": math.log(vocab_size),

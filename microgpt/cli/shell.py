@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -47,29 +48,40 @@ def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] 
     The options that the parser makes have `run`, the command as a function of them, and `parser`,
     its own one. A command whose options have `rest` gets there what its parser does not know.
     """
+    return _printed(lambda: parser().prog, lambda: _parsed(parser(), arguments))
+
+
+def guarded(program: str, command: Callable[[], int]) -> int:
+    """The same for a command without options; `program` is what its errors begin with."""
+    return _printed(lambda: program, lambda: _told(program, command))
+
+
+def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
+    """Run a command whose output may be closed, full, or read by no program any more."""
     status = 0
     with _output():
         try:
             with at_once():
-                status = _run(parser(), arguments)
+                status = command()
                 sys.stdout.flush()
-        except BrokenPipeError:  # the program that read the output has ended
-            status = status or BROKEN_PIPE
-            _silence()
         except KeyboardInterrupt as interrupt:  # before the command began, or as it ended
             if not status:
                 say(f"{signals.program}: interrupted", sys.stderr)
             status = status or _signalled(interrupt)
             _silence()
         except OSError as error:
-            name = error.filename or "output"
-            say(f"{parser().prog}: error: {one_line(name)}: {error.strerror}", sys.stderr)
-            status = status or 2
+            if _unread(error):
+                status = status or BROKEN_PIPE
+            else:
+                name = error.filename or "output"
+                say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
+                status = status or 2
             _silence()
     return status
 
 
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Run the command that the arguments name."""
     try:
         options, unknown = parser.parse_known_args(arguments)
         options.arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -79,10 +91,14 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as done:  # --help and --version are printed, mistakes explained
         return int(done.code or 0)
-    program = options.parser.prog
+    return _told(options.parser.prog, lambda: int(options.run(options)))
+
+
+def _told(program: str, command: Callable[[], int]) -> int:
+    """Run a command that says in one line what ended it."""
     try:
         refuse_another_copy()
-        status: int = options.run(options)
+        return command()
     except MicrogptError as error:
         say(f"{program}: error: {one_line(error)}", sys.stderr)
         return 2
@@ -93,10 +109,18 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             sys.stderr,
         )
         return 2
+    except SystemExit:  # no command of ours: its status would be taken for ours
+        say(f"{program}: error: something that was called has ended the program", sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         say(f"{program}: interrupted", sys.stderr)
         return _signalled(interrupt)
-    return status
+
+
+def _unread(error: OSError) -> bool:
+    """Whether the program that read the output has ended, on Windows an invalid argument."""
+    invalid = error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and invalid)
 
 
 def _signalled(interrupt: KeyboardInterrupt) -> int:

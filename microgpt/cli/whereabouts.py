@@ -1,4 +1,4 @@
-"""Which scalar/ and vectorized/ Python imports, so that what is checked is what one edits."""
+"""Which scalar/ and vectorized/ Python imports, so that the edited copy is the checked one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IMPLEMENTATIONS = ("scalar", "vectorized")
 
 
 def imported_from(package: str) -> Path:
-    """The folder in which a package lies that Python imports; the package need not be sound."""
+    """The folder of the package that Python imports, found without running the package."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise MicrogptError(f"{package}/ is not installed; pip install --editable the checkout")

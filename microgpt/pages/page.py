@@ -43,7 +43,7 @@ def render(template: str, **context: Any) -> str:
 
 
 def write(path: Path, html: str) -> None:
-    """Put a page in place, whole or not at all."""
+    """Write a page to its file, whole or not at all."""
     write_whole(path, html.encode("utf-8", "xmlcharrefreplace"))
 
 

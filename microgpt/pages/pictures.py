@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-LEVELS = 31  # shades on either side of zero
-ABSENT = 2 * LEVELS + 1  # the colour of what there is not
-LARGEST = 256  # pixels across; of larger arrays, the largest number of each block is shown
+LEVELS = 20  # shades on either side of zero
+ABSENT = 2 * LEVELS + 1  # the colour of elements that do not exist
+LARGEST = 256  # pixels across
 NEGATIVE, POSITIVE, GREY = (37, 99, 235), (217, 83, 10), (128, 128, 128)
 
 
@@ -32,20 +32,24 @@ def _diverging() -> Array:
 DIVERGING = _diverging()
 
 
-def heat(numbers: Array, scale: float, there: Array | None = None) -> str:
-    """A matrix as a PNG, one pixel a number: blue below zero, orange above, full at `scale`."""
+def heat(numbers: Array, scale: float, there: Array | None = None, largest: int = LARGEST) -> str:
+    """A matrix as a PNG, one pixel a number: blue below zero, orange above, full at `scale`.
+
+    there      which numbers there are
+    largest    pixels across; of a larger matrix, the largest number of each block is shown
+    """
     matrix = np.atleast_2d(np.asarray(numbers, float))
-    matrix = _smaller(matrix if there is None else np.where(there, matrix, np.nan))
+    matrix = _smaller(matrix if there is None else np.where(there, matrix, np.nan), largest)
     shares = np.clip(np.nan_to_num(matrix) / (scale or 1.0), -1.0, 1.0)
     levels = np.where(np.isfinite(matrix), np.rint(shares * LEVELS) + LEVELS, ABSENT)
     return png(levels.astype(np.uint8), DIVERGING)
 
 
-def _smaller(matrix: Array) -> Array:
+def _smaller(matrix: Array, largest: int) -> Array:
     for axis in (0, 1):
         n = matrix.shape[axis]
-        if n > LARGEST:
-            starts = np.arange(LARGEST) * n // LARGEST
+        if n > largest:
+            starts = np.arange(largest) * n // largest
             high = np.fmax.reduceat(matrix, starts, axis)
             low = np.fmin.reduceat(matrix, starts, axis)
             matrix = np.where(high > -low, high, low)
@@ -53,7 +57,7 @@ def _smaller(matrix: Array) -> Array:
 
 
 def png(levels: Array, palette: Array) -> str:
-    """A picture with a palette, as the address of an image that holds it."""
+    """A picture with a palette, as a data URI."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return pack(">I", len(data)) + kind + data + pack(">I", zlib.crc32(kind + data))
@@ -84,7 +88,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, in percent, and what stands there."""
+    """A place on an axis, in percent, and the number beside it."""
 
     at: float
     text: str
@@ -106,14 +110,14 @@ class Chart:
 
     title: str
     lines: list[Drawn]
-    band: str  # the outline of what varies around the line, or nothing
+    band: str  # the outline of the single values around the line, or nothing
     level: float | None  # the height of a line across, in percent from above
     level_name: str
     x: list[Tick]
     y: list[Tick]
 
 
-POINTS = 500  # of a line; of more steps, the mean of each stretch
+POINTS = 500  # of a line at most; with more steps, each point is the mean of a stretch
 
 
 def chart(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from microgpt.backend import load_backend
 from microgpt.cli.report import RECENT, meaning
 from microgpt.config import FIELDS, Config
 from microgpt.data import in_order, load_documents, parts
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, as_typed
 from microgpt.pages.page import render
 from microgpt.pages.pictures import Array, Chart, Line, chart, heat
 from microgpt.runs.checkpoint import Checkpoint, load_checkpoint
@@ -28,9 +27,10 @@ from microgpt.runs.directory import CONFIG, METRICS, SAMPLES, holds_run
 from microgpt.runs.memory import check_file
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, read_yaml, stored_config
 
-TEXTS = 3  # documents whose attention is shown, of a single run; of several runs, one
-MAPS = 48  # heads of a document that are drawn
-NOT_TRAINED = (  # fields that change nothing of what a run computes
+TEXTS = 3  # documents whose attention is shown of a single run; of several runs, one each
+SLOW = 5  # medians, the most that a step is drawn to take
+MAPS = 48  # heads that are drawn for a document
+NOT_TRAINED = (  # fields that do not change the losses of a run
     "cores",
     "max_seconds",
     "checkpoint_every",
@@ -65,7 +65,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Head:
-    """Where one head looks."""
+    """The attention weights of one head."""
 
     title: str
     image: str
@@ -83,7 +83,7 @@ class Attention:
 
 @dataclass
 class RunSeen:
-    """What there is to see of a run directory."""
+    """A run directory as the report shows it."""
 
     path: Path
     number: int
@@ -110,7 +110,7 @@ class RunSeen:
 
     @property
     def held_out(self) -> float | None:
-        """The latest loss of what training does not see."""
+        """The latest held-out loss."""
         measured = self.metrics["held_out"]
         known = measured[~np.isnan(measured)]
         return float(known[-1]) if len(known) else None
@@ -127,7 +127,7 @@ class RunSeen:
 
     @property
     def says(self) -> str:
-        """What the loss means, in a sentence: that of what was held out, if it was measured."""
+        """A sentence on the held-out loss, or on the training loss if none was measured."""
         loss = self.loss if self.held_out is None else self.held_out
         if loss is None or self.checkpoint is None:
             return ""
@@ -135,14 +135,14 @@ class RunSeen:
 
     @property
     def command(self) -> str:
-        """What to type to get this run again."""
+        """The command that makes this run."""
         return command(self.config, self.path)
 
 
 def report(paths: Sequence[Path]) -> str:
     """The page for these run directories.
 
-    Raises MicrogptError if one of them is none.
+    Raises MicrogptError if one of them holds no run.
     """
     runs = [seen(path, i, len(paths) == 1) for i, path in enumerate(paths)]
     return render(
@@ -157,7 +157,7 @@ def report(paths: Sequence[Path]) -> str:
 
 
 def seen(path: Path, number: int, alone: bool) -> RunSeen:
-    """A run as its directory has it. What is missing or damaged is told on the page."""
+    """A run as its directory has it. The page names files that are missing or damaged."""
     if not path.is_dir() or not holds_run(path):
         raise MicrogptError(f"{path}: not a run directory; expected one that `train` has written")
     notes: list[str] = []
@@ -179,7 +179,7 @@ def seen(path: Path, number: int, alone: bool) -> RunSeen:
 
 
 def read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, Array], int]:
-    """The figures of every step by name, and how many lines are none."""
+    """The figures of every step by name, and how many lines could not be read."""
     try:
         check_file(path, lines=True)
         lines = path.read_bytes().splitlines()
@@ -209,7 +209,7 @@ def _rows(lines: list[bytes], start: int) -> list[list[float]]:
 
 
 def _samples(run: RunSeen) -> list[Sample]:
-    """What the model wrote, and where in the data set it stands, if that can be had."""
+    """The samples, each with the part of the data set that holds it, if that can be read."""
     path, config = run.path / SAMPLES, run.config
     try:
         check_file(path, lines=True)
@@ -307,14 +307,16 @@ def charts(runs: Sequence[RunSeen]) -> list[Chart | None]:
     band = Line("", alone.metrics["step"], alone.metrics["loss"]) if alone else None
     V = alone.checkpoint.tokenizer.vocab_size if alone and alone.checkpoint else "V"
     found = [chart("Loss", losses, band, level, f"ln {V}: knowing nothing")]
-    for title, name in (("Learning rate", "lr"), ("Milliseconds a step", "seconds")):
-        factor = 1000.0 if name == "seconds" else 1.0
-        lines = [
-            Line(run.name, run.metrics["step"], factor * run.metrics[name], colour=run.number)
-            for run in runs
-        ]
+    slow = f"Milliseconds a step, at most {SLOW} times the median of the run"
+    for title, of in (("Learning rate", lambda run: run.metrics["lr"]), (slow, milliseconds)):
+        lines = [Line(run.name, run.metrics["step"], of(run), colour=run.number) for run in runs]
         found.append(chart(title, lines))
     return found
+
+
+def milliseconds(run: RunSeen) -> Array:
+    """How long each step took, up to SLOW medians: longer ones would flatten the curve."""
+    return 1000.0 * np.minimum(run.metrics["seconds"], SLOW * (run.seconds or 0.0))
 
 
 def running_mean(losses: Array) -> Array:
@@ -369,7 +371,7 @@ def twins(runs: Sequence[RunSeen]) -> list[Twin]:
 
 
 def _trained(config: Config) -> dict[str, Any]:
-    """What decides what is computed."""
+    """The fields that change the losses of a run."""
     every = dataclasses.asdict(config)
     return {name: value for name, value in every.items() if name not in NOT_TRAINED}
 
@@ -380,14 +382,14 @@ def command(config: Config, out: Path) -> str:
     for preset in presets():
         given = dataclasses.asdict(load_config(preset))
         flags = [
-            f"{flag(name)} {shlex.quote(_typed(value))}"
+            f"{flag(name)} {as_typed(_typed(value))}"
             for name, value in dataclasses.asdict(config).items()
             if value != given[name]
         ]
         choices.append((len(flags), preset != DEFAULT_PRESET, preset, flags))
     _, _, preset, flags = min(choices)
     by_preset = [] if preset == DEFAULT_PRESET else [f"--config {preset}"]
-    return " ".join(["microgpt train", *by_preset, *flags, f"--out {shlex.quote(str(out))}"])
+    return " ".join(["microgpt train", *by_preset, *flags, f"--out {as_typed(out)}"])
 
 
 def _typed(value: Any) -> str:

@@ -56,6 +56,20 @@ class Row:
     right: list[Line]
 
 
+@dataclass(frozen=True)
+class Text:
+    """A function in both texts: the forward pass, and the backward pass beneath it.
+
+    Of a helper, `forward` and `backward` are empty.
+    """
+
+    name: str
+    forward: str
+    backward: str
+    rows: list[Row]
+    back: list[Row]
+
+
 def highlighted(code: str) -> Markup:
     """A line of code by itself."""
     tokens = LEXER.get_tokens(code)
@@ -120,6 +134,12 @@ class Source:
         """The lines of a function."""
         node = self.functions[function]
         return range(node.lineno, (node.end_lineno or 0) + 1)
+
+    def body(self, function: str) -> range:
+        """The lines of a function below its docstring."""
+        node = self.functions[function]
+        first = node.body[1 if ast.get_docstring(node) else 0]
+        return range(first.lineno, (node.end_lineno or 0) + 1)
 
     def equation(self, function: str) -> str:
         """The first line of a docstring."""
@@ -261,7 +281,7 @@ def _kept(statement: ast.stmt) -> list[str]:
 
 
 def _key(statement: ast.stmt) -> str:
-    """What a statement is recognised by in the other text: the tap or the name that it makes."""
+    """The key by which a statement is found in the other text: the tap or name that it makes."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Assign):
             kept = _kept(node)
@@ -272,7 +292,7 @@ def _key(statement: ast.stmt) -> str:
 
 
 def _chunks(source: Source, function: str) -> list[tuple[str, int, int]]:
-    """A function in pieces: what each is recognised by, its first line, and that of the next."""
+    """The statements of a function: a key, the first line, and the first line of the next."""
     node = source.functions[function]
     starts = [("head", node.lineno)]
     body = node.body[1:] if ast.get_docstring(node) else node.body
@@ -351,3 +371,26 @@ def _blocks(source: Source, function: str) -> list[tuple[str, int, int]]:
             starts.append((line, number))
     ends = [start for _, start in starts[1:]] + [end]
     return [(key, start, stop) for (key, start), stop in zip(starts, ends)]
+
+
+def texts(left: Source, right: Source, value: Source, links: Mapping[str, str]) -> list[Text]:
+    """The functions of both models, then the helpers of the right one.
+
+    value    where the helpers' twins of the same name are
+    """
+    found = []
+    for name in left.functions:
+        forward, backward = f"{name}_forward", f"{name}_backward"
+        if forward in right.functions:
+            rows = side_by_side(left, name, right, forward, links)
+            back = upside_down(left, name, right, backward, links)
+            found.append(Text(name, forward, backward, rows, back))
+    paired = {name for text in found for name in (text.forward, text.backward)}
+    for name in right.functions:
+        if name in value.functions and name not in paired:
+            rows = side_by_side(value, name, right, name, links)
+            found.append(Text(name, "", "", rows, []))
+        elif name not in paired:
+            alone = Row([], right.highlighted(right.span(name), links))
+            found.append(Text(name, "", "", [alone], []))
+    return found

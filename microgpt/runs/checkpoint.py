@@ -10,13 +10,13 @@ chars       the characters of the vocabulary, as one text
 updates     how many updates the model has had
 random      the state of the random stream from which the samples are drawn, as JSON
 documents   the SHA-256 of the data set's documents
-sha256      that of everything else in the file: see `checksum`
+sha256      the SHA-256 of everything else in the file: see `checksum`
 
-The position in the data follows: the documents are shuffled by the seed of the configuration and
-taken round and round, batch_size of them for every update.
+The position in the data set follows from `updates`: the documents are shuffled by the seed of the
+configuration; every update takes the next batch_size documents, and starts over after the last.
 
-A file is not believed. What it says that it holds is held against what it should hold before any
-of it is taken into memory.
+Files are not trusted. The names, dtypes and shapes in a header are compared with those that the
+configuration asks for before any tensor is read into memory.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from microgpt.tokenizer import Tokenizer, build_tokenizer
 FORMAT = "microgpt checkpoint"
 VERSION = "2"
 FILE_NAME = "checkpoint.safetensors"
-MOMENTS = ("", "adam.m.", "adam.v.")  # what stands before the names of parameters
-LARGEST_HEADER = 10_000_000  # bytes, and four times as many as there are of numbers
-SMALL_HEADER = 1_000_000  # bytes, in which names that are there twice are looked for
+MOMENTS = ("", "adam.m.", "adam.v.")  # prefixes of tensor names: parameters, m, v
+LARGEST_HEADER = 10_000_000  # bytes, plus four for every byte of tensors
+SMALL_HEADER = 1_000_000  # bytes: headers up to this size are searched for duplicate names
 
-# what comes of metadata that are not what they should be, and of reading no safetensors file
-DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# what reading bad metadata raises, and what reading an unreadable safetensors file raises
+BAD_METADATA = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError)
 
 Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
@@ -61,7 +61,7 @@ Layout = tuple[str, tuple[int, ...]]  # the dtype and shape of a tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model between two steps of its training: all that is needed to go on, or to sample."""
+    """A model between two training steps: all that resuming and sampling need."""
 
     config: Config
     tokenizer: Tokenizer
@@ -105,7 +105,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, whole or not at all; the same tensors give the same bytes.
 
-    The form of the header is promised in crosscheck/TRACES.md: keys sorted, no blanks in between.
+    The form of the header is promised in crosscheck/TRACES.md: sorted keys, no blanks.
     """
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -131,7 +131,7 @@ def not_finite(tensors: Mapping[str, Any]) -> str | None:
 
 
 def checksum(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """The SHA-256 of a checkpoint's texts, and of its tensors' names, dtypes, shapes and bytes."""
+    """The SHA-256 of the metadata, and of the names, dtypes, shapes and bytes of the tensors."""
     texts = {name: text for name, text in metadata.items() if name != "sha256"}
     layouts = {name: (str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
     found = hashlib.sha256(json.dumps([texts, layouts], sort_keys=True).encode())
@@ -143,8 +143,8 @@ def checksum(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; for a run directory, the one that it holds.
 
-    Raises MicrogptError if it is missing, damaged, no checkpoint, of another version, or if its
-    tensors are not those that its configuration asks for.
+    Raises MicrogptError if the file is missing, damaged, no checkpoint, of another version, or if
+    the tensors are not those that the configuration asks for.
     """
     if os.path.isdir(path):
         path = path / FILE_NAME
@@ -167,12 +167,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tokenizer = build_tokenizer(metadata["chars"], config)
         if "".join(tokenizer.chars) != metadata["chars"]:
             raise ValueError("chars are not sorted, or one of them is there twice")
-        updates = whole(metadata["updates"])
+        updates = whole_number(metadata["updates"])
         if updates > config.steps:
             raise ValueError(f"{updates} updates of {config.steps}")
         rng = _random_stream(*read_json(metadata["random"]))
         documents, sha256 = metadata["documents"], metadata["sha256"]
-    except DAMAGED as error:
+    except BAD_METADATA as error:
         raise MicrogptError(
             f"{path}: damaged: its metadata cannot be read ({shortened(error, 200)})"
         ) from None
@@ -189,15 +189,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, tokenizer, State(params, m, v, updates), rng, documents)
 
 
-def whole(text: str) -> int:
-    """The number that a text in metadata means, written as str() writes it."""
+def whole_number(text: str) -> int:
+    """The whole number in a metadata text; ValueError unless written as str() writes it."""
     if not re.fullmatch("0|[1-9][0-9]{0,18}", text):
         raise ValueError(f"{shortened(text)} for a whole number")
     return int(text)
 
 
 def read_json(text: str) -> Any:
-    """What a text in metadata means; refused where a key is there twice."""
+    """The value of a JSON text; ValueError if an object has a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -209,7 +209,7 @@ def read_json(text: str) -> Any:
 
 
 def _random_stream(version: int, numbers: list[int], gauss_next: float | None) -> Random:
-    """A random stream that goes on from this state."""
+    """A random stream in this state."""
     if gauss_next is not None and not (type(gauss_next) is float and math.isfinite(gauss_next)):
         raise ValueError(f"{gauss_next} as the next number")
     if not all(type(number) is int for number in (version, *numbers)):
@@ -220,7 +220,7 @@ def _random_stream(version: int, numbers: list[int], gauss_next: float | None) -
 
 
 def save_params(path: Path, params: Mapping[str, Any]) -> None:
-    """Write parameters alone, float64."""
+    """Write a file of parameters alone, in float64."""
     write_tensors(path, {name: np.array(tensor, "float64") for name, tensor in params.items()})
 
 
@@ -233,13 +233,13 @@ def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
 
 
 class NoTensorsError(MicrogptError):
-    """A file of another kind."""
+    """A file that is not a safetensors file."""
 
 
 class TensorFile:
-    """A safetensors file of which nothing but the header has been read.
+    """A safetensors file, of which only the header has been read.
 
-    Raises MicrogptError if it is missing, no regular file, or if its header does not describe it.
+    Raises MicrogptError if the file is missing, not regular, or does not match its header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -248,7 +248,7 @@ class TensorFile:
             there = "not a regular file" if os.path.exists(path) else "there is no such file"
             raise MicrogptError(f"{path}: {there}")
         try:
-            if not path.stat().st_size:  # of files of the system that say 0, some wait for ever
+            if not path.stat().st_size:  # some files in /proc say 0, and a read of them never ends
                 raise ValueError("it is empty")
             self._check_header()
             self._file = cast("Any", safe_open(path, framework="numpy"))
@@ -293,7 +293,7 @@ class TensorFile:
         return tensors
 
     def _check_header(self) -> None:
-        """Headers are read whole by safetensors, and take ten times their size in memory."""
+        """Refuse long headers: safetensors takes ten times the memory of a header to read it."""
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if file.read(1) not in (b"{", b""):
@@ -301,7 +301,7 @@ class TensorFile:
             data = os.fstat(file.fileno()).st_size - 8 - length
             file.seek(8)
             text = file.read(length) if length <= SMALL_HEADER else b"{}"
-        read_json(text.decode())  # safetensors takes the last of two of one name
+        read_json(text.decode())  # of two tensors with one name, safetensors takes the last
         if length > LARGEST_HEADER + 4 * max(0, data):
             raise ValueError(f"a header of {length:,} bytes")
 

@@ -1,11 +1,11 @@
-"""The run directory: what is in it, who may write to it, and what is to be believed of it.
+"""The run directory: its files, its lock, and checks of what is read from it.
 
 config.yaml              the configuration, complete
 metrics.jsonl            one object per step: step (from 1), loss, lr, seconds (that this step took)
-                         and where measured: held_out, the loss of what training does not see
+                         and where measured: held_out, the loss on held-out documents
 checkpoint.safetensors   see microgpt.runs.checkpoint
 samples.txt              what the trained model wrote, one document per line; written last
-run.lock                 there while a run writes to the directory, with the name of its process
+run.lock                 exists while a run writes to the directory, and names its process
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import yaml
 
 from microgpt.config import Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.checkpoint import FILE_NAME
-from microgpt.runs.files import remove_begun, sync_folder, write_whole, writing
+from microgpt.runs.files import make_folder, remove_begun, sync_folder, write_whole, writing
 from microgpt.settings import read_yaml, stored_config
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
 RUN_FILES = (CONFIG, METRICS, FILE_NAME, SAMPLES)
 LOCK = "run.lock"
-LONGEST, MARGIN = 200, 100_000_000  # bytes of a line, and of those that a killed run had got ahead
+LONGEST_LINE, MARGIN = (
+    200,
+    100_000_000,
+)  # bytes of a line; bytes of lines after the checkpoint
 
 
 class TakenError(MicrogptError):
@@ -101,7 +104,7 @@ def _acquired(path: Path) -> FileLock:
 def _holder(file: BinaryIO) -> str:
     """What run.lock says from its second byte on: on Windows the locked first one is unreadable."""
     file.seek(1)
-    return file.read(LONGEST).decode(errors="replace").strip()
+    return file.read(LONGEST_LINE).decode(errors="replace").strip()
 
 
 def _is_at(file: os.stat_result, path: Path) -> bool:
@@ -139,10 +142,10 @@ def check_free(out: Path, overwrite: bool) -> None:
 def claim(out: Path, overwrite: bool) -> RunLock:
     """The lock of a directory, made if need be, for a new run.
 
-    Raises TakenError if it belongs to a run that is at work, or is not to be replaced.
+    Raises TakenError if a run is at work there, or has been and is not to be replaced.
     """
     try:
-        os.makedirs(out, exist_ok=True)
+        make_folder(out)
         sync_folder(out.parent)
     except OSError as error:
         raise MicrogptError(f"--out {out}: {error.strerror}") from None
@@ -153,14 +156,14 @@ def claim(out: Path, overwrite: bool) -> RunLock:
 
 
 def discard(lock: RunLock) -> None:
-    """Remove a run, and its directory and that of all runs if there is nothing else in them."""
+    """Remove the files of a run, then its directory and the parent directory if they are empty."""
     tidy(lock.out)
     for run_file in RUN_FILES:
         with contextlib.suppress(OSError):
             os.unlink(lock.out / run_file)
     lock.release()
     for folder in (lock.out, lock.out.parent):
-        with contextlib.suppress(OSError):  # it holds other things
+        with contextlib.suppress(OSError):  # the folder is not empty
             folder.rmdir()
 
 
@@ -174,7 +177,7 @@ def claim_free(first: Path) -> RunLock:
 
 @contextlib.contextmanager
 def released_on_error(lock: RunLock) -> Iterator[None]:
-    """Leave the directory to others if what follows fails."""
+    """Release the lock if the block raises."""
     try:
         yield
     except BaseException:
@@ -183,9 +186,9 @@ def released_on_error(lock: RunLock) -> Iterator[None]:
 
 
 def tidy(out: Path) -> None:
-    """Remove what a killed run had begun to write."""
+    """Remove the unfinished files of a killed run."""
     begun = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))})\.\d+\.[0-9a-f]{{8}}")
-    with contextlib.suppress(OSError):  # it is in nobody's way
+    with contextlib.suppress(OSError):  # unfinished files do no harm
         for path in out.iterdir():
             if begun.fullmatch(path.name):
                 remove_begun(path)
@@ -197,13 +200,13 @@ class Metrics:
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
         with writing(self.path):
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # what a checkpoint counts on was synced before
+        with contextlib.suppress(OSError):  # the lines of a checkpoint's steps were synced before
             self.file.close()
 
     def write(
@@ -216,9 +219,9 @@ class Metrics:
             self.file.write(f"{{{line}}}\n")
 
     def sync(self) -> None:
-        """See every line onto the disk.
+        """Return once every line is on the disk.
 
-        Raises MicrogptError if it cannot be written, or is no longer where it was.
+        Raises MicrogptError if the file cannot be written, or was replaced by another file.
         """
         with writing(self.path):
             self.file.flush()
@@ -229,36 +232,36 @@ class Metrics:
 
 
 def metrics_until(out: Path, updates: int) -> bytes:
-    """The lines of metrics.jsonl for the steps that a checkpoint has had, without later ones.
+    """The lines of metrics.jsonl for the steps that a checkpoint has had, without later lines.
 
-    The file may be missing, or begin late: what was deleted stays deleted.
+    The file, or its first lines, may be missing: the user may have deleted them.
 
-    Raises MicrogptError if one of its lines is missing, doubled or damaged.
+    Raises MicrogptError if one of the other lines is missing, doubled or damaged.
     """
     path = out / METRICS
     try:
         if not updates or not os.path.lexists(path):
             return b""
-        if not os.path.isfile(path) or path.stat().st_size > LONGEST * updates + MARGIN:
+        if not os.path.isfile(path) or path.stat().st_size > LONGEST_LINE * updates + MARGIN:
             raise MicrogptError(f"{path}: not the metrics of {updates:,} steps; delete it to go on")
         with open(path if path.stat().st_size else os.devnull, "rb") as file:
-            lines = [file.readline(10 * LONGEST).rstrip(b"\n")]
-            first = _step(lines[0]) or 1
+            lines = [file.readline(10 * LONGEST_LINE).rstrip(b"\n")]
+            first = _step_of(lines[0]) or 1
             for number, step in enumerate(range(first, updates + 1), 1):
-                if _step(lines[-1]) != step:
+                if _step_of(lines[-1]) != step:
                     raise MicrogptError(
                         f"{path}: line {number} is not that of step {step}, which the checkpoint"
                         " has had; bring the file back as it was, or delete it to go on without"
                         " the lines so far"
                     )
-                lines.append(file.readline(10 * LONGEST).rstrip(b"\n"))
+                lines.append(file.readline(10 * LONGEST_LINE).rstrip(b"\n"))
     except OSError as error:
         raise MicrogptError(f"{path}: {error.strerror}") from None
     return b"".join(line + b"\n" for line in lines[:-1])
 
 
 def keep_held_out(out: Path, step: int, loss: float) -> None:
-    """Add the loss of what is held out to the last line of metrics.jsonl, that of this step."""
+    """Add the held-out loss of this step to its line, the last one of metrics.jsonl."""
     *before, last = metrics_until(out, step).splitlines() or [b""]
     if last and b'"held_out"' not in last:
         last = last[:-1] + f', "held_out": {loss!r}}}'.encode()
@@ -266,13 +269,13 @@ def keep_held_out(out: Path, step: int, loss: float) -> None:
 
 
 def best_held_out(lines: bytes) -> tuple[float, int] | None:
-    """The lowest loss of what is held out in these lines of metrics, and its step, if there is."""
+    """The lowest held-out loss in these lines of metrics.jsonl, and its step; None if none."""
     measured = (json.loads(line) for line in lines.splitlines() if b'"held_out"' in line)
     found = [(entry.get("held_out"), entry["step"]) for entry in measured]
     return min((pair for pair in found if isinstance(pair[0], float)), default=None)
 
 
-def _step(line: bytes) -> int | None:
+def _step_of(line: bytes) -> int | None:
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -281,32 +284,34 @@ def _step(line: bytes) -> int | None:
 
 
 def write_metrics(out: Path, lines: bytes) -> None:
-    """metrics.jsonl, anew."""
+    """Replace metrics.jsonl by these lines."""
     write_whole(out / METRICS, lines)
 
 
 def write_config(out: Path, config: Config) -> None:
-    """config.yaml: every field."""
+    """Write every field to config.yaml."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     write_whole(out / CONFIG, text.encode())
 
 
 def unlike(out: Path, config: Config) -> str:
-    """What config.yaml has that the run, by its checkpoint, does not have; empty if nothing."""
+    """The fields of config.yaml that differ from the checkpoint's, with their values, as text."""
     try:
         found = stored_config(read_yaml(out / CONFIG), str(out / CONFIG))
     except MicrogptError as error:
         return str(error) if os.path.lexists(out / CONFIG) else ""
     ours, theirs = dataclasses.asdict(config), dataclasses.asdict(found)
-    return ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    return ", ".join(
+        f"{name} {shortened(theirs[name], 200)}" for name in ours if ours[name] != theirs[name]
+    )
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:
-    """samples.txt: one sample per line, or where they have several, with a line between them."""
+    """Write samples.txt: one sample per line; samples of several lines, with `between` between."""
     write_whole(out / SAMPLES, between.join(f"{sample}\n" for sample in samples).encode())
 
 
 def remove_samples(out: Path) -> None:
-    """Take away the samples of another model, or of this one when it was younger."""
+    """Remove the samples of a replaced run, or of this run after fewer steps."""
     with writing(out / SAMPLES):
         (out / SAMPLES).unlink(missing_ok=True)

@@ -8,10 +8,14 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from microgpt.errors import MicrogptError
+
+MOST_LINKS = 40  # one after another, which Linux follows
+TRIES, PAUSE = 20, 0.05  # seconds between them
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -29,19 +33,31 @@ def whole(path: Path) -> Iterator[Path]:
     Raises MicrogptError if it cannot be written, or would take the place of what is no file.
     """
     check_target(path)
-    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    # names end at 255 bytes, of which a character takes up to four
+    folder = path.with_name(f".{path.name[:50]}.{os.getpid()}.{secrets.token_hex(4)}")
     file = folder / path.name
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             folder.mkdir()
             yield file
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())
-            os.replace(file, path)
+            _rename(file, path)
             sync_folder(path.parent)
     finally:
         remove_begun(folder)
+
+
+def _rename(file: Path, path: Path) -> None:
+    """Put a file in its place. Windows refuses while another program reads what is there."""
+    for left in reversed(range(TRIES if sys.platform == "win32" else 1)):
+        try:
+            return os.replace(file, path)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(PAUSE)
 
 
 def check_target(path: Path, name: str = "") -> None:
@@ -58,9 +74,35 @@ def check_target(path: Path, name: str = "") -> None:
         return
     except OSError as error:
         raise MicrogptError(f"{where}{path}: cannot be written: {error.strerror}") from None
-    if not stat.S_ISREG(kind):
-        what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
-        raise MicrogptError(f"{where}{path}: is {what}, not a file; choose another name")
+    what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
+    if stat.S_ISREG(kind):
+        if not _leads_to_open_file(path):
+            return
+        what = "a link to an open file"
+    raise MicrogptError(f"{where}{path}: is {what}, not a file; choose another name")
+
+
+def _leads_to_open_file(path: Path) -> bool:
+    """Whether a path is a link of the system's, as /dev/stdout, or a link to one.
+
+    Standard output may be a regular file, and yet a file would be put in the place of the link.
+    """
+    for _ in range(MOST_LINKS):
+        if not os.path.islink(path):
+            return False
+        folder = os.path.realpath(path.parent)
+        if folder == "/dev" or folder.startswith("/proc/"):
+            return True
+        path = path.parent / os.readlink(path)
+    return False
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is to be in, where they are not there yet."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except RecursionError:  # makedirs calls itself for each of a thousand folders
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
 
 
 def remove_begun(begun: Path) -> None:

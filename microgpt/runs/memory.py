@@ -1,7 +1,7 @@
-"""How much memory a run or a file would take, held against what the machine has.
+"""How much memory a run or a file would take, compared with the machine's memory.
 
-The figures are estimates, made to tell what fits from what never will: measured, they are right to
-within a factor of two. Where nobody knows how much memory there is, nothing is refused.
+The estimates tell a model that can fit from one that never will: measured, they are right to within
+a factor of two. Where the system does not say how much memory it has, nothing is refused.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.settings import config_from, flag
 
-SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # what one can lower
+SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # the options to lower
 
-# Bytes, measured. The graph of a step of scalar stays until that of the next one stands.
-VALUE, TERM = 440, 48  # of such a graph: a Value, and each product that a dot() adds up
+# Bytes, measured. scalar keeps the graph of a step until the graph of the next step is complete.
+VALUE, TERM = 440, 48  # of a graph: a Value, and each product that a dot() adds up
 SCALAR_PARAM = 200  # a parameter, its gradient and moments, and the list that it was drawn into
-DRAWN, BUFFERS = 8, 8  # of vectorized: what was drawn, and how many buffers hold every parameter
-SPARE = 1.4  # times the arrays of a step: what NumPy needs in between
-PAST_COPIES = 2  # of the keys and values of what is drawn
+DRAWN, BUFFERS = 8, 8  # vectorized: a drawn weight; how many buffers are as large as all parameters
+SPARE = 1.4  # times the arrays of a step: NumPy's temporary arrays
+CACHE_COPIES = 2  # of the KV cache in sampling
 DOCUMENT = 200  # a list of tokens
 PROCESS = 60e6  # one more rank, without a model
-LINE = 80  # a line of a text file, beside its characters
+LINE = 80  # a line of a text file, without its characters
 COPIES = 3  # of a text file's characters, at most
-PIECES, PIECE = 64, 2**14  # of a text file that are looked at, and bytes of each
+BLOCKS, BLOCK = 64, 2**14  # how many blocks of a text file are read, and bytes of a block
 
-COLUMNS = 512  # positions that vectorized works on at once, or those of one document
+COLUMNS = 512  # positions of a micro-batch; a longer document is one of its own
 
-# what vectorized.sample draws side by side
-SMALL_MODEL = 2**14  # n_embd^2 block_size, up to which that saves time
-CACHED = 2**21  # numbers that the keys and values of all walkers may be
+# how many documents vectorized.sample draws side by side
+SMALL_MODEL = 2**14  # n_embd^2 * block_size, up to which side by side is faster
+CACHED = 2**21  # numbers in the KV cache of all documents that are drawn side by side
 
-# where Linux says what a container may use, in the second and the first version of its groups
+# where Linux gives the memory limit of a container: cgroups version 2, cgroups version 1
 CONTAINER = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -47,9 +47,9 @@ CONTAINER = (
 def check_memory(
     config: Config, vocab_size: int, documents: Sequence[str], backend_name: str
 ) -> None:
-    """Refuse a model, and a batch of these documents, that do not fit into this machine's memory.
+    """Raise MicrogptError if a model and a batch of these documents do not fit into memory.
 
-    The MicrogptError says how much they would take, and which option it is that asks for so much.
+    The message says how much memory they would take, and which option to lower.
     """
 
     def bytes_of(config: Config) -> float:
@@ -70,7 +70,7 @@ def check_memory(
 
 
 def check_file(path: Path, lines: bool = False) -> None:
-    """Refuse a file that does not fit into this machine's memory; of text, in lines."""
+    """Raise MicrogptError if a file, as a list of lines with `lines`, does not fit into memory."""
     size = path.stat().st_size
     needed = float(size)
     if lines:
@@ -83,17 +83,17 @@ def check_file(path: Path, lines: bool = False) -> None:
 
 
 def _line_ends(path: Path, size: int) -> float:
-    """The share of line ends in a file, by pieces from all over it."""
-    pieces = b""
+    """The share of line ends among the bytes of a file, from blocks all over the file."""
+    read = b""
     with open(path, "rb") as file:
-        for i in range(PIECES):
-            file.seek(i * size // PIECES)
-            pieces += file.read(min(PIECE, size // PIECES + 1))
-    return pieces.count(b"\n") / max(1, len(pieces))
+        for i in range(BLOCKS):
+            file.seek(i * size // BLOCKS)
+            read += file.read(min(BLOCK, size // BLOCKS + 1))
+    return read.count(b"\n") / max(1, len(read))
 
 
 def machine_memory() -> float:
-    """The bytes of memory that this machine or container has; infinite where nobody knows."""
+    """The bytes of memory that this machine or container has; infinite where it is not known."""
     memory = float("inf")
     with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -104,16 +104,16 @@ def machine_memory() -> float:
 
 
 def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_name: str) -> float:
-    """The bytes of parameters, gradients, moments and activations, and of what is drawn in the end.
+    """The bytes of parameters, gradients, moments, activations and samples.
 
-    A batch is taken to be as long as the documents are on average, but no shorter than the longest.
+    A batch has batch_size documents of average length, or the longest document if that is more.
     """
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
     scalar, num = backend_name == "scalar", config.num_samples
     itemsize = 4 if config.dtype == "float32" else 8
     param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
     params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
-    lengths = Counter(map(len, documents)) or {0: 1}  # and how many documents have them
+    lengths = Counter(map(len, documents)) or {0: 1}  # how many documents have each length
     sizes = [(min(length + 2, config.max_tokens) - 1, count) for length, count in lengths.items()]
     longest, positions = max(sizes)[0], sum(n * count for n, count in sizes)
     squares = sum(n * n * count for n, count in sizes)
@@ -132,8 +132,8 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
 def most_walkers(config: Config) -> int:
     """How many documents vectorized draws side by side at most (see vectorized.sample).
 
-    That spares calls, but of as many walkers as a document is long, one is of use: in a larger
-    model, where a call takes its time from the numbers in it, they go one by one.
+    Side by side, a step takes fewer calls, but of the documents drawn only one in a document's
+    length is kept. A larger model draws one by one, since arithmetic outweighs calls there.
     """
     if config.n_embd**2 * config.block_size > SMALL_MODEL:
         return 1
@@ -141,17 +141,17 @@ def most_walkers(config: Config) -> int:
 
 
 def _walks(config: Config, V: int, itemsize: int) -> float:
-    """The bytes of what walks side by side, whose past is copied when it grows."""
+    """The bytes of drawing side by side, with a KV cache that is copied when it grows."""
     L, C, T = config.n_layer, config.n_embd, config.block_size
-    walkers = min(most_walkers(config), config.num_samples * (T // 2 + 1))
-    past = PAST_COPIES * itemsize * 2 * L * C * T
-    return walkers * (past + 8 * T) + _step(config, V, walkers, walkers * T, False, itemsize)
+    rows = min(most_walkers(config), config.num_samples * (T // 2 + 1))
+    cache = CACHE_COPIES * itemsize * 2 * L * C * T
+    return rows * (cache + 8 * T) + _step(config, V, rows, rows * T, False, itemsize)
 
 
 def _step(
     config: Config, V: int, positions: float, squares: float, scalar: bool, itemsize: int
 ) -> float:
-    """The bytes of a step over so many positions; squares: of each document's positions."""
+    """The bytes of a step; squares: positions squared, summed over the documents."""
     L, C, H = config.n_layer, config.n_embd, config.n_head
     if scalar:
         values = positions * (25 * L * C + 5 * V) + squares * L * 3 * H

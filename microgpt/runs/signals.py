@@ -14,6 +14,7 @@ from types import FrameType
 
 from microgpt.runs.launch import RANK, told
 
+exit_now = os._exit  # os._exit itself is another function while a candidate runs
 SIGNALLED = 128  # and the signal's number, as shells have it
 
 program = "microgpt"  # as its line says
@@ -28,20 +29,30 @@ class Interrupted(KeyboardInterrupt):
 
 
 def begin(name: str) -> None:
-    """From now on a signal ends this process in one line, until a command handles it itself."""
+    """From now on a signal or a lack of memory ends this process in one line.
+
+    A command that has begun handles both itself.
+    """
     global program
     program = name
     sys.unraisablehook = _not_lost(sys.unraisablehook)
+    sys.excepthook = _out_of_memory(sys.excepthook)
     for number in _numbers():
         signal.signal(number, signal.SIG_IGN if told(RANK) else end)  # rank 0 speaks for all
 
 
 def end(number: int, frame: object = None) -> None:
     """End the process here and now, as a kill would, in one line."""
+    _end("interrupted", SIGNALLED + number)
+
+
+def _end(last_words: str, status: int) -> None:
+    for number in _numbers():  # a signal that comes meanwhile would print a second line
+        signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
         if sys.stderr is not None:  # else file 2 may be any file
-            os.write(2, f"{program}: interrupted\n".encode())
-    os._exit(SIGNALLED + number)
+            os.write(2, f"{program}: {last_words}\n".encode())
+    exit_now(status)
 
 
 @contextmanager
@@ -93,9 +104,11 @@ def handled_by(receive: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 def _numbers() -> list[int]:
     numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP, and nohup asks for it to be ignored
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    # a closed terminal sends SIGHUP, or on Windows SIGBREAK; nohup asks for it to be ignored
+    for name in ("SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            numbers.append(number)
     return numbers
 
 
@@ -117,5 +130,16 @@ def _not_lost(
         if isinstance(unraisable.exc_value, Interrupted):
             end(unraisable.exc_value.number)
         return before(unraisable)
+
+    return hook
+
+
+def _out_of_memory(before: Callable[..., object]) -> Callable[..., object]:
+    """What Python does with an exception that no function has caught, as of an import."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: object) -> object:
+        if isinstance(error, MemoryError):
+            _end("error: there is not enough memory", 2)
+        return before(kind, error, trace)
 
     return hook

@@ -1,4 +1,4 @@
-"""The benchmark is honest: beside every speed stands whether the answer is right."""
+"""The benchmark reports beside every speed whether the result is right."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round, no longer than it must be."""
+    """Rounds of one step per contestant."""
     monkeypatch.setattr(bench, "ROUND_SECONDS", 0.0)
 
 
@@ -63,7 +63,9 @@ def test_all_contestants_are_timed_and_right(config: Config) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_whoever_skips_work_is_wrong(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contestant_that_skips_work_is_wrong(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = Backend.forward
 
     def half(self: Backend, docs: Docs) -> float:
@@ -77,7 +79,7 @@ def test_whoever_skips_work_is_wrong(config: Config, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("skipped", ["loss", "update"])
-def test_whoever_skips_the_loss_or_the_update_is_wrong(
+def test_a_contestant_without_the_loss_or_the_update_is_wrong(
     config: Config, monkeypatch: pytest.MonkeyPatch, skipped: str
 ) -> None:
     forward = Backend.forward
@@ -123,7 +125,7 @@ def test_what_scalar_would_take_minutes_for_is_held_to_it_on_a_few_tokens(
 
 
 @pytest.mark.usefixtures("quick")
-def test_whoever_skips_what_scalar_does_not_see_is_wrong(
+def test_a_contestant_that_skips_what_scalar_does_not_see_is_wrong(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "SCALAR_WORK", 8 * 352)
@@ -138,7 +140,7 @@ def test_whoever_skips_what_scalar_does_not_see_is_wrong(
 
 
 @pytest.mark.usefixtures("quick")
-def test_whoever_is_right_on_the_first_batch_only_is_wrong(
+def test_a_contestant_that_is_right_on_the_first_batch_only_is_wrong(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, update = Backend.forward, Backend.update
@@ -180,7 +182,7 @@ def test_a_model_that_cannot_be_trained_is_refused(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("kinks", "right"), [(1, True), (2, False)])
-def test_whoever_is_wrong_may_try_again(
+def test_a_wrong_step_may_be_repeated_once(
     config: Config, monkeypatch: pytest.MonkeyPatch, kinks: int, right: bool
 ) -> None:
     apart = bench._apart
@@ -219,7 +221,7 @@ def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
         [f"{name} {part}" for part in ("forward", "backward", "update")] * 3
         for name in ("one", "other")
     ]
-    assert did == (steps[0] + steps[1]) * 3  # the first to warm up, and to see how long it takes
+    assert did == (steps[0] + steps[1]) * 3  # the first to warm up, and to time a step
     assert [one.seconds for one in contestants] == [[1 / 3, 1 / 3]] * 2
     contestants[0].seconds = [0.001, 0.002, 0.003]
     row = bench.table(contestants[:1]).splitlines()[1]
@@ -236,7 +238,7 @@ def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
     ]
     contestants[1] = replace(contestants[1], name="scalar", seconds=[0.04, 0.01, 0.01])
     rows = [row.split() for row in bench.table(contestants).splitlines()[1:]]
-    assert [row[-2] for row in rows] == ["10.00", "2.00"]  # a step, by its share in a batch of two
+    assert [row[-2] for row in rows] == ["10.00", "2.00"]  # per document of a batch of two
     contestants[1].seconds = [0.45004144] * 3
     assert max(map(len, bench.table(contestants).splitlines())) <= 80
     contestants[0].difference = 2e-9
@@ -275,7 +277,7 @@ def test_the_command_reports_for_other_programs(
 
 
 def program(path: Path, losses: list[float], last: str = "") -> Path:
-    """A file that prints these losses as the original does."""
+    """A program that prints these losses in the form of the original."""
     path.write_text(
         "documents = open('input.txt', encoding='utf-8').read().split('\\n')\n"
         "print('num docs:', len(documents))\n"
@@ -308,7 +310,7 @@ def test_a_program_is_held_to_the_losses_that_it_prints(
     assert [len(one.backend.losses) for one in contestants[1:]] == [9, 9]  # 2 + 2 + 5
     assert 0 < contestants[1].difference < 5e-5
     assert all(process.poll() is None for process, _ in processes)
-    time.sleep(0.1)  # in which they stand still
+    time.sleep(0.1)  # the programs stand still meanwhile
     assert [len(Path(folder, "did").read_text()) for _, folder in processes] == [9, 9]
     del contestants
     assert len(processes) == 2

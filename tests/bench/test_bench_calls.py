@@ -1,4 +1,4 @@
-"""What `microgpt bench` says of the calls of NumPy, and of documents of many lengths, is so."""
+"""`microgpt bench` is right about the calls of NumPy, and about documents of many lengths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from microgpt.errors import MicrogptError
 from microgpt.runs import memory
 from microgpt.settings import load_config
 from vectorized.backend import Backend
-from vectorized.worker import Worker
+from vectorized.replay import Replay
 
 
 @pytest.fixture
@@ -39,17 +39,17 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hardly any replays."""
+    """Few replays."""
     monkeypatch.setattr(calls, "SECONDS", 0.0)
     monkeypatch.setattr(bench, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(bench, "MANY", 8)
+    monkeypatch.setattr(bench, "MANY_LENGTHS", 8)
 
 
 CACHED = (calls.empty_call, calls._of_the_clock, calls._empty_calls)
 
 
 class Clock:
-    """Stands still but for what is said to take time, and for a look at it, which takes 40 ns."""
+    """A clock that moves only when told to, and by 40 ns whenever it is read."""
 
     now = 0  # nanoseconds
 
@@ -63,7 +63,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    """What microgpt.bench.calls takes for the time."""
+    """The clock that microgpt.bench.calls reads."""
     clock = Clock()
     monkeypatch.setattr(calls, "perf_counter", lambda: clock.now * 1e-9)
     monkeypatch.setattr(calls, "perf_counter_ns", clock.look)
@@ -75,7 +75,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_each_call_is_timed_in_place_without_the_look_at_the_clock(clock: Clock) -> None:
+def test_each_call_is_timed_in_place_without_the_reading_of_the_clock(clock: Clock) -> None:
     line = SimpleNamespace(file=__file__, number=1)
 
     def recording(*parts: list[int]) -> Any:
@@ -85,7 +85,7 @@ def test_each_call_is_timed_in_place_without_the_look_at_the_clock(clock: Clock)
     recordings = [((2, 3), recording([700, 200], [300])), ((), recording([900]))]
 
     class Slow:
-        """Takes a millisecond for its first pass, 10 us for others, 5 for an update."""
+        """A backend with a first pass of 1 ms, later passes of 10 us, updates of 5 us."""
 
         passed = 1_000_000
 
@@ -94,10 +94,10 @@ def test_each_call_is_timed_in_place_without_the_look_at_the_clock(clock: Clock)
             self.passed = 10_000
 
         def backward(self) -> None:
-            """In no time."""
+            """Takes no time."""
 
         def update(self, lr_t: float) -> None:
-            assert lr_t == 0  # or every step would be another
+            assert lr_t == 0  # so that every step is the same
             clock.passes(5_000)
 
         def recordings(self, docs: Any) -> Any:
@@ -222,7 +222,7 @@ def test_the_table_has_the_calls_of_a_step_and_the_share_of_empty_ones(
 
 
 @pytest.mark.usefixtures("quick")
-def test_whoever_updates_nothing_has_calls_all_the_same(
+def test_a_contestant_that_updates_nothing_has_calls_too(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backend, "update", lambda self, lr_t: None)
@@ -254,13 +254,13 @@ def test_lengths_are_spread_evenly_and_new_ones_timed_apart_from_known_ones(
 
 
 @pytest.mark.usefixtures("quick")
-def test_whoever_is_wrong_on_documents_of_many_lengths_has_no_speed(
+def test_a_contestant_that_is_wrong_on_documents_of_many_lengths_has_no_speed(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    update = Worker.update
+    update = Replay.update
     monkeypatch.setattr(
-        Worker,
+        Replay,
         "update",
         lambda self, m, v, step, lr_t, factor: update(self, m, v, step, lr_t / 2, factor),
     )

@@ -13,9 +13,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from crosscheck import alone as judging
 from crosscheck import check as checking
-from crosscheck import functions
+from crosscheck import placed
 from crosscheck.__main__ import main
+from crosscheck.alone import alone
 from crosscheck.candidate import (
     RESULTS,
     TEXTS,
@@ -26,7 +28,7 @@ from crosscheck.candidate import (
 )
 from crosscheck.check import CANNOT, INCOMPLETE, RIGHT, WRONG, Verdict, check
 from crosscheck.defects import load_defects
-from crosscheck.functions import alone, inputs
+from crosscheck.functions import inputs
 from microgpt.settings import FIXTURES
 
 NORM = """\
@@ -391,7 +393,7 @@ def test_what_turns_out_to_be_a_stub_does_not_keep_the_rest_from_its_verdict(
 def test_a_function_that_was_never_called_is_an_error(
     checked: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking, "PANEL", {})
+    monkeypatch.setattr(placed, "PANEL", {})
     monkeypatch.setattr(checking, "inputs", lambda names, seed: {name: [] for name in names})
     verdict = checked(NORM)
     assert verdict.status == WRONG
@@ -572,7 +574,7 @@ def test_a_complex_step_is_a_second_witness(
     scale: float, checked: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the reference is out of the way: whatever is given counts as equal to it."""
-    monkeypatch.setattr(functions, "_compared", lambda *_: None)
+    monkeypatch.setattr(judging, "_compared", lambda *_: None)
     verdict = checked(WHOLE.replace("g |= {", f"g['attn_wo'] *= {scale}\n        g |= {{"))
     assert ("has the slope" in " ".join(str(verdict).split())) == (scale != 1)
 

@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from microgpt import data, download, evaluate, train
-from microgpt.backend import NAMES, load_backend
+from microgpt.backend import BACKENDS, load_backend
 from microgpt.cli import report, shell
 from microgpt.cli.commands import main
 from microgpt.config import FIELDS
@@ -44,12 +44,12 @@ def microgpt(*arguments: object) -> int:
     """The exit status of a command line."""
     try:
         return main([str(argument) for argument in arguments])
-    except SystemExit as end:  # by argparse
+    except SystemExit as end:  # raised by argparse
         return int(str(end.code))
 
 
 def process(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    """The same, as a process of its own."""
+    """A command line, run to its end in a process of its own."""
     command = [sys.executable, "-m", "microgpt", *map(str, arguments)]
     return subprocess.run(
         command, **{"stdout": subprocess.PIPE, **more}, stderr=subprocess.PIPE, encoding="utf-8"
@@ -75,7 +75,7 @@ def samples(out: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
-    """Everything in a folder."""
+    """The bytes of every file in a folder, by path."""
     return {
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 
 def untimed(printed: str) -> str:
-    """What a run prints, without the time it took."""
+    """The lines that a run prints, without its times."""
     return re.sub(r"in \d+\.\d\d s, \d+\.\d{3} ms a step", "in .. s, .. ms a step", printed)
 
 
@@ -207,12 +207,12 @@ def test_the_backend_changes_nothing_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     printed = {}
-    for backend in NAMES:
+    for backend in BACKENDS:
         (tmp_path / backend).mkdir()
         monkeypatch.chdir(tmp_path / backend)
         assert microgpt("train", *flags, *more, "--backend", backend, "--out", "run") == 0
         printed[backend] = untimed(capsys.readouterr().out)
-    scalar, vectorized = (tmp_path / backend / "run" for backend in NAMES)
+    scalar, vectorized = (tmp_path / backend / "run" for backend in BACKENDS)
     assert printed["scalar"] == printed["vectorized"]
     assert contents(scalar).keys() == contents(vectorized).keys()
     for name in ("config.yaml", "samples.txt"):
@@ -271,7 +271,7 @@ def test_overwrite_with_bad_input_leaves_the_run_as_it_was(
         assert contents(here) == before
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_that_diverges_says_so_in_one_line_and_keeps_the_checkpoint_before(
     backend: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +303,8 @@ def test_accents_are_learned_and_written_also_where_they_cannot_be_printed(
 
 # Ctrl-C, and --resume
 
+CLOSED = getattr(signal, "SIGHUP", None) or vars(signal)["SIGBREAK"]  # of a closed terminal
+
 
 def signals_after(patch: pytest.MonkeyPatch, step: int, number: int, times: int = 1) -> None:
     """Send this process a signal when training reports a step."""
@@ -311,7 +313,7 @@ def signals_after(patch: pytest.MonkeyPatch, step: int, number: int, times: int 
     def update_and_signal(progress: report.Progress, done: int, *rest: Any) -> None:
         update(progress, done, *rest)
         for _ in range(times if done == step else 0):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     patch.setattr(report.Progress, "update", update_and_signal)
 
@@ -323,7 +325,7 @@ def train_until(step: int, *arguments: object) -> None:
         assert microgpt("train", *arguments) == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, CLOSED])
 def test_a_signal_ends_a_run_with_its_checkpoint_written(
     number: int,
     flags: list[str],
@@ -333,7 +335,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def left_to_others(*_: object) -> None:
-        raise AssertionError("nobody took the signal")
+        raise AssertionError("the signal was not handled")
 
     before = signal.signal(number, left_to_others)
     try:
@@ -364,7 +366,7 @@ def test_a_second_signal_ends_it_at_once(
     assert capsys.readouterr().err == "microgpt train: interrupted\n"
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch_size", ["1", "4"])
 @pytest.mark.parametrize("stops", [[1], [4, 11]])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
@@ -385,7 +387,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert (run / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
 
 
-@pytest.mark.parametrize(("begins", "ends"), [NAMES, NAMES[::-1]])
+@pytest.mark.parametrize(("begins", "ends"), [BACKENDS, BACKENDS[::-1]])
 def test_a_run_goes_on_with_the_other_backend(
     begins: str, ends: str, flags: list[str], small: Path, here: Path
 ) -> None:
@@ -481,7 +483,7 @@ def sampled(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]
     return printed.out.split("\n")[:-1]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sample_without_a_seed_repeats_the_samples_of_the_run(
     backend: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -508,7 +510,7 @@ def test_a_seed_chooses_the_samples_for_both_backends(
     assert one == again != other
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_sample_begins_with_the_prompt(
     backend: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,12 +530,12 @@ def test_a_prompt_is_continued_alike_by_both_backends(
 ) -> None:
     scalar, vectorized = (
         sampled(capsys, small, "--prompt", "an", "--num", "20", "--backend", backend)
-        for backend in NAMES
+        for backend in BACKENDS
     )
     assert scalar == vectorized
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_low_temperature_takes_the_likeliest_and_a_high_one_anything(
     backend: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -546,7 +548,7 @@ def test_temperature_0_takes_the_likeliest_and_says_it_once(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (likeliest,) = sampled(capsys, small, "--temperature", "1e-6", "--num", "1")
-    for backend in NAMES:
+    for backend in BACKENDS:
         at = ["--temperature", "0", "--backend", backend]
         assert sampled(capsys, small, *at) == [likeliest]
         assert sampled(capsys, small, *at, "--num", "3", "--seed", "9") == [likeliest] * 3
@@ -561,7 +563,7 @@ def test_top_k_draws_from_the_likeliest_alone_and_alike_by_both_backends(
     drawn = {
         (top_k, backend): sampled(capsys, small, *at, top_k, "--backend", backend)
         for top_k in (1, 2, 5, 0, 99)
-        for backend in NAMES
+        for backend in BACKENDS
     }
     logits = np.asarray(
         load_backend("scalar", held.config, held.state).read([held.tokenizer.bos])[0]
@@ -575,7 +577,7 @@ def test_top_k_draws_from_the_likeliest_alone_and_alike_by_both_backends(
     assert len({*drawn[1, "scalar"]}) == 1 < len({*drawn[2, "scalar"]})
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", ["1e-305", "1e-320"])
 def test_a_temperature_near_zero_takes_the_likeliest_or_is_refused(
     temperature: str, backend: str, small: Path, capsys: pytest.CaptureFixture[str]
@@ -596,7 +598,7 @@ def test_a_temperature_near_zero_takes_the_likeliest_or_is_refused(
 
 
 def plain_losses(held: Checkpoint, text: str) -> np.ndarray:
-    """-log p(next token) by position: the 200-line model once more, one document at a time."""
+    """-log p(next token) by position, from a third writing of the 200-line model in NumPy."""
     config, p = held.config, held.state.params
     tokens = held.tokenizer.document(text)
     n = min(config.block_size, len(tokens) - 1)
@@ -636,7 +638,7 @@ def test_above_ln_v_a_loss_is_worse_than_knowing_nothing() -> None:
 
 
 def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]]]:
-    """Of SEEN: the mean over documents, and by position how many reach it and their mean."""
+    """The mean loss over SEEN, and per position how many documents reach it and their mean."""
     rows = [plain_losses(held, text) for text in SEEN]
     reach = [[row[t] for row in rows if len(row) > t] for t in range(held.config.block_size)]
     return float(np.mean([row.mean() for row in rows])), [
@@ -644,12 +646,12 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
     ]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
     backend: str, columns: int, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "COLUMNS", columns)
+    monkeypatch.setattr(evaluate, "POSITIONS_AT_ONCE", columns)
     held = load_checkpoint(small)
     loss, by_position = expected_evaluation(held)
     result = evaluate.evaluation(
@@ -675,7 +677,7 @@ def test_documents_of_one_length_have_the_same_tokens_as_by_themselves(
     assert found.tolist() == [tokenizer.document(document, longest) for document in documents]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_eval_prints_the_loss_by_position_and_against_knowing_nothing(
     backend: str, small: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -728,7 +730,7 @@ def test_documents_cropped_by_tokens_have_a_position_less(
 
 @pytest.fixture
 def desk(small: Path, rewrite: Rewrite, here: Path) -> Path:
-    """A working directory with a run, and everything that is not quite one."""
+    """A working directory with a run, and with files and folders that are damaged or no run."""
     shutil.copytree(small, here / "run")
     checkpoint = here / "run" / FILE_NAME
     (here / "folder").mkdir()
@@ -917,7 +919,7 @@ def test_a_process_trains_far_from_the_source(flags: list[str], tmp_path: Path) 
     assert {path.name for path in (tmp_path / "runs" / "microgpt").iterdir()} == set(RUN_FILES)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])  # meet the end at the last flush, or at once
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the write fails at the last flush, or at once
 @pytest.mark.parametrize("command", ["eval", "sample"])
 def test_a_reader_that_leaves_ends_it_quietly(command: str, unbuffered: str, small: Path) -> None:
     ran = process_unread(unbuffered, command, small)
@@ -932,7 +934,7 @@ def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
 def test_ctrl_c_at_the_very_end_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shell, "_silence", lambda: None)  # this process has more to say
+    monkeypatch.setattr(shell, "_silence", lambda: None)  # stdout of the tests stays open
     with monkeypatch.context() as patch:
 
         def done(*arguments: Any) -> int:

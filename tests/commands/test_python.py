@@ -1,4 +1,4 @@
-"""The Python interface: the page about it, every misuse, and that it is the same model."""
+"""The Python interface: its page, every misuse, and the same model as on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from faults import metrics_of
 
 import microgpt
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main
 from microgpt.layout import param_shapes, tap_names
 from microgpt.runs.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 TEXTS = ["emma", "ava", "olivia", "mia"]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=BACKENDS)
 def gpt(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A small model that has had no forward pass."""
     monkeypatch.chdir(tmp_path)
@@ -45,7 +45,7 @@ def test_an_import_waits_for_nothing() -> None:
     assert ran.stdout.split() == ["False", "True"]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("documents", ["lines", "windows"])
 def test_steps_are_those_of_microgpt_train(
     backend: str, documents: str, tiny: dict[str, str], tmp_path: Path
@@ -70,7 +70,7 @@ def test_steps_are_those_of_microgpt_train(
 
 def test_every_tap_and_gradient_is_there_for_either_backend() -> None:
     found = []
-    for backend in NAMES:
+    for backend in BACKENDS:
         gpt = microgpt.GPT(TEXTS, n_layer=2, n_embd=4, n_head=2, backend=backend)
         gpt.forward(["emma", "olivia"])
         taps = gpt.taps
@@ -170,7 +170,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: gpt.forward(["a" * 7]), "document 1: 'aaaaaaa' has 7 characters, and the context"),
     (lambda gpt: gpt.forward([[0] * 8]), "document 1: has 8 tokens, and the context takes 7"),
     (lambda gpt: gpt.backward(), "backward: needs a forward pass"),
-    (lambda gpt: (gpt.forward(TEXTS), gpt.backward(), gpt.backward()), "been called for it alrea"),
+    (lambda gpt: (gpt.forward(TEXTS), gpt.backward(), gpt.backward()), "has been called already"),
     (lambda gpt: gpt.update(), "update: call forward(documents) and backward() first"),
     (lambda gpt: (gpt.forward(TEXTS), gpt.update()), "update: call backward() first"),
     (lambda gpt: gpt.grads, "grads: call forward(documents) and backward() first"),

@@ -1,4 +1,4 @@
-"""What is checked is what one edits: a run in a checkout takes no other copy."""
+"""The edited copy is the checked one: in a checkout, no other copy is imported."""
 
 from __future__ import annotations
 

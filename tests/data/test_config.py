@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosscheck.traces import load_trace
 from microgpt.config import FIELDS
-from microgpt.data import NAMES, read_documents
+from microgpt.data import NAMES_FILE, read_documents
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
-from microgpt.runs.checkpoint import load_checkpoint
 from microgpt.settings import CONFIGS, load_config, presets, read_yaml, stored_config, typed_flag
 from microgpt.tokenizer import build_tokenizer
 
@@ -33,7 +31,7 @@ COMMON = {
     "dataset": "names",
 }
 
-LATER_ADDITIONS: dict[str, Any] = {  # off in both
+LATER_ADDITIONS: dict[str, Any] = {  # off in both presets
     "schedule": "linear",
     "warmup_steps": 0,
     "weight_decay": 0.0,
@@ -100,7 +98,7 @@ def test_a_preset_lists_every_field(preset: str) -> None:
 @pytest.mark.parametrize(("preset", "parameters"), [("microgpt", 4192), ("microgpt-243", 3648)])
 def test_a_preset_has_as_many_parameters_as_the_original(preset: str, parameters: int) -> None:
     config = load_config(preset)
-    V = build_tokenizer("".join(read_documents(NAMES)), config).vocab_size
+    V = build_tokenizer("".join(read_documents(NAMES_FILE)), config).vocab_size
     assert sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values()) == parameters
 
 
@@ -131,15 +129,7 @@ def test_a_flag_replaces_its_field_and_no_other(name: str, text: str, value: obj
     assert type(getattr(config, name)) is type(value)
 
 
-# --- files of earlier formats: formats/ was written when `activation` was `squared_relu` ----------
-
-FORMATS = Path(__file__).parent / "formats"
-
-
-def test_a_configuration_of_an_earlier_format_means_what_it_did() -> None:
-    assert load_config(str(FORMATS / "config.yaml")).activation == "squared_relu"
-    assert load_checkpoint(FORMATS / "checkpoint.safetensors").config.activation == "squared_relu"
-    assert load_trace(FORMATS / "trace.safetensors")[0].config.activation == "squared_relu"
+# --- files of earlier formats: see also test_releases.py ---------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ def test_the_embedded_names_are_the_32469_of_the_data_set() -> None:
     documents = load_documents("names")
     assert len(documents) == 32_469
     assert (documents[0], documents[-1]) == ("emma", "zyrie")
-    assert len(set(documents)) < len(documents)  # some are given to girls and boys
+    assert len(set(documents)) < len(documents)  # some names are given to girls and boys
     joined = "\n".join(documents) + "\n"
-    assert joined.encode() == data.NAMES.read_bytes()
+    assert joined.encode() == data.NAMES_FILE.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_embedded_names_are_the_32469_of_the_data_set() -> None:
         (b"ava\nemma\nava\n", ["ava", "emma", "ava"]),
         (b"\xef\xbb\xbfemma\nava\n", ["emma", "ava"]),
         ("zo\u00e9\nna\u00efve\n".encode(), ["zo\u00e9", "na\u00efve"]),
-        ("zoe\u0301\n".encode(), ["zoe\u0301"]),  # not composed: read as it stands
+        ("zoe\u0301\n".encode(), ["zoe\u0301"]),  # not composed: read as it is
         ("a\u2028b\nc\x85d\ne\x0cf\x1cg\n".encode(), ["a\u2028b", "c\x85d", "e\x0cf\x1cg"]),
         ("\U0001f600\n".encode(), ["\U0001f600"]),
     ],

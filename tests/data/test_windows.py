@@ -1,4 +1,4 @@
-"""A text in windows of the context: which ones training sees, which it never sees, and when."""
+"""A text in windows: which windows training sees, which are held out, and in which order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from faults import metrics_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main
-from microgpt.cli.report import DASHES, cropped
-from microgpt.data import EMBEDDED, load_documents, parts
+from microgpt.cli.report import DASHES
+from microgpt.data import EMBEDDED, cropped, load_documents, parts
 from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import load_checkpoint
 from microgpt.settings import load_config
@@ -139,10 +139,10 @@ def test_what_is_embedded_is_small_and_ascii() -> None:
 
 
 def test_both_backends_learn_the_same_windows(book: Path) -> None:
-    for backend in NAMES:
+    for backend in BACKENDS:
         flags = [*WINDOWED, "--dataset", book, "--steps", 15, "--held-out", 2, "--eval-every", 5]
         assert microgpt("train", *flags, "--backend", backend, "--out", backend) == 0
-    scalar, vectorized = map(metrics_of, NAMES)
+    scalar, vectorized = map(metrics_of, BACKENDS)
     assert [sorted(line) for line in scalar] == [sorted(line) for line in vectorized]
     for key in ("loss", "held_out"):
         ours, theirs = ([x[key] for x in lines if key in x] for lines in (scalar, vectorized))
@@ -152,7 +152,7 @@ def test_both_backends_learn_the_same_windows(book: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_on_windows_that_was_interrupted_goes_on_bit_for_bit(
     backend: str, book: Path
 ) -> None:
@@ -207,7 +207,7 @@ def test_eval_measures_the_windows_that_were_held_out(
         assert last.startswith(f"loss {told},") == (part == "held out of training")
 
 
-# what is said of a text that is not seen whole
+# lines about documents longer than the context
 
 HINT = "to learn all of it: --documents windows"
 

@@ -1,4 +1,4 @@
-"""What a batch means, and that sampling side by side is sampling one after another."""
+"""A batch is the mean of its documents, and sampling side by side is sampling one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import vectorized.batch
 import vectorized.replay
-from microgpt.backend import NAMES, Backend, Docs, fresh_state, load_backend
+from microgpt.backend import BACKENDS, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.data import load_documents
 from microgpt.init import init_params
@@ -28,7 +28,7 @@ from vectorized.batch import empty_batch, fill, micro_batches, pad, rounded
 from vectorized.model import Array, Batch, loss_backward, loss_forward
 from vectorized.sample import choose
 
-# both revisions of the model, small, with weights that tell everything apart
+# both revisions of the model, small, with weights so large that every error shows
 HISTORICAL = ("microgpt", "microgpt-243")
 CONFIGS = {
     name: replace(
@@ -38,7 +38,7 @@ CONFIGS = {
 }
 TOKENIZERS = {name: build_tokenizer("abc", config) for name, config in CONFIGS.items()}
 
-backends = pytest.mark.parametrize("backend", NAMES)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 models = pytest.mark.parametrize("preset", CONFIGS)
 texts = st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=4)
 few = settings(max_examples=40, deadline=None)
@@ -70,7 +70,7 @@ def assert_same(
 
 
 def mean_alone(backend: Backend, docs: Docs) -> tuple[float, dict[str, Array]]:
-    """The mean of what is measured of each document by itself."""
+    """The mean loss and gradients of the documents, each in a batch of its own."""
     alone = [measured(backend, [doc]) for doc in docs]
     names = alone[0][1]
     return (
@@ -84,7 +84,7 @@ def mean_alone(backend: Backend, docs: Docs) -> tuple[float, dict[str, Array]]:
 @few
 @given(texts=texts)
 @example(texts=["ab", "ab", "c"])  # a document that occurs twice counts twice
-@example(texts=["a", "abcabcab"])  # each counts the same, however long it is
+@example(texts=["a", "abcabcab"])  # each document counts the same, whatever its length
 def test_a_batch_is_the_mean_of_its_documents_run_alone(
     backend: str, preset: str, texts: list[str]
 ) -> None:
@@ -159,7 +159,7 @@ lengths = st.lists(st.integers(1, 30), min_size=1, max_size=70)
 
 
 def documents(lengths: Sequence[int]) -> list[list[int]]:
-    """Documents of so many positions, each of a token of its own."""
+    """Documents of these numbers of positions, each of one token that no other has."""
     return [[i] * (n + 1) for i, n in enumerate(lengths)]
 
 
@@ -185,7 +185,7 @@ def test_micro_batches_are_small_and_hardly_padded(lengths: list[int], n_embd: i
     config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
     with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200):
         cut = micro_batches(documents(lengths), config)
-    tolerated = 200 / n_embd + len(lengths) // 16 * 30  # cuts are made in steps of so many rows
+    tolerated = 200 / n_embd + len(lengths) // 16 * 30  # cuts at multiples of len(lengths) // 16
     for batch in cut:
         n, T = sorted(positions(batch)), max(positions(batch))
         assert len(batch) == 1 or len(batch) * T <= 60
@@ -237,7 +237,7 @@ def test_few_lengths_occur(rows: int) -> None:
 
 def test_a_batch_is_what_its_documents_say() -> None:
     tokens, targets, weights = pad([[3, 1, 2, 3], [3, 2]], np.dtype("float32"), of=4)
-    assert tokens.tolist() == [[3, 1, 2], [3, 2, 0]]  # with the last token, whose loss is nobody's
+    assert tokens.tolist() == [[3, 1, 2], [3, 2, 0]]  # the last token has weight 0
     assert targets.tolist() == [[1, 2, 3], [2, 0, 0]]
     assert weights.dtype == "float32"
     np.testing.assert_allclose(weights, [[1 / 12] * 3, [1 / 4, 0, 0]])
@@ -264,7 +264,7 @@ def weight_of(batch: Batch) -> float:
 
 
 def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
-    """A batch with more padding than it needs, and anything at all in the padding."""
+    """A batch with more padding than it needs, and random tokens in the padding."""
     B = len(docs)
     tokens = np.array([[rng.randrange(V) for _ in range(T)] for _ in docs])
     targets = np.array([[rng.randrange(V) for _ in range(T)] for _ in docs])
@@ -310,7 +310,7 @@ def test_a_recording_for_longer_documents_serves_shorter_ones(
 def with_an_impossible_token(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """Parameters by which token 0 cannot follow at position 2, where its logit is -2000."""
     params = init_params(config, tokenizer.vocab_size, Random(config.seed))
-    for name in ("wte", "wpe", "layer0.attn_wo", "layer0.mlp_fc2"):  # channel 0 is of no other use
+    for name in ("wte", "wpe", "layer0.attn_wo", "layer0.mlp_fc2"):  # channel 0 has no other use
         rows = params[name]
         params[name] = (
             [[0.0] * len(rows[0]), *rows[1:]] if "." in name else [[0.0, *row[1:]] for row in rows]
@@ -410,7 +410,7 @@ def assert_same_samples(
     prompt: Sequence[int],
     top_k: int = 0,
 ) -> None:
-    """The same documents from both backends, which leave the random stream in the same place."""
+    """Both backends draw the same documents, and leave the random stream in the same state."""
     ours, theirs = Random(seed), Random(seed)
     expected, found = (
         load(backend, config, tokenizer).sample(tokenizer, rng, num, temperature, prompt, top_k)
@@ -428,7 +428,7 @@ def assert_same_samples(
     num=st.sampled_from([7, 12, 3, 1, 0]),
     temperature=st.floats(0.2, 2) | st.just(0.0),
     top_k=st.sampled_from([0, 0, 1, 2, 3, 9]),
-    walkers=st.sampled_from([1024, 5, 2, 1]),
+    rows=st.sampled_from([1024, 5, 2, 1]),
     data=st.data(),
 )
 def test_samples_are_the_same_draw_for_draw(
@@ -437,13 +437,13 @@ def test_samples_are_the_same_draw_for_draw(
     num: int,
     temperature: float,
     top_k: int,
-    walkers: int,
+    rows: int,
     data: st.DataObject,
 ) -> None:
     config, tokenizer = model
     chars = st.sampled_from(sorted(tokenizer.ids.values()))
     prompt = data.draw(st.lists(chars, max_size=config.block_size - 1))
-    cached = walkers * 2 * config.n_layer * config.n_embd * config.block_size
+    cached = rows * 2 * config.n_layer * config.n_embd * config.block_size
     with patch.object(memory, "CACHED", cached):
         assert_same_samples(config, tokenizer, seed, num, temperature, prompt, top_k)
 
@@ -477,7 +477,7 @@ def test_a_context_of_one_position_gives_one_character_at_most() -> None:
     assert_same_samples(config, TOKENIZERS["microgpt"], 1, 30, 1.0, [])
 
 
-# eighths, so that many draws fall exactly on the border between two choices
+# eighths, so that many draws fall exactly between two choices
 eighths = st.integers(0, 8).map(lambda n: n / 8)
 weights = st.lists(eighths | st.floats(0, 1), min_size=1, max_size=5).filter(any)
 draws = st.integers(0, 7).map(lambda n: n / 8) | st.floats(0, 1, exclude_max=True)

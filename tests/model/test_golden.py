@@ -1,4 +1,4 @@
-"""The golden figures: what the untouched original program printed, held against both backends."""
+"""The golden figures, which the unchanged original program printed, against both backends."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TENSORS = ("gradient", "params", "adam_m", "adam_v")
 GOLDEN = json.loads((FIXTURES / "golden" / "microgpt-names.json").read_text(encoding="utf-8"))
 GOLDEN_TENSORS = load_file(FIXTURES / "golden" / "microgpt-names.safetensors")
 
-# Language standards leave the last digit of exp, log, pow and the like to the C library, and some
-# of the libraries in use choose by processor. Where 20,000 results of each are those of the
-# machine on which the figures were recorded, scalar is held to equality; elsewhere to 1e-12.
+# Language standards leave the last digit of exp, log, pow and the like to the C library, and some C
+# libraries choose it by processor. scalar must equal the figures where 20,000 results of each
+# function equal those of the machine that recorded the figures; elsewhere it is held to 1e-12.
 RECORDED = "dffcfef62d3df1a38897e2717aeced1da5b8b0770794457d9eb2660559be6363"
 FUNCTIONS: tuple[Callable[[float], float], ...] = (
     lambda x: math.exp(-x), math.log, math.sqrt, math.sin, math.cos,
@@ -38,7 +38,7 @@ FUNCTIONS: tuple[Callable[[float], float], ...] = (
 
 
 def digest_of_functions() -> str:
-    """The digits that this machine's C library finds, as a SHA-256."""
+    """The SHA-256 of the digits that this machine's C library computes."""
     rng = Random(42)
     xs = [rng.uniform(1e-3, 5) for _ in range(20_000)]
     results = array("d", [function(x) for function in FUNCTIONS for x in xs])
@@ -47,7 +47,7 @@ def digest_of_functions() -> str:
 
 @pytest.fixture(scope="module", params=["scalar", "vectorized"])
 def original(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """The original run, repeated by a backend, and how far from the figures it may be."""
+    """The original run, repeated by a backend, and the tolerance for its figures."""
     config = load_config()
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
@@ -79,7 +79,7 @@ def original(request: pytest.FixtureRequest) -> SimpleNamespace:
         losses=losses,
         docs=docs,
         logits=logits,
-        tensors=tensors,  # "step/kind/name", as the file has them
+        tensors=tensors,  # by "step/kind/name", as in the file
         samples=[tokenizer.decode(ids) for ids in drawn],
     )
 

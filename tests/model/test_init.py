@@ -1,4 +1,4 @@
-"""What training starts from: documents, then weights, in the original's order; and its pace."""
+"""The start of training: documents, then weights, in the original's order; its learning rate."""
 
 from __future__ import annotations
 

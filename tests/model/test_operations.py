@@ -1,4 +1,4 @@
-"""The arithmetic of the operations is true: it gives every tensor that an implementation has."""
+"""The arithmetic of the operations is right: it computes every tensor of an implementation."""
 
 from __future__ import annotations
 

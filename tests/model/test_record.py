@@ -1,4 +1,4 @@
-"""What is replayed is what the text computes, and what cannot be replayed is refused."""
+"""A recording computes what the text computes, and a text that cannot be replayed is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measured(backend: Backend, docs: Docs) -> dict[str, Array]:
 
 
 def assert_close(found: dict[str, Array], expected: dict[str, Array], digits: float) -> None:
-    """Within so much of the largest gradient, of which some are the small rests of sums."""
+    """Compare with the largest number: some gradients are small differences of large terms."""
     largest = max(float(np.abs(tensor).max()) for tensor in expected.values())
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name], tensor, 0, digits * largest, err_msg=name)
@@ -120,7 +120,7 @@ def test_a_recording_computes_what_the_text_does(
 
 
 def min_size(tap: Array) -> float:
-    """How far the numbers that are no padding are from 0, where a ReLU has its kink."""
+    """The least distance of numbers outside padding from 0, where a ReLU has its kink."""
     return float(np.abs(tap[tap != 0]).min(initial=1.0))
 
 
@@ -197,7 +197,7 @@ def test_an_update_does_not_depend_on_what_is_left_in_memory() -> None:
     assert_equal(spoiled.state().params, undisturbed.state().params)
 
 
-# What is refused. Each function of the text has one line.
+# Texts that are refused, each of one line.
 
 
 def decides(x: Any) -> Any:
@@ -303,7 +303,7 @@ def test_what_cannot_be_repeated_is_refused_where_it_stands(text: Callable[[Any]
     assert isinstance(refused.value, MicrogptError)
 
 
-# Short texts: each is recorded as it computes, or refused.
+# Short texts: a recording computes the same, or the text is refused.
 
 
 def changes_after_relu(x: Any, y: Any) -> Any:
@@ -467,25 +467,23 @@ def test_an_array_that_is_assigned_to_is_read_before(text: Callable[[Any], None]
     text(expected)
     recorder = Recorder("float64")
     text(recorder.hold(found))
-    recording = recorder.recording()
-    recording.bind(np.empty(recording.nbytes, np.uint8))
+    recording = recorder.recording(lambda nbytes: np.empty(nbytes, np.uint8))
     recording.run(0)
     np.testing.assert_array_equal(found, expected)
 
 
 def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
-    """What a text returns, by a recording of it that is run twice."""
+    """The results of a text, from a recording of the text that is run twice."""
     recorder = Recorder("float64")
     results = text(*map(recorder.hold, arrays))
     results = results if isinstance(results, list) else [results]
-    places = [np.full(result.shape, np.nan) for result in results]
-    for result, place in zip(results, places):
-        recorder.put(result, place)
-    recording = recorder.recording()
-    recording.bind(np.full(recording.nbytes // 8 + 1, np.nan).view(np.uint8))
+    found = [np.full(result.shape, np.nan) for result in results]
+    for result, array in zip(results, found):
+        recorder.put(result, array)
+    recording = recorder.recording(lambda n: np.full(n // 8 + 1, np.nan).view(np.uint8))
     for _ in range(2):
         recording.run(0)
-    return places
+    return found
 
 
 @pytest.mark.parametrize("text", SHORT)
@@ -523,7 +521,7 @@ def test_what_is_scaled_twice_may_change_in_between(text: Callable[..., Any]) ->
     np.testing.assert_allclose(found, text(np.arange(6.0), 4.0, 3.0), rtol=1e-15)
 
 
-def test_one_index_into_two_rows_is_two_places() -> None:
+def test_one_index_into_two_rows_is_two_elements() -> None:
     b, t = np.ogrid[:2, :3]
     index = np.array([[0, 1, 2], [3, 2, 1]])
 
@@ -599,10 +597,10 @@ def test_a_length_is_recorded_once() -> None:
     recordings = 0
     recording = Recorder.recording
 
-    def counted(self: Recorder) -> Any:
+    def counted(self: Recorder, memory: Any) -> Any:
         nonlocal recordings
         recordings += 1
-        return recording(self)
+        return recording(self, memory)
 
     with patch.object(Recorder, "recording", counted):
         for docs in (DOCS[:2], [doc[::-1] for doc in DOCS[:2]], DOCS[1::-1]):
@@ -621,7 +619,7 @@ def test_few_recordings_are_kept() -> None:
             for n in range(1, 30):
                 backend.forward([[1] * (n + 1)] * 2)
                 backend.backward()
-                kept = list(backend.worker.replay.kept.values())
+                kept = list(backend.worker.kept.values())
                 assert kept
                 assert sum(step.recording.size for step in kept) <= 400
     docs = [[1] * 21, [2] * 20]
@@ -630,8 +628,8 @@ def test_few_recordings_are_kept() -> None:
 
 def test_the_recordings_used_last_are_kept() -> None:
     backend = load(small(block_size=40))
-    replay, often = backend.worker.replay, [[1] * 41] * 2
-    one = replay.training(often)  # the largest: for a larger one, all would be recorded anew
+    replay, often = backend.worker, [[1] * 41] * 2
+    one = replay.training(often)  # the largest: a larger one would drop all recordings
     with patch.object(vectorized.replay, "CALLS", 3 * one.recording.size):
         for n in range(5, 30):
             replay.training([[1] * (n + 1)] * 2)
@@ -644,12 +642,12 @@ def test_a_step_of_the_default_model_is_of_few_calls(docs: Docs) -> None:
     backend.forward(docs)
     backend.backward()
     backend.update(0.01)
-    replay = backend.worker.replay
+    replay = backend.worker
     assert replay.training(docs).recording.size + replay.adam.size <= 120
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("rows", [3, 12345])  # the latter in several pieces
+@pytest.mark.parametrize("rows", [3, 12345])  # the second in several chunks
 @pytest.mark.parametrize(
     "fields",
     [{}, {"weight_decay": 0.3}, {"grad_clip": 2.0}, {"weight_decay": 0.1, "grad_clip": 1.0}],
@@ -662,7 +660,7 @@ def test_the_recorded_update_is_adam(fields: dict[str, float], rows: int, dtype:
     params, grads, m, v = [x.copy() for x in numbers]
     ours, ours_grads, ours_m, ours_v = numbers
     replay = Replay(config, {"w": (rows, 4)}, ours, ours_grads)
-    for step in range(4):  # each from the same numbers, or rounding would add up
+    for step in range(4):  # from the same numbers, so that rounding does not add up
         ours[:], ours_m[:], ours_v[:] = params, m, v
         ours_grads[:] = grads[:] = rng.normal(size=4 * rows)
         lr_t, factor = 0.1 / (step + 1), 1.0 - step / 10 if config.grad_clip else 1.0

@@ -1,4 +1,4 @@
-"""The table of taps: it says what both texts do, and the page of traces says what it says."""
+"""The table of taps agrees with both texts and with the page of traces."""
 
 from __future__ import annotations
 

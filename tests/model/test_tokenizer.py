@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microgpt.data import NAMES, read_documents
+from microgpt.data import NAMES_FILE, read_documents
 from microgpt.errors import MicrogptError
 from microgpt.settings import load_config
 from microgpt.tokenizer import Tokenizer, build_tokenizer
@@ -30,7 +30,7 @@ def over(chars: str, preset: str) -> Tokenizer:
 def test_the_names_have_the_ids_of_the_original(
     preset: str, vocab_size: int, first: int, bos: int, eos: int, emma: list[int]
 ) -> None:
-    tokenizer = over("".join(read_documents(NAMES)), preset)
+    tokenizer = over("".join(read_documents(NAMES_FILE)), preset)
     assert "".join(tokenizer.chars) == string.ascii_lowercase
     assert tokenizer.encode(string.ascii_lowercase) == list(range(first, first + 26))
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (vocab_size, bos, eos)

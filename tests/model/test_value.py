@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from scalar.value import Value, dot, mean, total
 
-# The other means: the same expression in decimal arithmetic of 50 digits, where a central
-# difference with h = 1e-15 leaves 30 digits of the derivative.
+# The witness: the same expression in decimal arithmetic of 50 digits, where a central difference
+# with h = 1e-15 leaves 30 digits of the derivative.
 DIGITS = 50
 H = Decimal("1e-15")
 
@@ -69,15 +69,15 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "relu(-a)": lambda a, b: relu(-a),
     "tanh(a)": lambda a, b: tanh(a),
 }
-POSITIVE = ("a ** 0.5", "a ** -0.5", "log(a)")  # what a has to be there
+POSITIVE = ("a ** 0.5", "a ** -0.5", "log(a)")  # these need a > 0
 
-Program = list[tuple[str, int, int]]  # operations, and which of the numbers so far they take
+Program = list[tuple[str, int, int]]  # operations, and the indices of their operands
 
 
 def run(program: Program, leaves: Sequence[Any]) -> list[Any]:
     """All numbers of a program: its leaves, the results, and the sum of everything at the end.
 
-    The last one leads the sum, so that it is met before what it was made from.
+    The sum begins with the last result, so that backward meets the result before its operands.
     """
     numbers = list(leaves)
     for name, i, j in program:
@@ -99,7 +99,7 @@ def exactly(program: Program, leaves: Sequence[float]) -> tuple[list[float], lis
 
 
 def tame(number: float) -> bool:
-    """Neither large nor close to 0, where digits cancel and ReLU and division have their edge."""
+    """Not large, and not close to 0, where digits cancel and ReLU and division are not smooth."""
     return 0.05 <= abs(number) <= 20
 
 
@@ -108,14 +108,14 @@ leaves_strategy = st.lists(st.floats(-5, 5).filter(tame), min_size=1, max_size=3
 
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[Program, list[float]]:
-    """Leaves, and operations on them and on each other, over and over, with tame results."""
+    """Leaves, and operations on leaves and on earlier results, with tame results."""
     leaves = draw(leaves_strategy)
     numbers, program = list(leaves), []
     for _ in range(draw(st.integers(1, 8))):
         name = draw(st.sampled_from(list(OPERATIONS)))
         i, j = (draw(st.integers(0, len(numbers) - 1)) for _ in range(2))
         a, b = numbers[i], numbers[j]
-        # 0 comes from ReLU alone, and goes no further
+        # 0 comes from ReLU alone, and is no operand
         if tame(a) and tame(b) and (a > 0 or name not in POSITIVE):
             result = OPERATIONS[name](Value(a), Value(b)).data
             if tame(result) or name.startswith("relu"):
@@ -282,7 +282,7 @@ scales = st.sampled_from([1.0, -1.0, 0.1, 1e16, -1e16, 3.7, 1e8])
 
 @st.composite
 def sums(draw: st.DrawFn) -> list[tuple[int, float, int, float]]:
-    """Numbers made of two before them: a * number_i + b * number_j, where a 1.0 is left out."""
+    """Numbers made of two earlier ones: a * number_i + b * number_j, without factors of 1.0."""
     return [
         (draw(st.integers(0, n)), draw(scales), draw(st.integers(0, n)), draw(scales))
         for n in range(draw(st.integers(1, 9)))
@@ -312,7 +312,7 @@ def test_gradients_add_up_from_the_last_operand_to_the_first() -> None:
     x = Value(1.0)
     ((x * 1.0 + x * 1e16) + x * -1e16).backward()
     assert x.grad == (-1e16 + 1e16) + 1.0
-    assert x.grad != (1.0 + 1e16) + -1e16  # what the other order finds
+    assert x.grad != (1.0 + 1e16) + -1e16  # the result of the other order
 
 
 def test_a_value_passes_its_gradient_on_when_it_has_all_of_it() -> None:

@@ -1,4 +1,4 @@
-"""Every hand-written backward pass against finite differences, and what else only arrays have."""
+"""Every hand-written backward pass against finite differences; memory and precision of arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from microgpt.backend import NAMES, Backend, fresh_state, load_backend
+from microgpt.backend import BACKENDS, Backend, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.init import init_params
 from microgpt.layout import Tree, grow, param_shapes, pick
@@ -48,7 +48,7 @@ from vectorized.model import (
 )
 
 H = 1e-6  # the step of the finite differences
-KINK = 1e-4  # ReLU inputs are kept further than this from 0, where there is no slope
+KINK = 1e-4  # ReLU inputs stay farther than this from 0, the kink
 
 # An operation, ready to be checked: its inputs by name, forward() -> y, and backward(dy) -> the
 # derivative of sum(dy * y) with respect to each input. forward reads the inputs as they stand.
@@ -158,7 +158,7 @@ def cross_entropy(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 def loss(rng: np.random.Generator, size: SimpleNamespace) -> Op:
     gpt = model(rng, size)
-    lengths = [size.T, *rng.integers(1, size.T + 1, size=size.B - 1)]  # ragged more often than not
+    lengths = [size.T, *rng.integers(1, size.T + 1, size=size.B - 1)]  # mostly ragged
     batch = pad([rng.integers(size.V, size=n + 1).tolist() for n in lengths], gpt.dtype)
 
     def forward() -> Array:
@@ -188,7 +188,7 @@ def model(rng: np.random.Generator, size: SimpleNamespace) -> SimpleNamespace:
         norm_embedding=size.norm_embedding,
         activation=size.activation,
         tie_lm_head=size.tied,
-        norm_eps=0.1,  # large enough to be missed
+        norm_eps=0.1,  # so large that an omission shows
     )
     shapes = param_shapes(config, size.V)
     named = {name: rng.normal(size=shape) * 0.7 for name, shape in shapes.items()}
@@ -325,8 +325,10 @@ def small_config(**fields: Any) -> Config:
     return replace(load_config(), n_embd=4, n_head=2, block_size=5, init_std=0.5, **fields)
 
 
-# every way to compute: scalar, vectorized as it was recorded, and as the text stands
-WAYS = [(name, watch) for name in NAMES for watch in (False, True) if name != "scalar" or not watch]
+# every way to compute: scalar, vectorized from a recording, and vectorized without one
+WAYS = [
+    (name, watch) for name in BACKENDS for watch in (False, True) if name != "scalar" or not watch
+]
 DOCS = [[3, 0, 1, 3], [3, 2, 3], [3, 1, 1, 0, 2, 3]]
 
 
@@ -342,7 +344,7 @@ def test_adam_is_the_algorithm_of_the_textbook(
     rng = Random(2)
     expected = {p: [[(x, 0.0, 0.0) for x in row] for row in init[p]] for p in init}
     for t in range(1, 6):
-        # from 0 to sizes beside which epsilon is small; too short to be clipped in the last step
+        # from 0 to sizes beside which epsilon is small; in the last step too small to be clipped
         sizes = [0, 1e-9, 1e-3, 1] if t < 5 else [1e-3]
         grads = {
             p: [[rng.choice(sizes) * rng.gauss(0, 1) for _ in row] for row in init[p]] for p in init
@@ -389,7 +391,7 @@ def drawn(config: Config, watch: bool = False) -> Backend:
 
 
 def floats(node: Any) -> Iterator[Any]:
-    """Every array of floating-point numbers that an object leads to."""
+    """Every array of floating-point numbers that is reachable from an object."""
     if isinstance(node, (np.ndarray, np.generic)):
         if np.issubdtype(node.dtype, np.inexact):
             yield node
@@ -457,7 +459,7 @@ def test_nothing_that_is_looked_at_between_forward_and_backward_changes_the_grad
         np.testing.assert_array_equal(grad, undisturbed[name])
 
 
-# what training takes beyond what the process took before, in bytes
+# the bytes that training takes beyond those that the process had before
 TAKEN = """
 import sys
 from random import Random
@@ -500,9 +502,9 @@ def test_memory_is_within_one_and_a_half_times_what_training_needs(
     config = load_config(overrides=sizes)
     T, V, C, H = config.block_size, 27, config.n_embd, config.n_head
     batch = micro_batches([[1] * (T + 1 - i % 2) for i in range(config.batch_size)], config)
-    N = max(len(docs) * (len(docs[-1]) - 1) for docs in batch)  # one by one, in the same memory
+    N = max(len(docs) * (len(docs[-1]) - 1) for docs in batch)  # they share the same memory
     params = sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values())
-    # of each block the three inputs of its norms and products, q, k, v, the attention weights, and
+    # per block: the three inputs of its norms and products, q, k, v, the attention weights, and
     # the activation and its slope
     block = 5 * C + 3 * C + H * T + 2 * 4 * C
     needed = 4 * params + N * (config.n_layer * block + 2 * C + V)  # moments and gradients, too

@@ -1,4 +1,4 @@
-"""The pages: what stands on them, and that nothing from outside gets between the lines."""
+"""The pages: what they show, and that every text from outside is escaped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ pytest.importorskip("pygments", reason="pages need the extra `pages`")
 
 from crosscheck import html
 from crosscheck.__main__ import main as crosscheck
-from crosscheck.atlas import Atlas, atlas
+from crosscheck.atlas import LARGEST as LARGEST_ATLAS
+from crosscheck.atlas import atlas
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.compare import compare
+from crosscheck.compare import Outcome, compare
+from crosscheck.document import Document
+from crosscheck.stops import Stop, Stops
 from crosscheck.trace import Step, trace
-from microgpt.backend import fresh_state
+from microgpt.backend import fresh_state, load_backend
 from microgpt.cli.commands import main
 from microgpt.errors import MicrogptError
 from microgpt.pages import pictures, run_report
@@ -34,7 +38,7 @@ from microgpt.pages.sources import Source, side_by_side, upside_down
 from microgpt.settings import load_config
 from microgpt.taps import consumers, taps
 
-LARGEST_ATLAS, LARGEST_MAP = 2_000_000, 1_000_000
+LARGEST_MAP = 1_000_000
 SCALAR, VECTORIZED = Source("scalar/model.py"), Source("vectorized/model.py")
 SHORT = {name.rpartition(".")[2] for name in taps(load_config())}
 FUNCTIONS = [name for name in SCALAR.functions if f"{name}_forward" in VECTORIZED.functions]
@@ -179,46 +183,105 @@ def atlas_of(case: Case, update: bool = False) -> str:
     return atlas(case, fresh_state(case.params), case.name, update)
 
 
+def stops_of(case: Case, update: bool = False) -> Stops:
+    return Stops(Document(case, fresh_state(case.params), update))
+
+
+def stop_of(case: Case, name: str) -> Stop:
+    return next(stop for stop in stops_of(case) if stop.id == name)
+
+
 @pytest.mark.parametrize("name", ["three-layers", "microgpt-243", "one-position"])
 def test_what_the_consumers_send_back_adds_up_to_the_derivative(name: str) -> None:
     case = load_case(name)
-    made = Atlas(case, fresh_state(case.params), update=False)
-    step = made.steps[1]
-    checked = 0
-    for stop in made.stops():
-        if stop.kind == "forward" or not stop.parts:
+    made = stops_of(case)
+    for stop in made:
+        if stop.kind == "forward" or stop.id == "dloss":
             continue
-        key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
-        parts = made.graph.parts[stop.id[1:]]
-        np.testing.assert_allclose(sum(parts.values()), step[key], rtol=1e-9, atol=1e-12)
         users = {user.name for user, _ in consumers(case.config)[stop.id[1:]]}
-        assert {part.name for part in stop.parts} == {f"d{user}" for user in users}
-        assert sum(part.value for part in stop.parts) == pytest.approx(stop.element.scalar)
-        assert sum(part.count for part in stop.parts) == len(stop.additions) + stop.more
-        if not stop.more:
-            assert stop.additions[-1].total == pytest.approx(stop.element.scalar)
-        checked += 1
-    assert checked >= len(made.table) + len(made.params) - 1
+        assert {link.to for link in stop.before} == {f"d{user}" for user in users}
+        found = made.document.additions.one[stop.element.place]
+        assert {one.source.name for one in found} == users
+        assert found[-1].total == pytest.approx(stop.element.scalar)
+        assert sum(one.product for one in found) == pytest.approx(stop.element.scalar)
+        if len(users) > 1:
+            key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
+            parts = made.document.additions.parts[stop.id[1:]]
+            np.testing.assert_allclose(
+                sum(parts.values()), made.vectorized[key], rtol=1e-9, atol=1e-12
+            )
+            assert {part.link.to for part in stop.parts} == {f"d{user}" for user in users}
+            assert sum(part.value for part in stop.parts) == pytest.approx(stop.element.scalar)
+            assert sum(part.count for part in stop.parts) == len(found)
+
+
+@pytest.mark.parametrize("name", ["three-layers", "microgpt-243", "gelu"])
+def test_the_gradient_beside_an_addition_is_that_of_the_tap_named(name: str) -> None:
+    case = load_case(name)
+    made, parts = stops_of(case), 0
+    for stop in made:
+        for term in stop.terms:
+            add = term.addition
+            if term.gradient is not None:
+                key, at = f"backward/d{add.source.name}", add.source.at
+                assert term.gradient == pytest.approx(made.vectorized[key][at])
+                assert add.value_grad == pytest.approx(add.share * term.gradient)
+                parts += add.share != 1
+            else:
+                assert ":" in term.source
+    assert parts >= 8
 
 
 def test_dk_is_traced_to_the_positions_that_look_at_it() -> None:
     case = load_case("one-document")
-    made = Atlas(case, fresh_state(case.params), update=False)
-    stop = next(stop for stop in made.stops() if stop.id == "dlayer0.k")
-    assert stop.uses == [("layer0.attn_logits", "attn_logits = q[t] . k[u] / sqrt(D)")]
-    T = len(made.tokens) - 1
-    assert [add.towards.partition(", ")[2] for add in stop.additions] == [
+    stop, D = stop_of(case, "dlayer0.k"), case.config.head_dim
+    assert stop.used_in == ["attn_logits = q[t] . k[u] / sqrt(D)"]
+    assert [link.text for link in stop.after] == ["dattn_norm", "dattn_wk"]
+    T = len(case.docs(0)[0]) - 1
+    assert [term.source.partition(", ")[2] for term in stop.terms] == [
         f"t={t}, u=1]" for t in range(T - 1, 0, -1)
     ]
-    assert all(re.fullmatch(r"q\[t=\d, c=\d+\]", add.factor) for add in stop.additions)
-    assert all(" looks at " in add.looks for add in stop.additions)
+    assert all(re.fullmatch(r"q\[t=\d, c=\d+\]", term.factor) for term in stop.terms)
+    assert all(" looks at " in term.looks for term in stop.terms)
+    assert {term.addition.share for term in stop.terms} == {D**-0.5}
+    assert stop.inside == "the dot product, before it is divided by sqrt(D)"
+
+
+def test_the_example_is_one_sum_on_both_sides() -> None:
+    made = stops_of(load_case("one-document"))
+    example = made.example(next(stop for stop in made if stop.id == "dlayer0.k"))
+    left = [term.addition.product for term in example.stop.terms]
+    right = [score * q for _, score, q in example.products]
+    assert left == pytest.approx(right[::-1])
+    assert sum(right) == pytest.approx(example.stop.element.vectorized)
+
+
+def test_a_gradient_of_weights_stands_behind_the_derivative_that_it_is_made_of() -> None:
+    for name in ("three-layers", "microgpt-243"):
+        case = load_case(name)
+        found = [stop.id for stop in stops_of(case) if stop.kind != "forward"]
+        backward = [one for one in found if one[1:] in taps(case.config)]
+        assert backward == [f"d{tap}" for tap in reversed(taps(case.config))]
+        for param, users in consumers(case.config).items():
+            if param not in taps(case.config):
+                last = max(found.index(f"d{user.name}") for user, _ in users)
+                assert set(found[last + 1 : found.index(f"d{param}")]).isdisjoint(backward)
+
+
+def test_names_have_their_layer_only_where_it_is_another() -> None:
+    names = {link.text for stop in stops_of(load_case("one-document"))
+             for link in (*stop.before, *stop.after)}  # fmt: skip
+    assert not any("layer" in name for name in names)
+    stop = stop_of(load_case("three-layers"), "dlayer1.mlp_res")
+    assert [link.text for link in stop.before] == ["dlayer2.attn_norm", "dlayer2.attn_res"]
+    assert [link.text for link in stop.after] == ["dmlp_act", "dmlp_fc2", "dattn_res"]
+    assert stop.used_in[0] == "layer2.attn_norm = rmsnorm(layer1.mlp_res)"
 
 
 def test_the_atlas_says_the_largest_difference_that_there_is() -> None:
-    case = load_case("two-layers")
-    made = Atlas(case, fresh_state(case.params), update=False)
-    made.steps[1]["forward/layer1.q"] = made.steps[1]["forward/layer1.q"] + 0.25
-    apart = {stop.id: stop.apart for stop in made.stops()}
+    made = stops_of(load_case("two-layers"))
+    made.vectorized["forward/layer1.q"] = made.vectorized["forward/layer1.q"] + 0.25
+    apart = {stop.id: stop.apart for stop in made}
     assert apart["layer1.q"] == pytest.approx(0.25)
     assert max(size for name, size in apart.items() if name != "layer1.q") < 1e-12
 
@@ -238,20 +301,35 @@ def test_every_link_of_the_atlas_of_a_case_leads_somewhere_and_nothing_is_loaded
 
 def test_before_and_after_an_update_the_weights_differ_by_the_update() -> None:
     case = load_case("one-document")
-    made = Atlas(case, fresh_state(case.params), update=True)
-    wte = "entry/wte", "update/wte"
-    after = made.after[1]["entry/wte"]
-    np.testing.assert_allclose(sum(made.steps[1][key] for key in wte), after, rtol=1e-12)
-    titles = [title for stop in made.stops() for title, *_ in stop.states]
+    made = stops_of(case, update=True)
+    step = next(trace(case, "scalar", "float64", 1))
+    np.testing.assert_allclose(made.after["entry/wte"], step["params/wte"], rtol=1e-9)
+    titles = [shown.title for stop in made for shown in stop.beside]
     assert {"after the update", "the change", "m after the step"} <= set(titles)
 
 
-def test_three_layers_and_a_full_context_before_and_after_an_update_stay_small() -> None:
-    config = load_config(overrides={"n_layer": "3"})
+def test_a_model_of_many_layers_is_shown_in_less_detail_and_stays_small() -> None:
+    config = load_config(overrides={"n_layer": "4"})
     case = Case("full", "", config, "abcdefghijklmnopqrstuvwxyz", [["abcdefghijklmnop"]])
     page = atlas_of(with_params(case, draw_params(case)), update=True)
     assert len(page.encode()) < LARGEST_ATLAS
     assert " rows more" in page
+
+
+def test_the_largest_model_takes_a_few_times_as_long_as_its_graph() -> None:
+    config = load_config(overrides={"n_embd": "64"})
+    case = Case("large", "", config, "abcdefghijklmnopqrstuvwxyz", [["abcdefghijklmnop"]])
+    case = with_params(case, draw_params(case))
+    made: list[float] = []
+    for _ in range(3):
+        backend = load_backend("scalar", config, fresh_state(case.params))
+        times = [process_time()]
+        backend.forward(case.docs(0))
+        times.append(process_time())
+        atlas_of(case)
+        times.append(process_time())
+        made.append((times[2] - times[1]) / (times[1] - times[0]))
+    assert sorted(made)[1] < 15
 
 
 def microgpt(*arguments: str) -> int:
@@ -277,7 +355,7 @@ def test_a_run_of_an_accented_alphabet_is_drawn_with_its_step(
     out = tmp_path / "atlas.html"
     assert microgpt("atlas", str(run), "--text", "zo\u00e9", "--step", "3", "--out", str(out)) == 0
     page = out.read_text(encoding="utf-8")
-    assert "<li>\u00e9</li>" in page
+    assert "<li>\u00e9" in page
     assert "before and after step 3" in page
 
 
@@ -562,3 +640,39 @@ def test_the_crosscheck_draws_a_map_of_what_its_processes_compare(tmp_path: Path
     sheets = re.findall(r'id="sheet-\d+" data-stop><span tabindex="-1">([^<]+)<', page)
     assert sheets == ["first steps", "steps one by one"]
     assert page.count(">single-character</figcaption>") == 2
+
+
+def test_the_map_has_the_witness_with_a_column_for_each_side(tmp_path: Path) -> None:
+    out = tmp_path / "map.html"
+    told = ["-k", "(every_parameter or random_directions) and one-position"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "crosscheck", "test", *told, "--html", str(out)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    page = out.read_text(encoding="utf-8")
+    assert "A column is an implementation, scalar before vectorized" in page
+    assert page.count(">one-position</figcaption>") == 2
+    assert page.count("one-position: 2 steps") == 2
+    assert "<li>dlayer0.attn_wq</li>" in page
+    assert "<li>along 20 random directions</li>" in page
+
+
+def test_a_column_of_the_map_is_the_worst_that_was_noted_for_it() -> None:
+    outcome = Outcome("a-thousand-steps")
+    for column, share in ((1, 0.1), (1, 0.3), (1, 0.2), (2, 0.05)):
+        outcome.note(column, "forward/loss", share)
+    assert outcome.shares == {1: {"forward/loss": 0.3}, 2: {"forward/loss": 0.05}}
+    assert outcome.worst() == {"forward/loss": 0.3}
+
+
+def test_a_candidate_has_no_map_and_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def linear_forward(x, w):\n    return x\n")
+    told = ["--candidate", "mine.py", "--html", "map.html"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "crosscheck", "test", *told],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "leave --html out" in ran.stdout + ran.stderr
+    assert not (tmp_path / "map.html").exists()

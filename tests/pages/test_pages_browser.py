@@ -29,11 +29,11 @@ from crosscheck.compare import compare
 from crosscheck.trace import trace
 from microgpt.backend import fresh_state
 from microgpt.pages.run_report import report
-from microgpt.taps import taps
+from microgpt.taps import params, taps
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 DRIVER = shutil.which("chromedriver") or ""
-WIDTHS = (360, 800, 1600)
+WIDTHS = (360, 800, 1000, 1600)
 HOSTILE = "<img src=https://example.com/x onerror=alert(1)>"
 OPTIONS = (
     "--headless",
@@ -228,6 +228,45 @@ def test_a_page_fits_its_window(browser: Chrome, pages: Any, name: str, width: i
     assert wide <= window
 
 
+# elements that are wider inside than outside, unless the arrow keys scroll them
+CUT = """
+return Array.from(document.querySelectorAll("main *, header *"))
+  .filter(one => one.scrollWidth > one.clientWidth + 1 && one.clientWidth > 0)
+  .filter(one => getComputedStyle(one).overflowX !== "visible" && one.tabIndex !== 0)
+  .map(one => one.tagName + "." + one.className);
+"""
+SCROLLED = "return document.querySelectorAll('.stop .scroll, .how .scroll, .texts .scroll').length"
+
+
+@pytest.mark.parametrize("width", [360, 1000, 1600])
+@pytest.mark.parametrize("name", ["atlas", "atlas-three-layers"])
+def test_nothing_in_the_atlas_is_cut_off(
+    browser: Chrome, pages: Any, name: str, width: int
+) -> None:
+    shown(browser, pages(name), width)
+    assert browser.execute_script(CUT) == []
+    assert browser.execute_script(SCROLLED) == 0
+    wide = browser.execute_script(
+        "return Array.from(document.querySelectorAll('pre, table, dl, .figures'))"
+        ".filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.outerHTML)"
+    )
+    assert wide == []
+
+
+def test_a_link_to_a_parameter_leads_to_its_weights(browser: Chrome, pages: Any) -> None:
+    shown(browser, pages("atlas"))
+    browser.find_element("css selector", "#emb a[href='#wte']").click()
+    title, top = browser.execute_script(
+        "const one = document.querySelector('#wte h5');"
+        "return [one.textContent, one.getBoundingClientRect().top]"
+    )
+    assert title == "the weights, wte"
+    header = browser.execute_script(
+        "return document.querySelector('#dwte > header').getBoundingClientRect().bottom"
+    )
+    assert header <= top < 300
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_every_text_has_a_contrast_of_4_5_to_1(
@@ -264,7 +303,9 @@ def test_the_arrow_keys_walk_through_every_tap_of_a_case(
     )
     forward = list(taps(load_case(name).config))
     back = [f"d{tap}" for tap in reversed(forward)]
-    assert stops[: 2 * len(forward)] == forward + back
+    homes = [f"d{param}" for param in params(load_case(name).config)]
+    assert [stop for stop in stops if stop not in homes] == forward + back
+    assert set(homes) < set(stops)
     ActionChains(browser, duration=0).send_keys(Keys.ARROW_RIGHT * len(stops)).perform()
     assert browser.execute_script("return visited") == stops
     ActionChains(browser, duration=0).send_keys(Keys.ARROW_LEFT * len(stops)).perform()
@@ -278,7 +319,7 @@ def test_the_tab_key_reaches_every_tap_and_enter_opens_it(browser: Chrome, pages
         " reached.push(event.target.getAttribute('href')); })"
     )
     forward = list(taps(load_case("three-layers").config))
-    ActionChains(browser, duration=0).send_keys(Keys.TAB * (2 * len(forward) + 30)).perform()
+    ActionChains(browser, duration=0).send_keys(Keys.TAB * (3 * len(forward) + 30)).perform()
     reached = browser.execute_script("return reached")
     assert {f"#{tap}" for tap in forward} | {f"#d{tap}" for tap in forward} <= set(reached)
     browser.execute_script("document.querySelector(\"a[href='#dlayer2.k']\").focus()")

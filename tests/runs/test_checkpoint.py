@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is what is read, and nothing else is taken for one."""
+"""Checkpoints are read as they were written, and no other file is read as a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import made_up
 from safetensors.numpy import save_file
 
-from microgpt.backend import NAMES, State, load_backend
+from microgpt.backend import BACKENDS, State, load_backend
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes
@@ -49,8 +49,8 @@ def assert_same(loaded: State, saved: State) -> None:
             np.testing.assert_array_equal(tensor, np.asarray(expected[name]))
 
 
-@pytest.mark.parametrize("writer", NAMES)
-@pytest.mark.parametrize("reader", NAMES)
+@pytest.mark.parametrize("writer", BACKENDS)
+@pytest.mark.parametrize("reader", BACKENDS)
 def test_either_backend_reads_what_either_wrote(writer: str, reader: str, trained: Trained) -> None:
     out, saved = trained(writer)
     loaded = load_checkpoint(out)
@@ -63,11 +63,11 @@ def test_either_backend_reads_what_either_wrote(writer: str, reader: str, traine
 
 def test_both_backends_write_the_same_file(trained: Trained) -> None:
     (scalar, scalar_meta), (vectorized, vectorized_meta) = (
-        read_tensors(trained(backend)[0] / FILE_NAME) for backend in NAMES
+        read_tensors(trained(backend)[0] / FILE_NAME) for backend in BACKENDS
     )
     assert set(scalar_meta) == METADATA
     for metadata in (scalar_meta, vectorized_meta):
-        assert len(metadata.pop("sha256")) == 64  # of numbers that differ in their last digits
+        assert len(metadata.pop("sha256")) == 64  # the numbers differ in their last digits
     assert scalar_meta == vectorized_meta
     assert set(scalar) == set(vectorized)
     for name, tensor in scalar.items():
@@ -77,7 +77,7 @@ def test_both_backends_write_the_same_file(trained: Trained) -> None:
 
 @pytest.fixture
 def fresh(tiny_config: Config) -> Checkpoint:
-    """A checkpoint that no step has led to: its moments tell themselves apart."""
+    """A checkpoint without a step, whose moments m and v differ in every number."""
     tokenizer = build_tokenizer("ab\u00e9\U0001f600", tiny_config)
     rng = Random(5)
     return Checkpoint(tiny_config, tokenizer, made_up(tiny_config, tokenizer, rng), rng, "0" * 64)
@@ -85,14 +85,14 @@ def fresh(tiny_config: Config) -> Checkpoint:
 
 def test_the_random_stream_goes_on_where_it_was(fresh: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
-    fresh.rng.gauss(0, 1)  # every second one is kept for later, and has to be kept here too
+    fresh.rng.gauss(0, 1)  # gauss draws two numbers, and keeps one for later
     assert fresh.rng.getstate()[2] is not None
     save_checkpoint(file, fresh)
     rng = load_checkpoint(file).rng
     assert [rng.gauss(0, 1), rng.random()] == [fresh.rng.gauss(0, 1), fresh.rng.random()]
 
 
-def test_parameters_and_moments_keep_their_places(fresh: Checkpoint, tmp_path: Path) -> None:
+def test_parameters_and_moments_are_not_exchanged(fresh: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / FILE_NAME, fresh)
     loaded = load_checkpoint(tmp_path)
     assert loaded.tokenizer == fresh.tokenizer
@@ -136,16 +136,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_checkpoint_may_be_read_by_whoever_may_read_what_is_made_beside_it(
-    fresh: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_checkpoint_has_the_permissions_of_a_new_file(fresh: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / FILE_NAME, fresh)
     (tmp_path / "other").write_text("other", encoding="utf-8")
     checkpoint, other = ((tmp_path / name).stat().st_mode for name in (FILE_NAME, "other"))
     assert checkpoint == other
 
 
-# What is refused. Always with a MicrogptError, which names the file.
+# Files that are refused, always with a MicrogptError that names the file.
 
 
 def refusal_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Every door: what holds for one command, option and implementation holds for all of them.
+"""All entry points: what holds for one command, option and backend holds for all of them.
 
 Special files at every option that writes, every command under closed, full and broken output,
 signals from the first import on, and all of it as an ordinary user as well.
@@ -36,13 +36,15 @@ from crosscheck.kit import write_kit
 from crosscheck.trace import trace
 from crosscheck.traces import save_trace
 from microgpt import strict_yaml
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli.commands import main as microgpt
+from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
 from microgpt.runs import directory as rundir
 from microgpt.runs import memory
 from microgpt.runs.checkpoint import FILE_NAME, Checkpoint, save_checkpoint
 from microgpt.runs.directory import METRICS, RUN_FILES
+from microgpt.runs.files import write_whole
 from microgpt.settings import load_config
 from microgpt.tokenizer import build_tokenizer
 
@@ -80,6 +82,10 @@ def special(kind: str, path: Path) -> None:
     elif kind == "link":
         os.mkfifo(path.with_name("elsewhere"))
         path.symlink_to(path.with_name("elsewhere"))
+    elif kind == "open file":  # as /dev/stdout is where standard output goes to a file
+        if not Path("/proc/self/fd").exists():
+            pytest.skip("a system without /proc")
+        path.symlink_to(f"/proc/self/fd/{os.open(__file__, os.O_RDONLY)}")
     else:
         try:
             os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
@@ -129,7 +135,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["FIFO", "device", "link", "folder"])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "link", "folder", "open file"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_is_no_file_is_refused_and_stays_wherever_a_file_is_written(
     writer: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -148,6 +154,38 @@ def test_what_is_no_file_is_refused_and_stays_wherever_a_file_is_written(
     assert status == 2
     assert "not a file; choose another name" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "\u00e9" * 127, "b" * 240])
+def test_a_file_may_have_any_name_that_the_system_takes(name: str, tmp_path: Path) -> None:
+    write_whole(tmp_path / name, b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("count", [1500, 3000])
+def test_a_folder_in_too_many_folders_is_refused_in_one_line(count: int, tmp_path: Path) -> None:
+    deep = str(tmp_path / "/".join("d" * count))
+    status, said = quiet([*training(tmp_path, "vectorized", 2, 0), "--out", deep])
+    assert status == 2
+    assert said.count("\n") == 1
+    assert "File name too long" in said
+
+
+@pytest.mark.parametrize("name", ["progress.json", "01_value.py"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_exercises_that_are_no_files_are_neither_read_nor_replaced(
+    name: str, begun: bool, tmp_path: Path
+) -> None:
+    if begun:
+        assert quiet(["learn", str(tmp_path)]) == (0, "")
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    for command in ("learn", "check"):
+        status, said = quiet([command, str(tmp_path)])
+        assert status == 2
+        assert said.count("\n") == 1
+    assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -205,10 +243,10 @@ def test_whole_files_are_written_in_one_place() -> None:
                 opens = name == "open" and set("wax+") & set(str(modes))
                 if (opens or name in writing) and module not in ("copy", "ast") and name != "copy":
                     found.add(path.name)
-    assert found - allowed <= {"port.py"}  # what a program says goes to a folder of its own
+    assert found - allowed <= {"port.py"}  # a program's output goes to a folder of its own
 
 
-# Output that is closed, full, or read by nobody
+# Output that is closed, full, or has no reader
 
 
 def commands(folder: Path, run: Path, recorded: Path) -> dict[str, list[str]]:
@@ -291,7 +329,7 @@ finally:
 
 
 def imported(at: int, number: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that gets a signal at the so-many-eth import after its entry began."""
+    """Run a command that gets a signal at the n-th import after its entry began."""
     words = [sys.executable, "-c", COUNTED, str(at), str(number), *command]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
@@ -369,6 +407,12 @@ def test_what_a_file_says_cannot_command_the_terminal(
     assert r"\x1b[31m" in said
 
 
+def test_an_option_of_pytest_cannot_command_the_terminal() -> None:
+    with pytest.raises(pytest.UsageError) as refused:
+        _check_targets({"--save-case": Path("a\x1b[2J")}.get)
+    assert str(refused.value) == r"--save-case a\x1b[2J: expected a name in .yaml"
+
+
 def test_a_case_whose_name_commands_the_terminal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MicrogptError, match="take printable characters"):
         load_case(str(_written(tmp_path / "a\x1b[2J.yaml", "why: x\nchars: a\nbatches: [[a]]\n")))
@@ -387,6 +431,30 @@ def test_memory_that_runs_out_is_said_in_one_line(
     assert capsys.readouterr().err.startswith("python -m crosscheck diff: error: there is not en")
 
 
+def test_memory_that_runs_out_in_an_import_is_said_in_one_line() -> None:
+    code = "from microgpt.runs.signals import begin; begin('microgpt'); raise MemoryError"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    said = "microgpt: error: there is not enough memory\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_second_signal_says_nothing_twice() -> None:
+    code = """
+import os, signal
+from unittest.mock import patch
+from microgpt.runs.signals import begin
+begin("microgpt")
+write = os.write
+def interrupted(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+with patch("os.write", interrupted):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "microgpt: interrupted\n")
+
+
 # Sampling
 
 
@@ -403,7 +471,7 @@ def outsized(path: Path, size: float) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("size", "temperature"), [(1.7e308, "1.0"), (1e20, "1e-300")])
 def test_logits_that_overflow_after_the_first_are_not_drawn_from(
     size: float,
@@ -423,11 +491,119 @@ def test_logits_that_overflow_after_the_first_are_not_drawn_from(
         assert microgpt([*words, "1.0"]) == 0
 
 
-def test_a_text_that_nobody_draws_does_not_refuse_those_that_are_drawn(run: Path) -> None:
+def test_a_text_that_is_not_drawn_does_not_refuse_those_that_are_drawn(run: Path) -> None:
     gpt = library.GPT.load(run)
     expected = gpt.sample(5, seed=1)
     with patch("vectorized.sample.draw", side_effect=FloatingPointError):
         assert gpt.sample(5, seed=1) == expected
+
+
+# Candidates
+
+ALONE = "def rmsnorm_backward(dy, y, scale):\n    {}\n"
+
+
+@pytest.mark.parametrize("form", ["{}\n", ALONE], ids=["import", "call"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise SystemExit(0)", "ends the program; leave exit() out"),
+        ("import os; os._exit(0)", "ends the program; leave exit() out"),
+        ("raise GeneratorExit", "raises GeneratorExit"),
+        ("import os; os.fork() or os._exit(0); os.wait(); 1 / 0", "raises ZeroDivisionError"),
+        ("import itertools; all(x >= 0 for x in itertools.count())", "is not done after"),
+    ],
+)
+def test_a_candidate_that_ends_the_program_is_wrong(
+    body: str, said: str, form: str, tmp_path: Path
+) -> None:
+    """Exit status 0, which it may give to the process, would say that it is right."""
+    mine = _written(tmp_path / "mine.py", form.format(body))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2 if form != ALONE else 1, "")
+    assert said in done.stdout
+    assert done.stdout.count("your line") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("import os; os.fork(); return dy", "gives wrong numbers in dx"),
+        ("pass\nrmsnorm_backward = max", "raises ValueError"),
+        ("return type('R', (), {'__array__': lambda self: exit(0)})()", "returns ragged lists"),
+        ("raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})", "raises E"),
+    ],
+)
+def test_a_candidate_is_judged_once_in_one_process(body: str, said: str, tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", ALONE.format(body))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert said in done.stdout
+    assert done.stdout.count("type it again") == 1
+
+
+def test_what_ends_the_program_does_not_give_it_its_status(
+    recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with patch("crosscheck.traces.diff", side_effect=SystemExit(0)):
+        assert crosscheck(["diff", str(recorded), str(recorded)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_candidate_that_sleeps_is_ended_though_nobody_can_read_why(tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", ALONE.format("import time; time.sleep(60)"))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=40)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("body", ["{}; 1 / 0", "import time; {}; time.sleep(60)"])
+def test_a_candidate_cannot_command_the_terminal(body: str, tmp_path: Path) -> None:
+    said = "import sys; print('\x1b[31m', file=sys.stderr)"
+    mine = _written(tmp_path / "mine.py", ALONE.format(body.format(said)))
+    words = [sys.executable, "-m", "crosscheck", "check", str(mine), "--time-limit", "0.2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "\x1b" not in done.stdout + done.stderr
+    assert r"\x1b[31m" in done.stderr
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(0)", "raise GeneratorExit"])
+def test_an_exercise_that_ends_the_program_is_wrong(body: str, tmp_path: Path) -> None:
+    assert quiet(["learn", str(tmp_path)]) == (0, "")
+    first = tmp_path / "01_value.py"
+    text = first.read_text(encoding="utf-8").replace("raise NotImplementedError", body, 1)
+    first.write_text(text, encoding="utf-8")
+    assert microgpt(["check", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "output", "status", "said"),
+    [
+        (ALONE.format("raise KeyboardInterrupt"), None, 130, "interrupted"),
+        (ALONE.format("return dy"), "/dev/full", 2, "error: output: No space left on device"),
+    ],
+)
+def test_a_verdict_by_pytest_has_the_protections_of_the_commands(
+    text: str, output: str | None, status: int, said: str, tmp_path: Path
+) -> None:
+    mine = _written(tmp_path / "mine.py", text)
+    words = [sys.executable, "-m", "pytest", "--candidate", str(mine)]
+    with open(output or os.devnull, "w", encoding="utf-8") as out:
+        done = subprocess.run(words, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (status, f"pytest --candidate: {said}\n")
+
+
+def test_a_verdict_by_pytest_cannot_command_the_terminal(tmp_path: Path) -> None:
+    mine = _written(tmp_path / "mine.py", "x = '\x1b[31m' +\n")
+    words = [sys.executable, "-m", "pytest", "--candidate", str(mine)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert r"\x1b[31m" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 # Configurations
@@ -447,11 +623,17 @@ def test_a_run_is_named_after_its_file_only_where_that_is_a_name(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("text", ["1_2", "\u0663", " 3", "3 ", "0x3"])
+@pytest.mark.parametrize("text", ["1_2", "\u0663", " 3", "3\n", "0x3"])
 def test_a_number_on_the_command_line_is_decimal(text: str) -> None:
-    if text.strip() == text:
-        with pytest.raises(MicrogptError, match="--steps: expected a whole number"):
-            load_config(overrides={"steps": text})
+    for name, kind in (("steps", "a whole number"), ("temperature", "a number")):
+        with pytest.raises(MicrogptError, match=f"--{name}: expected {kind}, got [^(]*$"):
+            load_config(overrides={name: text})
+
+
+def test_a_name_of_a_data_set_is_quoted_at_no_great_length() -> None:
+    with pytest.raises(MicrogptError) as refused:
+        load_documents("x" * 900_000)
+    assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize("loader", [strict_yaml.PythonLoader, strict_yaml.Loader])
@@ -538,6 +720,36 @@ def test_where_drawing_the_weights_takes_long_it_is_said(
     assert capsys.readouterr().out.startswith("drawing ")
 
 
+def test_where_drawing_documents_takes_long_it_is_said_beside_them(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert microgpt(["sample", str(run), "--num", "2"]) == 0
+    plain = capsys.readouterr()
+    monkeypatch.setattr("microgpt.layout.MANY", 100)
+    assert microgpt(["sample", str(run), "--num", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == plain.out
+    assert plain.err == ""
+    assert said.err.startswith("drawing 2 samples from ")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "RUN", "--dataset", ""],
+        ["train", "--config", "", "--out", "NONE"],
+        ["bench", "--config", ""],
+    ],
+)
+def test_an_empty_name_means_no_default(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    places = {"RUN": str(run), "NONE": str(tmp_path / "none")}
+    status, said = quiet([places.get(word, word) for word in arguments])
+    assert status == 2
+    assert "no preset and no file ''" in said or "'' names no data set and no file" in said
+    assert said.count("\n") == 1
+
+
 # As an ordinary user
 
 ORDINARY = """
@@ -558,7 +770,7 @@ for program, *words in json.load(sys.stdin):
         status = sys.modules[program].main(words)
     print(json.dumps([status, said.getvalue()]))
 """
-# what the interpreter and its libraries have to be read for; an ordinary user may not
+# imported first: an ordinary user may not be allowed to read the interpreter's files
 BEFOREHAND = """microgpt.cli.commands crosscheck.__main__ crosscheck.traces microgpt.train
 microgpt.cli.report microgpt.pages.run_report microgpt.runs.directory
 vectorized.backend scalar.backend microgpt.evaluate encodings.idna

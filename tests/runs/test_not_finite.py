@@ -1,4 +1,4 @@
-"""What is not finite is refused by both implementations alike."""
+"""Both implementations refuse numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from crosscheck.cases import load_case
-from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ask", ["forward", "position_losses"])
 @pytest.mark.parametrize(
     ("case_name", "tensor", "factor"),
@@ -32,7 +32,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_both(
 
 
 def test_a_target_without_any_probability_is_refused_by_scalar_alone() -> None:
-    """The README's limit: -log(0) has no number, log(softmax) has one."""
+    """A limit that docs/proof.md states: -log(0) is no number, log(softmax) is one."""
     case = load_case("unlikely-target")
     params = {name: np.array(matrix) for name, matrix in case.params.items()}
     params["lm_head"][0] = -300.0

@@ -1,4 +1,4 @@
-"""What a run says while it lasts, and what it advises where it diverges."""
+"""The lines that a run prints in training, and its advice when it diverges."""
 
 from __future__ import annotations
 

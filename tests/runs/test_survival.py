@@ -6,19 +6,16 @@ The long forms are in tests/faults.py.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import math
 import os
 import platform
-import pty
 import shutil
 import signal
 import stat
 import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -33,7 +30,7 @@ import numpy as np
 import pytest
 from faults import differences, quiet, training
 
-from microgpt.backend import NAMES
+from microgpt.backend import BACKENDS
 from microgpt.cli import report
 from microgpt.cli.commands import main as microgpt
 from microgpt.config import Config
@@ -44,6 +41,9 @@ from microgpt.runs import directory as rundir
 from microgpt.runs.checkpoint import FILE_NAME, load_checkpoint
 from microgpt.runs.directory import LOCK, METRICS, RUN_FILES
 from microgpt.train import Run, new_run, resumed_run
+
+# terminals and locks of POSIX; on Windows these tests are left out
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
 
 STEPS, EVERY = 12, 4
 
@@ -56,7 +56,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That run, undisturbed."""
+    """The directory of that run, finished without interruption."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert quiet([*start, "--out", str(out)]) == (0, "")
     return out
@@ -64,17 +64,17 @@ def whole(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(start: list[str], tmp_path: Path) -> Path:
-    """That run, interrupted after five steps."""
+    """The directory of that run, interrupted after five steps."""
     faults.stop_after(5, [*start, "--out", str(tmp_path / "run")])
     return tmp_path / "run"
 
 
 @pytest.fixture(autouse=True)
 def _untaken() -> Iterator[None]:
-    """A signal that nobody takes fails the test, and does not end all of them."""
+    """A signal without a handler fails its test, and does not end the test run."""
 
     def left_to_us(number: int, frame: object) -> None:
-        raise AssertionError(f"nobody took signal {number}")
+        raise AssertionError(f"signal {number} was not handled")
 
     before = {n: signal.signal(n, left_to_us) for n in (signal.SIGTERM, signal.SIGHUP)}
     yield
@@ -87,7 +87,7 @@ def resume(out: Path, *more: str) -> tuple[int, str]:
 
 
 def after_step(number: int, act: Callable[[], object]) -> Any:
-    """Patched: do something when training reports a step."""
+    """A patch that calls `act` when training reports this step."""
     update = report.Progress.update
 
     def update_and_act(progress: report.Progress, step: int, *rest: Any) -> None:
@@ -99,7 +99,7 @@ def after_step(number: int, act: Callable[[], object]) -> Any:
 
 
 def one_line(said: tuple[int, str]) -> str:
-    """What an error says, in one line, with exit status 2."""
+    """The one line of an error with exit status 2."""
     status, text = said
     assert status == 2
     (line,) = text.splitlines()
@@ -107,7 +107,7 @@ def one_line(said: tuple[int, str]) -> str:
     return line
 
 
-# The long forms, shortened
+# Short forms of tests/faults.py
 
 
 def test_a_killed_run_goes_on_bit_for_bit() -> None:
@@ -125,7 +125,7 @@ def test_memory_is_steady() -> None:
 # Checkpoints
 
 
-def test_checkpoints_are_written_every_so_many_steps_and_at_the_end(
+def test_checkpoints_are_written_every_n_steps_and_at_the_end(
     start: list[str], tmp_path: Path
 ) -> None:
     written: list[int] = []
@@ -150,7 +150,7 @@ def test_the_disk_has_the_metrics_before_the_checkpoint_and_the_names_after_it(
     start: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    done: list[tuple[str, int]] = []  # what was synced or renamed, and the size of metrics.jsonl
+    done: list[tuple[str, int]] = []  # file synced or renamed, size of metrics.jsonl
     fsync, replace = os.fsync, os.replace
 
     def synced(fd: int) -> None:
@@ -397,7 +397,7 @@ def process(start: list[str], tmp_path: Path) -> Callable[..., subprocess.Comple
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_an_output_that_nobody_reads_ends_a_run_that_can_go_on(
+def test_an_output_without_a_reader_ends_a_run_that_can_go_on(
     unbuffered: str,
     process: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
@@ -422,7 +422,7 @@ def test_an_output_that_nobody_reads_ends_a_run_that_can_go_on(
         (signal.SIGHUP, OSError(errno.EIO, "Input/output error"), (129, "")),
     ],
 )  # fmt: skip
-def test_progress_that_nobody_reads_ends_a_run_with_its_checkpoint_written(
+def test_progress_without_a_reader_ends_a_run_with_its_checkpoint_written(
     number: int | None,
     error: OSError,
     said: tuple[int, str],
@@ -664,7 +664,7 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(
 
 
 def spoiled(backend: str, method: str, number: int, spoil: Callable[[Any], object]) -> Any:
-    """Patched: after its so many-eth call, a method of a backend leaves something spoiled."""
+    """A patch by which `spoil` is called on the backend after the n-th call of a method."""
     module = import_module(f"{backend}.backend")
     calls = count(1)
     before = getattr(module.Backend, method)
@@ -678,7 +678,7 @@ def spoiled(backend: str, method: str, number: int, spoil: Callable[[Any], objec
 
 
 def no_number(backend: Any) -> None:
-    """A weight that is not a number."""
+    """Set a weight to NaN."""
     matrix = pick(backend.params, "layer0.mlp_fc2")
     if isinstance(matrix, np.ndarray):
         matrix[0, 0] = np.nan
@@ -687,7 +687,7 @@ def no_number(backend: Any) -> None:
 
 
 def gradient(value: float) -> Callable[[Any], None]:
-    """A gradient of that size."""
+    """A function that sets one number of the gradient to this value."""
 
     def spoil(backend: Any) -> None:
         grads = {name: np.array(grad) for name, grad in backend.grads().items()}
@@ -697,7 +697,7 @@ def gradient(value: float) -> Callable[[Any], None]:
     return spoil
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("method", "number", "spoil", "message"),
     [
@@ -779,7 +779,7 @@ def test_a_loss_of_documents_kept_from_training_that_is_not_finite_is_said(
     assert "no loss on 2 documents kept from training: the loss of a position is not" in said
 
 
-# A directory that somebody else made
+# A directory from another user
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])
@@ -812,7 +812,7 @@ def test_metrics_that_are_none_are_refused(
         (run / METRICS).symlink_to("/dev/zero")
     else:
         monkeypatch.setattr(rundir, "MARGIN", 0)
-        (run / METRICS).write_bytes(b"x" * (1 + 5 * rundir.LONGEST))
+        (run / METRICS).write_bytes(b"x" * (1 + 5 * rundir.LONGEST_LINE))
     assert "not the metrics of 5 steps; delete it to go on" in one_line(resume(run))
 
 

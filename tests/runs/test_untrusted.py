@@ -1,4 +1,4 @@
-"""Input that is not believed: files made to mislead are refused in one line, before any harm."""
+"""Untrusted input: files made to mislead are refused in one line, before any harm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from crosscheck.cases import CASES, load_case, read_case
 from crosscheck.trace import trace
 from crosscheck.traces import load_trace, save_trace
 from microgpt import data
-from microgpt.backend import NAMES, fresh_state, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.cli.commands import main as microgpt
 from microgpt.config import Config
 from microgpt.data import load_documents
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def refusal(read: Callable[[], object]) -> str:
-    """The one line with which a reading is refused, in time."""
+    """The one line of the error with which `read` refuses its input in time."""
     start = process_time()
     with pytest.raises(MicrogptError) as refused:
         read()
@@ -250,13 +250,13 @@ def test_a_tensor_is_not_read_before_its_size_is_known_to_be_right(tmp_path: Pat
     os.truncate(file, file.stat().st_size + size)
     message = refusal(lambda: load_params(file, {"wte": (3, 4)}))
     assert "'wte' is (125000000000,), and its configuration asks for (" in message
-    message = refusal(lambda: load_params(file, {"wte": (size // 8,)}))  # as if one had asked
+    message = refusal(lambda: load_params(file, {"wte": (size // 8,)}))  # as if asked for
     assert "vast: to read it would take about 1,000.0 GB of memory, and this machine has" in message
 
 
 @pytest.fixture(params=["folder", "FIFO", "/dev/zero", "no permission"])
 def no_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Something that is there and cannot be read as a file."""
+    """An existing path that cannot be read as a file."""
     path = tmp_path / "odd.yaml"
     if request.param == "folder":
         path.mkdir()
@@ -502,7 +502,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_drawn(
 
 
 @pytest.mark.usefixtures("small_machine")
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_batch_takes_depends_on_the_documents(
     backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -543,7 +543,7 @@ def test_memory_that_runs_out_after_all_is_said(
     assert not (tmp_path / "run").exists()
 
 
-def test_where_nobody_knows_the_memory_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_memory_is_not_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CONTAINER", ())
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert memory.machine_memory() == float("inf")
@@ -583,7 +583,7 @@ def test_the_estimate_for_scalar_is_of_the_size_of_what_is_taken(sizes: dict[str
     assert 0.5 < memory.estimate(config, 3, documents, "scalar") / taken < 2
 
 
-# what a process takes from here on, in bytes
+# the bytes that a process takes from here on
 TAKEN = """
 import sys
 import numpy as np
@@ -678,7 +678,7 @@ def test_every_code_point_is_a_token(documents: list[str], tmp_path: Path) -> No
 
 
 class Unread(str):
-    """A text of which nobody looks at more than its beginning."""
+    """A text that fails if more than its beginning is read."""
 
     def __iter__(self) -> Any:
         raise AssertionError("all of it was looked at")
@@ -713,7 +713,7 @@ def test_a_long_document_is_evaluated_in_a_batch_of_its_own(
     assert shown == [[3000], [2001], [3] * 256, [3] * 44]
 
 
-# What is forged well
+# Forged runs whose checksums are right
 
 
 def made(folder: Path) -> Path:
@@ -771,7 +771,7 @@ def test_samples_are_printed_as_they_are_drawn_and_are_the_same(
     capsys.readouterr()
     assert microgpt(["sample", str(out), "--num", "25"]) == 0
     at_once = capsys.readouterr().out
-    monkeypatch.setattr("microgpt.cli.commands.PORTION", 10)
+    monkeypatch.setattr("microgpt.cli.commands.DRAWN_AT_ONCE", 10)
     assert microgpt(["sample", str(out), "--num", "25"]) == 0
     assert capsys.readouterr().out == at_once
 

@@ -1,0 +1,218 @@
+"""Every += that scalar's backward pass makes to chosen elements, and the tap that each comes from.
+
+A derivative is a sum with one term for every operation that the number goes into. scalar makes the
+sum one += at a time; here these are kept, with the names of what they come from.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosscheck.report import axes
+from crosscheck.trace import Array
+from microgpt.layout import pick
+from microgpt.taps import axes_of, taps
+from scalar.backend import Backend
+from scalar.value import Value
+
+Index = tuple[int, ...]
+ALL = -1
+
+
+class Place(NamedTuple):
+    """An element of a tap or parameter, or all elements along an axis."""
+
+    name: str
+    at: Index  # with ALL where it is all of an axis
+
+    def written(self, layer: str = "", derivative: bool = False) -> str:
+        """The element as NumPy would write it, `q[t=1, c=3]`; the only document goes unsaid.
+
+        layer    the prefix that is left out
+        """
+        short = "d" * derivative + self.name.removeprefix(layer)
+        names = axes(f"forward/{self.name}")
+        numbers = [":" if i == ALL else str(i) for i in self.at]
+        if names == ("row", "column"):
+            return f"{short}[{', '.join(numbers)}]"
+        shown = [f"{axis}={i}" for axis, i in zip(names, numbers) if axis != "b"]
+        return f"{short}[{', '.join(shown)}]" if shown else short
+
+
+@dataclass(frozen=True)
+class Addition:
+    """One `child.grad += local_grad * value.grad`."""
+
+    source: Place  # the element of a tap that `value` is, or that is computed from `value`
+    share: float | None  # value_grad as a multiple of the source's gradient, if it is one element
+    value_grad: float
+    local_grad: float
+    factor: Place | None  # the other factor, where `value` is a product: it equals local_grad
+    total: float  # of this and the additions before it
+
+    @property
+    def product(self) -> float:
+        """The number that is added."""
+        return self.local_grad * self.value_grad
+
+
+@contextmanager
+def no_search_for_cycles() -> Iterator[None]:
+    """Within this, Python does not search its objects for cycles: scalar's graph has none, and the
+    search takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Towards(NamedTuple):
+    """The tap that a value leads to, and the derivative of that tap with respect to the value."""
+
+    place: Place
+    share: float | None
+
+
+class _Edge(NamedTuple):
+    """An operand of a value, which is its i-th, and the local derivative."""
+
+    child: Value
+    value: Value
+    i: int
+    local: float
+    towards: _Towards  # where the value leads
+
+
+class Additions:
+    """What the backward pass of a scalar backend, which this runs, adds to chosen elements.
+
+    followed     the elements whose every addition is kept
+    several      the tensors with several consumers, of which the part of each is kept
+
+    one          the additions to an element, in the order of the backward pass
+    parts        by tensor and consumer, what the additions come to
+    """
+
+    def __init__(
+        self, backend: Backend, followed: Collection[Place], several: Collection[str]
+    ) -> None:
+        self.backend, self.followed, self.several = backend, followed, several
+        self.taps = dict(_named(backend))
+        self.weights = {weight: n for n, weight in enumerate(backend.flat)}
+        edges = self._edges()  # before the backward pass, which forgets the local derivatives
+        backend.backward()
+        self.one: dict[Place, list[Addition]] = defaultdict(list)
+        self.parts: dict[str, dict[str, Array]] = defaultdict(dict)
+        for edge in edges:
+            self._keep(edge)
+
+    def _edges(self) -> list[_Edge]:
+        """The uses of the chosen elements, in the order of the backward pass."""
+        wanted, known = self._wanted(), {*self.taps, *self.weights}
+        towards: dict[Value, _Towards] = {}
+        edges: list[_Edge] = []
+        for value in self.backend.loss._topological_order()[::-1]:
+            children, local_grads = value._children, value._local_grads or ()
+            tap = self.taps.get(value)
+            own = _Towards(tap, 1.0) if tap else towards[value]
+            if not wanted.isdisjoint(children):
+                pairs = enumerate(zip(children, local_grads))
+                edges += [_Edge(x, value, i, local, own) for i, (x, local) in pairs if x in wanted]
+            if not known.issuperset(children):
+                for child, local in zip(children, local_grads):
+                    if child not in known:
+                        share = None if own.share is None else own.share * local
+                        towards[child] = _joined(towards.get(child), own.place, share)
+        return edges
+
+    def _wanted(self) -> set[Value]:
+        """The values of the chosen elements."""
+        wanted = {
+            value
+            for value, place in self.taps.items()
+            if place.name in self.several or place in self.followed
+        }
+        for name, matrix in self.backend.matrices.items():
+            if name in self.several:
+                wanted |= {weight for row in matrix for weight in row}
+        for name, at in self.followed:
+            if name in self.backend.matrices:
+                row, column = at
+                wanted.add(self.backend.matrices[name][row][column])
+        return wanted
+
+    def _keep(self, edge: _Edge) -> None:
+        """Add what the backward pass has sent along an edge to the sums that it belongs to."""
+        child, value, i, local, (source, share) = edge
+        place = self._place(child)
+        if place.name in self.several:
+            parts = self.parts[place.name]
+            if source.name not in parts:
+                parts[source.name] = np.zeros(self._shape(place.name))
+            parts[source.name][place.at] += local * value.grad
+        if place in self.followed:
+            before = self.one[place]
+            total = local * value.grad + (before[-1].total if before else 0.0)
+            partner = value._children[i - len(value._children) // 2]  # in a product of lists
+            named = partner in self.taps or partner in self.weights
+            factor = self._place(partner) if named and partner.data == local else None
+            before.append(Addition(source, share, value.grad, local, factor, total))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in self.backend.matrices:
+            matrix = self.backend.matrices[name]
+            return len(matrix), len(matrix[0])
+        return tuple(
+            1 + max(i) for i in zip(*(at for tap, at in self.taps.values() if tap == name))
+        )
+
+    def _place(self, value: Value) -> Place:
+        """The name of a value that is an element of a tap or parameter."""
+        if value in self.taps:
+            return self.taps[value]
+        n = self.weights[value]
+        for name, matrix in self.backend.matrices.items():
+            if n < len(matrix) * len(matrix[0]):
+                return Place(name, divmod(n, len(matrix[0])))
+            n -= len(matrix) * len(matrix[0])
+        raise KeyError(value)
+
+
+def _joined(known: _Towards | None, place: Place, share: float | None) -> _Towards:
+    """Where a value leads that leads to this place, too; by two ways to one element, their sum."""
+    if known is None:
+        return _Towards(place, share)
+    if known.place == place and share is not None and known.share is not None:
+        return _Towards(place, known.share + share)
+    pairs = zip(known.place.at, place.at)
+    return _Towards(Place(place.name, tuple(i if i == j else ALL for i, j in pairs)), None)
+
+
+def _named(backend: Backend) -> Iterator[tuple[Value, Place]]:
+    """Every value that is an element of a tap, with its place."""
+    *names, last = taps(backend.config)
+    for b, doc_taps in enumerate(backend.doc_taps):
+        for t, tap in enumerate(doc_taps):
+            for name in names:
+                for value, index in _elements(pick(tap, name), ()):
+                    at = (b, index[0], t, index[1]) if "U" in axes_of(name) else (b, t, *index)
+                    yield value, Place(name, at)
+    yield backend.loss, Place(last, ())
+
+
+def _elements(nested: Any, index: Index) -> Iterator[tuple[Value, Index]]:
+    if isinstance(nested, Value):
+        yield nested, index
+    else:
+        for i, inner in enumerate(nested):
+            yield from _elements(inner, (*index, i))

@@ -1,0 +1,177 @@
+"""What a wrong function looks like, and the equation of the element that is shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from crosscheck.alone import WHOLE, Wrong
+from crosscheck.candidate import RESULTS, Candidate, text_functions
+from crosscheck.cases import Case, load_case
+from crosscheck.explain import expression, shown
+from crosscheck.functions import Input
+from crosscheck.likeness import likeness
+from crosscheck.placed import PANEL, compared, reference_steps
+from crosscheck.tolerance import FLOAT64
+from microgpt.config import Config
+
+Rows = list[tuple[str, str]]
+NOTHING = "nothing that has a name here"
+AGREEING = 3  # cases that are read; a cause has to explain each of them
+
+
+def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
+    """Rows for the report on a function by itself.
+
+    hint    1 for the cause, 2 for the equation with its numbers as well
+    """
+    if not hint or not wrong.numbers:
+        return []
+    rows = [("looks like", cause(candidate, wrong) or NOTHING)]
+    return rows + equation(wrong) if hint > 1 else rows
+
+
+# --- the cause -----------------------------------------------------------------------------------
+
+
+def cause(candidate: Candidate, wrong: Wrong) -> str:
+    """What explains all of the inputs that were looked at; "" if nothing does."""
+    known = list(_readings(candidate, wrong))
+    common = [words for words in known[0] if all(words in one for one in known)] if known else []
+    causes = [words for words in common if not words.startswith("wrong ")]
+    if not causes:
+        causes = [likeness(wrong.function, wrong.evidence)]
+    return ", or ".join(causes[:2]) or next(iter(common), "")
+
+
+def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[list[str]]:
+    """For some of the cases that fail, what the model's numbers look like there."""
+    own = [one.case for one, _ in wrong.evidence if one.case]
+    cases = {case.name: case for case in own}
+    if len(cases) < AGREEING and wrong.function != WHOLE:
+        cases |= {name: load_case(name) for name in PANEL if name not in cases}
+    count = 0
+    for case in cases.values():
+        found = compared(candidate, case, reference_steps(case), [wrong.function], 1, FLOAT64)
+        if found and count < AGREEING:
+            count += 1
+            yield _parts(re.sub(r"layer\d+\.", "", found.diagnosis))
+
+
+def _parts(words: str) -> list[str]:
+    """The readings that a sentence names: "x by 2 (here also n), or y" are three."""
+    found = []
+    for one in filter(None, words.split(", or ")):
+        also = re.fullmatch(r"(.*multiplied by )(.*) \(here also (.*)\)", one)
+        found += [also[1] + x for x in (also[2], *also[3].split(", "))] if also else [one]
+    return found
+
+
+# --- the equation --------------------------------------------------------------------------------
+
+
+def equation(wrong: Wrong) -> Rows:
+    """The equation of the element that the report shows, with the numbers that go into it."""
+    one = wrong.evidence[0][0]
+    rows = _from_the_model(wrong, one)
+    if rows:
+        return rows
+    first = equation_of(wrong.function)
+    numbers = [(name, x) for name, x in zip(one.names, one.args) if isinstance(x, np.ndarray)]
+    operands = [row for name, x in numbers for row in _operand(wrong, name, x)]
+    return [("equation", first), *operands] if first else []
+
+
+def equation_of(name: str) -> str:
+    """The first line of the docstring of the text's function of that name."""
+    function = text_functions("vectorized").get(name)
+    return (function.__doc__ or "").partition("\n")[0] if function else ""
+
+
+def _operand(wrong: Wrong, name: str, x: Any) -> Rows:
+    """The numbers of an argument that go into the element: its row, column, or the same element."""
+    *lead, last = wrong.index or (0,)
+    at = ", ".join(map(str, lead))
+    if wrong.label == "dw" and name in ("dy", "x"):  # a sum over positions
+        column = lead[0] if name == "dy" else last
+        return [("", f"{name}[.., {column}] = {shown(x[..., column])}")]
+    if name == "w" and x.ndim == 2:
+        where = f"{last}, :" if wrong.label == "y" else f":, {last}"
+        return [("", f"w[{where}] = {shown(x[last] if wrong.label == 'y' else x[:, last])}")]
+    if x.shape == wrong.shape and x.ndim == 1:
+        return [("", f"{name}[{last}] = {shown(x[last])}")]
+    if x.shape[: len(lead)] == wrong.shape[:-1] and x.ndim <= len(wrong.shape):
+        return [("", f"{name}[{at}] = {shown(x[tuple(lead)])}")]
+    return []
+
+
+def _from_the_model(wrong: Wrong, one: Input) -> Rows:
+    """The equation where the result is a tensor of the case's trace."""
+    key = _key(wrong, one) if one.case else ""
+    if not key or not one.case:
+        return []
+    (step,) = reference_steps(one.case)
+    if key not in step or np.shape(step[key]) != wrong.shape:
+        return []
+    found = expression(one.case, 1, key, wrong.index, step)
+    if found is None or not np.isclose(found.value, wrong.reference, rtol=1e-6, atol=0.0):
+        return []
+    name = key.partition("/")[2]
+    here = "" if wrong.label.rpartition(".")[2] in name else f"{wrong.label}, here "
+    rows = [("equation", f"{here}{name} = {found.formula} = {found.value:.6g}")]
+    return rows + [("", f"{x} = {shown(numbers)}") for x, numbers in found.operands.items()]
+
+
+def _key(wrong: Wrong, one: Input) -> str:
+    """The key in a trace of a function's result; "" if it has none."""
+    name, label = wrong.function, wrong.label
+    assert one.case is not None
+    if name == WHOLE:
+        return "forward/loss" if label == "loss" else f"gradient/{label}"
+    number = int(one.origin.rpartition("call ")[2])
+    L = one.case.config.n_layer
+    i = L - number if name.endswith("_backward") else number - 1
+    if not 0 <= i < L:
+        return ""
+    own = f"layer{i}." if name.partition("_")[0] in ("attention", "mlp") else ""
+    tree, _, rest = label.partition(".")
+    if rest:
+        phase = {"tap": "forward/", "dtap": "backward/d"}.get(tree, "gradient/d")
+        return f"{phase}{own}{rest}"
+    if name == "attention_backward":
+        return f"backward/d{_before(one.case, i)}"
+    if name == "mlp_backward":
+        return f"backward/d{own}attn_res"
+    composite = name in ("attention_forward", "mlp_forward", "gpt_forward", "loss_forward")
+    return f"forward/{own}{label}" if composite else ""
+
+
+def _before(case: Case, layer: int) -> str:
+    """The tap that goes into a layer."""
+    config: Config = case.config
+    first = "emb_norm" if config.norm_embedding else "emb"
+    return f"layer{layer - 1}.mlp_res" if layer else first
+
+
+def parts_of(first_wrong: str) -> Sequence[str]:
+    """The functions of the text in which the fault may lie if this result of a model is wrong, and
+    all that the backward pass computes before it is right."""
+    return SUSPECTS.get(first_wrong.rpartition(".")[2].removeprefix("d"), ())
+
+
+SUSPECTS = {
+    "loss": ("attention_forward", "mlp_forward", "cross_entropy_forward"),
+    "lm_head": ("cross_entropy_backward", "linear_backward"),
+    "wte": ("cross_entropy_backward", "gpt_backward"),
+    "mlp_fc2": ("linear_backward", "mlp_backward"),
+    "mlp_fc1": ("activation_backward", "mlp_backward"),
+    "attn_wo": ("rmsnorm_backward", "mlp_backward"),
+    "attn_wv": ("attention_backward",),
+    "attn_wk": ("softmax_backward", "attention_backward"),
+    "attn_wq": ("softmax_backward", "attention_backward"),
+    "wpe": ("rmsnorm_backward", "gpt_backward"),
+}
+assert all(name in RESULTS for names in SUSPECTS.values() for name in names)

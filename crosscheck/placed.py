@@ -1,0 +1,231 @@
+"""The model with a candidate's functions in their place, or a whole model of the candidate's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from crosscheck.candidate import Candidate, Told, as_our_array, guarded_whole, in_place, watched
+from crosscheck.cases import Case, load_case
+from crosscheck.compare import Disagreement, compare, explained
+from crosscheck.functions import drawn_cases, stored_cases
+from crosscheck.noise import noise
+from crosscheck.sides import IncompleteError
+from crosscheck.tolerance import FLOAT64, float64
+from crosscheck.trace import (
+    Step,
+    backward_order,
+    drawn,
+    in_order,
+    padded_tokens,
+    split_key,
+    suited,
+    trace,
+    trace_step,
+)
+from microgpt.backend import fresh_state
+from microgpt.config import Config
+from microgpt.runs.memory import most_walkers
+from microgpt.train import learning_rate
+from scalar.backend import Backend as Scalar
+from vectorized.backend import Backend as Watched
+
+# small models that between them reach every line of the text, and how many steps of each
+PANEL = {
+    "cold-samples": 3,
+    "single-character": 2,
+    "decay-and-clip": 3,
+    "microgpt-243": 1,
+    "two-layers": 1,
+}
+SLOW = {"single-character": 2, "microgpt-243": 1}  # the same where numbers are a Value each
+ONE_BY_ONE = "single-character"  # where documents are drawn by `sample`, not by `sample_many`
+
+
+def in_whole(candidate: Candidate) -> Disagreement | None:
+    """The first disagreement of the model with all functions in their place, over several steps.
+
+    The reference is the other text: scalar for functions of vectorized, and the other way round.
+    """
+    names = [*candidate.functions]
+    slow = "Value" in names  # each of its operations is a node of the graph
+    for name, steps in (SLOW if slow else PANEL).items():
+        case = load_case(name)
+        draws = bool({"sample", "probabilities", "sample_many"} & set(names))
+        lessons = list(trace(case, "scalar", "float64", steps, draws=draws))
+        standard = float64(cache(partial(noise, case, lessons)))
+        if candidate.side == "scalar":
+            lessons = list(steps_of(candidate, case, steps, (), draws))
+        found = compared(candidate, case, lessons, names, steps, standard, draws)
+        if found:
+            return found
+    cases = [*stored_cases(), *drawn_cases(candidate.seed)] if candidate.whole == "Backend" else []
+    if candidate.side == "scalar" and not slow:
+        cases = sorted(drawn_cases(candidate.seed), key=_work)[:3]
+    for case in cases:
+        found = compared(candidate, case, reference_steps(case), names, 1, FLOAT64)
+        if found:
+            return found
+    return None
+
+
+def reference_steps(case: Case, steps: int = 1) -> list[Step]:
+    """The first steps of a case as vectorized/ computes them."""
+    config = suited(case.config, "vectorized", "float64")
+    return list(_traced("vectorized", Watched(config, fresh_state(case.params), watch=True),
+                        config, case, steps, False))  # fmt: skip
+
+
+def _work(case: Case) -> int:
+    """Numbers that a step computes, more or less."""
+    return case.config.n_layer * case.config.n_embd**2 * sum(map(len, case.docs(0)))
+
+
+def compared(
+    candidate: Candidate,
+    case: Case,
+    lessons: Sequence[Step],
+    names: Sequence[str],
+    steps: int,
+    standard: Any,
+    draws: bool = False,
+) -> Disagreement | None:
+    """The first disagreement of a case; what a candidate need not write is not compared."""
+    theirs: list[Step] = []
+    stopped: IncompleteError | None = None
+    try:
+        theirs.extend(steps_of(candidate, case, steps, names, draws))
+    except IncompleteError as error:
+        stopped = error
+        theirs.append(error.step)
+    ours = whole = list(lessons)
+    if candidate.whole:
+        ours = [{key: x for key, x in a.items() if key in b} for a, b in zip(ours, theirs)]
+    elif stopped is None:
+        optional = ("backward", "forward")
+        ours = [
+            {k: x for k, x in a.items() if k in b or split_key(k)[0] not in optional}
+            for a, b in zip(ours, theirs)
+        ]
+
+    def stepped() -> Iterator[Step]:
+        yield from theirs[: len(theirs) - bool(stopped)]
+        if stopped:
+            raise stopped
+
+    sides = ("scalar", "vectorized")
+    names_of_sides = sides if candidate.side == "vectorized" else sides[::-1]
+    with np.errstate(all="ignore"):
+        found = compare(case, ours[: len(theirs)], stepped(), standard, names_of_sides).found
+        if found and found[0].shape is not None and not found[0].stop:
+            at = found[0].step - 1  # once more, with all that the reference has of this step
+            before = (whole[at - 1], theirs[at - 1]) if at else None
+            found = [
+                explained(case, found, whole[at], theirs[at], before, standard, names_of_sides)
+            ]
+    return found[0] if found else None
+
+
+def steps_of(
+    candidate: Candidate, case: Case, steps: int, names: Sequence[str], draws: bool = False
+) -> Iterator[Step]:
+    """The steps of a case with these functions in their place; without any, vectorized's own."""
+    side = candidate.side if names else "vectorized"
+    config = suited(case.config, side, "float64")
+    many = "sample_many" in names and case.name != ONE_BY_ONE
+    walkers = most_walkers if many else lambda _: 1
+    with in_place(candidate, names), patch("vectorized.backend.most_walkers", walkers):
+        if candidate.whole and names:
+            own = Own(candidate, config, case)
+            for step in range(steps):
+                yield own.step(case.docs(step), learning_rate(step, config))
+            return
+        make = Scalar if side == "scalar" else Watched
+        backend: Any = make(config, fresh_state(case.params), watch=True)
+        once = 0 if "Value" in names else math.inf
+        yield from _traced(side, backend, config, case, steps, draws, once)
+
+
+def _traced(
+    side: str,
+    backend: Any,
+    config: Config,
+    case: Case,
+    steps: int,
+    draws: bool,
+    once: float = math.inf,
+) -> Iterator[Step]:
+    """The steps of a backend.
+
+    once    the step after which evaluation and reading are taken from the forward pass
+    """
+    pair: Any = SimpleNamespace(
+        name=side, config=config, watched=backend, trained=backend, begun=once
+    )
+    for step in range(steps):
+        record = trace_step(pair, case.docs(step), learning_rate(step, config))
+        if draws and step in (0, steps - 1):
+            record = {**record, **drawn(case, backend, step)}
+        yield record
+
+
+class Own:
+    """A whole model of the candidate's: its loss and gradients, and its update or else ours."""
+
+    def __init__(self, candidate: Candidate, config: Any, case: Case) -> None:
+        self.candidate, self.config = candidate, config
+        self.params = {name: np.array(x) for name, x in case.params.items()}
+        self.updating = candidate.whole == "Backend"
+        state = fresh_state({name: x.copy() for name, x in self.params.items()})
+        make = candidate.functions["Backend"] if self.updating else Watched
+        watch = [True] if len(signature(make).parameters) > 2 else []
+        self.backend: Any = self._asked(lambda: make(config, state, *watch))
+
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        return watched(self.candidate, self.candidate.whole, call)
+
+    def step(self, docs: Any, lr_t: float) -> Step:
+        """A step as far as the candidate computes it."""
+        record: Step = {"batch/tokens": padded_tokens(docs)}
+        record |= {f"entry/{name}": x for name, x in self.params.items()}
+        if self.updating:
+            self.candidate.calls["Backend"] += 1
+            loss = self._asked(lambda: self.backend.forward(docs))
+            self._asked(self.backend.backward)
+            grads = self._arrays("grads()", self._asked(self.backend.grads))
+        else:
+            given = {name: x.copy() for name, x in self.params.items()}
+            found = guarded_whole(self.candidate, [given, docs, self.config])
+            loss = found.pop("loss")
+            grads = {name.removeprefix("d"): x for name, x in found.items()}
+            if any(k not in grads or grads[k].shape != x.shape for k, x in self.params.items()):
+                return self._record(record, loss, grads)  # there is nothing to update from
+            self.backend.set_grads(grads)
+        record = self._record(record, loss, grads)
+        self._asked(lambda: self.backend.update(lr_t))
+        after = self._arrays("state().params", self._asked(self.backend.state).params)
+        record |= {f"update/{name}": after[name] - x for name, x in self.params.items()}
+        record |= {f"params/{name}": x for name, x in after.items()}
+        self.params = after
+        return in_order(record)
+
+    def _record(self, record: Step, loss: Any, grads: dict[str, Any]) -> Step:
+        """The record with the loss and the gradients."""
+        found = {f"gradient/d{name}": grads[name] for name in backward_order(self.params)
+                 if name in grads}  # fmt: skip
+        return {**record, "forward/loss": np.array(loss, "float64"), **found}
+
+    def _arrays(self, what: str, found: Any) -> dict[str, Any]:
+        """Copies of tensors by name, all that there should be."""
+        try:
+            return {name: np.array(as_our_array(found[name])) for name in self.params}
+        except (KeyError, TypeError, ValueError) as error:
+            words = f"gives no arrays by name in {what}: {type(error).__name__} {error}"
+            raise Told("Backend", words, self.candidate.line_of("Backend")) from None

@@ -1,0 +1,91 @@
+"""Where a recording leaves the text: the first tap whose numbers none of its calls computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from crosscheck.cases import Case
+from crosscheck.trace import Array, Step, part
+from microgpt.backend import State, load_backend
+from microgpt.taps import consumers, taps
+
+CLOSE = 1e-9  # of the largest number: recorded calls add in another order
+LISTED = 4  # calls that are named
+
+
+def leaves_text(case: Case, number: int, step: Step) -> str:
+    """Which tap the recorded calls get wrong first, and the calls after the one before it; "" if
+    they compute all taps of a single document, or cannot be followed.
+
+    number    which step it is, from 1
+    step      that of the side that records
+    """
+    config = replace(case.config, cores=1)
+    state = State(part(step, "entry"), part(step, "entry_m"), part(step, "entry_v"), number - 1)
+    with suppress(Exception):  # a recorder at fault may raise anything
+        for doc in case.docs(number - 1):
+            watched: Any = load_backend("vectorized", config, state, watch=True)
+            trained: Any = load_backend("vectorized", config, state)
+            for backend in (watched, trained):
+                backend.forward([doc])
+                backend.backward()
+            wanted = {**watched.taps(), **{f"d{k}": x for k, x in watched.dtaps().items()}}
+            ((_, recording),) = trained.recordings([doc])
+            words = _first_wrong(case, wanted, recording)
+            if words:
+                return words
+    return ""
+
+
+def _first_wrong(case: Case, wanted: Mapping[str, Array], recording: Any) -> str:
+    calls = [
+        (call, line)
+        for calls, lines in zip(recording.runs, recording.lines)
+        for call, line in zip(calls, lines)
+    ]
+    seen: dict[str, int] = {}  # when the numbers of a tap are there first
+    for i, ((f, arguments), _) in enumerate(calls):
+        f(*arguments)
+        numbers = [np.sort(array, axis=None) for array in _arrays(f, arguments)]
+        for name, tap in wanted.items():
+            if name not in seen and any(_holds(array, tap) for array in numbers):
+                seen[name] = i
+    names = list(taps(case.config))
+    users = {name: [tap.name for tap, _ in found] for name, found in consumers(case.config).items()}
+    behind = {
+        **{name: users[name] for name in names},
+        **{f"d{tap.name}": [f"d{x}" for x in tap.operands] for tap in taps(case.config).values()},
+    }
+    order = [*names, *[f"d{name}" for name in reversed(names)]]
+    for at, name in enumerate(order):
+        after = [one for one in behind[name] if one in wanted]
+        if name in wanted and name not in seen and not any(one in seen for one in after):
+            before = max((seen[one] for one in order[:at] if one in seen), default=-1)
+            some = [f"{call} ({place.file.rpartition('/')[2]}:{place.number})"
+                    for _, (call, place) in calls[before + 1 :][:LISTED]]  # fmt: skip
+            return f"recorded, {name} is the first that is not the text's: {', '.join(some)}"
+    return ""
+
+
+def _arrays(f: Any, arguments: tuple[Any, ...]) -> Iterator[Array]:
+    """What a call reads and writes."""
+    owner = [getattr(f, "__self__", None), *getattr(f, "keywords", {}).values()]
+    for one in (*owner, *arguments):
+        if isinstance(one, np.ndarray) and one.dtype.kind == "f":
+            yield one
+
+
+def _holds(numbers: Array, tap: Array) -> bool:
+    """Whether all numbers of a tap, but zeros, are among these, which are sorted."""
+    own = np.asarray(tap).reshape(-1)
+    own = own[np.isfinite(own) & (own != 0)]
+    if not own.size or own.size > numbers.size:
+        return not own.size
+    at = np.clip(np.searchsorted(numbers, own), 1, max(numbers.size - 1, 1))
+    near = np.minimum(np.abs(numbers[at - 1] - own), np.abs(numbers[at % numbers.size] - own))
+    return bool((near <= CLOSE * np.abs(own).max()).all())

@@ -1,0 +1,559 @@
+"""The stops of the atlas: every named tensor of one document, in both implementations.
+
+The stops follow each other as the model computes: the taps from the token to the loss, their
+derivatives back to the embedding, and behind each derivative the gradients of the parameters that
+are computed from it. What is shown is what ran: lines come from the sources, numbers from both
+backends, and the terms of a derivative from the backward pass in scalar's graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosscheck.additions import ALL, Addition, Place
+from crosscheck.document import Document
+from crosscheck.explain import expression
+from crosscheck.trace import Array, real
+from crosscheck.trace import axes as axes_of_key
+from microgpt.pages.numbers import rows
+from microgpt.pages.pictures import LARGEST, heat
+from microgpt.pages.sources import Line, Source, Text, texts
+from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, sizes
+
+LETTERS = {  # what an axis counts: one, and several
+    "B": ("document", "documents"),
+    "T": ("position", "positions"),
+    "U": ("position looked at", "positions looked at"),
+    "C": ("channel", "channels"),
+    "H": ("head", "heads"),
+    "D": ("channel of a head", "channels of a head"),
+    "F": ("channel of the MLP", "channels of the MLP"),
+    "V": ("token of the vocabulary", "tokens of the vocabulary"),
+    "block_size": ("position of the context", "positions of the context"),
+}
+MORE = {  # that the legend says of a letter
+    "U": "; position t looks at u = 0 .. t, and k at u is k at t = u",
+    "D": "; split_heads makes channel c = h D + d the channel d of head h, merge_heads undoes it",
+}
+INSIDE = {  # by operation, the value that its operands go into where it is not yet the tap
+    "scores": "the dot product, before it is divided by sqrt(D)",
+    "mean": "the sum over positions, before it is divided by their number",
+    "cross_entropy": "the logit less the largest one, before softmax and -log",
+}
+RESIDUAL = 2  # the operand of a linear map that is added to its result
+GENERAL = {tap.name: tap.operands for tap in (*EMBEDDING, *LAYER, *OUTPUT)}
+
+
+class Detail(NamedTuple):
+    """How much is shown of what could be."""
+
+    numbers: int  # of all taps that are written out, twice; of more, the first rows
+    additions: int  # to an element that are listed
+    pixels: int  # across a picture
+
+
+class Link(NamedTuple):
+    """A place on the page, and its name as the stop that links to it writes it."""
+
+    to: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A matrix, or one of several side by side."""
+
+    image: str
+    width: int  # pixels
+    height: int
+    rows: Sequence[str]
+    columns: Sequence[str]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A tensor as one implementation has it, and the lines that compute it."""
+
+    path: str
+    lines: list[Line]
+    code: str  # what to type to see the tensor
+    pictures: list[Picture]
+    numbers: list[str]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An addition in words and numbers."""
+
+    source: str  # the derivative that it comes from
+    gradient: float | None  # its number; None where it comes from several elements
+    looks: str  # in attention: which token looks at which
+    factor: str  # what local_grad is, where it is the other factor of a product
+    addition: Addition
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one consumer contributes to a derivative."""
+
+    link: Link
+    pictures: list[Picture]
+    count: int  # additions to the element that is followed
+    value: float  # what they come to there
+    largest: float
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What a backward pass says about itself."""
+
+    function: str
+    equation: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Element:
+    """The element of a tensor whose number is followed."""
+
+    place: Place
+    at: str
+    scalar: float
+    vectorized: float
+    formula: str
+    operands: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A tensor that stands beside that of a stop."""
+
+    id: str  # where links to it lead, or nothing
+    title: str
+    pictures: list[Picture]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A tensor in its place on the way from token to loss, or back."""
+
+    id: str
+    kind: str  # "forward", "backward" or "home"
+    layer: str  # "layer 0", or nothing
+    name: str
+    of: str  # the name without the d of a derivative
+    words: str
+    equation: str
+    letters: str
+    shape: str
+    sides: list[Side]
+    scale: float
+    apart: float
+    element: Element
+    before: list[Link]  # what it is computed from
+    after: list[Link]  # what is computed from it
+    beside: list[Shown]
+    used_in: list[str] = field(default_factory=list)  # of a derivative: equations with its tensor
+    parts: list[Part] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+    left_out: int = 0
+    inside: str = ""  # what `value` is where it is not yet a tap
+    why: list[Reason] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One element of dk as a sum in both implementations, and dk of its head as a product."""
+
+    stop: Stop
+    head: int
+    u: int
+    d: int  # the channel within the head
+    products: list[tuple[int, float, float]]  # t, dscores and q_heads
+    factors: list[Picture]  # dscores transposed, q_heads, and their product
+
+
+class Stops:
+    """All stops of a document, in the order of the way.
+
+    detail    how much is shown
+    """
+
+    def __init__(self, document: Document) -> None:
+        self.document, self.config = document, document.config
+        self.table, self.params, self.users = document.table, document.params, document.users
+        self.scalar, self.vectorized, self.after = (
+            document.scalar,
+            document.vectorized,
+            document.after,
+        )
+        self.short = frozenset(map(short, self.table))
+        self.sources = Source("scalar/model.py"), Source("vectorized/model.py")
+        self.links = {name: f"text-{name}" for source in self.sources for name in source.functions}
+        self._behind = [cache(source.behind) for source in self.sources]
+        self._line = [
+            cache(partial(source.highlighted, links=self.links)) for source in self.sources
+        ]
+        self.count = sum(self.scalar[f"forward/{name}"].size for name in self.table)
+        self.detail = Detail(self.count, 16, LARGEST)
+
+    def __iter__(self) -> Iterator[Stop]:
+        """The way from the token to the loss, and back again to the parameters."""
+        for name in self.table:
+            yield self._forward(name)
+        for name in reversed(self.table):
+            yield self._backward(name)
+            for param in self._settled(name):
+                yield self._home(param)
+
+    def _settled(self, tap: str) -> list[str]:
+        """The parameters whose gradient is whole once that of a tap is known."""
+        return [name for name in reversed(self.params) if self.users[name][0] == tap]
+
+    # --- the three kinds of stops ---
+
+    def _forward(self, name: str) -> Stop:
+        key, tap = f"forward/{name}", self.table[name]
+        beside = []
+        if self.after:
+            after, change = self.after[key], self.after[key] - self.vectorized[key]
+            beside = [self._shown(key, "after the update", after),
+                      self._shown(key, "the change", change)]  # fmt: skip
+        return self._stop(
+            name, "forward", key, "tap", "tap",
+            equation=f"{short(name)} = {self._equation(name)}",
+            before=[self._link(operand, name) for operand in tap.operands],
+            after=[self._link(user, name) for user in self.users[name]],
+            beside=beside,
+        )  # fmt: skip
+
+    def _backward(self, name: str) -> Stop:
+        consumed = [] if self.users[name] else [f"d{name} = 1: the loss rises by 1 when it does"]
+        return self._stop(
+            name, "backward", f"backward/d{name}", "uses", "dtap",
+            equation="".join(consumed),
+            after=[self._link(operand, name, "d") for operand in self.table[name].operands],
+        )  # fmt: skip
+
+    def _home(self, name: str) -> Stop:
+        tree = "dw" if layer_of(name) else "dparams"
+        beside = [
+            self._shown(f"entry/{name}", "the weights", self.vectorized[f"entry/{name}"], name)
+        ]
+        if self.after:
+            before, after = (step[f"entry/{name}"] for step in (self.vectorized, self.after))
+            beside += [
+                self._shown(f"adam_m/{name}", "m after the step", self.after[f"adam_m/{name}"]),
+                self._shown(f"adam_v/{name}", "v after the step", self.after[f"adam_v/{name}"]),
+                self._shown(f"update/{name}", "the update", after - before),
+                self._shown(f"params/{name}", "the weights after it", after),
+            ]
+        return self._stop(name, "home", f"gradient/d{name}", "uses", tree, beside=beside)
+
+    # --- what they consist of ---
+
+    def _stop(
+        self,
+        name: str,
+        kind: str,
+        key: str,
+        ours: str,
+        theirs: str,
+        equation: str = "",
+        before: Sequence[Link] = (),
+        after: Sequence[Link] = (),
+        beside: Sequence[Shown] = (),
+    ) -> Stop:
+        """A stop; that of a derivative with all that it comes from."""
+        tensors, d = (self.scalar[key], self.vectorized[key]), "" if kind == "forward" else "d"
+        scale = max(float(np.abs(tensor).max()) for tensor in tensors)
+        numbers, codes = self._lines(name, ours, theirs), self._codes(name, kind)
+        sides = [
+            Side(
+                self.sources[i].path,
+                [line for n in numbers[i] for line in self._line[i]((n,))],
+                codes[i],
+                self._pictures(key, tensor, scale),
+                self._numbers(key, tensor, lists=i == 0),
+            )
+            for i, tensor in enumerate(tensors)
+        ]
+        stop = Stop(
+            id=d + name,
+            kind=kind,
+            layer=layer_of(name).replace("layer", "layer ").removesuffix("."),
+            name=d + short(name),
+            of=short(name),
+            words=self._words(name),
+            equation=equation,
+            letters=f"({', '.join(axes_of(name))})",
+            shape=in_words(name, tensors[0].shape),
+            sides=sides,
+            scale=scale,
+            apart=float(np.abs(tensors[0] - tensors[1]).max()),
+            element=self._element(key, name),
+            before=list(before),
+            after=list(after),
+            beside=list(beside),
+        )
+        return self._with_terms(stop, key, name) if d else stop
+
+    def _with_terms(self, stop: Stop, key: str, name: str) -> Stop:
+        """The stop of a derivative, with the additions that it is made of."""
+        users, place = self.users[name], stop.element.place
+        found = self.document.additions.one[place]
+        most = self.detail.additions
+        kept = found if len(found) <= most else found[: most - 1]
+        parts = [
+            Part(
+                self._link(user, name, "d"),
+                self._pictures(key, tensor, stop.scale),
+                sum(one.source.name == user for one in found),
+                sum(one.product for one in found if one.source.name == user),
+                float(np.abs(tensor).max()),
+            )
+            for user, tensor in self.document.additions.parts[name].items()
+        ]
+        return replace(
+            stop,
+            before=[self._link(user, name, "d") for user in users],
+            used_in=[f"{self._link(user, name).text} = {self._equation(user)}" for user in users],
+            parts=parts,
+            terms=[self._term(one, name) for one in kept],
+            left_out=len(found) - len(kept),
+            inside=", ".join(filter(None, (INSIDE.get(self.table[x].operation) for x in users))),
+            why=self._why(name),
+        )
+
+    def _term(self, one: Addition, name: str) -> Term:
+        name_of, at = one.source
+        letters, looks = self.document.letters(), ""
+        if "U" in axes_of(name_of) and ALL not in at:
+            looks = f"{letters[at[2]]} looks at {letters[at[3]]}"
+        return Term(
+            source=self._written(one.source, name, "d"),
+            gradient=float(self.scalar[f"backward/d{name_of}"][at])
+            if one.share is not None
+            else None,
+            looks=looks,
+            factor=self._written(one.factor, name) if one.factor else "",
+            addition=one,
+        )
+
+    def _words(self, name: str) -> str:
+        """What the sources say about a tap: the comment above it, as a sentence."""
+        place = self.sources[0].keeping("tap", short(name))
+        words = self.sources[0].comment_above(*place) if place else ""
+        return f"{words[0].upper()}{words[1:]}." if words else ""
+
+    def _equation(self, name: str) -> str:
+        """How a tap is computed, with its operands by their names in this model."""
+        equation = self.table[name].equation
+        for operand, general in zip(self.table[name].operands, GENERAL.get(short(name), ())):
+            equation = re.sub(rf"\b{general}\b", self._link(operand, name).text, equation)
+        return equation.replace("activation(", f"{self.config.activation}(")
+
+    def _why(self, name: str) -> list[Reason]:
+        """What the backward passes say of themselves that make a derivative: those of the functions
+        that its tensor goes into, or the one in which it is kept."""
+        right = self.sources[1]
+        uses = [(user.function, i) for user, i in consumers(self.config)[name]]
+        found = [f"{function}_backward" for function, i in uses if function and i != RESIDUAL]
+        kept = [right.keeping(tree, short(name)) for tree in ("dtap", "dw", "dparams")]
+        found = found or [place[0] for place in kept if place]
+        return [
+            Reason(function, right.equation(function), right.words_of(function))
+            for function in dict.fromkeys(found)
+            if right.words_of(function).startswith("forward:")
+        ]
+
+    def _lines(self, name: str, ours: str, theirs: str) -> tuple[list[int], list[int]]:
+        """The lines of both texts; for a derivative, those of scalar that use the tap."""
+        left, right = self._behind
+        users = {short(user) for user in self.users[name]} if ours == "uses" else set()
+        numbers = {n for user in users or {short(name)} for n in left("tap", user, self.short)}
+        return sorted(numbers), right(theirs, short(name), self.short)
+
+    def _codes(self, name: str, kind: str) -> tuple[str, str]:
+        """How to get at a tensor in each text."""
+        layer = layer_of(name).removeprefix("layer").removesuffix(".")
+        tree = "params" if kind == "home" else "tap"
+        path = f"{tree}.layers[{layer}].{short(name)}" if layer else f"{tree}.{short(name)}"
+        field = "data" if kind == "forward" else "grad"
+        ours = f"{'loss' if name == 'loss' else path}, .{field} of every Value"
+        return ours, path if kind == "forward" else f"d{path}"
+
+    # --- the element that is followed ---
+
+    def _element(self, key: str, name: str) -> Element:
+        place, d = self.document.followed(name), "" if key.startswith("forward") else "d"
+        behind = expression(self.document.case, self.document.number, key, place.at, self.scalar)
+        return Element(
+            place=place,
+            at=self._written(place, name, d),
+            scalar=float(self.scalar[key][place.at]),
+            vectorized=float(self.vectorized[key][place.at]),
+            formula=self._named(behind.formula) if behind else "",
+            operands={self._named(k): _operand(x) for k, x in behind.operands.items()}
+            if behind
+            else {},
+        )
+
+    # --- names ---
+
+    def _link(self, name: str, of: str, d: str = "") -> Link:
+        """A link to a tensor or its derivative, from the stop of another."""
+        return Link(d + name, d + name.removeprefix(self._unsaid(name, of)))
+
+    def _written(self, place: Place, of: str, d: str = "") -> str:
+        """An element, as the stop of another tensor names it."""
+        return d + place.written(self._unsaid(place.name, of))
+
+    def _unsaid(self, name: str, of: str) -> str:
+        """The layer in a name, where it is the same layer, or the only one."""
+        layer = layer_of(name)
+        return layer if self.config.n_layer == 1 or layer == layer_of(of) else ""
+
+    def _named(self, words: str) -> str:
+        """A formula without its layer, where there is only one."""
+        return words.replace("layer0.", "") if self.config.n_layer == 1 else words
+
+    def legend(self) -> list[tuple[str, str, int]]:
+        """The letters of shapes, what each counts, and how many of them there are here."""
+        n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.document.tokens) - 1)
+        n["D"] = self.config.head_dim
+        return [
+            (letter, words + MORE.get(letter, ""), n[letter])
+            for letter, (_, words) in LETTERS.items()
+        ]
+
+    # --- pictures and numbers ---
+
+    def _shown(self, key: str, title: str, tensor: Array, anchor: str = "") -> Shown:
+        scale = float(np.abs(tensor).max())
+        return Shown(anchor, title, self._pictures(key, tensor, scale), scale)
+
+    def _labels(self, letter: str, n: int) -> list[str]:
+        if letter in ("T", "U"):
+            return self.document.letters()[:n]
+        if letter == "V" and n <= 64:
+            return [self.document.token(i) for i in range(n)]
+        return [str(i) for i in range(n)] if letter == "block_size" and n <= 32 else []
+
+    def _pictures(self, key: str, tensor: Array, scale: float) -> list[Picture]:
+        """One matrix, or one for each head; what has no rows is one row."""
+        axes = axes_of_key(key)
+        if not axes:
+            return []
+        there = real(key, tensor.shape, self.vectorized["batch/tokens"])
+        if axes[0] == "B":
+            axes, tensor, there = axes[1:], tensor[0], there[0]
+        if len(axes) == 1:
+            axes, tensor, there = ("", *axes), tensor[None], there[None]
+        if axes[0] != "H":
+            return [self._picture(tensor, scale, axes, there)]
+        return [
+            self._picture(matrix, scale, axes[1:], mask, f"head {h}")
+            for h, (matrix, mask) in enumerate(zip(tensor, there))
+        ]
+
+    def _picture(
+        self,
+        matrix: Array,
+        scale: float,
+        axes: Sequence[str],
+        there: Array | None = None,
+        title: str = "",
+    ) -> Picture:
+        rows, columns = matrix.shape
+        labels = self._labels(axes[0], rows), self._labels(axes[1], columns)
+        height = 20 if labels[0] or rows == 1 else max(3, min(12, 220 // rows))
+        width = 22 if title else max(3, min(20, 560 // columns))
+        size = width * columns, height * rows
+        return Picture(heat(matrix, scale, there, self.detail.pixels), *size, *labels, title)
+
+    def _numbers(self, key: str, tensor: Array, lists: bool) -> list[str]:
+        """The numbers in rows; those of parameters are too many."""
+        if key.startswith("gradient"):
+            return []
+        most = min(1.0, self.detail.numbers / self.count) * tensor.size
+        return rows(tensor, axes_of_key(key), self.document.letters()[:-1], lists, most)
+
+    # --- the example at the head of the page ---
+
+    def example(self, stop: Stop) -> Example:
+        """One element of dk as a sum of products, and dk of its head as one matrix product."""
+        _, u, c = stop.element.place.at
+        D = self.config.head_dim
+        h, d, name = c // D, c % D, layer_of(stop.id[1:])
+        dscores = self.vectorized[f"backward/d{name}attn_logits"][0, h] / D**0.5
+        q = self.vectorized[f"forward/{name}q"][0, :, h * D : (h + 1) * D]
+        factors = [(f"dscores of head {h}, transposed", dscores.T, ("U", "T")),
+                   (f"q of head {h}", q, ("T", "D")),
+                   (f"dk of head {h}", dscores.T @ q, ("U", "D"))]  # fmt: skip
+        return Example(
+            stop, h, u, d,
+            [(t, float(dscores[t, u]), float(q[t, d])) for t in range(u, len(q))],
+            [self._picture(x, float(np.abs(x).max()), axes, None, title)
+             for title, x, axes in factors],
+        )  # fmt: skip
+
+    # --- the map of the way, and the texts ---
+
+    def groups(self) -> list[tuple[str, list[tuple[Link, Link, list[Link]]]]]:
+        """The taps by the function that computes them: each with its derivative, and with the
+        gradients of parameters that are computed from the derivative."""
+        found: dict[str, list[tuple[Link, Link, list[Link]]]] = {}
+        place = "embedding"
+        for name, tap in self.table.items():
+            layer = layer_of(name).replace("layer", "layer ").removesuffix(".")
+            place = layer or ("output" if place.startswith("layer") else place)
+            homes = [Link(f"d{param}", f"d{short(param)}") for param in self._settled(name)]
+            links = Link(name, short(name)), Link(f"d{name}", f"d{short(name)}"), homes
+            found.setdefault(f"{place}: {tap.within}", []).append(links)
+        return list(found.items())
+
+    def texts(self) -> list[Text]:
+        """Both models function by function, with links from names to their stops."""
+        links = dict(self.links)
+        for name in (*self.table, *self.params):
+            if layer_of(name) in ("", "layer0."):
+                trees = ("dtap", "dtap_i") if name in self.table else ("dw", "dparams")
+                links |= {f"{tree}.{short(name)}": f"d{name}" for tree in trees}
+                if name in self.table:
+                    links[f"tap.{short(name)}"] = name
+        return texts(*self.sources, Source("scalar/value.py"), links)
+
+
+def short(name: str) -> str:
+    """A name without its layer."""
+    return name.rpartition(".")[2]
+
+
+def layer_of(name: str) -> str:
+    """The layer in a name, `layer0.`, or nothing."""
+    return "".join(name.rpartition(".")[:2])
+
+
+def in_words(name: str, shape: Sequence[int]) -> str:
+    """A shape as how many there are of what."""
+    words = [(n, *LETTERS[letter]) for letter, n in zip(axes_of(name), shape)]
+    parts = [f"{n:,} {one if n == 1 else several}" for n, one, several in words]
+    return " x ".join(parts) or "a single number"
+
+
+def _operand(numbers: Any) -> str:
+    """The numbers that an expression takes, up to 16 of them."""
+    if not np.ndim(numbers):
+        return f"{float(numbers):.5g}"
+    flat = np.asarray(numbers).reshape(-1)
+    text = "  ".join(f"{x:.4g}" for x in flat[:16])
+    return text if len(flat) <= 16 else f"{text}  .. ({len(flat)} numbers)"
