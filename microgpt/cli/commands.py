@@ -50,7 +50,7 @@ def train(options: argparse.Namespace) -> int:
         from microgpt.train import follow
 
         follow(ranks)
-        return 0
+    return 0
 
 
 def _lead(options: argparse.Namespace, ranks: Alone) -> int:
