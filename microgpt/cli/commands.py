@@ -50,7 +50,7 @@ def train(options: argparse.Namespace) -> int:
         from microgpt.train import follow
 
         follow(ranks)
-        return 0
+    return 0
 
 
 def _lead(options: argparse.Namespace, ranks: Alone) -> int:
@@ -607,7 +607,9 @@ def _add_bench(commands: Any) -> None:
         help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
     )
     command.add_argument(
-        "--cores", metavar="N", help="time vectorized on N ranks as well (default: 2, with MPI)"
+        "--cores",
+        metavar="N",
+        help="time vectorized on N ranks as well (default: 2, with MPI and two cores)",
     )
     command.add_argument(
         "--against",
