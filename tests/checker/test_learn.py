@@ -94,22 +94,26 @@ def said(verdict: Verdict) -> str:
     return re.sub(r"\s+", " ", " ".join(verdict.report))
 
 
+@cache
+def dumped(source: str, name: str) -> str:
+    """A function or method of a source, without comments and layout."""
+    return ast.dump(node_of(parsed(source), name))
+
+
+parsed = cache(ast.parse)
+
+
 def defects() -> Iterator[tuple[Exercise, str, str, str]]:
     """The named defects of functions that exercises are about: what is planted, what is said."""
     for defect in load_defects():
         files = {patch.file for patch in defect.patches}
-        text = faulty = source_text(min(files)) if len(files) == 1 else ""
+        about = [exercise for exercise in FUNCTIONS if files == {exercise.source}]
+        text = faulty = source_text(min(files)) if about else ""
         for patch in defect.patches:
             faulty = faulty.replace(patch.old, patch.new)
-        for exercise in FUNCTIONS:
-            if files == {exercise.source}:
-                before, after = ast.parse(text), ast.parse(faulty)
-                same = [
-                    ast.dump(node_of(before, name)) == ast.dump(node_of(after, name))
-                    for name in exercise.functions
-                ]
-                if not all(same):
-                    yield exercise, defect.name, faulty, defect.says
+        for exercise in about:
+            if any(dumped(text, name) != dumped(faulty, name) for name in exercise.functions):
+                yield exercise, defect.name, faulty, defect.says
 
 
 DEFECTS = list(defects())
