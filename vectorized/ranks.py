@@ -36,9 +36,10 @@ class Sums:
     def __init__(self, comm: Comm, numbers: int, dtype: Any) -> None:
         self.comm = comm
         slices = comm.size, -(-numbers // comm.size)
-        self.slices = np.zeros(slices, dtype)  # untouched pages take no memory
+        self.slices = np.zeros(slices, dtype)
         self.grads: Array = self.slices.reshape(-1)[:numbers]  # (P,)
-        self.received = np.zeros(slices, dtype)  # this rank's slice, of every rank
+        if comm.size > 1:
+            self.received = np.zeros(slices, dtype)  # this rank's slice, of every rank
 
     def loss(self, own: float) -> float:
         """The sum of the losses of all ranks."""

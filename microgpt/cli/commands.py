@@ -450,8 +450,10 @@ def _cores(options: argparse.Namespace) -> int:
     elif options.cores or not options.out:
         return typed_flag("cores", options.cores or "1")
     else:
-        from microgpt.runs.checkpoint import load_checkpoint
+        from microgpt.runs.checkpoint import FILE_NAME, load_checkpoint
 
+        if not (options.out / FILE_NAME).is_file():
+            return 1  # resumed_run refuses
         config = load_checkpoint(options.out).config
     check_backend(options.backend, config)
     return config.cores

@@ -20,6 +20,7 @@ from microgpt.errors import MicrogptError
 from microgpt.runs import launch
 
 AWAKE, NAP = 0.0003, 0.01  # seconds of polling before the first nap, and of the longest nap
+LAST_WORDS = 0.3  # seconds for mpiexec to pass on what was printed: after an abort it does not
 BEAT, MISSING = 1.0, 10  # seconds between signs of life, and how many of them may be missing
 
 
@@ -186,6 +187,7 @@ class World(Alone):
         if status:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
+            sleep(LAST_WORDS)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
             self.comm.Abort(status)
         self._wait(self.comm.Ibarrier())  # for rank 0, which has more to do than the others

@@ -783,7 +783,7 @@ BEFOREHAND = """microgpt.cli.commands crosscheck.__main__ crosscheck.traces micr
 microgpt.cli.report microgpt.pages.run_report microgpt.runs.directory
 vectorized.backend scalar.backend microgpt.evaluate encodings.idna
 encodings.utf_8_sig encodings.unicode_escape yaml safetensors.numpy
-multiprocessing.context filelock decimal"""
+multiprocessing.context filelock decimal shlex"""
 
 
 @posix
