@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
+    """`microgpt train`: 0 at the end, 128 plus the number of a signal that ended training early."""
     ranks = joined()
     if ranks is ALONE and (cores := _cores(options)) > 1:
         return launch(cores, options.arguments)
@@ -442,7 +442,7 @@ def _resumed(options: argparse.Namespace, ranks: Alone) -> Run:
 
 
 def _cores(options: argparse.Namespace) -> int:
-    """How many ranks the run is to have."""
+    """How many ranks the options, the configuration or the checkpoint ask for."""
     from microgpt.backend import check_backend
 
     if not options.resume:
@@ -607,9 +607,7 @@ def _add_bench(commands: Any) -> None:
         help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
     )
     command.add_argument(
-        "--cores",
-        metavar="N",
-        help="time vectorized on N ranks as well (default: 2, with MPI and two cores)",
+        "--cores", metavar="N", help="time vectorized on N ranks as well (default: 2, with MPI)"
     )
     command.add_argument(
         "--against",
