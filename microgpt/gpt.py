@@ -96,6 +96,10 @@ class GPT:
         settings = checked({**asdict(load_config(str(config))), **given})
         if "cores" not in fields:  # several processes only where the caller names `cores`
             settings = replace(settings, cores=1)
+        elif settings.cores > 1:
+            raise MicrogptError(
+                "GPT: cores: several are used by the command alone: microgpt train --cores N"
+            )
         texts, settings = _texts(data, settings)
         if settings.documents == "lines" and len(said := cropped(texts, settings.window)) > 1:
             warn(f"{said[0]}; to learn all of it: documents='windows'", stacklevel=2)

@@ -138,8 +138,8 @@ def bench(
     dtypes           of vectorized; torch, and vectorized on several ranks, use the last of them
     torch_threads    None leaves the number of threads to PyTorch
 
-    scalar and programs take part with a batch of one, scalar only if such a step takes seconds (see
-    SCALAR_WORK); vectorized takes part again on several ranks, where each has a document.
+    scalar and programs take part with a batch of one, scalar only if such a step takes seconds
+    (see SCALAR_WORK); vectorized takes part again on several ranks, where each has a document.
     Raises MicrogptError if an opponent is unknown or ends too early, or if a loss is not
     finite.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 MAIN = "from microgpt.__main__ import main; sys.exit(main())"
 
 SAID = "microgpt: error: "
+LAST_WORDS = 0.3  # seconds in which mpiexec passes on what a rank has printed, before all end
 
 
 def told(names: Sequence[str]) -> int | None:
@@ -58,6 +60,7 @@ def _outlive(rank: int) -> None:
         f" {-status}{memory}; go on from the last checkpoint with --resume"
     )
     os.write(2, f"{SAID}{said}\n".encode())
+    time.sleep(LAST_WORDS)
     if "PMI_FD" in os.environ:  # the way of MPICH to end all ranks without further comment
         os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=2\n")
         signal.pause()

@@ -20,7 +20,6 @@ from microgpt.errors import MicrogptError
 from microgpt.runs import launch
 
 AWAKE, NAP = 0.0003, 0.01  # seconds of polling before the first nap, and of the longest nap
-LAST_WORDS = 0.3  # seconds for mpiexec to pass on what was printed: after an abort it does not
 BEAT, MISSING = 1.0, 10  # seconds between signs of life, and how many of them may be missing
 
 
@@ -187,7 +186,7 @@ class World(Alone):
         if status:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
-            sleep(LAST_WORDS)
+            sleep(launch.LAST_WORDS)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
             self.comm.Abort(status)
         self._wait(self.comm.Ibarrier())  # for rank 0, which has more to do than the others
@@ -227,7 +226,8 @@ class World(Alone):
                 self._fail(f"the parent of {self.names[self.rank]} was killed")
             for other in self._signs_of_life():
                 missing[other] = 0
-            lost = [other for other in others if missing[other] > MISSING + self.rank]
+            patience = MISSING + 3 * self.rank  # of several ranks that miss rank 0, one says so
+            lost = [other for other in others if missing[other] > patience]
             if lost:
                 self._fail(
                     f"{self.names[lost[0]]} gives no sign of life: it was stopped, or its machine"
