@@ -148,7 +148,7 @@ def command_of(ranks: int, program: str, *arguments: str) -> list[str]:
 
 
 def mpiexec() -> str | None:
-    """The mpiexec of this Python, or else the first on the path; None without MPI, or on Windows."""
+    """The mpiexec of this Python, or else the first on the path; None: no MPI, or Windows."""
     import shutil
     import sysconfig
     from importlib.util import find_spec
