@@ -134,10 +134,10 @@ def command_of(ranks: int, program: str, *arguments: str) -> list[str]:
 
     Raises MicrogptError if MPI is not installed.
     """
-    if sys.platform == "win32":
+    if sys.platform == "win32":  # which cannot hand open files on to ranks
         raise MicrogptError(
-            f"--cores {ranks}: on Windows mpiexec starts the ranks: mpiexec -n {ranks} microgpt .."
-            " without --cores; or use --cores 1"
+            f"--cores {ranks}: on Windows type mpiexec -n {ranks} before the command and leave"
+            " --cores out; or use --cores 1"
         )
     found = mpiexec()
     if not found:
@@ -151,13 +151,14 @@ def command_of(ranks: int, program: str, *arguments: str) -> list[str]:
 
 
 def mpiexec() -> str | None:
-    """The mpiexec of this Python, or else the first on the path; None if MPI is not installed."""
+    """The mpiexec of this Python, or else the first on the path; None: no MPI, or Windows."""
     import shutil
     import sysconfig
     from importlib.util import find_spec
 
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    return shutil.which("mpiexec", path=path) if find_spec("mpi4py") else None
+    usable = sys.platform != "win32" and find_spec("mpi4py")
+    return shutil.which("mpiexec", path=path) if usable else None
 
 
 def _copy(file: int) -> int:
