@@ -223,14 +223,17 @@ def _names_apart(one: Input, found: Mapping[str, Array]) -> str:
     """Which gradients are missing, and which names no parameter has; "" if all is there."""
     missing = [name.removeprefix("d") for name in one.wanted if name not in found]
     unknown = [name.removeprefix("d") for name in found if name not in one.wanted]
+    if missing and {f"d{name}" for name in missing} <= {*unknown}:
+        return (
+            f"calls its gradients {_listed(unknown)}; their keys are to be the names of the"
+            f" parameters: {_listed(missing)}"
+        )
     words = []
     if missing:
         words.append(f"gives no gradient of {_listed(missing)}")
     if unknown:
-        verb = "its keys hold" if missing else "gives a gradient of"
-        words.append(f"{verb} {_listed(unknown)}, which no parameter is called")
-    if missing and {f"d{name}" for name in missing} <= {*unknown}:
-        words.append("the keys are the names of the parameters, without the d")
+        verb = "and has the keys" if missing else "gives a gradient of"
+        words.append(f"{verb} {_listed(unknown)}, which are no parameters")
     return "; ".join(words)
 
 

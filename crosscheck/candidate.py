@@ -1,8 +1,9 @@
-"""A candidate: functions of the text as somebody else wrote them, loaded and put in place.
+"""A candidate: a learner's own versions of the text's functions, loaded and put in place.
 
-Each stands under the name and signature that it has in vectorized/ or scalar/. In its place it gets
-what the text hands over, and what it gives back becomes arrays again. What it does besides is told
-in words: its own line, and none of ours.
+Each has the name and the arguments that it has in vectorized/ or scalar/. It is called with what
+the text hands over, and its results are made arrays again. An exception, a time limit, an input
+that is written to, an answer taken from this project: each is told in words with the candidate's
+own line, and no traceback shows lines of this project.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ USERS = {  # modules that use the text as it stands; what is recorded keeps ours
     "vectorized": (*TEXTS["vectorized"], "vectorized.backend"),
     "scalar": (*TEXTS["scalar"], "scalar.value", "scalar.backend"),
 }
-# of these, what a candidate has is taken for its own helper
+# functions of the text that are not checked; a candidate's of that name is its own helper
 HELPERS = {"total", "mean", "split_heads", "merge_heads", "causal_mask", "empty_caches", "fortran"}
 HELPERS |= {"choose", "draw", "dot"}
 WHOLE = ("loss_and_grads", "Backend")
@@ -77,11 +78,11 @@ RESULTS = {  # what a function returns, by name; the others return nothing, or n
 }
 UNDONE = "is not attempted"
 IMPORT = 10  # times the limit of a call: libraries are imported with it
-GRACE = 2.0  # seconds in which what loops may notice that it is told to stop
-DEEPEST = 5000  # calls within calls: recursion along a graph is how most people write it
+GRACE = 2.0  # seconds after the time limit until the process is ended
+DEEPEST = 5000  # calls within calls; a `backward` that recurses along the graph needs many
 
 
-class Told(BaseException):  # not an Exception: no error of ours, and not to be caught by the text
+class Told(BaseException):  # no Exception, so that nothing in the text catches it
     """What a candidate's function did, in words, and its own line."""
 
     def __init__(self, function: str, words: str, line: str = "") -> None:
@@ -108,7 +109,7 @@ class Candidate:
     functions: dict[str, Any]  # attempted, in the order of the text
     stubs: list[str]  # there, and not attempted
     absent: list[str]
-    unknown: dict[str, str]  # names that nobody knows, and the nearest that there is
+    unknown: dict[str, str]  # names that the text does not have, and the nearest that it has
     seed: int  # of what is drawn: another text, other numbers
     time_limit: float = 5.0
     calls: Counter[str] = field(default_factory=Counter)
@@ -124,7 +125,7 @@ class Candidate:
         return next((name for name in WHOLE if name in self.functions), "")
 
     def describe(self) -> str:
-        """What was found, what is not attempted, which names nobody knows."""
+        """What was found, what is not attempted, which names the text does not have."""
         found = [f"{self.path.name} has {', '.join(self.functions) or 'nothing written yet'}"]
         if self.parts:
             found.append(f"and beside it {', '.join(self.parts)}")
@@ -318,8 +319,8 @@ def _ours(x: Any) -> bool:
 def _imported(path: Path, file: Path, time_limit: float) -> ModuleType:
     """The module of a candidate, imported under a name of its own."""
     name = f"candidate_{path.stem}"
-    places = [str(path)] if path.is_dir() else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=places)
+    folders = [str(path)] if path.is_dir() else None
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
     if spec is None or spec.loader is None:
         raise MicrogptError(f"{printable(str(path))} is not Python; expected a name in .py")
     module = importlib.util.module_from_spec(spec)
@@ -352,6 +353,8 @@ def _is_stub(x: Any) -> bool:
     except (OSError, TypeError, SyntaxError):
         return False
     body = [one for one in getattr(node, "body", []) if not _is_constant(one)]
+    if isinstance(node, ast.ClassDef) and node.bases:
+        return False
     if not body or all(isinstance(one, ast.Pass) for one in body):
         return True
     return len(body) == 1 and isinstance(body[0], ast.Raise) and _is_undone(body[0].exc)
@@ -541,11 +544,11 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
 
 @contextmanager
 def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
-    """Raises Told at the end if the first call of a function had its answer from ours."""
+    """Raises Told if the first call of a function takes its answer from this project."""
     if candidate.calls[name] > 1 or name == "Value" or sys.getprofile():
         yield
         return
-    answer: list[tuple[str, str]] = []  # what was called, and the candidate's line
+    told: list[Told] = []
 
     def heard(frame: Any, event: str, _: Any) -> None:
         home = str(frame.f_globals.get("__name__", ""))
@@ -554,19 +557,21 @@ def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
         line = _own_line(candidate, frame)
         if home.startswith("crosscheck") and not line:
             return  # what calls the candidate, and not what the candidate calls
+        called = frame.f_code.co_name
         if _is_answer(candidate, name, home, frame.f_code):
-            answer.append((f"{home}.{frame.f_code.co_name}", line))
-        elif candidate.whole and home in TEXTS["vectorized"] and frame.f_code.co_name[0] != "<":
-            candidate.borrowed.setdefault(frame.f_code.co_name, home)
+            words = f"has its answer from {home}.{called}; it is to compute that itself"
+            told.append(Told(name, words, line))
+            raise told[0]
+        if candidate.whole and home in TEXTS["vectorized"] and called[0] != "<":
+            candidate.borrowed.setdefault(called, home)
 
     sys.setprofile(heard)
     try:
         yield
     finally:
         sys.setprofile(None)
-    if answer:
-        called, line = answer[0]
-        raise Told(name, f"has its answer from {called}; it is to compute that itself", line)
+    if told:  # and the candidate has caught it
+        raise told[0]
 
 
 def _is_answer(candidate: Candidate, name: str, home: str, code: Any) -> bool:
@@ -641,7 +646,7 @@ def _words(error: BaseException) -> str:
 
 
 def as_our_array(x: Any) -> Any:
-    """An array from what somebody calls one: NumPy's, PyTorch's, JAX's, or lists of numbers.
+    """The array of NumPy's that holds what an array of NumPy, PyTorch or JAX, or a list, holds.
 
     Raises ValueError for anything else.
     """

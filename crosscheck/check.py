@@ -140,7 +140,8 @@ def _parts(candidate: Candidate, verdict: Verdict, whole: Wrong | None, hint: in
     wrong, the first part that is wrong is likely to be the cause.
     """
     only = replace(candidate, functions=candidate.parts, parts={})
-    given = inputs([name for name in only.functions if name in RESULTS], candidate.seed)
+    names = [name for name in only.functions if name in RESULTS]
+    given = inputs(names, candidate.seed) if names else {}
     others: list[str] = []
     faulty: Wrong | None = None
     for name, own in given.items():
@@ -183,6 +184,7 @@ def _plain(wrong: Wrong) -> dict[str, Any]:
 
 
 def report_told(told: Told) -> list[str]:
+    """The report on what a function did besides computing numbers."""
     first, *rest = told.words.split("\n")
     lines = ["", *wrapped(f"{told.function} {first}")]
     for words in rest:
@@ -247,7 +249,8 @@ def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[
         wrong = next((k for k, words in verdict.functions.items() if words == "wrong"), "it")
         right = [k for k, words in verdict.functions.items() if words.startswith("right")]
         before = f"right: {', '.join(right)} {took}" if right else took
-        more = " --hint" * (hint + 1) if hint < 2 and verdict.fields.get("exceeding") else ""
+        there = verdict.fields.get("exceeding") and wrong != "Value"
+        more = " --hint" * (hint + 1) if hint < 2 and there else ""
         words = f"mend {wrong}, and type it again" if not more else f"for a hint about {wrong}"
         return ["", *wrapped(before), f"{words}:", f"  {again}{more}"]
     done = [name for name, words in verdict.functions.items() if words == "right"]

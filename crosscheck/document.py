@@ -12,6 +12,7 @@ from crosscheck.cases import Case
 from crosscheck.trace import Step, padded_tokens, real, suited
 from microgpt.backend import Backend, State, load_backend
 from microgpt.errors import MicrogptError
+from microgpt.pages.pictures import label
 from microgpt.runs.checkpoint import not_finite
 from microgpt.taps import axes_of, consumers, params, taps
 from microgpt.train import learning_rate
@@ -114,8 +115,7 @@ class Document:
         tokenizer = self.case.tokenizer
         if i in (tokenizer.bos, tokenizer.eos):
             return "BOS" if i == tokenizer.bos else "EOS"
-        char = tokenizer.decode([i])
-        return char if char.isprintable() and char.strip() else f"U+{ord(char):04X}"
+        return label(tokenizer.decode([i]))
 
     def letters(self) -> list[str]:
         """The document's tokens."""

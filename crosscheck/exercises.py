@@ -79,173 +79,193 @@ def _defect(name: str) -> Defect:
     return next(one for one in load_defects() if one.name == name)
 
 
+OPERATIONS = "Value.__add__ Value.__mul__ Value.__pow__ Value.log Value.exp Value.relu Value.tanh"
+SCALAR = (
+    _scalar(
+        "value",
+        "value",
+        OPERATIONS,
+        "A number that remembers how it was made. Each operation returns a new Value: what it"
+        " comes to, what it was made from, and the derivative with respect to each of those.",
+    ),
+    _scalar(
+        "sums",
+        "value",
+        "total mean dot",
+        "Sums as one Value, so that a product of two vectors is one node of the graph and not"
+        " twice as many as they have numbers.",
+    ),
+    _scalar(
+        "backward",
+        "value",
+        "Value.backward",
+        "The chain rule: from the last value that was made to the first, each one hands its"
+        " derivative on to what it was made from. A value that is used twice is handed two.",
+    ),
+    _scalar("linear", "model", "linear", "A matrix times a vector."),
+    _scalar("softmax", "model", "softmax", "Numbers of any size become shares of 1."),
+    _scalar("rmsnorm", "model", "rmsnorm", "A vector is brought to a mean square of 1."),
+    _scalar("activation", "model", "activation", "What makes an MLP more than a product."),
+    _scalar(
+        "attention",
+        "model",
+        "attention",
+        "A position looks back: its query meets the keys of all positions so far, and it takes"
+        " their values in these shares. The lists `keys` and `values` grow by one a position.",
+    ),
+    _scalar("mlp", "model", "mlp", "What each position works out for itself."),
+    _scalar("gpt", "model", "gpt", "One token in, a number for every token that may follow."),
+    _scalar(
+        "loss",
+        "model",
+        "cross_entropy loss",
+        "How surprised the model is by what follows: a mean over positions, and of that a mean"
+        " over documents.",
+    ),
+    _scalar("adam", "adam", "clip adam", "One step downhill, with a memory of earlier ones."),
+    _scalar(
+        "sampling",
+        "sample",
+        "probabilities sample",
+        "Write a document: read a token, draw the next one, and read that.",
+    ),
+)
+TENSORS = (
+    _tensors("linear_forward", "model", "linear_forward", "The product for all positions."),
+    _tensors("softmax_forward", "model", "softmax_forward", "Each row along the last axis."),
+    _tensors("rmsnorm_forward", "model", "rmsnorm_forward", "Each vector of the last axis."),
+    _tensors("activation_forward", "model", "activation_forward", "Each number by itself."),
+    _tensors(
+        "heads",
+        "model",
+        "split_heads merge_heads causal_mask",
+        "What attention needs: the channels cut into heads and put together again, and the mask"
+        " that hides what comes later.",
+    ),
+    _tensors(
+        "attention_forward",
+        "model",
+        "attention_forward",
+        "All positions look back at once. The growing lists become an axis U, and the mask"
+        " stands for what a position cannot see.",
+    ),
+    _tensors("mlp_forward", "model", "mlp_forward", "The MLP of all positions."),
+    _tensors(
+        "gpt_forward",
+        "model",
+        "gpt_forward",
+        "The embedding is a look-up with two axes; the layers follow; tied weights read wte"
+        " once more, as lm_head.",
+    ),
+    _tensors(
+        "loss_forward",
+        "model",
+        "cross_entropy_forward loss_forward",
+        "The loss of a batch. `weights` makes it the mean over documents of the mean over"
+        " positions, and leaves padding out.",
+    ),
+    _tensors(
+        "ragged_batches",
+        "batch",
+        "fill",
+        "Documents of different lengths side by side: tokens, targets, and the weight of every"
+        " position. Padding is token 0 with a weight of 0.",
+    ),
+    _tensors(
+        "cross_entropy_backward",
+        "model",
+        "cross_entropy_backward",
+        "The first derivative on the way back.",
+    ),
+    _tensors(
+        "linear_backward",
+        "model",
+        "linear_backward",
+        "The derivatives with respect to both factors. A weight is used at every position.",
+    ),
+    _tensors(
+        "softmax_backward",
+        "model",
+        "softmax_backward",
+        "When one share rises, the others fall.",
+    ),
+    _tensors(
+        "rmsnorm_backward",
+        "model",
+        "rmsnorm_backward",
+        "Each number is used twice: as a factor, and in the scale of all.",
+    ),
+    _tensors(
+        "activation_backward",
+        "model",
+        "activation_backward",
+        "The slope of the forward function, number by number.",
+    ),
+    _tensors("mlp_backward", "model", "mlp_backward", "The MLP read upside down."),
+    _tensors(
+        "attention_backward",
+        "model",
+        "attention_backward",
+        "Attention read upside down: three paths lead back to its input, and a fourth around.",
+    ),
+    _tensors(
+        "gpt_backward",
+        "model",
+        "gpt_backward",
+        "The model read upside down, to the embedding: a token that occurs twice adds twice,"
+        " wpe is shared by all documents, and tied weights have two gradients to add.",
+    ),
+    _tensors("loss_backward", "model", "loss_backward", "Where the backward pass begins."),
+    _tensors(
+        "adam_in_one_buffer",
+        "adam",
+        "clip adam",
+        "All parameters are one array, and so are the gradients and both memories.",
+    ),
+    _tensors(
+        "sampling_with_a_cache",
+        "sample",
+        "Cache.extend read probabilities sample",
+        "Write a document without reading its beginning again for every token: the keys and"
+        " values of what has been read are kept.",
+    ),
+)
+DEFECTS = (
+    "attention-scaled-by-width",
+    "rmsnorm-backward-sum-for-mean",
+    "gradient-assigned-not-added",
+    "repeated-tokens-once",
+    "adam-eps-inside-root",
+    "value-path-lost",
+    "token-mean-for-document-mean",
+    "tied-gradient-lost",
+    "cached-values-in-front",
+    "residual-gradient-before-the-norm",
+)
+
+
 @cache
 def exercises() -> tuple[Exercise, ...]:
     """All of them, in order."""
-    operations = "__add__ __mul__ __pow__ log exp relu tanh"
-    return (
-        _scalar(
-            "value",
-            "value",
-            " ".join(f"Value.{name}" for name in operations.split()),
-            "A number that remembers how it was made. Each operation returns a new Value: what it"
-            " comes to, what it was made from, and the derivative with respect to each of those.",
-        ),
-        _scalar(
-            "sums",
-            "value",
-            "total mean dot",
-            "Sums as one Value, so that a product of two vectors is one node of the graph and not"
-            " twice as many as they have numbers.",
-        ),
-        _scalar(
-            "backward",
-            "value",
-            "Value.backward",
-            "The chain rule: from the last value that was made to the first, each one hands its"
-            " derivative on to what it was made from. A value that is used twice is handed two.",
-        ),
-        _scalar("linear", "model", "linear", "A matrix times a vector."),
-        _scalar("softmax", "model", "softmax", "Numbers of any size become shares of 1."),
-        _scalar("rmsnorm", "model", "rmsnorm", "A vector is brought to a mean square of 1."),
-        _scalar("activation", "model", "activation", "What makes an MLP more than a product."),
-        _scalar(
-            "attention",
-            "model",
-            "attention",
-            "A position looks back: its query meets the keys of all positions so far, and it takes"
-            " their values in these shares. The lists `keys` and `values` grow by one a position.",
-        ),
-        _scalar("mlp", "model", "mlp", "What each position works out for itself."),
-        _scalar("gpt", "model", "gpt", "One token in, a number for every token that may follow."),
-        _scalar(
-            "loss",
-            "model",
-            "cross_entropy loss",
-            "How surprised the model is by what follows: a mean over positions, and of that a mean"
-            " over documents.",
-        ),
-        _scalar("adam", "adam", "clip adam", "One step downhill, with a memory of earlier ones."),
-        _scalar(
-            "sampling",
-            "sample",
-            "probabilities sample",
-            "Write a document: read a token, draw the next one, and read that.",
-        ),
-        _tensors("linear_forward", "model", "linear_forward", "The product for all positions."),
-        _tensors("softmax_forward", "model", "softmax_forward", "Each row along the last axis."),
-        _tensors("rmsnorm_forward", "model", "rmsnorm_forward", "Each vector of the last axis."),
-        _tensors("activation_forward", "model", "activation_forward", "Each number by itself."),
-        _tensors(
-            "heads",
-            "model",
-            "split_heads merge_heads causal_mask",
-            "What attention needs: the channels cut into heads and put together again, and the mask"
-            " that hides what comes later.",
-        ),
-        _tensors(
-            "attention_forward",
-            "model",
-            "attention_forward",
-            "All positions look back at once. The growing lists become an axis U, and the mask"
-            " stands for what a position cannot see.",
-        ),
-        _tensors("mlp_forward", "model", "mlp_forward", "The MLP of all positions."),
-        _tensors(
-            "gpt_forward",
-            "model",
-            "gpt_forward",
-            "The embedding is a look-up with two axes; the layers follow; tied weights read wte"
-            " once more, as lm_head.",
-        ),
-        _tensors(
-            "loss_forward",
-            "model",
-            "cross_entropy_forward loss_forward",
-            "The loss of a batch. `weights` makes it the mean over documents of the mean over"
-            " positions, and leaves padding out.",
-        ),
-        _tensors(
-            "ragged_batches",
-            "batch",
-            "fill",
-            "Documents of unlike lengths side by side: tokens, targets, and the weight of every"
-            " position. Padding is token 0 with a weight of 0.",
-        ),
-        _tensors(
-            "cross_entropy_backward",
-            "model",
-            "cross_entropy_backward",
-            "The first derivative on the way back.",
-        ),
-        _tensors(
-            "linear_backward",
-            "model",
-            "linear_backward",
-            "The derivatives with respect to both factors. A weight is used at every position.",
-        ),
-        _tensors(
-            "softmax_backward",
-            "model",
-            "softmax_backward",
-            "When one share rises, the others fall.",
-        ),
-        _tensors(
-            "rmsnorm_backward",
-            "model",
-            "rmsnorm_backward",
-            "Each number is used twice: as a factor, and in the scale of all.",
-        ),
-        _tensors(
-            "activation_backward",
-            "model",
-            "activation_backward",
-            "The slope of the forward function, number by number.",
-        ),
-        _tensors("mlp_backward", "model", "mlp_backward", "The MLP read upside down."),
-        _tensors(
-            "attention_backward",
-            "model",
-            "attention_backward",
-            "Attention read upside down: three paths lead back to its input, and a fourth around.",
-        ),
-        _tensors(
-            "gpt_backward",
-            "model",
-            "gpt_backward",
-            "The model read upside down, to the embedding: a token that occurs twice adds twice,"
-            " wpe is shared by all documents, and tied weights have two gradients to add.",
-        ),
-        _tensors("loss_backward", "model", "loss_backward", "Where the backward pass begins."),
-        _tensors(
-            "adam_in_one_buffer",
-            "adam",
-            "clip adam",
-            "All parameters are one array, and so are the gradients and both memories.",
-        ),
-        _tensors(
-            "sampling_with_a_cache",
-            "sample",
-            "Cache.extend read probabilities sample",
-            "Write a document without reading its beginning again for every token: the keys and"
-            " values of what has been read are kept.",
-        ),
-        _wrong(1, "attention-scaled-by-width"),
-        _wrong(2, "rmsnorm-backward-sum-for-mean"),
-        _wrong(3, "gradient-assigned-not-added"),
-        _wrong(4, "repeated-tokens-once"),
-        _wrong(5, "adam-eps-inside-root"),
-        _wrong(6, "value-path-lost"),
-        _wrong(7, "token-mean-for-document-mean"),
-        _wrong(8, "tied-gradient-lost"),
-        _wrong(9, "cached-values-in-front"),
-        _wrong(10, "residual-gradient-before-the-norm"),
-    )
+    return (*SCALAR, *TENSORS, *(_wrong(i, name) for i, name in enumerate(DEFECTS, 1)))
 
 
 def exercise_named(name: str) -> Exercise | None:
     """The exercise of that name, if there is one."""
     return next((one for one in exercises() if one.name == name), None)
+
+
+def exercise_about(function: str) -> Exercise | None:
+    """The first exercise that is about a function or method of that name, if there is one."""
+    return next(
+        (
+            one
+            for one in exercises()
+            for name in one.functions
+            if function in (name, name.rpartition(".")[2], name.rpartition(".")[2].strip("_"))
+        ),
+        None,
+    )
 
 
 def filename(exercise: Exercise) -> str:
@@ -272,8 +292,8 @@ def made(exercise: Exercise) -> str:
         for patch in _defect(exercise.defect).patches:
             source = source.replace(patch.old, patch.new)
         return heading + "\n".join(source.splitlines()[tree.body[0].end_lineno :]) + "\n"
-    pieces = [_piece(exercise, tree, source, name) for name in _homes(exercise)]
-    return "\n\n".join([heading + _imports(exercise, tree), *pieces])
+    parts = [_part(exercise, tree, source, name) for name in _homes(exercise)]
+    return "\n\n".join([heading + _imports(exercise, tree), *parts])
 
 
 def _heading(exercise: Exercise, about: str) -> str:
@@ -304,19 +324,19 @@ def _methods(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:
     return {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
 
 
-def _piece(exercise: Exercise, tree: ast.Module, source: str, name: str) -> str:
+def _part(exercise: Exercise, tree: ast.Module, source: str, name: str) -> str:
     """A function or class of the source, with what is to be written taken out."""
     node, lines = _top(tree)[name], source.splitlines()
     if isinstance(node, ast.FunctionDef):
         return _stub(node, source)
-    pieces = ["\n".join(lines[node.lineno - 1 : next(iter(_methods(node).values())).lineno - 1])]
+    parts = ["\n".join(lines[node.lineno - 1 : next(iter(_methods(node).values())).lineno - 1])]
     for method in _methods(node).values():
         full = f"{name}.{method.name}"
         if full in exercise.functions:
-            pieces.append(_stub(method, source))
+            parts.append(_stub(method, source))
         elif full not in taken_out():
-            pieces.append("\n".join(lines[method.lineno - 1 : method.end_lineno]) + "\n")
-    return "\n".join(piece.rstrip("\n") + "\n" for piece in pieces).replace("\n\n\n", "\n\n")
+            parts.append("\n".join(lines[method.lineno - 1 : method.end_lineno]) + "\n")
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts).replace("\n\n\n", "\n\n")
 
 
 @cache
@@ -442,14 +462,14 @@ def solution(exercise: Exercise) -> str:
         return "\n".join(rows)
     source = source_text(exercise.source)
     top, lines = _top(ast.parse(source)), source.splitlines()
-    pieces = []
+    parts = []
     for name in [*exercise.functions, *(x for x, y in HELPERS.items() if y in exercise.functions)]:
         home, _, method = name.partition(".")
         node = top[home]
         if isinstance(node, ast.ClassDef):
             node = _methods(node)[method]
-        pieces.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-    return "\n\n".join(pieces)
+        parts.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+    return "\n\n".join(parts)
 
 
 # --- reading what was made of them ---------------------------------------------------------------

@@ -385,7 +385,7 @@ def outputs(name: str, result: Any, args: Any) -> dict[str, Array]:
         if isinstance(given.get(argument), Tree):
             found |= _in_order(leaves(given[argument], f"{argument}."), name)
     found |= {argument: given[argument] for argument in IN_PLACE.get(name, ())}
-    labels = RESULTS.get(name, "").split()
+    labels = RESULTS.get(name, "").split() if result is not None else []
     return found | dict(zip(labels, result if len(labels) > 1 else [result]))
 
 

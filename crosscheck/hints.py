@@ -20,7 +20,11 @@ from microgpt.config import Config
 
 Rows = list[tuple[str, str]]
 NOTHING = "nothing that has a name here"
-AGREEING = 3  # cases that are read; a cause has to explain each of them
+AGREEING = 4  # cases that are read; a cause has to explain each of them
+FEW = 5  # numbers, whose signs say nothing
+# readings that say where, or how far; single precision is looked at on its own
+LEFT_OUT = " is left out of "
+NO_CAUSE = ("wrong ", "float32 ")
 
 
 def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
@@ -28,7 +32,7 @@ def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
 
     hint    1 for the cause, 2 for the equation with its numbers as well
     """
-    if not hint or not wrong.numbers:
+    if not hint or not wrong.numbers or not wrong.evidence:
         return []
     rows = [("looks like", cause(candidate, wrong) or NOTHING)]
     return rows + equation(wrong) if hint > 1 else rows
@@ -39,16 +43,51 @@ def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
 
 def cause(candidate: Candidate, wrong: Wrong) -> str:
     """What explains all of the inputs that were looked at; "" if nothing does."""
-    known = list(_readings(candidate, wrong))
-    common = [words for words in known[0] if all(words in one for one in known)] if known else []
-    causes = [words for words in common if not words.startswith("wrong ")]
+    if single_precision(wrong):
+        return "the error is of the size of single precision: is something computed in float32?"
+    known = dict(_readings(candidate, wrong))
+    first, *others = known.values() or [[]]
+    common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
+    causes = [words for words in common if not words.startswith(NO_CAUSE)]
+    # the formula without a term is said in other words before
+    causes = [words for words in causes if words == causes[0] or LEFT_OUT not in words]
     if not causes:
         causes = [likeness(wrong.function, wrong.evidence)]
-    return ", or ".join(causes[:2]) or next(iter(common), "")
+    if any(causes):
+        return ", or ".join(causes[:2])
+    first = [words for words in first if not words.startswith("float32 ")]
+    alike = [words for words in first if all(_plain(words) in map(_plain, x) for x in others)]
+    return f"{alike[0]} (on case {next(iter(known))})" if alike else ""
 
 
-def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[list[str]]:
-    """For some of the cases that fail, what the model's numbers look like there."""
+def _bare(words: str) -> str:
+    """The words without the names of layers."""
+    return re.sub(r"layer\d+\.", "", words)
+
+
+def _plain(words: str) -> str:
+    """The words without the names of layers, and without their numbers."""
+    return re.sub(r"[-\d./^e]*\d", "#", _bare(words))
+
+
+def single_precision(wrong: Wrong) -> bool:
+    """Whether the numbers are off by about the last place of float32, up as often as down."""
+    parts = []
+    for one, found in wrong.evidence:
+        for label in (wrong.label, *wrong.wrong):
+            ours, theirs = np.asarray(one.wanted[label]), np.asarray(found.get(label))
+            if ours.shape != theirs.shape:
+                return False
+            large = np.abs(ours) > 1e-3 * np.abs(ours).max(initial=0.0)
+            parts.append(theirs[large] / ours[large] - 1)
+    off = np.concatenate(parts)
+    if off.size < FEW or not np.abs(off).max() < 1e-2:
+        return False
+    return bool(1e-10 < np.median(np.abs(off)) < 1e-6 and 0.2 < (off > 0).mean() < 0.8)
+
+
+def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[str]]]:
+    """For some of the cases that fail, by name, what the model's numbers look like there."""
     own = [one.case for one, _ in wrong.evidence if one.case]
     cases = {case.name: case for case in own}
     if len(cases) < AGREEING and wrong.function != WHOLE:
@@ -58,15 +97,24 @@ def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[list[str]]:
         found = compared(candidate, case, reference_steps(case), [wrong.function], 1, FLOAT64)
         if found and count < AGREEING:
             count += 1
-            yield _parts(re.sub(r"layer\d+\.", "", found.diagnosis))
+            yield case.name, _parts(found.diagnosis)
 
 
 def _parts(words: str) -> list[str]:
-    """The readings that a sentence names: "x by 2 (here also n), or y" are three."""
+    """The readings that a sentence names.
+
+    Each of these is three: "x, or multiplied by 2 (here also n)", "divided by D = H = 2, not by 1".
+    """
     found = []
     for one in filter(None, words.split(", or ")):
-        also = re.fullmatch(r"(.*multiplied by )(.*) \(here also (.*)\)", one)
-        found += [also[1] + x for x in (also[2], *also[3].split(", "))] if also else [one]
+        also = re.fullmatch(r"(.*multiplied by )(.*) \(here also (.*)\)()", one)
+        equal = re.fullmatch(r"(.*divided by )(.*?)()(, not by .*)", one)
+        match = also or equal
+        if match:
+            factors = [match[2], *match[3].split(", ")] if also else match[2].split(" = ")
+            found += [f"{match[1]}{factor}{match[4]}" for factor in factors]
+        else:
+            found.append(one)
     return found
 
 

@@ -6,6 +6,7 @@ import ast
 import io
 import linecache
 import math
+import re
 import sys
 import types
 import zlib
@@ -26,6 +27,7 @@ from crosscheck.alone import alone
 from crosscheck.candidate import (
     DEEPEST,
     RESULTS,
+    UNDONE,
     Candidate,
     Late,
     Told,
@@ -40,7 +42,7 @@ from crosscheck.compare import Disagreement, compare
 from crosscheck.exercises import Exercise, attempted, refused
 from crosscheck.functions import drawn_cases, inputs
 from crosscheck.hints import hints
-from crosscheck.report import render
+from crosscheck.report import render, wrapped
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Step, drawn, part, stopping, suited, trace_step
 from microgpt.backend import fresh_state
@@ -60,7 +62,7 @@ PANEL = {
     ),
 }
 STEPS = 3
-SECONDS = 10.0  # for the steps of a case; what takes longer is taken to go on for ever
+SECONDS = 10.0  # for the steps of a case; what takes longer is taken never to end
 DRAWN = 6  # models drawn at random, of other numbers whenever the text is another
 FILLED = 40  # batches of drawn documents
 
@@ -99,7 +101,7 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
         learner = _loaded(exercise, path, text, written)
         found = _judged(exercise, learner, text, written, hint)
     except Told as told:
-        if "is not attempted" in told.words:
+        if told.undone:
             rest = tuple(name for name in written if name != told.function)
             return Verdict(RIGHT_SO_FAR if rest else UNTRIED, rest)
         return _wrong(written, told)
@@ -206,7 +208,9 @@ def _inputs(name: str, seed: int) -> list[Any]:
 
 def shown(found: Disagreement, hint: int) -> str:
     """The report on a disagreement: where; with a hint the diagnosis; with two the equation."""
-    quiet: dict[str, Any] = {"lines": (), "function": "", "phases": ()}
+    quiet: dict[str, Any] = {"lines": (), "function": "", "phases": (), "at_fault": ""}
+    if found.key:  # what stopped after a wrong number stopped because of it
+        quiet["stop"] = None
     if hint < 1:
         quiet["diagnosis"] = ""
     if hint < 2:
@@ -270,44 +274,90 @@ def _operations(
         if one.function not in written:
             continue
         wanted = _values(shipped, one)
-        with _placed(exercise, learner), contained(learner, one.function):
-            try:
-                found = _values({**vars(import_module("scalar.value"))}, one)
-            except Late as late:
-                line = innermost(learner, late)
-                raise Told(one.function, f"goes on for ever, for {one.words}", line) from None
-            except NotImplementedError as error:
-                words = "is not attempted"
-                raise Told(one.function, words, innermost(learner, error)) from None
-            except Exception as error:
-                words = f"raises {type(error).__name__}: {error}, for {one.words}"
-                raise Told(one.function, words, innermost(learner, error)) from None
-        for (name, right), theirs in zip(wanted.items(), found.values()):
-            if not isinstance(theirs, (int, float)):
-                words = f"gives {type(theirs).__name__} for {name}; expected a number"
-                raise Told(one.function, words)
-            if not abs(theirs - right) <= 1e-9 * abs(right):
-                letters = ", ".join(f"{x} = {y:.6g}" for x, y in zip("abcd", one.numbers))
-                rows = [("at", letters), (name, ""), ("should be", repr(right))]
-                rows += [("yours", repr(theirs))]
-                about = import_module("scalar.value").__doc__ or ""
-                row = next((x for x in about.splitlines() if x.startswith(_row(one))), "")
-                value = name == one.words
-                looks = "the value is wrong" if value else (
-                    "the value is right, and the derivative is wrong"
-                )  # fmt: skip
-                if not value and not any(x for name, x in found.items() if name != one.words):
-                    looks = "the value is right, and the derivatives are zero everywhere"
-                if hint:
-                    rows.append(("looks like", looks))
-                if hint > 1 and row:
-                    rows.append(("equation", row))
-                lines = [
-                    f"  {label:10}  {words}" if words else f"  {label}" for label, words in rows
-                ]
-                report = ("", f"{one.function} is wrong:", *lines)
-                return Verdict(WRONG, (), one.function, report)
+        found = _operated(exercise, learner, one)
+        for name, right in wanted.items():
+            if not abs(found[name] - right) <= 1e-9 * abs(right):
+                return Verdict(
+                    WRONG, (), one.function, _of_operation(one, name, wanted, found, hint)
+                )
     return None
+
+
+def _operated(exercise: Exercise, learner: Candidate, one: Expression) -> dict[str, float]:
+    """What an expression comes to by the learner's operations, and its derivatives.
+
+    Raises Told if it comes to nothing, or to no number.
+    """
+    with _placed(exercise, learner), contained(learner, one.function):
+        try:
+            found = _values({**vars(import_module("scalar.value"))}, one)
+        except Late as late:
+            line = innermost(learner, late)
+            raise Told(one.function, f"does not end, for {one.words}", line) from None
+        except NotImplementedError as error:
+            raise Told(one.function, UNDONE, innermost(learner, error)) from None
+        except Exception as error:
+            words = f"raises {type(error).__name__}: {error}, for {one.words}"
+            raise Told(one.function, words, innermost(learner, error)) from None
+    for name, x in found.items():
+        if not isinstance(x, (int, float)):
+            kind = type(x).__name__
+            raise Told(one.function, f"gives {name} as {kind}; expected a plain number")
+    return found
+
+
+def _of_operation(
+    one: Expression,
+    name: str,
+    wanted: Mapping[str, float],
+    found: Mapping[str, float],
+    hint: int,
+) -> tuple[str, ...]:
+    """The report on an operation: which number is wrong, what it is, and what it should be."""
+    value = name == one.words
+    rows = [
+        ("of", name),
+        ("at", ", ".join(f"{x} = {y:.6g}" for x, y in zip("abcd", one.numbers))),
+        ("should be", repr(wanted[name])),
+        ("yours", repr(found[name])),
+    ]
+    if hint:
+        rows.append(("looks like", _slip(one, name, wanted, found)))
+    about = import_module("scalar.value").__doc__ or ""
+    row = next((x for x in about.splitlines() if x.startswith(_row(one))), "")
+    if hint > 1 and row:
+        operation, comes_to, slopes, *others = re.split(r"  +", row)
+        where = f"; {', '.join(others)}" if others else ""
+        rows.append(("equation", f"{operation}: value {comes_to}, derivatives {slopes}{where}"))
+    first = f"{one.function} gives a wrong {'value' if value else 'derivative'}, by itself:"
+    return (
+        "",
+        first,
+        *(line for label, x in rows for line in wrapped(x, f"  {label:10}  ", " " * 14)),
+    )
+
+
+def _slip(
+    one: Expression, name: str, wanted: Mapping[str, float], found: Mapping[str, float]
+) -> str:
+    """What a wrong number of an operation is, where it is one that has a name."""
+    right, theirs = wanted[name], found[name]
+    if name == one.words:
+        words = "the value is wrong"
+    elif not any(found[other] for other in found if other != one.words):
+        return "the value is right, and the derivatives are zero everywhere"
+    else:
+        words = "the value is right, and the derivative is wrong"
+    known = {
+        "the sign is turned": -right,
+        "it is the inverse": 1 / right if right else math.nan,
+        "it is the value of the expression": wanted[one.words],
+        "it is zero": 0.0,
+        "it is 1": 1.0,
+        **{f"it is {x} itself": y for x, y in zip("abcd", one.numbers)},
+    }
+    said = (why for why, x in known.items() if abs(theirs - x) <= 1e-9 * abs(x) and x != right)
+    return ": ".join([words, *([why] if (why := next(said, "")) else [])])
 
 
 def _row(one: Expression) -> str:
@@ -320,6 +370,9 @@ def _values(functions: Mapping[str, Any], one: Expression) -> dict[str, Any]:
     """What an expression comes to, and its derivatives, by the words for each."""
     operands = [functions["Value"](x) for x in one.numbers]
     result = one.of(functions, *operands)
+    if not hasattr(result, "backward"):
+        words = f"gives {type(result).__name__} for {one.words}; expected a Value"
+        raise Told(one.function, words)
     result.backward()
     found = {one.words: result.data}
     for letter, operand in zip("abcd", operands):
@@ -339,23 +392,25 @@ def _filling(learner: Candidate) -> Verdict | None:
         for array in theirs:
             array[:] = 7  # of the documents before
         shipped.fill(right, docs, B + 1)
-        call = guard(learner, "fill")
-        call(theirs, [list(doc) for doc in docs], B + 1)
+        given = [list(doc) for doc in docs]
+        guard(learner, "fill")(theirs, given, B + 1)
+        if given != docs:
+            raise Told("fill", "changes the documents, which are its input")
         for name, x, y in zip(right._fields, right, theirs):
             if not np.allclose(x, y, rtol=1e-9, atol=0.0):
                 b, t = (int(i[0]) for i in np.nonzero(x != y))
+                lengths = ", ".join(str(len(doc)) for doc in docs)
                 rows = [
-                    (
-                        "given",
-                        f"{B} documents of {', '.join(str(len(doc)) for doc in docs)} tokens",
-                    ),
-                    ("", f"of {B + 1} in the whole batch; arrays of {x.shape}, which hold others"),
+                    ("given", f"documents of {lengths} tokens, of {B + 1} in the whole batch;"
+                              f" arrays of {x.shape}, which hold other documents"),
                     ("at", f"{name}[b={b}, t={t}]"),
                     ("should be", repr(x[b, t].item())),
                     ("yours", repr(y[b, t].item())),
+                ]  # fmt: skip
+                lines = [
+                    line for label, x in rows for line in wrapped(x, f"  {label:10}  ", " " * 14)
                 ]
-                lines = [f"  {label:10}  {words}" for label, words in rows]
-                return Verdict(WRONG, (), "fill", ("", "fill is wrong:", *lines))
+                return Verdict(WRONG, (), "fill", ("", "fill is wrong, by itself:", *lines))
     return None
 
 
@@ -371,10 +426,10 @@ def _in_model(exercise: Exercise, learner: Candidate, only: str = "") -> Disagre
     for case in [*panel, *drawn_cases(learner.seed, DRAWN)]:
         if only not in ("", case.name):
             continue
-        lessons = _lessons(case, _draws(exercise, case))
+        reference = _reference(case, _draws(exercise, case))
         with _placed(exercise, learner), contained(learner, exercise.name):
-            theirs, stopped = _theirs(exercise, learner, case, lessons)
-        found = _compared(case, lessons, theirs, stopped)
+            theirs, stopped = _theirs(exercise, learner, case, reference)
+        found = _compared(case, reference, theirs, stopped)
         if found:
             return found
     return None
@@ -389,14 +444,14 @@ def _case(name: str) -> Case:
 _known: dict[tuple[str, bool], list[Step]] = {}
 
 
-def _lessons(case: Case, draws: bool) -> list[Step]:
+def _reference(case: Case, draws: bool) -> list[Step]:
     """The steps of a case as the text of vectorized/ computes them."""
     key = case.name, draws
     if case.random or key not in _known:
-        lessons = list(_steps(case, "vectorized", draws))
+        reference = list(_steps(case, "vectorized", draws))
         if case.random:
-            return lessons
-        _known[key] = lessons
+            return reference
+        _known[key] = reference
     return _known[key]
 
 
@@ -406,7 +461,7 @@ def _draws(exercise: Exercise, case: Case) -> bool:
 
 
 def _theirs(
-    exercise: Exercise, learner: Candidate, case: Case, lessons: Sequence[Step]
+    exercise: Exercise, learner: Candidate, case: Case, reference: Sequence[Step]
 ) -> tuple[list[Step], IncompleteError | None]:
     """The steps with the learner's functions in place, and how they ended early.
 
@@ -414,16 +469,16 @@ def _theirs(
     """
     steps: list[Step] = []
     try:
-        for step in _steps(case, exercise.package, _draws(exercise, case), lessons):
+        for step in _steps(case, exercise.package, _draws(exercise, case), reference):
             steps.append(step)
     except Late as late:
-        words = f"is not done after {learner.time_limit:g} seconds: something goes on for ever"
+        words = f"is not done after {learner.time_limit:g} seconds"
         raise Told(exercise.name, words, innermost(learner, late)) from None
     except IncompleteError as error:
         cause = error.__context__ or error
         line = innermost(learner, cause)
         if isinstance(cause, NotImplementedError):
-            raise Told(line.partition(":")[0], "is not attempted", line) from None
+            raise Told(line.partition(":")[0], UNDONE, line) from None
         if line:
             words = f"{type(cause).__name__}: {cause}".partition("\n")[0][:200]
             raise Told(exercise.name, f"raises {words}", line) from None
@@ -438,7 +493,7 @@ def _theirs(
 
 
 def _compared(
-    case: Case, lessons: list[Step], theirs: list[Step], stopped: IncompleteError | None
+    case: Case, reference: list[Step], theirs: list[Step], stopped: IncompleteError | None
 ) -> Disagreement | None:
     def stepped() -> Iterator[Step]:
         yield from theirs[: len(theirs) - bool(stopped)]
@@ -446,13 +501,13 @@ def _compared(
             raise stopped
 
     with np.errstate(all="ignore"):
-        outcome = compare(case, lessons[: len(theirs)], stepped())
+        outcome = compare(case, reference[: len(theirs)], stepped())
     return outcome.found[0] if outcome.found else None
 
 
-def _steps(case: Case, package: str, draws: bool, lessons: Sequence[Step] = ()) -> Iterator[Step]:
+def _steps(case: Case, package: str, draws: bool, reference: Sequence[Step] = ()) -> Iterator[Step]:
     """The steps of a case by a text as it stands; in a model drawn at random one, and its update
-    from the gradients of the lesson, since rounding may grow there."""
+    from the gradients of the reference, since rounding may grow there."""
     config = suited(case.config, package, "float64")
     backend: Any = import_module(f"{package}.backend").Backend(
         config, fresh_state(case.params), watch=True
@@ -462,7 +517,7 @@ def _steps(case: Case, package: str, draws: bool, lessons: Sequence[Step] = ()) 
     )
     count = 1 if case.random else STEPS
     for step in range(count):
-        grads = part(lessons[step], "gradient", "d") if case.random and lessons else None
+        grads = part(reference[step], "gradient", "d") if case.random and reference else None
         record = trace_step(pair, case.docs(step), learning_rate(step, config), grads)
         if draws and step in (0, count - 1):
             alone = patch("vectorized.backend.most_walkers", lambda _: 1)

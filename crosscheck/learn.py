@@ -17,6 +17,7 @@ from typing import Any
 
 from crosscheck.exercises import (
     Exercise,
+    exercise_about,
     exercise_named,
     exercises,
     filename,
@@ -273,13 +274,13 @@ def check(folder: Path, hint: int = 0) -> Check:
 
 
 def shown_solution(folder: Path, name: str) -> str:
-    """The solution of an exercise, or a warning to one who has not tried; asked again, it comes.
+    """The solution of an exercise. Before a first attempt, a warning; asked again, the solution.
 
     Raises MicrogptError if there is no exercise of that name or number.
     """
     numbered = {str(i): exercise for i, exercise in enumerate(exercises(), 1)}
     plain = re.sub(r"^\d+_|\.py$", "", Path(name).name)
-    exercise = numbered.get(name.lstrip("0")) or exercise_named(plain)
+    exercise = numbered.get(name.lstrip("0")) or exercise_named(plain) or exercise_about(plain)
     if exercise is None:
         names = ", ".join(one.name for one in exercises())
         raise MicrogptError(

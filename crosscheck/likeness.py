@@ -27,8 +27,8 @@ FIRST = "from __future__ import annotations\n"
 Space = dict[str, Any]
 # what is often written instead: in words, what the text says, what is said instead
 SLIPS = (
-    ("divided by sqrt(C), the width, and not by sqrt(D)", "head_dim**0.5", "n_embd**0.5"),
-    ("divided by D, and not by its root", "head_dim**0.5", "head_dim"),
+    ("divided by sqrt(n_embd), and not by sqrt(D)", "head_dim**0.5", "n_embd**0.5"),
+    ("divided by D, and not by sqrt(D)", "head_dim**0.5", "head_dim"),
     (
         "heads are cut by reshaping to (B, H, T, D), which mixes positions and heads: reshape to"
         " (B, T, H, D), then exchange the axes",
@@ -56,7 +56,9 @@ def likeness(name: str, evidence: Sequence[tuple[Input, Mapping[str, Any]]]) -> 
     """
     ordered = sorted(evidence, key=lambda one: sum(np.size(x) for x in one[1].values()))
     for words, space in _faulty(name):
-        if all(_gives(space, one, found) for one, found in ordered):
+        with np.errstate(all="ignore"):
+            found = all(_gives(space, one, results) for one, results in ordered)
+        if found:
             return words()
     return ""
 
@@ -89,12 +91,16 @@ def _same(result: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[s
             continue
         ours = np.asarray(result.get(label, np.nan))
         theirs = np.asarray(x)
-        if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        if ours.shape != theirs.shape:
             return False
-        size = CLOSE * np.abs(theirs).max(initial=0.0)
-        if not (np.abs(ours - theirs) <= size).all():
+        finite = np.isfinite(theirs)
+        if not np.array_equal(ours[~finite], theirs[~finite], equal_nan=True):
             return False
-        differs = differs or bool((np.abs(np.asarray(wanted[label]) - ours) > size).any())
+        size = CLOSE * np.abs(theirs[finite]).max(initial=0.0)
+        if not (np.abs(ours - theirs)[finite] <= size).all():
+            return False
+        right = np.asarray(wanted[label])
+        differs = differs or bool((np.abs(right - ours)[finite] > size).any())
     return differs
 
 

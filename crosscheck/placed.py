@@ -59,11 +59,11 @@ def in_whole(candidate: Candidate) -> Disagreement | None:
     for name, steps in (SLOW if slow else PANEL).items():
         case = load_case(name)
         draws = bool({"sample", "probabilities", "sample_many"} & set(names))
-        lessons = list(trace(case, "scalar", "float64", steps, draws=draws))
-        standard = float64(cache(partial(noise, case, lessons)))
+        reference = list(trace(case, "scalar", "float64", steps, draws=draws))
+        standard = float64(cache(partial(noise, case, reference)))
         if candidate.side == "scalar":
-            lessons = list(steps_of(candidate, case, steps, (), draws))
-        found = compared(candidate, case, lessons, names, steps, standard, draws)
+            reference = list(steps_of(candidate, case, steps, (), draws))
+        found = compared(candidate, case, reference, names, steps, standard, draws)
         if found:
             return found
     cases = [*stored_cases(), *drawn_cases(candidate.seed)] if candidate.whole == "Backend" else []
@@ -91,7 +91,7 @@ def _work(case: Case) -> int:
 def compared(
     candidate: Candidate,
     case: Case,
-    lessons: Sequence[Step],
+    reference: Sequence[Step],
     names: Sequence[str],
     steps: int,
     standard: Any,
@@ -105,7 +105,7 @@ def compared(
     except IncompleteError as error:
         stopped = error
         theirs.append(error.step)
-    ours = whole = list(lessons)
+    ours = whole = list(reference)
     if candidate.whole:
         ours = [{key: x for key, x in a.items() if key in b} for a, b in zip(ours, theirs)]
     elif stopped is None:

@@ -118,7 +118,7 @@ def load_backend(
 ) -> Backend:
     """The implementation of that name, starting from a state.
 
-    watch    keep all taps and their derivatives, which training has no use for
+    watch    keep all taps and their derivatives, which training does not need
     comm     the ranks that share every batch; all of them start from the state of rank 0
 
     Raises MicrogptError, as check_backend does.

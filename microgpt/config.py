@@ -86,7 +86,7 @@ class Config:
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens a document can have, BOS and the closing token included."""
+        """How many tokens a document is cropped to, BOS and the closing token included."""
         return self.block_size + 1 if self.crop == "positions" else self.block_size
 
     @property

@@ -15,9 +15,9 @@ TIMEOUT = 30  # seconds without an answer
 
 
 def download(url: str, sha256: str, size: int, path: Path) -> None:
-    """Put a file of known digest in place, whole or not at all, also when two do so at once.
+    """Download a file, whole or not at all, even if two processes download it at once.
 
-    Raises MicrogptError if it cannot be had, or is another file.
+    Raises MicrogptError if the file cannot be downloaded, or has another digest.
     """
     by_hand = f"download it elsewhere and put it at {path}, or use --dataset names"
     try:

@@ -78,7 +78,7 @@ def chosen(held: Checkpoint, dataset: str | None, part: str | None) -> tuple[str
     """The data set, its part and the documents to measure a model with.
 
     dataset    replaces the run's data set
-    part       held-out, training or all; by default held-out if the run held documents out
+    part       held-out, training or all; by default held-out if the run has any, else all
 
     Raises MicrogptError if there is no such part.
     """

@@ -147,7 +147,7 @@ class GPT:
     # a step of training
 
     def forward(self, documents: Any = None) -> float:
-        """The loss of a batch of texts or lists of token ids; by default, the next of training."""
+        """The loss of a batch, texts or lists of token ids; by default the next training batch."""
         docs = self._tokens(documents)
         self._stage, self._watched = "", None
         try:

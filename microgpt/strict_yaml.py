@@ -1,4 +1,4 @@
-"""YAML that is not believed: plain values, each key once, no more work than its size asks for.
+"""YAML from files that are not trusted: plain values, each key once, in a second at most.
 
 Where PyYAML comes with libyaml, its parser reads the text, in a fraction of the time.
 """
@@ -35,8 +35,7 @@ class Strict(Composer, SafeConstructor, Resolver):
 
     Aliases are refused: a file of a few lines can ask for billions of values by them. So are tags,
     which nothing here needs, and keys that are there twice, of which PyYAML would take the last.
-    Numbers are decimal: YAML 1.1 takes 017 for 15 and 1:30 for 90, and these are refused. Dates
-    are texts, as they are written.
+    Numbers are decimal: YAML 1.1 takes 017 for 15 and 1:30 for 90, and these are refused.
     """
 
     level = count = 0
@@ -83,12 +82,7 @@ class Strict(Composer, SafeConstructor, Resolver):
         return _as_written(node, number, ":" not in node.value)
 
 
-constructors: dict[str, Any] = {
-    "map": Strict.section,
-    "int": Strict.whole,
-    "float": Strict.real,
-    "timestamp": SafeConstructor.construct_yaml_str,
-}
+constructors: dict[str, Any] = {"map": Strict.section, "int": Strict.whole, "float": Strict.real}
 for tag, constructor in constructors.items():
     Strict.add_constructor(f"tag:yaml.org,2002:{tag}", constructor)
 

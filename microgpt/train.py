@@ -78,8 +78,8 @@ RESUMABLE = (
     "top_k",
 )
 
-Progress = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
-Measured = Callable[[int, float], None]  # step, from 1, and the loss of what is held out
+OnStep = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
+OnMeasured = Callable[[int, float], None]  # step, from 1, and the held-out loss
 
 # Options that can make a run diverge: a good value, and the sign of the change that does harm.
 USUAL = {
@@ -111,9 +111,9 @@ class Run:
     signal: int = 0  # the signal that ended training early
     unlike: str = ""  # the values of config.yaml that differed from the checkpoint's on --resume
     remedy: str | None = ""  # what --resume needs after a divergence; None: nothing would help
-    ranks: Alone = ALONE  # that take each step together; this is rank 0
+    ranks: Alone = ALONE  # the processes that share each batch; this process is rank 0
 
-    def train(self, progress: Progress, measured: Measured = lambda *_: None) -> bool:
+    def train(self, progress: OnStep, measured: OnMeasured = lambda *_: None) -> bool:
         """Run the steps that are left, within max_seconds. False if a signal ended training.
 
         metrics.jsonl has the steps of a checkpoint before the checkpoint replaces the previous one.
@@ -136,7 +136,7 @@ class Run:
         return not received
 
     def _steps(
-        self, progress: Progress, measured: Measured, metrics: Metrics, received: list[int]
+        self, progress: OnStep, measured: OnMeasured, metrics: Metrics, received: list[int]
     ) -> None:
         every = self.config.checkpoint_every
         deadline = perf_counter() + (self.config.max_seconds or math.inf)
@@ -371,7 +371,7 @@ def _backend(
 
 
 def follow(ranks: Alone) -> None:
-    """What the other ranks do while rank 0 trains: they take its steps with it.
+    """Take every step of rank 0 with rank 0, on every other rank.
 
     Raises AgreedError if a rank cannot train what rank 0 wants to.
     """
@@ -383,7 +383,7 @@ def follow(ranks: Alone) -> None:
     state = replace(fresh_state(zeros), updates=step)  # rank 0 sends its numbers
     backend = load_backend(name, config, state, comm=ranks)
     training, _ = parts(documents, config)
-    with np.errstate(all="ignore"), suppress(ArithmeticError):  # which rank 0 reports
+    with np.errstate(all="ignore"), suppress(ArithmeticError):  # rank 0 reports the error
         while not ranks.any(False):
             backend.forward(batch(step, training, tokenizer, config))
             backend.backward()
@@ -448,7 +448,7 @@ def learning_rate(step: int, config: Config) -> float:
     """lr_t = learning_rate * (1 - step / steps), steps counted from 0
 
     The second factor is (1 + cos(pi step / steps)) / 2 with schedule cosine, 1 with constant. The
-    rate rises linearly in the warm-up steps; step and steps then count from the end of those.
+    rate rises linearly in the warm-up; step and steps then count from the end of the warm-up.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -464,8 +464,8 @@ def learning_rate(step: int, config: Config) -> float:
 def suspect(config: Config, step: int) -> tuple[str, int, float]:
     """The option that probably made a run diverge; 1 if too large, -1 if too small; a better value.
 
-    It is the learning rate, or before the first update init_std, unless another option is two
-    orders of magnitude or more from its usual value, and farther from it than that one.
+    The learning rate (init_std before the first update) is taken unless another option is beyond
+    its usual value by two orders of magnitude or more, and by more than the learning rate is.
     """
     orders = {
         name: direction * math.log10(max(getattr(config, name), TINIEST) / usual)

@@ -1,6 +1,6 @@
 """The vectorized GPT as the shell and the crosscheck see it: numbers in, numbers out.
 
-Same as scalar:         the methods, and what each leaves for the next.
+Same as scalar:         the methods.
 Different from scalar:  parameters, gradients and moments -> a buffer for all of each;
                         watched -> the text as it stands; unwatched -> the text as it was recorded.
 """
@@ -32,14 +32,14 @@ from vectorized.sample import empty_caches, read, sample, sample_many
 
 
 class Watched:
-    """Does what a Replay does by the text as it stands, and keeps all that it computes."""
+    """Does what a Replay does, by the text as it stands, and keeps all taps."""
 
     def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
         self.config = config
         self.params = model_tree(flat, shapes, config.n_layer)
         self.flat, self.flat_grads = flat, flat_grads
         self.grads = named_views(flat_grads, shapes)
-        self.found: dict[str, Any] = dict(self.grads)  # gradients as the text hands them back
+        self.found: dict[str, Any] = dict(self.grads)  # gradients as the text returns them
 
     def forward(self, docs: Docs, of: int) -> float:
         self.batch = pad(docs, self.flat.dtype, of)
@@ -136,7 +136,7 @@ class Backend:
 
     def read(self, tokens: Sequence[int]) -> Array:
         caches = empty_caches(self.params, self.config)
-        with np.errstate(all="ignore"):  # logits that are not finite say it all
+        with np.errstate(all="ignore"):  # an overflow shows in the logits
             rows = [
                 read(np.array([token]), t, self.params, caches, self.config)[0]
                 for t, token in enumerate(tokens)
@@ -166,7 +166,7 @@ class Backend:
         views = named_views(self.flat_grads, self.shapes)
         if not isinstance(self.worker, Watched):
             return views
-        found = self.worker.found  # none that was never written; what does not fit, as it is
+        found = self.worker.found  # those that were written; one of another shape stays as it is
         return {
             name: view if np.shape(found[name]) == view.shape else found[name]
             for name, view in views.items()
@@ -180,9 +180,10 @@ class Backend:
         return self._named(self.worker.dtap)
 
     def _named(self, taps: Tree) -> dict[str, Any]:
-        """The taps by name, zero where there is padding, or a position to come.
+        """The taps by name, with zeros in padding and at later positions.
 
-        Left out is what was never written; what is no array of the batch's stays as it is.
+        A tap that was never written is left out; one of another shape than the table says stays
+        as it is.
         """
         B, T = self.worker.batch.tokens.shape
         real = np.arange(T) < self.worker.lengths[:, None]  # (B, T)

@@ -1,9 +1,9 @@
 """From documents to arrays: a batch in micro-batches, each padded to one length.
 
-The text works on arrays (B, T), so documents of different length have to be padded, and padding
-takes as long as tokens do. Sorted by length and cut into micro-batches, documents need little of
-it; but each micro-batch is a run of the recorded calls of its own. Cuts are made where they save
-more than they cost.
+The text works on arrays (B, T), so documents of different length have to be padded, and a padded
+position takes as long as a token. Documents that are sorted by length and cut into micro-batches
+need little padding, but every micro-batch takes a run of the recorded calls. A cut is made where it
+saves more time than that run takes.
 
 Every shape of a micro-batch is recorded once (vectorized.record), so few of them may occur.
 
@@ -52,8 +52,11 @@ def _cut(docs: Docs, rows: int, price: float) -> list[Docs]:
 
 
 def rounded(T: int, rows: int, config: Config) -> int:
-    """T rounded up, so that few lengths occur: up to 32 to a multiple of 1 (one row: of 2), above
-    to one of sixteen lengths for each doubling; at most block_size."""
+    """T rounded up, so that few lengths occur; at most block_size.
+
+    Up to 32, one row is rounded to a multiple of 2, and several rows are not; above 32, there are
+    sixteen lengths for each doubling.
+    """
     step = max(1 if rows > 1 else 2, 1 << (T - 1).bit_length() >> 5)
     return min(-(-T // step) * step, config.block_size)
 

@@ -82,7 +82,7 @@ class Line(NamedTuple):
 class Buffer:
     """The memory of a result, which gets its place when the recording ends; or the caller's."""
 
-    array: Array  # of a result: as large as its memory, and never touched
+    array: Array  # of a result: it has the size of the memory, and its numbers are never used
     home: Array | None = None  # the array of the caller that it lies in, if it does
     offset: int = 0  # where it lies in the block of memory otherwise,
     end: int = 0  # and ends: 0 as long as it has no place
@@ -103,7 +103,7 @@ class Call:
 
 
 class Number(NDArrayOperatorsMixin):
-    """A plain number that differs from run to run: a learning rate, a bias correction."""
+    """A number of Python's that differs from run to run: a learning rate, a bias correction."""
 
     def __init__(self, find: Callable[[], float]) -> None:
         self.find = find
@@ -282,7 +282,7 @@ class Recorder:
         return self.known[key]
 
     def operand(self, x: Any) -> Traced:
-        """What a call is given."""
+        """x as a call takes it: numbers become arrays without axes."""
         if isinstance(x, Traced):
             return x
         if isinstance(x, np.ndarray):
@@ -295,7 +295,7 @@ class Recorder:
     # --- element by element
 
     def elementwise(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None) -> Traced:
-        """A ufunc, or what does the same in less time."""
+        """A ufunc, or others that compute the same in less time."""
         x, y = inputs[0], inputs[-1]
         if ufunc is np.divide and isinstance(y, (int, float, Number)):
             ufunc, inputs = np.multiply, (x, 1 / y)
@@ -307,7 +307,11 @@ class Recorder:
         return self.apply(ufunc, inputs, out)
 
     def apply(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
-        """One call of a ufunc, on equal rows if all arrays have them or if that is the shape."""
+        """One call of a ufunc.
+
+        It computes n equal rows if all operands are such rows, and reads the rows of an operand if
+        the result has as many.
+        """
         operands = [self.operand(x) for x in inputs]
         rows = [x.rows for x in operands]
         every = {n for x, n in zip(operands, rows) if x.ndim}
@@ -470,14 +474,12 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
 def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
     """Whether operand x of call i can lie where the result of call i will lie."""
     call, first = calls[i], x.buffer.uses[0]
+    if not call.elementwise or not alike(x, call.out):
+        return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
     uses = call.out.buffer.uses
-    return (
-        call.elementwise
-        and alike(x, call.out)
-        and not any(since <= j < i for j in uses)
-        and not any(y.buffer.uses is uses for y in call.inputs)
-    )
+    others = [y.buffer.uses for y in call.inputs]
+    return not any(since <= j < i for j in uses) and not any(other is uses for other in others)
 
 
 def alike(x: Traced, y: Traced) -> bool:
@@ -563,7 +565,7 @@ def refusal(what: str) -> RecordingError:
 
 def line_of_the_text() -> Line:
     """The line of the text that is running."""
-    frame = sys._getframe(1)
+    frame = sys._getframe(3)  # at the earliest: what asks for the line is called by a method
     while frame.f_code.co_filename in INSIDE and frame.f_back is not None:
         frame = frame.f_back
     return Line(frame.f_code.co_filename, frame.f_lineno)

@@ -32,7 +32,7 @@ class Cache:
         return self.keys, self.values
 
     def select(self, rows: Array) -> None:
-        """Go on with the keys and values of these rows."""
+        """Keep the keys and values of these rows, in this order."""
         self.keys, self.values = fortran(self.keys, rows), fortran(self.values, rows)
 
 
@@ -105,9 +105,9 @@ def sample_many(
 ) -> list[list[int]]:
     """The documents that `sample` would return, called num times.
 
-    A document begins in the stream of random numbers where the last one ended, so its place is not
-    known in advance. `draw` draws one from every place; kept are those that begin where the last
-    kept one ended.
+    A document begins in the stream of random numbers where the one before ended, so its place is
+    not known in advance. `draw` draws a document from every place. Those are kept that begin where
+    the last kept document ended.
     """
     longest = config.block_size - len(prompt)
     length = longest // 2 + 1  # draws that a document takes, at a guess

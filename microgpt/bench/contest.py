@@ -30,6 +30,7 @@ import numpy as np
 from microgpt.backend import Backend, Docs, State, Tensors, fresh_state, load_backend
 from microgpt.bench import calls
 from microgpt.bench.opponents import Program, torch_backends
+from microgpt.bench.ranks import OnRanks
 from microgpt.config import Config
 from microgpt.data import load_documents, parts
 from microgpt.errors import MicrogptError
@@ -73,10 +74,11 @@ class Contestant:
     seconds: list[float] = field(default_factory=list)  # of a step, one number per round
     difference: float = 0.0  # the largest over all batches
     calls: float | None = None  # NumPy calls per step, on average: see bench.calls
+    reduction: float | None = None  # seconds of a step in which ranks add up their gradients
 
     @property
     def label(self) -> str:
-        """The name, the precision, and how many cores if it is more than one."""
+        """The name, the precision, and how many ranks if it is more than one."""
         cores = f" x{self.config.cores}" if self.config.cores > 1 else ""
         return f"{self.name} {self.config.dtype}{cores}"
 
@@ -111,6 +113,15 @@ class Contestant:
         self.backend.backward()
         self.backend.update(LEARNING_RATE)
 
+    def steps(self, batches: Sequence[Docs]) -> float:
+        """Seconds that a step on each of these batches takes, all together."""
+        if isinstance(self.backend, OnRanks):
+            return self.backend.steps(batches, LEARNING_RATE)
+        start = perf_counter()
+        for docs in batches:
+            self.step(docs)
+        return perf_counter() - start
+
 
 def bench(
     config: Config,
@@ -124,11 +135,11 @@ def bench(
     """Time scalar, vectorized and their opponents at each batch size.
 
     against          torch, or a program's file: see microgpt.bench.opponents
-    dtypes           of vectorized; torch, and vectorized on several cores, use the last of them
+    dtypes           of vectorized; torch, and vectorized on several ranks, use the last of them
     torch_threads    None leaves the number of threads to PyTorch
 
-    scalar and programs take part with a batch of one, scalar if such a step takes seconds (see
-    SCALAR_WORK); vectorized takes part again on several cores, where each has a document.
+    scalar and programs take part with a batch of one, scalar only if such a step takes seconds (see
+    SCALAR_WORK); vectorized takes part again on several ranks, where each has a document.
     Raises MicrogptError if an opponent is unknown or ends too early, or if a loss is not
     finite.
     """
@@ -144,7 +155,7 @@ def bench(
             entry = replace(config, batch_size=size, dtype=dtype, cores=1)
             contestants.append(_enter("vectorized", entry))
         if 1 < cores <= size:
-            contestants.append(_enter("vectorized", replace(entry, cores=cores)))
+            contestants.append(_enter_ranks(replace(entry, cores=cores)))
         for opponent in against:
             if opponent not in programs:
                 contestants += _opponents(opponent, entry, torch_threads)
@@ -154,6 +165,8 @@ def bench(
             for one in contestants:
                 one.difference = difference(one)
                 one.calls = calls.per_step(one.backend, one.batches)
+                if isinstance(one.backend, OnRanks):
+                    one.reduction = one.backend.reduction()
     except ArithmeticError as error:
         raise _untrainable(error, config) from None
     return contestants
@@ -249,19 +262,13 @@ def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
         warm_up = 2 if slow else len(one.batches)  # each shape once: torch may compile for it
         for docs in islice(turn, warm_up):
             one.step(docs)
-        start = perf_counter()
-        for docs in islice(turn, 2):
-            one.step(docs)
-        counts.append(max(1, int(ROUND_SECONDS * 2 / (perf_counter() - start))))
+        counts.append(max(1, int(ROUND_SECONDS * 2 / one.steps(list(islice(turn, 2))))))
     gc.collect()
     gc.disable()  # as timeit does: a collection would hit any contestant by chance
     try:
         for _ in range(rounds):
             for one, turn, count in zip(contestants, turns, counts):
-                start = perf_counter()
-                for docs in islice(turn, count):
-                    one.step(docs)
-                one.seconds.append((perf_counter() - start) / count)
+                one.seconds.append(one.steps(list(islice(turn, count))) / count)
     finally:
         gc.enable()
 
@@ -415,14 +422,23 @@ def floors(contestants: Sequence[Contestant]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for one in contestants:
         if one.calls is not None and one.right:
-            cores = f" x{one.config.cores}" if one.config.cores > 1 else ""
             took = one.calls * calls.empty_call()
             share = f"{took / median(one.seconds):.0%} of {one.config.dtype}"
-            start = f"{one.config.batch_size:5}{cores:4} {one.calls:8,.0f} {took * 1e6:10,.1f}"
+            start = f"{one.config.batch_size:9} {one.calls:8,.0f} {took * 1e6:10,.1f}"
             lines.setdefault(start, []).append(share)
     rows = [f"{start}   {', '.join(shares)}" for start, shares in lines.items()]
     empty = f"at {calls.empty_call() * 1e6:.3f} us for an empty call"
     return [f"batch     {'calls':>8} {'empty us':>10}   {empty}", *rows] if rows else []
+
+
+def reductions(contestants: Sequence[Contestant]) -> list[str]:
+    """A line for each size of a batch on several ranks: how long they add up their gradients."""
+    return [
+        f"{one.config.batch_size:5} x{one.config.cores}: to add up the gradients of the ranks takes"
+        f" {one.reduction * 1e6:,.1f} us, {one.reduction / median(one.seconds):.0%}"
+        for one in contestants
+        if one.reduction is not None and one.right
+    ]
 
 
 def table_of_lengths(found: Sequence[Lengths]) -> str:
@@ -487,6 +503,7 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
                 "tokens_per_step": one.tokens,
                 **{name: of(one.seconds) if one.right else None for name, of in TIMES.items()},
                 "calls_per_step": one.calls,
+                "seconds_of_reduction": one.reduction,
                 **(one.of_lengths if isinstance(one, Lengths) else {}),
                 "difference": one.difference if math.isfinite(one.difference) else None,
                 "right": one.right,
@@ -499,6 +516,11 @@ def as_json(contestants: Sequence[Contestant]) -> dict[str, object]:
 def _enter(name: str, config: Config) -> Contestant:
     state, batches = _start(config, name)
     return Contestant(name, config, load_backend(name, config, state), batches)
+
+
+def _enter_ranks(config: Config) -> Contestant:
+    state, batches = _start(config, "vectorized")
+    return Contestant("vectorized", config, OnRanks(config, state), batches)
 
 
 def _enter_program(path: Path, config: Config) -> Contestant:

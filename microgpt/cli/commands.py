@@ -20,6 +20,7 @@ from microgpt.cli import shell
 from microgpt.cli.shell import Parser, directory, one_line, say
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError, as_typed
+from microgpt.runs.launch import launch, mpiexec
 from microgpt.runs.ranks import ALONE, Alone, end, joined
 from microgpt.runs.signals import SIGNALLED
 from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, typed_flag
@@ -39,11 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """`microgpt train`: 0 when all is done, 128 and its number when a signal ended it early."""
+    """`microgpt train`: 0 at the end, 128 plus the number of a signal that ended training early."""
     ranks = joined()
     if ranks is ALONE and (cores := _cores(options)) > 1:
-        from microgpt.runs.launch import launch
-
         return launch(cores, options.arguments)
     with ranks.failing():
         if ranks.rank == 0:
@@ -254,7 +253,9 @@ def bench(options: argparse.Namespace) -> int:
     if options.lengths:
         return _lengths(options, config, dtypes)
     sizes = [typed_flag("batch_size", text) for text in options.batch_size or BATCH_SIZES]
-    cores = typed_flag("cores", options.cores) if options.cores else min(2, os.cpu_count() or 1)
+    cores = min(2, os.cpu_count() or 1) if mpiexec() else 1
+    if options.cores:
+        cores = typed_flag("cores", options.cores)
     if options.cores and cores > max(sizes):
         raise MicrogptError(f"--cores {cores}: no batch has a document for each of them")
     threads = None
@@ -268,7 +269,8 @@ def bench(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(timing.as_json(contestants), indent=1))
     else:
-        print("\n".join([timing.table(contestants), *timing.floors(contestants)]))
+        print("\n".join([timing.table(contestants), *timing.reductions(contestants)]))
+        print("\n".join(timing.floors(contestants)))
         remarks = [
             ", ".join(f"{name}: {value}" for name, value in timing.machine().items()),
             "medians of steps taken in turn; apart: the largest difference of loss, gradient and"
@@ -440,7 +442,7 @@ def _resumed(options: argparse.Namespace, ranks: Alone) -> Run:
 
 
 def _cores(options: argparse.Namespace) -> int:
-    """How many ranks the run is to have."""
+    """How many ranks the options, the configuration or the checkpoint ask for."""
     from microgpt.backend import check_backend
 
     if not options.resume:
@@ -605,7 +607,7 @@ def _add_bench(commands: Any) -> None:
         help=f"may be repeated (default: {', '.join(BATCH_SIZES)})",
     )
     command.add_argument(
-        "--cores", metavar="N", help="time vectorized on N cores as well (default: 2, if there are)"
+        "--cores", metavar="N", help="time vectorized on N ranks as well (default: 2, with MPI)"
     )
     command.add_argument(
         "--against",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RECENT = 100  # how many losses the final mean is over
 PIPE_LINES = 20  # of progress that a pipe gets in a run
-SILENCE = 10  # seconds after which a pipe gets one more line
+SILENCE = 10  # seconds without a line after which a pipe gets one more
 FLUSH, REFRESH = 1.0, 0.1  # seconds between writes to a pipe, and to a terminal
 WIDTH = 80
 DASHES = "-" * 40  # between samples of several lines
@@ -174,7 +174,7 @@ def ending(
 ) -> str:
     """The loss beside that of a uniform guess, what the loss means, and the time of training.
 
-    held_out    the held-out loss, which replaces the training loss in what the loss means
+    held_out    the held-out loss; if given, the meaning is that of this loss
     kept        a line about the held-out loss
     """
     loss, uniform = progress.mean(), math.log(vocab_size)

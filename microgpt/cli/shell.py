@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print help; argparse itself would not tell that nobody can read it."""
+        """Print help; argparse itself would not tell that the output takes none."""
         print(message, end="", file=file)
 
 
@@ -58,14 +58,14 @@ def guarded(program: str, command: Callable[[], int]) -> int:
 
 def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
     """Run a command whose output may be closed, full, or read by no program any more."""
-    status = 0
+    status = None
     with _output():
         try:
             with at_once():
                 status = command()
                 sys.stdout.flush()
         except KeyboardInterrupt as interrupt:  # before the command began, or as it ended
-            if not status:
+            if status is None:
                 say(f"{signals.program}: interrupted", sys.stderr)
             status = status or _signalled(interrupt)
             _silence()
@@ -77,7 +77,7 @@ def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
                 say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
                 status = status or 2
             _silence()
-    return status
+    return status or 0
 
 
 def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
@@ -128,7 +128,7 @@ def _signalled(interrupt: KeyboardInterrupt) -> int:
 
 
 class Plain:
-    """A stream to which no character goes that a terminal takes for a command."""
+    """A stream without the characters that a terminal takes for commands."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -150,7 +150,7 @@ def bare(stream: Any) -> TextIO:
 def _output() -> Iterator[None]:
     """Standard output as a Plain one that takes every character, closed or not."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before we began
+        if getattr(sys, name) is None:  # closed before this program began
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe may not take every character of a sample
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -163,7 +163,7 @@ def _output() -> Iterator[None]:
 
 
 def _silence() -> None:
-    """Let the interpreter's last flush of what nobody takes go nowhere."""
+    """Let the interpreter's last flush go nowhere, since no program takes the output."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -75,6 +75,11 @@ def png(levels: Array, palette: Array) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
+def label(char: str) -> str:
+    """A character beside a row or column; its number in Unicode where it would not be seen."""
+    return char if char.isprintable() and char.strip() else f"U+{ord(char):04X}"
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a chart: its name, its points, and how it is drawn."""

@@ -21,7 +21,7 @@ from microgpt.config import FIELDS, Config
 from microgpt.data import in_order, load_documents, parts
 from microgpt.errors import MicrogptError, as_typed
 from microgpt.pages.page import render
-from microgpt.pages.pictures import Array, Chart, Line, chart, heat
+from microgpt.pages.pictures import Array, Chart, Line, chart, heat, label
 from microgpt.runs.checkpoint import Checkpoint, load_checkpoint
 from microgpt.runs.directory import CONFIG, METRICS, SAMPLES, holds_run
 from microgpt.runs.memory import check_file
@@ -285,7 +285,7 @@ def attention(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Attention]:
             for layer, tensor in weights
             for h, of_head in enumerate(tensor)
         ]
-        letters = ["BOS", *text][:T]
+        letters = ["BOS", *map(label, text)][:T]
         found.append(Attention(text, letters, heads[:MAPS], max(0, len(heads) - MAPS)))
     return found
 

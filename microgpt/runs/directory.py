@@ -39,10 +39,8 @@ if TYPE_CHECKING:
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.txt"
 RUN_FILES = (CONFIG, METRICS, FILE_NAME, SAMPLES)
 LOCK = "run.lock"
-LONGEST_LINE, MARGIN = (
-    200,
-    100_000_000,
-)  # bytes of a line; bytes of lines after the checkpoint
+LONGEST_LINE = 200  # bytes of a line of metrics.jsonl, or of run.lock
+MARGIN = 100_000_000  # bytes of lines of metrics.jsonl after the checkpoint
 
 
 class TakenError(MicrogptError):
@@ -50,7 +48,7 @@ class TakenError(MicrogptError):
 
 
 class RunLock:
-    """Keeps a run directory to one run for as long as its process lives.
+    """A lock that keeps other runs out of a run directory for as long as its process lives.
 
     The operating system drops the lock when the process ends, however it ends: a run.lock that
     was left behind keeps no run out. Where a file system has no locks, the run goes on without.
@@ -74,14 +72,14 @@ class RunLock:
 
     @property
     def stands(self) -> bool:
-        """Whether the directory is still where it was, and still this run's."""
+        """Whether the run.lock at this path is still the one that this run has locked."""
         return _is_at(self.file, self.path)
 
 
 def _acquired(path: Path) -> FileLock:
     from filelock import FileLock, Timeout  # whose import takes as long as a hundred steps
 
-    if os.path.lexists(path):  # a directory that somebody sent may lead elsewhere
+    if os.path.lexists(path):  # in a directory from another user it may be a link
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise MicrogptError(f"{path}: not a file of its own, as runs make them; remove it")
@@ -102,7 +100,7 @@ def _acquired(path: Path) -> FileLock:
 
 
 def _holder(file: BinaryIO) -> str:
-    """What run.lock says from its second byte on: on Windows the locked first one is unreadable."""
+    """The text of run.lock after its first byte, which is locked, and so unreadable on Windows."""
     file.seek(1)
     return file.read(LONGEST_LINE).decode(errors="replace").strip()
 
@@ -307,7 +305,7 @@ def unlike(out: Path, config: Config) -> str:
 
 
 def write_samples(out: Path, samples: list[str], between: str = "") -> None:
-    """Write samples.txt: one sample per line; samples of several lines, with `between` between."""
+    """Write samples.txt: one sample per line; `between` separates samples of several lines."""
     write_whole(out / SAMPLES, between.join(f"{sample}\n" for sample in samples).encode())
 
 

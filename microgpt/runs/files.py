@@ -28,9 +28,9 @@ def write_whole(path: Path, content: bytes) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that is to be seen whole or not at all, also after a power cut.
 
-    It is in a folder of its own, since a library may put files beside the one it writes.
+    That place is in a folder of its own, since a library may put files beside what it writes.
 
-    Raises MicrogptError if it cannot be written, or would take the place of what is no file.
+    Raises MicrogptError if the file cannot be written, or if a folder, device or pipe is there.
     """
     check_target(path)
     # names end at 255 bytes, of which a character takes up to four
@@ -63,7 +63,7 @@ def _rename(file: Path, path: Path) -> None:
 def check_target(path: Path, name: str = "") -> None:
     """Refuse to write where a folder, a device, a pipe or a link to one is; name: of the option.
 
-    A file is put in the place of what is there, so that these would be gone.
+    Writing puts a new file in the place of what is there, so these would be gone.
     """
     where = f"{name}: " if name else ""
     if path == Path():  # of an empty name
@@ -98,7 +98,7 @@ def _leads_to_open_file(path: Path) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it is to be in, where they are not there yet."""
+    """Make a folder and its parents, where they are not there yet."""
     try:
         os.makedirs(folder, exist_ok=True)
     except RecursionError:  # makedirs calls itself for each of a thousand folders
@@ -106,7 +106,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_begun(begun: Path) -> None:
-    """Remove a folder and the files in it, or what can be removed; of a link, the link alone."""
+    """Remove a folder and the files in it, as far as possible; of a link, the link alone."""
     with contextlib.suppress(OSError):
         if begun.is_symlink() or not begun.is_dir():
             begun.unlink()

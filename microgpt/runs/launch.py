@@ -21,7 +21,7 @@ FILES = "MICROGPT_FILES"  # of the command, for its ranks: stdout, stderr, signa
 # what MPICH, Open MPI and Slurm tell a process
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
-AGAIN = "import sys; sys.path[:] = {!r}; from microgpt.__main__ import main; sys.exit(main())"
+MAIN = "from microgpt.__main__ import main; sys.exit(main())"
 
 SAID = "microgpt: error: "
 
@@ -95,8 +95,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
     from microgpt.runs.signals import handled_by
 
-    command = [mpiexec(ranks), "-launcher", "fork", "-hosts", "localhost", "-n", str(ranks)]
-    command += [sys.executable, "-c", AGAIN.format(sys.path), *arguments]
+    command = command_of(ranks, MAIN, *arguments)
     signals, ours = os.pipe()
     with TemporaryFile() as said, TemporaryFile(buffering=0) as pids:
 
@@ -127,23 +126,30 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def mpiexec(ranks: int) -> str:
-    """The mpiexec that belongs to this Python, or else the first on the path.
+def command_of(ranks: int, program: str, *arguments: str) -> list[str]:
+    """What starts a program in Python as so many ranks on this machine.
 
-    Raises MicrogptError if there is none, or no mpi4py.
+    Raises MicrogptError if MPI is not installed.
     """
+    found = mpiexec()
+    if not found:
+        raise MicrogptError(
+            f"--cores {ranks}: ranks need MPI, which is not installed; install it with:"
+            f" {INSTALL}; or use --cores 1"
+        )
+    here = f"import sys; sys.path[:] = {sys.path!r}; {program}"
+    start = [found, "-launcher", "fork", "-hosts", "localhost", "-n", str(ranks)]
+    return [*start, sys.executable, "-c", here, *arguments]
+
+
+def mpiexec() -> str | None:
+    """The mpiexec of this Python, or else the first on the path; None if MPI is not installed."""
     import shutil
     import sysconfig
     from importlib.util import find_spec
 
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = shutil.which("mpiexec", path=path)
-    if not found or find_spec("mpi4py") is None:
-        raise MicrogptError(
-            f"--cores {ranks}: ranks need MPI, which is not installed; install it with:"
-            f" {INSTALL}; or use --cores 1"
-        )
-    return found
+    return shutil.which("mpiexec", path=path) if find_spec("mpi4py") else None
 
 
 def _copy(file: int) -> int:

@@ -23,7 +23,7 @@ SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # the 
 VALUE, TERM = 440, 48  # of a graph: a Value, and each product that a dot() adds up
 SCALAR_PARAM = 200  # a parameter, its gradient and moments, and the list that it was drawn into
 DRAWN, BUFFERS = 8, 8  # vectorized: a drawn weight; how many buffers are as large as all parameters
-SPARE = 1.4  # times the arrays of a step: NumPy's temporary arrays
+SPARE = 1.4  # times the arrays of a step, for NumPy's temporary arrays
 CACHE_COPIES = 2  # of the KV cache in sampling
 DOCUMENT = 200  # a list of tokens
 PROCESS = 60e6  # one more rank, without a model
@@ -70,7 +70,7 @@ def check_memory(
 
 
 def check_file(path: Path, lines: bool = False) -> None:
-    """Raise MicrogptError if a file, as a list of lines with `lines`, does not fit into memory."""
+    """Raise MicrogptError if a file, or its list of lines with `lines`, exceeds the memory."""
     size = path.stat().st_size
     needed = float(size)
     if lines:
@@ -132,8 +132,8 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
 def most_walkers(config: Config) -> int:
     """How many documents vectorized draws side by side at most (see vectorized.sample).
 
-    Side by side, a step takes fewer calls, but of the documents drawn only one in a document's
-    length is kept. A larger model draws one by one, since arithmetic outweighs calls there.
+    Drawing side by side takes fewer calls, but keeps one document of n, where n is the length of a
+    document. A larger model draws one by one, since arithmetic outweighs calls there.
     """
     if config.n_embd**2 * config.block_size > SMALL_MODEL:
         return 1

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from microgpt.errors import MicrogptError
 from microgpt.runs import launch
 
-AWAKE, NAP = 0.002, 0.0002  # seconds of polling before the first nap, and of a nap
+AWAKE, NAP = 0.0003, 0.01  # seconds of polling before the first nap, and of the longest nap
 BEAT, MISSING = 1.0, 10  # seconds between signs of life, and how many of them may be missing
 
 
@@ -204,10 +204,9 @@ class World(Alone):
         """Wait for the other ranks; after a while, leave the core to other programs."""
         began = perf_counter()
         while not request.Test():
-            if perf_counter() < began + AWAKE:
-                os.sched_yield()
-            else:
-                sleep(NAP)
+            waited = perf_counter() - began
+            if waited > AWAKE:
+                sleep(min(waited / 10, NAP))
 
     def _watch(self) -> None:
         """Exchange signs of life with rank 0, in a thread; fail where they are missing.

@@ -15,9 +15,9 @@ from types import FrameType
 from microgpt.runs.launch import RANK, told
 
 exit_now = os._exit  # os._exit itself is another function while a candidate runs
-SIGNALLED = 128  # and the signal's number, as shells have it
+SIGNALLED = 128  # exit status of a signal, less its number, as in shells
 
-program = "microgpt"  # as its line says
+program = "microgpt"  # with which the last line begins
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,7 +50,7 @@ def _end(last_words: str, status: int) -> None:
     for number in _numbers():  # a signal that comes meanwhile would print a second line
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
-        if sys.stderr is not None:  # else file 2 may be any file
+        if sys.stderr is not None:  # if it was closed, file 2 may be any file
             os.write(2, f"{program}: {last_words}\n".encode())
     exit_now(status)
 
@@ -59,7 +59,7 @@ def _end(last_words: str, status: int) -> None:
 def at_once() -> Iterator[None]:
     """A signal raises Interrupted, wherever the program is, but ends the process in an import.
 
-    In there the exception could become another: NumPy makes an ImportError of what it meets.
+    An exception raised in an import could become another: NumPy makes ImportErrors of them.
     """
 
     if told(RANK):  # rank 0 ends the others

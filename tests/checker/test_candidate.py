@@ -29,6 +29,7 @@ from crosscheck.candidate import (
 from crosscheck.check import CANNOT, INCOMPLETE, RIGHT, WRONG, Verdict, check
 from crosscheck.defects import load_defects
 from crosscheck.functions import inputs
+from microgpt.errors import MicrogptError
 from microgpt.settings import FIXTURES
 
 NORM = """\
@@ -286,6 +287,29 @@ def test_what_is_right_passes(source: str, status: int, checked: Check) -> None:
     assert "right" in verdict.functions.values()
 
 
+SOFTMAX = """\
+def softmax_backward(dy, y):
+    return y * dy - y * (y * dy).sum(-1, keepdims=True)
+"""
+WITH_DTAP = ATTENTION.replace(
+    "    n, s = tap",
+    "    dtap.q, dtap.k, dtap.v, dtap.attn_weights = dq, dk, dv, dp\n    n, s = tap",
+)
+
+
+@pytest.mark.parametrize("source", [SOFTMAX, WITH_DTAP], ids=["softmax", "attention"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_where_terms_cancel_is_not_wrong(seed: int, source: str, checked: Check) -> None:
+    verdict = checked(f"# {seed}\n{source}")  # another text gets other numbers
+    assert verdict.status == INCOMPLETE, str(verdict)
+
+
+def test_what_is_zero_by_structure_and_what_is_small_gets_no_allowance(checked: Check) -> None:
+    for wrong in ("+ 1e-14 * (y > 0)", "+ 1e-18 * (y == 0)"):
+        source = SOFTMAX.replace("keepdims=True)", f"keepdims=True) {wrong}")
+        assert checked(source).status == WRONG, wrong
+
+
 WRONG_NUMBERS = {  # what is exchanged for what, and what must be said
     "only for T = 1": (NORM, "    return", "    dx *= 1 + (dy.shape[1] == 1)\n    return", "T = 1"),
     "only where axes differ": (
@@ -380,6 +404,30 @@ def test_the_first_line_says_what_was_found(checked: Check) -> None:
     assert "unknown: linear_backwards (did you mean linear_backward?)" in first
 
 
+@pytest.mark.parametrize(
+    "name", ["rmsnorm_grad", "rms_norm_backward", "d_rmsnorm", "RMSNormBwd", "rmsnorm_bakward"]
+)
+def test_a_name_that_means_one_of_the_text_is_understood(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(NORM.replace("rmsnorm_backward", name), encoding="utf-8")
+    with pytest.raises(MicrogptError, match=f"{name}: did you mean rmsnorm_backward"):
+        check(path)
+
+
+def test_a_file_of_helpers_is_told_that_they_are_not_checked_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def mean(x):\n    return x\n", encoding="utf-8")
+    with pytest.raises(MicrogptError, match="has mean, which the text's functions use"):
+        check(path)
+
+
+def test_nothing_is_called_right_where_only_stubs_are(checked: Check) -> None:
+    verdict = checked("def rmsnorm_backward(dy, y, scale):\n    raise NotImplementedError\n")
+    assert verdict.status == INCOMPLETE
+    assert "nothing is written yet" in str(verdict)
+    assert "right so far" not in str(verdict)
+
+
 def test_what_turns_out_to_be_a_stub_does_not_keep_the_rest_from_its_verdict(
     checked: Check,
 ) -> None:
@@ -423,6 +471,154 @@ def test_the_readme_shows_what_is_said(checked: Check) -> None:
 def test_the_hint_names_what_was_computed_instead(checked: Check) -> None:
     verdict = checked(ATTENTION.replace(" + dk @ w.attn_wk", ""), 1)
     assert "a term dropped: dattn_norm = dtap.attn_norm = (dnorm_q) + dnorm_v" in str(verdict)
+
+
+def test_the_equation_is_that_of_the_element_that_is_shown(checked: Check) -> None:
+    text = str(checked(NORM.replace("return dx", "return -dx"), 2))
+    at = text.partition("dx[")[2].partition("]")[0]
+    row = at.rpartition(", ")[0]
+    assert f"dy[{row}] = " in text
+    assert f"scale[{row}] = " in text
+    key = str(checked(ATTENTION.replace("for d in (dq, dk, dv)", "for d in (dq, dq, dv)"), 2))
+    shown = float(key.partition("should be")[2].split()[0])
+    assert f"= {shown:.6g}" in " ".join(key.partition("equation")[2].split())
+
+
+def test_a_cause_explains_every_input_that_was_looked_at(checked: Check) -> None:
+    """With two positions in each document and D = 4, sqrt(D) looks like n."""
+    verdict = checked(WHOLE.replace("/ D**0.5\n        dq", "\n        dq"), 1)
+    assert "attention scale not differentiated" in str(verdict)
+    assert "weighted a second time" not in str(verdict)
+
+
+def test_a_value_gets_no_hint_that_was_not_looked_for(checked: Check) -> None:
+    wrong = VALUE.replace("p.grad += slope", "p.grad = slope")
+    assert "looks like" not in str(checked(wrong, 2))
+    assert "--hint" not in str(checked(wrong))
+
+
+def test_single_precision_is_named(checked: Check) -> None:
+    source = NORM.replace("return dx", "return dx.astype('float32').astype('float64')")
+    assert "is something computed in float32?" in " ".join(str(checked(source, 1)).split())
+    assert "float32" not in str(checked(NORM.replace("return dx", "return 1.0000001 * dx"), 1))
+
+
+# --- a whole model -------------------------------------------------------------------------------
+
+
+def words_of(verdict: Verdict) -> str:
+    return " ".join(str(verdict).split())
+
+
+def test_a_whole_model_that_is_wrong_is_told_what_is_right_and_where_to_look(
+    checked: Check,
+) -> None:
+    wrong = WHOLE.replace('"htu,thd->uhd", ds, q', '"htu,uhd->thd", ds, q')
+    text = words_of(checked(wrong))
+    assert "gives wrong numbers in dlayer0.attn_wk" in text
+    assert "right loss, dlm_head, dlayer0.mlp_fc2, dlayer0.mlp_fc1, dlayer0.attn_wo" in text
+    assert "wrong too dwte, dwpe" in text
+    assert "softmax_backward and attention_backward lead to it" in text
+    assert "for a hint about loss_and_grads" in text
+    assert "axes transposed: dk_heads" in words_of(checked(wrong, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("sum(losses), grads", "sum(losses), {k: g for k, g in grads.items() if k[1] != 'p'}",
+         "gives no gradient of wpe, by itself"),
+        ("sum(losses), grads", "sum(losses), {'d' + k: g for k, g in grads.items()}",
+         "their keys are to be the names of the parameters: lm_head"),
+        ("sum(losses), grads", "sum(losses), {**grads, 'bias': 1.0}",
+         "gives a gradient of bias, which are no parameters"),
+        ("losses = [", "params['wte'] *= 1.001\n    losses = [",
+         "writes into params['wte'], which is its input"),
+        ("sum(losses), grads", "grads", "returns dict; expected loss, {name: gradient}"),
+    ],
+    ids=["missing", "other keys", "extra", "writes", "grads alone"],
+)  # fmt: skip
+def test_what_a_whole_model_hands_back_is_told_in_words(
+    old: str, new: str, says: str, checked: Check
+) -> None:
+    verdict = checked(WHOLE.replace(old, new))
+    assert verdict.status == WRONG
+    assert says in words_of(verdict)
+
+
+LOOK_UPS = {
+    "the backend": """\
+from crosscheck.functions import watched_backend
+from vectorized.backend import Backend as Ours
+from microgpt.backend import fresh_state
+
+
+def loss_and_grads(params, docs, config):
+    ours = Ours(config, fresh_state(params), watch=True)
+    loss = ours.forward(docs)
+    ours.backward()
+    return loss, ours.grads()
+""",
+    "the text": """\
+from crosscheck.functions import text_loss_and_grads
+from vectorized import model
+
+
+def loss_and_grads(params, docs, config):
+    found = text_loss_and_grads((params, docs, config), vars(model))
+    return found.pop("loss"), {name[1:]: x for name, x in found.items()}
+""",
+    "the other text": """\
+import numpy as np
+from scalar.backend import Backend as Scalar
+from microgpt.backend import fresh_state
+
+
+def loss_and_grads(params, docs, config):
+    ours = Scalar(config, fresh_state(params), watch=True)
+    loss = ours.forward(docs)
+    ours.backward()
+    return loss, {name: np.array(x) for name, x in ours.grads().items()}
+""",
+    "a subclass": "from vectorized.backend import Backend as Ours\n\n\nclass Backend(Ours):\n"
+    "    pass\n",
+    "the arbiter": """\
+from crosscheck.operations import d_rmsnorm
+
+
+def rmsnorm_backward(dy, y, scale):
+    return sum(d_rmsnorm(None, dy, y, scale).values())
+""",
+}
+
+
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_an_answer_of_ours_is_refused(name: str, checked: Check) -> None:
+    verdict = checked(LOOK_UPS[name])
+    assert verdict.status == WRONG
+    assert "has its answer from" in words_of(verdict)
+
+
+def test_functions_beside_a_whole_model_are_checked_and_are_no_part_of_its_verdict(
+    checked: Check,
+) -> None:
+    beside = "\n\ndef linear_backward(dy, x, w):\n    return dy @ w, dy.T @ x\n"
+    other = "\n\ndef softmax_backward(y, dy):\n    return y\n"
+    verdict = checked(WHOLE + "\n\n" + NORM + beside + other)
+    assert verdict.status == RIGHT, str(verdict)
+    assert "and beside it linear_backward, rmsnorm_backward" in words_of(verdict)
+    assert "takes other arguments than the text's: softmax_backward" in words_of(verdict)
+    assert "beside it, and no part of the verdict: linear_backward" in words_of(verdict)
+    assert verdict.functions["rmsnorm_backward"] == "right alone"
+
+
+def test_a_wrong_part_of_a_wrong_model_is_reported(checked: Check) -> None:
+    norm = NORM.replace("dy - y * (dy * y).mean(-1, keepdims=True)", "dy")
+    whole = WHOLE.replace("    return s * (dy - y * (dy * y).mean(-1, keepdims=True))",
+                          "    return rmsnorm_backward(dy, y, s)")  # fmt: skip
+    text = words_of(checked(whole + "\n\n" + norm, 1))
+    assert "loss_and_grads gives wrong numbers in dlayer0.attn_wo" in text
+    assert "rmsnorm_backward gives wrong numbers in dx, by itself" in text
 
 
 def test_the_text_is_back_after_a_check(checked: Check) -> None:

@@ -941,7 +941,7 @@ def test_ctrl_c_at_the_very_end_ends_quietly(
             patch.setattr(sys.stdout, "flush", Mock(side_effect=KeyboardInterrupt))
             return 0
 
-        patch.setattr(shell, "_run", done)
+        patch.setattr(shell, "_parsed", done)
         assert microgpt("train") == 130
     assert capsys.readouterr().err == ""
 

@@ -192,7 +192,7 @@ def test_a_stale_figure_and_a_mark_without_a_command_are_found(
 def test_the_script_of_figures_lists_a_command_for_each() -> None:
     lines = figures("--list").stdout.splitlines()
     assert len(lines) > 30
-    assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
+    assert all(len(line.split(maxsplit=1)) == 2 for line in lines), lines
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permission")

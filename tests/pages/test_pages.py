@@ -125,6 +125,10 @@ def test_a_curve_of_many_steps_keeps_its_means_and_its_ends() -> None:
     assert drawn.level == pytest.approx(50)
 
 
+def test_a_character_that_would_not_be_seen_is_labelled_by_its_number() -> None:
+    assert [pictures.label(char) for char in "a\n \u00e9"] == ["a", "U+000A", "U+0020", "\u00e9"]
+
+
 def test_a_chart_without_points_is_none() -> None:
     nothing = np.array([])
     assert pictures.chart("Loss", [pictures.Line("loss", nothing, nothing)]) is None
@@ -265,7 +269,8 @@ def test_a_gradient_of_weights_stands_behind_the_derivative_that_it_is_made_of()
         for param, users in consumers(case.config).items():
             if param not in taps(case.config):
                 last = max(found.index(f"d{user.name}") for user, _ in users)
-                assert set(found[last + 1 : found.index(f"d{param}")]).isdisjoint(backward)
+                between = found[last : found.index(f"d{param}")]
+                assert [one for one in between if one in backward] == [found[last]]
 
 
 def test_names_have_their_layer_only_where_it_is_another() -> None:

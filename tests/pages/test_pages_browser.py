@@ -235,6 +235,10 @@ return Array.from(document.querySelectorAll("main *, header *"))
   .filter(one => getComputedStyle(one).overflowX !== "visible" && one.tabIndex !== 0)
   .map(one => one.tagName + "." + one.className);
 """
+WIDER = (
+    "return Array.from(document.querySelectorAll('pre, table, dl, .figures'))"
+    ".filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.outerHTML)"
+)
 SCROLLED = "return document.querySelectorAll('.stop .scroll, .how .scroll, .texts .scroll').length"
 
 
@@ -246,11 +250,7 @@ def test_nothing_in_the_atlas_is_cut_off(
     shown(browser, pages(name), width)
     assert browser.execute_script(CUT) == []
     assert browser.execute_script(SCROLLED) == 0
-    wide = browser.execute_script(
-        "return Array.from(document.querySelectorAll('pre, table, dl, .figures'))"
-        ".filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.outerHTML)"
-    )
-    assert wide == []
+    assert browser.execute_script(WIDER) == []
 
 
 def test_a_link_to_a_parameter_leads_to_its_weights(browser: Chrome, pages: Any) -> None:
@@ -349,6 +349,17 @@ def test_a_page_prints(browser: Chrome, pages: Any, name: str) -> None:
     printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
     assert printed.startswith(b"%PDF")
     assert printed.count(b"/Type /Page\n") >= 2 or len(printed) > 20_000
+
+
+def test_on_paper_nothing_is_cut_off(browser: Chrome, pages: Any) -> None:
+    shown(browser, pages("atlas"), 720)  # as wide as A4 in portrait
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert browser.execute_script(WIDER) == []
+    height = browser.execute_script(
+        "return Array.from(document.querySelectorAll('.figures'))"
+        ".filter(one => one.scrollHeight > one.clientHeight + 1).length"
+    )
+    assert height == 0
 
 
 def test_the_map_opens_at_the_first_divergence(browser: Chrome, pages: Any) -> None:
