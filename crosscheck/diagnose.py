@@ -125,6 +125,7 @@ class Pair:
 
 
 # what ranks compute together; they take the rest from the text as it stands, or from one rank
+OF_SHARES = "shares of the ranks, if one rank agrees: "
 ON_RANKS = ("entry", "entry_m", "entry_v", "unwatched", "adam_m", "adam_v", "update", "params")
 
 
@@ -169,7 +170,7 @@ def diagnose(
         if not said and not pair.wrong.any():
             return logarithm(pair)
         said = said or reading(pair) or description(pair, promised)
-    return f"shares of the ranks, if one rank agrees: {said}" if shared else said
+    return f"{OF_SHARES}{said}" if shared else said
 
 
 def reading(pair: Pair) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from crosscheck.alone import WHOLE, Wrong
 from crosscheck.candidate import RESULTS, Candidate, text_functions
 from crosscheck.cases import Case, load_case
+from crosscheck.diagnose import OF_SHARES
 from crosscheck.explain import expression, shown
 from crosscheck.functions import Input
 from crosscheck.likeness import likeness
@@ -43,14 +44,14 @@ def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
 
 def cause(candidate: Candidate, wrong: Wrong) -> str:
     """What explains all of the inputs that were looked at; "" if nothing does."""
-    if single_precision(wrong):
-        return "the error is of the size of single precision: is something computed in float32?"
     known = dict(_readings(candidate, wrong))
     first, *others = known.values() or [[]]
     common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
     causes = [words for words in common if not words.startswith(NO_CAUSE)]
     # the formula without a term is said in other words before
     causes = [words for words in causes if words == causes[0] or LEFT_OUT not in words]
+    if not causes and single_precision(wrong):
+        return "the error is of the size of single precision: is something computed in float32?"
     if not causes:
         causes = [likeness(wrong.function, wrong.evidence)]
     if any(causes):
@@ -97,7 +98,7 @@ def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[st
         found = compared(candidate, case, reference_steps(case), [wrong.function], 1, FLOAT64)
         if found and count < AGREEING:
             count += 1
-            yield case.name, _parts(found.diagnosis)
+            yield case.name, _parts(found.diagnosis.removeprefix(OF_SHARES))
 
 
 def _parts(words: str) -> list[str]:

@@ -470,7 +470,7 @@ def test_the_readme_shows_what_is_said(checked: Check) -> None:
 
 def test_the_hint_names_what_was_computed_instead(checked: Check) -> None:
     verdict = checked(ATTENTION.replace(" + dk @ w.attn_wk", ""), 1)
-    assert "a term dropped: dattn_norm = dtap.attn_norm = (dnorm_q) + dnorm_v" in str(verdict)
+    assert "goes on without the contribution of layer0.k" in str(verdict)
 
 
 def test_the_equation_is_that_of_the_element_that_is_shown(checked: Check) -> None:
