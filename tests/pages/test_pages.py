@@ -347,6 +347,26 @@ def test_only_lines_that_this_layer_and_this_model_run_are_listed() -> None:
     assert "linear_backward(dlogits" in lines("microgpt-243", "dwte")
 
 
+def test_each_name_of_a_picture_says_what_it_counts() -> None:
+    made = stops_of(load_case("one-document"))
+    stops = {stop.id: stop for stop in made}
+    (picture,) = stops["emb"].sides[0].pictures
+    assert [label for label in picture.columns if label] == ["0", "4", "8", "12"]
+    assert len(picture.columns) == 16
+    transposed = made.example(stops["dlayer0.k"]).factors[0]
+    assert transposed.title.endswith("transposed: u down, t across")
+    levels, _ = pixels(transposed.pictures[0].image)
+    T = len(levels)
+    assert ((levels == pictures.ABSENT) == np.tri(T, k=-1, dtype=bool)).all()
+
+
+def test_the_derivative_of_a_tensor_does_not_claim_to_be_the_tensor() -> None:
+    made = {stop.id: stop.words for stop in stops_of(load_case("one-document"))}
+    assert made["layer0.attn_logits"].startswith("How much each head looks")
+    assert made["dlayer0.attn_logits"].startswith("Derivative of: how much each head looks")
+    assert made["demb"] == ""
+
+
 def test_the_example_is_one_sum_on_both_sides() -> None:
     made = stops_of(load_case("one-document"))
     example = made.example(next(stop for stop in made if stop.id == "dlayer0.k"))
