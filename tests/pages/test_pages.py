@@ -270,6 +270,7 @@ def test_the_numbers_that_are_followed_follow_from_each_other(name: str) -> None
         act = made.scalar[f"forward/{layer}mlp_act"][0, t]
         shares = np.abs(made.scalar[f"entry/{layer}mlp_fc2"][o] * act)
         assert chain[f"{layer}mlp_act"].at[-1] == np.argmax(shares)
+        assert shares.max() > 0  # a unit that relu lets through
 
 
 def test_of_many_additions_the_largest_are_listed_and_the_others_summed() -> None:
@@ -301,6 +302,7 @@ def test_softmax_and_cross_entropy_are_taken_apart() -> None:
         weights = made.scalar[f"forward/layer{layer}.attn_weights"][stop.element.place.at[:3]]
         for i, share in enumerate(stop.shares):
             assert share.factor == pytest.approx(weights[i] * ((i == u) - weights[u]))
+            assert share.slope == f"w[u={i}] ({int(i == u)} - w[u={u}])"
     (note,) = stops["dlogits"].notes
     at = stops["dlogits"].element.place.at
     logits = made.scalar["forward/logits"][at[:2]]
@@ -465,6 +467,10 @@ def test_the_command_draws_the_default_model_and_emma(
     assert f"{out}: {out.stat().st_size:,} bytes" in capsys.readouterr().out
     page = out.read_text(encoding="utf-8")
     assert "the preset microgpt, after 1,000 steps" in page
+    explained = re.findall("<dt>(.*?)</dt>", re.sub("</?code>", "", page))
+    assert {"k", "dk", "x, res", "n", "scores", "w, dw", "weights"} <= set(explained)
+    said = " ".join(re.sub("<.*?>", "", page.partition('id="texts"')[0]).split())
+    assert not re.findall(r"on the (?:left|right)|[Ee]very named number", said)
     assert re.findall(r"<span>(\w+) <small>(\d+)</small></span>", page) == [
         *[("BOS", "26"), ("e", "4"), ("m", "12"), ("m", "12"), ("a", "0")],
         *[("e", "4"), ("m", "12"), ("m", "12"), ("a", "0"), ("BOS", "26")],
