@@ -345,14 +345,11 @@ class Stops:
         """The stop of a derivative, with the additions that it is made of."""
         users, place = self.users[name], stop.element.place
         found = self.document.additions.one[place]
-        kept = [one for one in found if one.product]
-        rest: list[Addition] = []
-        if len(kept) > self.detail.additions:
-            kept.sort(key=lambda one: -abs(one.product))
-            kept[1:] = sorted(kept[1:], key=lambda one: not self._follows(one, users[0]))
-            rest = kept[self.detail.additions - 1 :]
-            listed = set(map(id, kept[: self.detail.additions - 1]))
-            kept = [one for one in found if id(one) in listed]
+        by_size = sorted((one for one in found if one.product), key=lambda one: -abs(one.product))
+        by_size[1:] = sorted(by_size[1:], key=lambda one: not self._follows(one, users[0]))
+        most = self.detail.additions
+        most -= len(by_size) > most  # a row for the others
+        rest, listed = by_size[most:], {id(one) for one in by_size[:most]}
         parts = [
             Part(
                 self._link(user, name, "d"),
@@ -368,7 +365,7 @@ class Stops:
             before=[self._link(user, name, "d") for user in users],
             used_in=[f"{self._link(user, name).text} = {self._equation(user)}" for user in users],
             parts=parts,
-            terms=[self._term(one, name, users[0]) for one in kept],
+            terms=[self._term(one, name, users[0]) for one in found if id(one) in listed],
             left_out=len(rest),
             rest=sum(one.product for one in rest),
             zeros=sum(not one.product for one in found),
@@ -506,26 +503,21 @@ class Stops:
 
     def _named(self, words: str) -> str:
         """A formula with the token behind an id; without its layer, where there is only one."""
-        words = re.sub(r"\bwpe\[(\d+)\]", r"wpe[t=\1]", words)
+        words = re.sub(r"\b(wpe\[)(\d)", r"\1t=\2", words)
         words = re.sub(
-            r"(wte|lm_head|softmax\(logits\))\[(\d+)\]|token is (\d+)$",
-            lambda found: (
-                f"{found[1]}[v={found[2]} ({self.document.token(int(found[2]))})]"
-                if found[1]
-                else f"token is {found[3]} ({self.document.token(int(found[3]))})"
-            ),
+            r"((?:wte|lm_head|logits\)?)\[|token is )(\d+)",
+            lambda found: f"{found[1]}v={found[2]} ({self.document.token(int(found[2]))})",
             words,
         )
         return words.replace("layer0.", "") if self.config.n_layer == 1 else words
 
     def chain(self) -> list[tuple[Link, float]]:
         """The number that is followed: its name and size at every stop from the token on."""
+        places = [self.document.chain[name] for name in ("wte", *self.table)]
+        keys = ["entry/wte", *(f"forward/{name}" for name in self.table)]
         return [
-            (Link(place.name, self._written(place, place.name)), float(tensor[place.at]))
-            for place in (self.document.chain[name] for name in ("wte", *self.table))
-            for tensor in [
-                self.scalar[f"{'entry' if place.name == 'wte' else 'forward'}/{place.name}"]
-            ]
+            (Link(place.name, self._written(place, "")), float(self.scalar[key][place.at]))
+            for place, key in zip(places, keys)
         ]
 
     def legend(self) -> list[tuple[str, str, int]]:

@@ -262,6 +262,8 @@ def test_the_numbers_that_are_followed_follow_from_each_other(name: str) -> None
         if users:
             first = chain[users[0][0].name]
             assert any(first in one.towards for one in additions[chain[operand]]), operand
+    links = [link.text for link, _ in made.chain()]
+    assert len(set(links)) == len(links) == 1 + len(taps(case.config))
     _, t, v = chain["logits"].at
     assert v == made.document.tokens[t + 1]
     assert 0 < t < len(made.document.tokens) - 2 or len(made.document.tokens) <= 3
