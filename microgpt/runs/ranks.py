@@ -41,7 +41,7 @@ class Comm(Protocol):
         """Send row r to rank r; `out` receives one row from every rank, in the order of ranks."""
 
     def gather(self, row: Any, out: Any) -> None:
-        """Send this row to all ranks; `out` receives the rows of all ranks, in the order of ranks."""
+        """Send this row to all ranks; `out` receives all rows, in the order of ranks."""
 
 
 class AgreedError(MicrogptError):
