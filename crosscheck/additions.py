@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from crosscheck.report import axes
 from crosscheck.trace import Array
 from microgpt.layout import pick
 from microgpt.taps import axes_of, taps
@@ -32,30 +31,51 @@ class Place(NamedTuple):
     name: str
     at: Index  # with ALL where it is all of an axis
 
-    def written(self, layer: str = "", derivative: bool = False) -> str:
-        """The element as NumPy would write it, `q[t=1, c=3]`; the only document goes unsaid.
+    def written(self, token: Callable[[int], str], layer: str = "") -> str:
+        """The element with the letter of each axis, `wte[v=4 (e), c=8]`; b, the only document, is
+        left out.
 
+        token    what a token of the vocabulary stands for
         layer    the prefix that is left out
         """
-        short = "d" * derivative + self.name.removeprefix(layer)
-        names = axes(f"forward/{self.name}")
-        numbers = [":" if i == ALL else str(i) for i in self.at]
-        if names == ("row", "column"):
-            return f"{short}[{', '.join(numbers)}]"
-        shown = [f"{axis}={i}" for axis, i in zip(names, numbers) if axis != "b"]
-        return f"{short}[{', '.join(shown)}]" if shown else short
+        shown = []
+        for axis, i in zip(axes_of(self.name), self.at):
+            letter = "t" if axis == "block_size" else axis.lower()
+            number = ":" if i == ALL else f"{i} ({token(i)})" if axis == "V" else str(i)
+            shown += [f"{letter}={number}"] * (axis != "B")
+        name = self.name.removeprefix(layer)
+        return f"{name}[{', '.join(shown)}]" if shown else name
+
+
+# the elements of the tap that a value leads to, and the derivative of each by the value
+Towards = Mapping[Place, float]
 
 
 @dataclass(frozen=True)
 class Addition:
     """One `child.grad += local_grad * value.grad`."""
 
-    source: Place  # the element of a tap that `value` is, or that is computed from `value`
-    share: float | None  # value_grad as a multiple of the source's gradient, if it is one element
+    towards: Towards
     value_grad: float
     local_grad: float
     factor: Place | None  # the other factor, where `value` is a product: it equals local_grad
-    total: float  # of this and the additions before it
+
+    @property
+    def source(self) -> Place:
+        """The element that `value` leads to; with ALL along an axis on which there are several."""
+        first, *others = self.towards
+        return Place(
+            first.name,
+            tuple(
+                i if all(other.at[n] == i for other in others) else ALL
+                for n, i in enumerate(first.at)
+            ),
+        )
+
+    @property
+    def share(self) -> float | None:
+        """value_grad as a multiple of the source's gradient, if the source is one element."""
+        return next(iter(self.towards.values())) if len(self.towards) == 1 else None
 
     @property
     def product(self) -> float:
@@ -76,13 +96,6 @@ def no_search_for_cycles() -> Iterator[None]:
             gc.enable()
 
 
-class _Towards(NamedTuple):
-    """The tap that a value leads to, and the derivative of that tap with respect to the value."""
-
-    place: Place
-    share: float | None
-
-
 class _Edge(NamedTuple):
     """An operand of a value, which is its i-th, and the local derivative."""
 
@@ -90,7 +103,7 @@ class _Edge(NamedTuple):
     value: Value
     i: int
     local: float
-    towards: _Towards  # where the value leads
+    towards: Towards
 
 
 class Additions:
@@ -119,20 +132,21 @@ class Additions:
     def _edges(self) -> list[_Edge]:
         """The uses of the chosen elements, in the order of the backward pass."""
         wanted, known = self._wanted(), {*self.taps, *self.weights}
-        towards: dict[Value, _Towards] = {}
+        towards: dict[Value, dict[Place, float]] = defaultdict(dict)
         edges: list[_Edge] = []
         for value in self.backend.loss._topological_order()[::-1]:
             children, local_grads = value._children, value._local_grads or ()
             tap = self.taps.get(value)
-            own = _Towards(tap, 1.0) if tap else towards[value]
+            own = {tap: 1.0} if tap else towards[value]
             if not wanted.isdisjoint(children):
                 pairs = enumerate(zip(children, local_grads))
                 edges += [_Edge(x, value, i, local, own) for i, (x, local) in pairs if x in wanted]
             if not known.issuperset(children):
                 for child, local in zip(children, local_grads):
                     if child not in known:
-                        share = None if own.share is None else own.share * local
-                        towards[child] = _joined(towards.get(child), own.place, share)
+                        for place, slope in own.items():
+                            before = towards[child].get(place, 0.0)
+                            towards[child][place] = before + slope * local
         return edges
 
     def _wanted(self) -> set[Value]:
@@ -153,20 +167,18 @@ class Additions:
 
     def _keep(self, edge: _Edge) -> None:
         """Add what the backward pass has sent along an edge to the sums that it belongs to."""
-        child, value, i, local, (source, share) = edge
-        place = self._place(child)
+        child, value, i, local, towards = edge
+        place, source = self._place(child), next(iter(towards)).name
         if place.name in self.several:
             parts = self.parts[place.name]
-            if source.name not in parts:
-                parts[source.name] = np.zeros(self._shape(place.name))
-            parts[source.name][place.at] += local * value.grad
+            if source not in parts:
+                parts[source] = np.zeros(self._shape(place.name))
+            parts[source][place.at] += local * value.grad
         if place in self.followed:
-            before = self.one[place]
-            total = local * value.grad + (before[-1].total if before else 0.0)
             partner = value._children[i - len(value._children) // 2]  # in a product of lists
             named = partner in self.taps or partner in self.weights
             factor = self._place(partner) if named and partner.data == local else None
-            before.append(Addition(source, share, value.grad, local, factor, total))
+            self.one[place].append(Addition(towards, value.grad, local, factor))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self.backend.matrices:
@@ -186,16 +198,6 @@ class Additions:
                 return Place(name, divmod(n, len(matrix[0])))
             n -= len(matrix) * len(matrix[0])
         raise KeyError(value)
-
-
-def _joined(known: _Towards | None, place: Place, share: float | None) -> _Towards:
-    """Where a value leads that leads to this place, too; by two ways to one element, their sum."""
-    if known is None:
-        return _Towards(place, share)
-    if known.place == place and share is not None and known.share is not None:
-        return _Towards(place, known.share + share)
-    pairs = zip(known.place.at, place.at)
-    return _Towards(Place(place.name, tuple(i if i == j else ALL for i, j in pairs)), None)
 
 
 def _named(backend: Backend) -> Iterator[tuple[Value, Place]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from crosscheck.additions import Additions, Place
+from crosscheck.additions import Additions, Index, Place
 from crosscheck.cases import Case
-from crosscheck.trace import Step, padded_tokens, real, suited
+from crosscheck.trace import Step, padded_tokens, suited
 from microgpt.backend import Backend, State, load_backend
 from microgpt.errors import MicrogptError
 from microgpt.pages.pictures import label
 from microgpt.runs.checkpoint import not_finite
-from microgpt.taps import axes_of, consumers, params, taps
+from microgpt.taps import Tap, consumers, params, taps
 from microgpt.train import learning_rate
 from scalar.backend import Backend as Scalar
 
@@ -29,7 +29,8 @@ class Document:
     scalar        every tensor by its key, as in a trace
     vectorized    the same
     after         the same of vectorized after the update, if there is one
-    additions     what scalar adds to the elements that are followed
+    chain         the element of every tensor that is followed
+    additions     what scalar adds to these elements
 
     Raises MicrogptError if the graph would be too large, FloatingPointError if a number is not
     finite.
@@ -57,16 +58,16 @@ class Document:
             )
 
     def _compute(self, state: State, update: bool) -> None:
-        """Run both implementations: vectorized first, since its derivatives say which elements are
-        followed through scalar's."""
+        """Run both implementations: vectorized first, since its numbers say which elements are
+        followed through scalar's graph."""
         config = replace(suited(self.config, "vectorized", "float64"), cores=1)
         theirs, ours = load_backend("vectorized", config, state, True), Scalar(config, state)
         self.vectorized = self._traced("vectorized", theirs, theirs.backward)
-        followed = {self.followed(name) for name in (*self.table, *self.params)}
+        self.chain = self._chain()
         several = {name for name, users in self.users.items() if len(users) > 1}
 
         def backward() -> None:
-            self.additions = Additions(ours, followed, several)
+            self.additions = Additions(ours, set(self.chain.values()), several)
 
         self.scalar = self._traced("scalar", ours, backward)
         self.after: Step = {}
@@ -96,19 +97,43 @@ class Document:
             raise FloatingPointError(f"{spoiled} is not finite everywhere")
         return step
 
-    def followed(self, name: str) -> Place:
-        """Where the derivative is largest, at the second position if the tensor has positions; of
-        attention, at the last position, which looks at most."""
-        axes, phase = axes_of(name), "backward" if name in self.table else "gradient"
-        sizes = np.abs(self.vectorized[f"{phase}/d{name}"])
-        there = real(f"{phase}/d{name}", sizes.shape, self.vectorized["batch/tokens"])
-        if "T" in axes:
-            T = sizes.shape[axes.index("T")]
-            wanted = T - 1 if "U" in axes else min(1, T - 1)
-            positions = np.arange(T).reshape([-1 if a == "T" else 1 for a in axes])
-            there = there & (positions == wanted)
-        found = np.unravel_index(np.argmax(np.where(there, sizes, -1.0)), sizes.shape)
-        return Place(name, tuple(map(int, found)))
+    def _chain(self) -> dict[str, Place]:
+        """One element of every tensor, chosen from the loss backwards: the one that contributes
+        most to the chosen element of the first tensor computed from it."""
+        found: dict[str, Place] = {}
+        for name in (*reversed(self.table), *self.params):
+            users = consumers(self.config)[name]
+            at = self._used(*users[0], found[users[0][0].name].at) if users else ()
+            found[name] = Place(name, tuple(at))
+        return found
+
+    def _used(self, tap: Tap, operand: int, at: Index) -> Sequence[int]:
+        """The index of the element of an operand that contributes most to an element of a tap."""
+        x, *others = (
+            self.vectorized[f"{'forward' if name in self.table else 'entry'}/{name}"]
+            for name in tap.operands
+        )
+        D = self.config.head_dim
+        if tap.operation == "mean":  # of positions that look back and are looked at, if there are
+            T = x.shape[1]
+            return 0, max(range(1, T - 1) if T > 2 else range(T), key=lambda t: float(x[0, t]))
+        b, t, c = at[0], at[-2], at[-1]
+        if tap.operation == "cross_entropy":
+            return *at, self.tokens[at[-1] + 1]
+        if tap.operation == "embedding":
+            return (self.tokens[t], t)[operand], c
+        if tap.operation.startswith("linear") and operand < 2:
+            i = int(np.argmax(np.abs(others[0][c] * x[b, t])))
+            return (c, i) if operand else (b, t, i)
+        if tap.operation == "scores":
+            _, h, t, u = at
+            head = slice(h * D, h * D + D)
+            d = int(np.argmax(np.abs(x[b, t, head] * others[0][b, u, head])))
+            return b, (t, u)[operand], h * D + d
+        if tap.operation == "weighted_sum":
+            u = int(np.argmax(np.abs(x[b, c // D, t] * others[0][b, :, c])))
+            return (b, u, c) if operand else (b, c // D, t, u)
+        return at
 
     def token(self, i: int) -> str:
         """A token as it is written beside a row."""

@@ -165,4 +165,4 @@ def _replaced(tree: ast.expr, node: ast.AST, by: ast.expr) -> ast.expr:
 def _short(node: ast.AST) -> str:
     """The source of a part of a formula, with dots inside if it is long."""
     text = ast.unparse(node)
-    return text if len(text) <= LONGEST else f"{text[:18]} .. {text[-10:]}"
+    return text if len(text) <= LONGEST else f"{text[:18].rstrip()} .. {text[-10:].lstrip()}"

@@ -233,7 +233,8 @@ def summary(tally: Tally, comparisons: int) -> str:
     worst = [f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})"]
     within, worst = within * (tally.within > 0), worst * (tally.worst > 0 or not tally.within)
     lines = [
-        f"{comparisons} comparisons over {tally.steps:,} steps: {tally.tensors:,} tensors,"
+        f"{comparisons} comparison{'s' * (comparisons != 1)} over {tally.steps:,}"
+        f" step{'s' * (tally.steps != 1)}: {tally.tensors:,} tensors,"
         f" {tally.elements:,} elements",
         "; of the others ".join(within + worst),
         f"excused, being farther apart than {RTOL:g} of their size: {', '.join(counted) or 'none'}",

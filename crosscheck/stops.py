@@ -21,7 +21,7 @@ from crosscheck.document import Document
 from crosscheck.explain import expression
 from crosscheck.trace import Array, real
 from crosscheck.trace import axes as axes_of_key
-from microgpt.pages.numbers import rows
+from microgpt.pages.numbers import Numbers, rows
 from microgpt.pages.pictures import LARGEST, heat
 from microgpt.pages.sources import Line, Source, Text, texts
 from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, sizes
@@ -38,14 +38,26 @@ LETTERS = {  # what an axis counts: one, and several
     "block_size": ("position of the context", "positions of the context"),
 }
 MORE = {  # that the legend says of a letter
-    "U": "; position t looks at u = 0 .. t, and k at u is k at t = u",
-    "D": "; split_heads makes channel c = h D + d the channel d of head h, merge_heads undoes it",
+    "U": ": position t looks at positions u = 0 .. t; k[u] is the k computed at position u",
+    "D": ": channel c belongs to head h = c // {D} and is its channel d = c % {D}",
 }
-INSIDE = {  # by operation, the value that its operands go into where it is not yet the tap
-    "scores": "the dot product, before it is divided by sqrt(D)",
-    "mean": "the sum over positions, before it is divided by their number",
-    "cross_entropy": "the logit less the largest one, before softmax and -log",
+LABELS = {letter: letter.lower() for letter in LETTERS} | {"block_size": "t"}
+# by operation, what `value` is where the operand goes into a value that is not the tap itself
+INSIDE = {
+    "scores": "{x} goes into the dot product q . k. That is divided by sqrt({D}) = {root:g} to give"
+    " attn_logits, so value.grad is dattn_logits / {root:g}.",
+    "softmax": "Here value is the logit less the largest one. All elements of attn_weights with the"
+    " same t depend on it, so value.grad is the sum of what they send back:",
+    "rmsnorm": "'several': here value is the sum x . x inside rmsnorm, x = {x}. All {C} outputs"
+    " depend on it. The row stands twice because x is both factors of x . x.",
+    "activation": "Here value is a step inside {activation}. What follows it on the way to mlp_act"
+    " multiplies the gradient by the factor given.",
+    "cross_entropy": "Here value is the logit less the largest one. The factor is the derivative of"
+    " -log(softmax(logits)[target]): softmax(logits)[v] - [v = target] = {p:.4g} - {hit}.",
+    "mean": "{x} goes into the sum over positions. That is divided by their number, {T}, to give"
+    " the loss, so value.grad is dloss / {T}.",
 }
+ROWS = 20  # of a tensor that stand above the fold
 RESIDUAL = 2  # the operand of a linear map that is added to its result
 GENERAL = {tap.name: tap.operands for tap in (*EMBEDDING, *LAYER, *OUTPUT)}
 
@@ -53,8 +65,8 @@ GENERAL = {tap.name: tap.operands for tap in (*EMBEDDING, *LAYER, *OUTPUT)}
 class Detail(NamedTuple):
     """How much is shown of what could be."""
 
-    numbers: int  # of all taps that are written out, twice; of more, the first rows
-    additions: int  # to an element that are listed
+    numbers: int  # of all taps and parameters that are written out; of more, the first rows
+    additions: int  # to an element that are listed; of more, the largest
     pixels: int  # across a picture
 
 
@@ -85,7 +97,7 @@ class Side:
     lines: list[Line]
     code: str  # what to type to see the tensor
     pictures: list[Picture]
-    numbers: list[str]
+    numbers: Numbers
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,23 @@ class Term:
     gradient: float | None  # its number; None where it comes from several elements
     looks: str  # in attention: which token looks at which
     factor: str  # what local_grad is, where it is the other factor of a product
+    followed: bool  # whether it comes from the number that is followed
     addition: Addition
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one element of attn_weights sends back to a logit."""
+
+    source: str
+    gradient: float
+    slope: str  # its derivative with respect to the logit, in letters
+    factor: float  # and as a number
+
+    @property
+    def product(self) -> float:
+        """What it adds to value.grad."""
+        return self.gradient * self.factor
 
 
 @dataclass(frozen=True)
@@ -139,6 +167,7 @@ class Shown:
     title: str
     pictures: list[Picture]
     scale: float
+    numbers: Numbers | None = None
 
 
 @dataclass(frozen=True)
@@ -164,8 +193,11 @@ class Stop:
     used_in: list[str] = field(default_factory=list)  # of a derivative: equations with its tensor
     parts: list[Part] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
-    left_out: int = 0
-    inside: str = ""  # what `value` is where it is not yet a tap
+    left_out: int = 0  # smaller additions
+    rest: float = 0.0  # what they come to
+    zeros: int = 0  # additions of 0
+    notes: list[str] = field(default_factory=list)  # what `value` is where it is not a tap
+    shares: list[Share] = field(default_factory=list)  # of which its gradient is the sum
     why: list[Reason] = field(default_factory=list)
 
 
@@ -178,7 +210,7 @@ class Example:
     u: int
     d: int  # the channel within the head
     products: list[tuple[int, float, float]]  # t, dscores and q_heads
-    factors: list[Picture]  # dscores transposed, q_heads, and their product
+    factors: list[Shown]  # dscores transposed, q_heads, and their product
 
 
 class Stops:
@@ -196,13 +228,17 @@ class Stops:
             document.after,
         )
         self.short = frozenset(map(short, self.table))
-        self.sources = Source("scalar/model.py"), Source("vectorized/model.py")
+        self.sources = (
+            Source("scalar/model.py", self.config),
+            Source("vectorized/model.py", self.config),
+        )
         self.links = {name: f"text-{name}" for source in self.sources for name in source.functions}
         self._behind = [cache(source.behind) for source in self.sources]
         self._line = [
             cache(partial(source.highlighted, links=self.links)) for source in self.sources
         ]
-        self.count = sum(self.scalar[f"forward/{name}"].size for name in self.table)
+        taps = sum(self.scalar[f"forward/{name}"].size for name in self.table)
+        self.count = taps + document.weights
         self.detail = Detail(self.count, 16, LARGEST)
 
     def __iter__(self) -> Iterator[Stop]:
@@ -236,18 +272,17 @@ class Stops:
         )  # fmt: skip
 
     def _backward(self, name: str) -> Stop:
-        consumed = [] if self.users[name] else [f"d{name} = 1: the loss rises by 1 when it does"]
+        itself = f"d{name} = 1, the derivative of the loss with respect to itself"
         return self._stop(
             name, "backward", f"backward/d{name}", "uses", "dtap",
-            equation="".join(consumed),
+            equation="" if self.users[name] else itself,
             after=[self._link(operand, name, "d") for operand in self.table[name].operands],
         )  # fmt: skip
 
     def _home(self, name: str) -> Stop:
         tree = "dw" if layer_of(name) else "dparams"
-        beside = [
-            self._shown(f"entry/{name}", "the weights", self.vectorized[f"entry/{name}"], name)
-        ]
+        key, weights = f"entry/{name}", self.vectorized[f"entry/{name}"]
+        beside = [self._shown(key, "the weights", weights, name, numbers=True)]
         if self.after:
             before, after = (step[f"entry/{name}"] for step in (self.vectorized, self.after))
             beside += [
@@ -282,7 +317,7 @@ class Stops:
                 [line for n in numbers[i] for line in self._line[i]((n,))],
                 codes[i],
                 self._pictures(key, tensor, scale),
-                self._numbers(key, tensor, lists=i == 0),
+                self._numbers(name, tensor, lists=i == 0),
             )
             for i, tensor in enumerate(tensors)
         ]
@@ -292,7 +327,7 @@ class Stops:
             layer=layer_of(name).replace("layer", "layer ").removesuffix("."),
             name=d + short(name),
             of=short(name),
-            words=self._words(name),
+            words=self._words(name, d),
             equation=equation,
             letters=f"({', '.join(axes_of(name))})",
             shape=in_words(name, tensors[0].shape),
@@ -310,8 +345,11 @@ class Stops:
         """The stop of a derivative, with the additions that it is made of."""
         users, place = self.users[name], stop.element.place
         found = self.document.additions.one[place]
+        by_size = sorted((one for one in found if one.product), key=lambda one: -abs(one.product))
+        by_size[1:] = sorted(by_size[1:], key=lambda one: not self._follows(one, users[0]))
         most = self.detail.additions
-        kept = found if len(found) <= most else found[: most - 1]
+        most -= len(by_size) > most  # a row for the others
+        rest, listed = by_size[most:], {id(one) for one in by_size[:most]}
         parts = [
             Part(
                 self._link(user, name, "d"),
@@ -327,13 +365,51 @@ class Stops:
             before=[self._link(user, name, "d") for user in users],
             used_in=[f"{self._link(user, name).text} = {self._equation(user)}" for user in users],
             parts=parts,
-            terms=[self._term(one, name) for one in kept],
-            left_out=len(found) - len(kept),
-            inside=", ".join(filter(None, (INSIDE.get(self.table[x].operation) for x in users))),
+            terms=[self._term(one, name, users[0]) for one in found if id(one) in listed],
+            left_out=len(rest),
+            rest=sum(one.product for one in rest),
+            zeros=sum(not one.product for one in found),
+            notes=self._notes(place, found),
+            shares=self._shares(place, found),
             why=self._why(name),
         )
 
-    def _term(self, one: Addition, name: str) -> Term:
+    def _follows(self, one: Addition, user: str) -> bool:
+        """Whether an addition comes from the number that is followed in this tap."""
+        return self.document.chain[user] in one.towards
+
+    def _notes(self, place: Place, found: Sequence[Addition]) -> list[str]:
+        """What `value` is in the additions to an element, where it is not an element of a tap."""
+        inside = [one for one in found if one.share != 1]
+        operations = dict.fromkeys(self.table[one.source.name].operation for one in inside)
+        hit = 0
+        if place.name == "logits":
+            _, t, v = place.at
+            hit = int(v == self.document.tokens[t + 1])
+        D, T = self.config.head_dim, len(self.document.tokens) - 1
+        numbers = {
+            "x": short(place.name), "D": D, "root": D**0.5, "C": self.config.n_embd, "T": T,
+            "activation": self.config.activation, "hit": hit,
+            "p": hit + (inside[0].share or 0.0) if inside else 0.0,
+        }  # fmt: skip
+        return [INSIDE[one].format_map(numbers) for one in operations if one in INSIDE]
+
+    def _shares(self, place: Place, found: Sequence[Addition]) -> list[Share]:
+        """Of a logit in attention, what each weight sends back."""
+        u = place.at[-1] if place.at else 0
+        return [
+            Share(
+                self._written(source, place.name, "d"),
+                float(self.scalar[f"backward/d{source.name}"][source.at]),
+                f"w[u={source.at[-1]}] ({int(source.at[-1] == u)} - w[u={u}])",
+                slope,
+            )
+            for one in found
+            if "U" in axes_of(place.name) and "U" in axes_of(one.source.name)
+            for source, slope in sorted(one.towards.items())
+        ]
+
+    def _term(self, one: Addition, name: str, first: str) -> Term:
         name_of, at = one.source
         letters, looks = self.document.letters(), ""
         if "U" in axes_of(name_of) and ALL not in at:
@@ -345,13 +421,15 @@ class Stops:
             else None,
             looks=looks,
             factor=self._written(one.factor, name) if one.factor else "",
+            followed=self._follows(one, first),
             addition=one,
         )
 
-    def _words(self, name: str) -> str:
+    def _words(self, name: str, d: str) -> str:
         """What the sources say about a tap: the comment above it, as a sentence."""
         place = self.sources[0].keeping("tap", short(name))
         words = self.sources[0].comment_above(*place) if place else ""
+        words = f"derivative of: {words}" if d and words else words
         return f"{words[0].upper()}{words[1:]}." if words else ""
 
     def _equation(self, name: str) -> str:
@@ -380,7 +458,8 @@ class Stops:
         left, right = self._behind
         users = {short(user) for user in self.users[name]} if ours == "uses" else set()
         numbers = {n for user in users or {short(name)} for n in left("tap", user, self.short)}
-        return sorted(numbers), right(theirs, short(name), self.short)
+        first = layer_of(name) == f"layer{self.config.n_layer - 1}."
+        return sorted(numbers), right(theirs, short(name), self.short, first)
 
     def _codes(self, name: str, kind: str) -> tuple[str, str]:
         """How to get at a tensor in each text."""
@@ -394,7 +473,7 @@ class Stops:
     # --- the element that is followed ---
 
     def _element(self, key: str, name: str) -> Element:
-        place, d = self.document.followed(name), "" if key.startswith("forward") else "d"
+        place, d = self.document.chain[name], "" if key.startswith("forward") else "d"
         behind = expression(self.document.case, self.document.number, key, place.at, self.scalar)
         return Element(
             place=place,
@@ -415,7 +494,7 @@ class Stops:
 
     def _written(self, place: Place, of: str, d: str = "") -> str:
         """An element, as the stop of another tensor names it."""
-        return d + place.written(self._unsaid(place.name, of))
+        return d + place.written(self.document.token, self._unsaid(place.name, of))
 
     def _unsaid(self, name: str, of: str) -> str:
         """The layer in a name, where it is the same layer, or the only one."""
@@ -423,30 +502,52 @@ class Stops:
         return layer if self.config.n_layer == 1 or layer == layer_of(of) else ""
 
     def _named(self, words: str) -> str:
-        """A formula without its layer, where there is only one."""
+        """A formula with the token behind an id; without its layer, where there is only one."""
+        words = re.sub(r"\b(wpe\[)(\d)", r"\1t=\2", words)
+        words = re.sub(
+            r"((?:wte|lm_head|logits\)?)\[|token is )(\d+)",
+            lambda found: f"{found[1]}v={found[2]} ({self.document.token(int(found[2]))})",
+            words,
+        )
         return words.replace("layer0.", "") if self.config.n_layer == 1 else words
+
+    def chain(self) -> list[tuple[Link, float]]:
+        """The number that is followed: its name and size at every stop from the token on."""
+        places = [self.document.chain[name] for name in ("wte", *self.table)]
+        keys = ["entry/wte", *(f"forward/{name}" for name in self.table)]
+        return [
+            (Link(place.name, self._written(place, "")), float(self.scalar[key][place.at]))
+            for place, key in zip(places, keys)
+        ]
 
     def legend(self) -> list[tuple[str, str, int]]:
         """The letters of shapes, what each counts, and how many of them there are here."""
         n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.document.tokens) - 1)
         n["D"] = self.config.head_dim
         return [
-            (letter, words + MORE.get(letter, ""), n[letter])
+            (letter, words + MORE.get(letter, "").format_map(n), n[letter])
             for letter, (_, words) in LETTERS.items()
         ]
 
     # --- pictures and numbers ---
 
-    def _shown(self, key: str, title: str, tensor: Array, anchor: str = "") -> Shown:
+    def _shown(
+        self, key: str, title: str, tensor: Array, anchor: str = "", numbers: bool = False
+    ) -> Shown:
         scale = float(np.abs(tensor).max())
-        return Shown(anchor, title, self._pictures(key, tensor, scale), scale)
+        written = self._numbers(anchor, tensor, lists=False) if numbers else None
+        return Shown(anchor, title, self._pictures(key, tensor, scale), scale, written)
 
     def _labels(self, letter: str, n: int) -> list[str]:
         if letter in ("T", "U"):
             return self.document.letters()[:n]
         if letter == "V" and n <= 64:
             return [self.document.token(i) for i in range(n)]
-        return [str(i) for i in range(n)] if letter == "block_size" and n <= 32 else []
+        if letter == "block_size" and n <= 32:
+            return [str(i) for i in range(n)]
+        step = 4 if n > 8 else 1
+        ticks = [str(i) if i % max(step, n // 8) == 0 else "" for i in range(n)]
+        return ticks if letter in ("C", "D", "F") else []
 
     def _pictures(self, key: str, tensor: Array, scale: float) -> list[Picture]:
         """One matrix, or one for each head; what has no rows is one row."""
@@ -475,17 +576,27 @@ class Stops:
     ) -> Picture:
         rows, columns = matrix.shape
         labels = self._labels(axes[0], rows), self._labels(axes[1], columns)
-        height = 20 if labels[0] or rows == 1 else max(3, min(12, 220 // rows))
+        named = rows == 1 or (labels[0] and all(labels[0]))
+        height = 20 if named else max(3, min(12, 220 // rows))
         width = 22 if title else max(3, min(20, 560 // columns))
         size = width * columns, height * rows
         return Picture(heat(matrix, scale, there, self.detail.pixels), *size, *labels, title)
 
-    def _numbers(self, key: str, tensor: Array, lists: bool) -> list[str]:
-        """The numbers in rows; those of parameters are too many."""
-        if key.startswith("gradient"):
-            return []
-        most = min(1.0, self.detail.numbers / self.count) * tensor.size
-        return rows(tensor, axes_of_key(key), self.document.letters()[:-1], lists, most)
+    def _numbers(self, name: str, tensor: Array, lists: bool) -> Numbers:
+        """The numbers in rows; of a parameter, those that the document uses first."""
+        axes, tokens = axes_of(name), self.document.tokens
+        letter = axes[-2] if name in self.params else "T"
+        ids = range(len(tensor)) if name in self.params else tokens[:-1]
+        labels = [f"{LABELS[letter]}={i}" for i in range(len(ids))]
+        if letter in ("T", "V"):
+            labels = [f"{label} {self.document.token(i):4}" for label, i in zip(labels, ids)]
+        written = rows(tensor, axes, labels, lists)
+        used = {"V": sorted(set(tokens)), "block_size": range(len(tokens) - 1)}
+        first = list(used.get(letter, range(len(written))))[:ROWS]
+        order = [*first, *sorted({*range(len(written))} - {*first})]
+        kept = max(2, int(min(1.0, self.detail.numbers / self.count) * len(written)))
+        lines = [written[i] for i in order[:kept]]
+        return Numbers(lines[: len(first)], lines[len(first) :], len(written) - len(lines))
 
     # --- the example at the head of the page ---
 
@@ -496,15 +607,24 @@ class Stops:
         h, d, name = c // D, c % D, layer_of(stop.id[1:])
         dscores = self.vectorized[f"backward/d{name}attn_logits"][0, h] / D**0.5
         q = self.vectorized[f"forward/{name}q"][0, :, h * D : (h + 1) * D]
-        factors = [(f"dscores of head {h}, transposed", dscores.T, ("U", "T")),
-                   (f"q of head {h}", q, ("T", "D")),
-                   (f"dk of head {h}", dscores.T @ q, ("U", "D"))]  # fmt: skip
+        looks = np.triu(np.ones(dscores.shape, bool))  # t >= u
         return Example(
             stop, h, u, d,
             [(t, float(dscores[t, u]), float(q[t, d])) for t in range(u, len(q))],
-            [self._picture(x, float(np.abs(x).max()), axes, None, title)
-             for title, x, axes in factors],
+            [self._factor(f"dscores of head {h}, transposed", dscores.T, ("U", "T"), looks),
+             self._factor(f"q of head {h}", q, ("T", "D")),
+             self._factor(f"dk of head {h}", dscores.T @ q, ("U", "D"))],
         )  # fmt: skip
+
+    def _factor(
+        self, title: str, matrix: Array, axes: Sequence[str], there: Array | None = None
+    ) -> Shown:
+        """A factor of the product, or the product."""
+        down, across = (LABELS[letter] for letter in axes)
+        title, scale = f"{title}: {down} down, {across} across", float(np.abs(matrix).max())
+        lines = rows(matrix, axes, [f"{down}={i}" for i in range(len(matrix))], lists=False)
+        picture = self._picture(matrix, scale, axes, there, title)
+        return Shown("", title, [picture], scale, Numbers(lines, [], 0))
 
     # --- the map of the way, and the texts ---
 

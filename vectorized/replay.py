@@ -41,7 +41,7 @@ class Replay:
         self.shapes = shapes
         self.flat = flat
         self.flat_grads = flat_grads  # (P,), as flat
-        self.flat_sum = np.zeros(len(flat), flat.dtype)  # untouched pages take no memory
+        self.flat_sum = np.empty(0, flat.dtype)  # (P,) once a batch has several micro-batches
         self.summed = False  # whether flat_sum has gradients of this batch
         self.last: Step | None = None  # whose backward pass is still to come
         self.kept: dict[Any, Step] = {}  # those used last at the end
@@ -62,6 +62,8 @@ class Replay:
         *others, last = micro_batches(docs, self.config)
         self.summed = bool(others)
         if others:
+            if not len(self.flat_sum):
+                self.flat_sum = np.empty_like(self.flat)
             self.flat_sum.fill(0.0)
         with np.errstate(all="ignore"):  # a loss that is not finite says it all
             for micro_batch in others:

@@ -290,7 +290,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def atlas(options: argparse.Namespace) -> int:
-    """`microgpt atlas`: writes a page with every named number of one document."""
+    """`microgpt atlas`: writes a page with every tensor that both texts keep on a document."""
     from microgpt.runs.files import check_target
 
     with _page_libraries():
@@ -559,8 +559,8 @@ def _add_eval(commands: Any) -> None:
 
 
 def _add_atlas(commands: Any) -> None:
-    command = _page_command(commands, "atlas", atlas, "draw every named number of one document,"
-                    " in both implementations")  # fmt: skip
+    command = _page_command(commands, "atlas", atlas, "draw every tensor that both texts keep"
+                    " on one document")  # fmt: skip
     command.add_argument("run_directory", nargs="?", type=directory, metavar="RUN", help="a"
                          " checkpoint or run directory (default: the default preset)")  # fmt: skip
     command.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,21 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def rows(
-    tensor: Array, axes: Sequence[str], letters: Sequence[str], lists: bool, most: float
-) -> list[str]:
-    """The numbers of a tensor, a row to each position; and how many rows are left out, if any are.
+@dataclass(frozen=True)
+class Numbers:
+    """A tensor in rows."""
 
-    axes       the letters of its shape: none, (B, T), (B, T, channels) or (B, H, T, U)
-    letters    the token of each position
-    lists      as scalar keeps them: heads within positions, and only positions up to t
-    most       how many numbers are written; at least two rows are
+    rows: list[str]
+    folded: list[str]  # further rows
+    left_out: int  # and how many more there are
+
+
+def rows(tensor: Array, axes: Sequence[str], labels: Sequence[str], lists: bool) -> list[str]:
+    """The numbers of a tensor, a row to each position, or to each row of a parameter.
+
+    axes       the letters of its shape: none, (B, T), (B, T, channels), (B, H, T, U), or two
+    labels     what stands before each row
+    lists      as scalar keeps them: a position has no numbers for the positions after it
     """
     if not axes:
         return [f"{float(tensor)!r}"]
@@ -29,23 +36,19 @@ def rows(
     def row(numbers: Iterable[float]) -> str:
         return comma.join(form.format(x) for x in numbers)
 
-    heads = [f"t={t} {letter:4} " for t, letter in enumerate(letters)]
-    if "U" in axes:
+    if "H" in axes:
         H, T = tensor.shape[1:3]
-        order = [(t, h) for t in range(T) for h in range(H)]
         absent = "" if lists else " " + ".".rjust(len(form.format(0.0)))
-        written = [
-            f"{heads[t]}h={h} [{row(tensor[0, h, t, : t + 1])}{absent * (T - 1 - t)}]"
-            for t, h in (order if lists else sorted(order, key=lambda at: at[1]))
+        return [
+            f"h={h} {labels[t]} [{row(tensor[0, h, t, : t + 1])}{absent * (T - 1 - t)}]"
+            for h in range(H)
+            for t in range(T)
         ]
-    elif len(axes) == 2:
-        written = [head + row([x]) for head, x in zip(heads, tensor[0])]
-        written = written if lists else [f"[{row(tensor[0])}]"]
-    else:
-        written = [f"{head}[{row(numbers)}]" for head, numbers in zip(heads, tensor[0])]
-    kept = max(2, int(most * len(written) / tensor.size))
-    left_out = len(written) - kept
-    return written[:kept] + [f".. and {left_out} rows more"] * (left_out > 0)
+    matrix = tensor[0] if axes[0] == "B" else tensor
+    if matrix.ndim == 1:
+        each = [f"{label} {row([x])}" for label, x in zip(labels, matrix)]
+        return each if lists else [f"[{row(matrix)}]"]
+    return [f"{label} [{row(numbers)}]" for label, numbers in zip(labels, matrix)]
 
 
 def _form(tensor: Array) -> str:

@@ -21,6 +21,8 @@ from pygments.token import (
     _TokenType,
 )
 
+from microgpt.config import Config
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 Simple = ast.Assign | ast.AugAssign | ast.Expr | ast.Return
 TREES = ("tap", "dtap", "tap_i", "dtap_i", "dw", "dparams")
@@ -87,10 +89,13 @@ def _is(kind: _TokenType, parent: _TokenType) -> bool:
 
 
 class Source:
-    """A module's text, by function and by line."""
+    """A module's text, by function and by line.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    config    of `if config.field`, only the branch that this model takes is behind a name
+    """
+
+    def __init__(self, path: str, config: Config | None = None) -> None:
+        self.path, self.config = path, config
         self.text = (ROOT / path).read_text(encoding="utf-8")
         self.lines = self.text.splitlines()
         self.functions = {
@@ -167,20 +172,34 @@ class Source:
                     return function, statement.lineno
         return None
 
-    def behind(self, tree: str, name: str, taps: Iterable[str]) -> list[int]:
+    def behind(
+        self, tree: str, name: str, taps: Iterable[str], first: bool | None = None
+    ) -> list[int]:
         """The lines that compute what is kept as tap.name, back to the taps that they start from.
 
-        taps    the names where the search ends: every other tap is explained in its own place
+        taps     the names where the search ends: every other tap is explained in its own place
+        first    whether it is kept in the first turn of the loop over layers, if that is known
         """
         ends = {f"{d}{tap}" for tap in taps for d in ("", "d")} | {*TREES, *STREAM, "x", "w"}
         place = self.keeping(tree, name)
         if place is None:  # the last tap of scalar, which its function returns
             return sorted(self._given_back(name, ends)) if name in self.functions else []
         derivative = "d" if tree != "tap" else ""
-        return sorted(self._behind(self.functions[place[0]], place[1], ends, derivative + name))
+        return sorted(
+            self._behind(self.functions[place[0]], place[1], ends, derivative + name, first)
+        )
 
-    def _behind(self, function: ast.FunctionDef, line: int, ends: set[str], goal: str) -> set[int]:
-        statements = _simple(function)
+    def _behind(
+        self,
+        function: ast.FunctionDef,
+        line: int,
+        ends: set[str],
+        goal: str,
+        first: bool | None = None,
+    ) -> set[int]:
+        branches = self._branches(function)
+        dead = {one for _, _, off in branches for top in off for one in _simple(top)}
+        statements = [one for one in _simple(function) if one not in dead]
         target = next(one for one in statements if one.lineno == line)
         lines: set[int] = set()
         taken: set[int] = set()
@@ -188,15 +207,18 @@ class Source:
         while waiting:
             statement, name = waiting.pop()
             lines |= self._with_comment(statement) | self._called(statement, ends)
+            lines |= {number for number, on, _ in branches for top in on if statement is top}
             taken.add(statement.lineno)
-            value = _value_for(statement, name)
+            if self._section(statement):
+                continue  # whose taps are explained in their own place
+            value = self._branch(_value_for(statement, name))
             again = isinstance(value, ast.Name)  # another name for the same array
             for found in {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}:
                 if found in ends and found != goal and not again:
                     continue
                 made = [one for one in statements if found in _targets(one)]
                 if found in STREAM:  # several names in turn: what it holds here
-                    made = _reaching(statement, [one for one in made if not _kept(one)], function)
+                    made = _reaching(statement, made, function, first)
                 waiting += [(one, found) for one in made if one.lineno not in taken]
         return lines
 
@@ -207,15 +229,46 @@ class Source:
             number -= 1
         return set(range(number, (statement.end_lineno or 0) + 1))
 
-    def _called(self, statement: Simple, ends: set[str]) -> set[int]:
-        """What a section's function gives back, where a statement is a call of it."""
+    def _taken(self, test: ast.expr) -> bool | None:
+        """Whether this model takes a branch, if its configuration decides that."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            taken = self._taken(test.operand)
+            return None if taken is None else not taken
+        if self.config and isinstance(test, ast.Attribute) and ast.unparse(test.value) == "config":
+            return bool(getattr(self.config, test.attr))
+        return None
+
+    def _branches(
+        self, function: ast.FunctionDef
+    ) -> list[tuple[int, list[ast.stmt], list[ast.stmt]]]:
+        """Of every branch that the configuration decides: its line, what is run, what is not."""
+        nodes = [node for node in ast.walk(function) if isinstance(node, ast.If)]
+        taken = [(node, self._taken(node.test)) for node in nodes]
+        return [
+            (node.lineno, *((node.body, node.orelse) if run else (node.orelse, node.body)))
+            for node, run in taken
+            if run is not None
+        ]
+
+    def _branch(self, value: ast.expr) -> ast.expr:
+        """Of `a if config.field else b`, what this model takes."""
+        taken = self._taken(value.test) if isinstance(value, ast.IfExp) else None
+        return value if taken is None else getattr(value, "body" if taken else "orelse")
+
+    def _section(self, statement: Simple) -> ast.FunctionDef | None:
+        """The function of a section, with taps of its own, that a statement calls."""
         call = statement.value
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            return set()
+            return None
         node = self.functions.get(call.func.id)
-        if node is None or not any(argument.arg == "dtap" for argument in node.args.args):
+        return node if node and {"tap", "dtap"} & {one.arg for one in node.args.args} else None
+
+    def _called(self, statement: Simple, ends: set[str]) -> set[int]:
+        """What the backward pass of a section gives back, where a statement is a call of it."""
+        node = self._section(statement)
+        if node is None or "dtap" not in {one.arg for one in node.args.args}:
             return set()
-        return self._given_back(call.func.id, ends)
+        return self._given_back(node.name, ends)
 
     def _given_back(self, function: str, ends: set[str]) -> set[int]:
         """The lines of what a function returns."""
@@ -224,12 +277,24 @@ class Source:
         return self._behind(node, last, ends, "")
 
 
-def _reaching(statement: Simple, made: list[Simple], function: ast.FunctionDef) -> list[Simple]:
-    """Of the statements that assign a name, the last before this one, and those of its loop."""
+def _reaching(
+    statement: Simple, made: list[Simple], function: ast.FunctionDef, first: bool | None
+) -> list[Simple]:
+    """Of the statements that assign a name, those that a statement may read it from; without those
+    that keep a tap, which are explained in their own place.
+
+    first    whether the loop that a statement stands in takes its first turn, if that is known
+    """
     loops = [node for node in ast.walk(function) if isinstance(node, ast.For)]
-    around = [loop for loop in loops if statement in ast.walk(loop)]
-    before = [one for one in made if one.lineno < statement.lineno][-1:]
-    return before + [one for one in made if any(one in ast.walk(loop) for loop in around)]
+    around = {one for loop in loops if statement in ast.walk(loop) for one in _simple(loop)}
+    before = [one for one in made if one.lineno < statement.lineno]
+    inside, outside = ([one for one in made if (one in around) is it] for it in (True, False))
+    if inside and not (before and before[-1] in around):
+        before = [one for one in outside if one.lineno < statement.lineno][-1:]
+        found = {True: before, False: inside[-1:], None: before + inside[-1:]}[first]
+    else:
+        found = before[-1:]
+    return [one for one in found if not _kept(one)]
 
 
 def _value_for(statement: Simple, name: str) -> ast.expr:

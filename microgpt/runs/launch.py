@@ -29,7 +29,7 @@ LAST_WORDS = 0.3  # seconds in which mpiexec passes on what a rank has printed, 
 
 
 def told(names: Sequence[str]) -> int | None:
-    """The number in the first of these variables that there is, if there is one."""
+    """The number in the first of these environment variables that is set; None if none is."""
     return next((int(os.environ[name]) for name in names if name in os.environ), None)
 
 
@@ -89,7 +89,7 @@ def _receive(signals: int) -> None:
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:
-    """Run the command of these arguments as so many ranks; returns its exit status.
+    """Run the command with these arguments as `ranks` ranks; returns the exit status.
 
     Raises MicrogptError if there is no MPI, or if a rank was killed.
     """
@@ -130,7 +130,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
 
 def command_of(ranks: int, program: str, *arguments: str) -> list[str]:
-    """What starts a program in Python as so many ranks on this machine.
+    """The command line that starts a Python program as `ranks` ranks on this machine.
 
     Raises MicrogptError if MPI is not installed.
     """
@@ -162,7 +162,7 @@ def mpiexec() -> str | None:
 
 
 def _copy(file: int) -> int:
-    """Another number for an open file, or for what takes anything if the file is closed."""
+    """A duplicate of a file descriptor, or of the null device if that file is closed."""
     try:
         return os.dup(file)
     except OSError:

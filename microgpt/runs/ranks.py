@@ -24,7 +24,7 @@ BEAT, MISSING = 1.0, 10  # seconds between signs of life, and how many of them m
 
 
 class Comm(Protocol):
-    """What ranks need of MPI. All of them call the same methods in the same order."""
+    """What ranks need of MPI. All ranks call the same methods in the same order."""
 
     @property
     def rank(self) -> int:
@@ -35,13 +35,13 @@ class Comm(Protocol):
         """How many ranks there are."""
 
     def send(self, array: Any) -> None:
-        """Give the numbers of rank 0 to the array of every rank."""
+        """Copy the array of rank 0 into the array of every other rank."""
 
     def swap(self, rows: Any, out: Any) -> None:
-        """Give row r of every rank to rank r, which has them in `out` in the order of ranks."""
+        """Send row r to rank r; `out` receives one row from every rank, in the order of ranks."""
 
     def gather(self, row: Any, out: Any) -> None:
-        """Give the row of every rank to all, which have them in `out` in the order of ranks."""
+        """Send this row to all ranks; `out` receives all rows, in the order of ranks."""
 
 
 class AgreedError(MicrogptError):
@@ -68,12 +68,12 @@ class Alone:
         return message
 
     def any(self, own: bool) -> bool:
-        """Whether this is so on any rank."""
+        """Whether `own` is true on any rank."""
         return own
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What is refused on one rank in here, is refused on all: AgreedError."""
+        """A MicrogptError that one rank raises in here is raised on all ranks, as AgreedError."""
         yield
 
     @contextmanager

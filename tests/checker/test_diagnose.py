@@ -214,3 +214,12 @@ def test_no_judge_imports_a_candidate(name: str) -> None:
     text = (folder / f"{name}.py").read_text(encoding="utf-8")
     assert "from vectorized" not in text
     assert "from scalar" not in text
+
+
+def test_a_quoted_part_of_a_formula_has_single_spaces() -> None:
+    for formula in (
+        "exp(x - max(x)) / sum(exp(x - max(x)))",
+        "y * (dy - sum(dy * y)) + dy * dy * y",
+    ):
+        for words, _ in slips(formula):
+            assert words == " ".join(words.split())

@@ -56,7 +56,7 @@ def test_gradients_of_one_step_of_three_are_compared(
     for number in range(3):
         some = [_only(step, "gradient/") if i == number else {} for i, step in enumerate(steps)]
         assert _diff(reference, port(some)) == 0
-        assert "over 1 steps: 9 tensors" in capsys.readouterr().out
+        assert "over 1 step: 9 tensors" in capsys.readouterr().out
         some[number]["gradient/dwpe"] = 2 * some[number]["gradient/dwpe"]
         assert _diff(reference, port(some)) == 1
         assert f"step {number + 1}, parameter gradients:\ndwpe" in capsys.readouterr().out

@@ -206,7 +206,6 @@ def test_what_the_consumers_send_back_adds_up_to_the_derivative(name: str) -> No
         assert {link.to for link in stop.before} == {f"d{user}" for user in users}
         found = made.document.additions.one[stop.element.place]
         assert {one.source.name for one in found} == users
-        assert found[-1].total == pytest.approx(stop.element.scalar)
         assert sum(one.product for one in found) == pytest.approx(stop.element.scalar)
         if len(users) > 1:
             key = f"{'backward' if stop.kind == 'backward' else 'gradient'}/{stop.id}"
@@ -248,7 +247,128 @@ def test_dk_is_traced_to_the_positions_that_look_at_it() -> None:
     assert all(re.fullmatch(r"q\[t=\d, c=\d+\]", term.factor) for term in stop.terms)
     assert all(" looks at " in term.looks for term in stop.terms)
     assert {term.addition.share for term in stop.terms} == {D**-0.5}
-    assert stop.inside == "the dot product, before it is divided by sqrt(D)"
+    assert stop.notes == [
+        "k goes into the dot product q . k. That is divided by sqrt(4) = 2 to give attn_logits, so"
+        " value.grad is dattn_logits / 2."
+    ]
+
+
+@pytest.mark.parametrize("name", ["three-layers", "microgpt-243", "one-document"])
+def test_the_numbers_that_are_followed_follow_from_each_other(name: str) -> None:
+    case = load_case(name)
+    made = stops_of(case)
+    chain, additions = made.document.chain, made.document.additions.one
+    for operand, users in consumers(case.config).items():
+        if users:
+            first = chain[users[0][0].name]
+            assert any(first in one.towards for one in additions[chain[operand]]), operand
+    links = [link.text for link, _ in made.chain()]
+    assert len(set(links)) == len(links) == 1 + len(taps(case.config))
+    _, t, v = chain["logits"].at
+    assert v == made.document.tokens[t + 1]
+    assert 0 < t < len(made.document.tokens) - 2 or len(made.document.tokens) <= 3
+    for mlp in [tap for tap in made.table if tap.endswith("mlp_res")]:
+        layer, (_, t, o) = mlp.removesuffix("mlp_res"), chain[mlp].at
+        act = made.scalar[f"forward/{layer}mlp_act"][0, t]
+        shares = np.abs(made.scalar[f"entry/{layer}mlp_fc2"][o] * act)
+        assert chain[f"{layer}mlp_act"].at[-1] == np.argmax(shares)
+        assert shares.max() > 0  # a unit that relu lets through
+
+
+def test_of_many_additions_the_largest_are_listed_and_the_others_summed() -> None:
+    made = stops_of(load_case("one-document"))
+    assert len(made.document.additions.one[made.document.chain["layer0.mlp_norm"]]) == 64
+    for most in (16, 4):
+        made.detail = made.detail._replace(additions=most)
+        for stop in made:
+            found = made.document.additions.one[stop.element.place]
+            if stop.kind == "forward" or not found:
+                continue
+            largest = max(found, key=lambda one: abs(one.product))
+            assert not largest.product or largest in [term.addition for term in stop.terms]
+            listed = sum(term.addition.product for term in stop.terms)
+            assert listed + stop.rest == pytest.approx(stop.element.scalar)
+            assert len(stop.terms) + stop.left_out + stop.zeros == len(found)
+            assert all(term.addition.product for term in stop.terms)
+            assert len(stop.terms) <= most
+
+
+def test_softmax_and_cross_entropy_are_taken_apart() -> None:
+    made = stops_of(load_case("three-layers"))
+    stops = {stop.id: stop for stop in made}
+    for layer in range(3):
+        stop = stops[f"dlayer{layer}.attn_logits"]
+        _, _, t, u = stop.element.place.at
+        assert len(stop.shares) == t + 1
+        assert sum(share.product for share in stop.shares) == pytest.approx(stop.element.scalar)
+        weights = made.scalar[f"forward/layer{layer}.attn_weights"][stop.element.place.at[:3]]
+        for i, share in enumerate(stop.shares):
+            assert share.factor == pytest.approx(weights[i] * ((i == u) - weights[u]))
+            assert share.slope == f"w[u={i}] ({int(i == u)} - w[u={u}])"
+    (note,) = stops["dlogits"].notes
+    at = stops["dlogits"].element.place.at
+    logits = made.scalar["forward/logits"][at[:2]]
+    assert note.endswith(f" = {np.exp(logits[at[2]]) / np.exp(logits).sum():.4g} - 1.")
+
+
+def test_an_id_has_its_token_and_each_axis_its_letter() -> None:
+    made = stops_of(load_case("one-document"))
+    written = {stop.id: stop.element.at for stop in made}
+    assert re.fullmatch(r"dwte\[v=\d+ \(\w+\), c=\d+\]", written["dwte"])
+    assert re.fullmatch(r"logits\[t=\d, v=\d+ \(\w+\)\]", written["logits"])
+    assert re.fullmatch(r"mlp_pre\[t=\d, f=\d+\]", written["layer0.mlp_pre"])
+    formula = next(stop for stop in made if stop.id == "emb").element.formula
+    assert re.fullmatch(r"wte\[v=\d+ \(\w+\)\] \+ wpe\[t=\d\]", formula)
+
+
+def test_the_rows_that_a_document_uses_stand_above_the_fold() -> None:
+    made = stops_of(load_case("one-document"))
+    tokens, stops = made.document.tokens, {stop.id: stop for stop in made}
+    for name, used in (("dwte", len(set(tokens))), ("dwpe", len(tokens) - 1)):
+        for numbers in [side.numbers for side in stops[name].sides]:
+            assert len(numbers.rows) == used
+            assert len(numbers.rows + numbers.folded) == len(made.scalar[f"gradient/{name}"])
+            assert numbers.left_out == 0
+        weights = stops[name].beside[0].numbers
+        assert weights is not None
+        assert len(weights.rows) == used
+    left, right = (side.numbers.rows for side in stops["layer0.attn_weights"].sides)
+    assert [row[:7] for row in left] == [row[:7] for row in right]
+
+
+def test_only_lines_that_this_layer_and_this_model_run_are_listed() -> None:
+    def lines(name: str, stop: str) -> str:
+        made = next(one for one in stops_of(load_case(name)) if one.id == stop)
+        return "\n".join(f"{line.code.striptags()}" for line in made.sides[1].lines)
+
+    last, inner = (lines("three-layers", f"dlayer{i}.mlp_res") for i in (2, 1))
+    assert "linear_backward(dlogits" in last
+    assert "rmsnorm_backward" not in last
+    assert "linear_backward(dlogits" not in inner
+    assert "rmsnorm_backward(dattn_norm" in inner
+    assert "if config.norm_embedding:" in lines("one-document", "demb_norm")
+    assert "linear_backward(dlogits" not in lines("one-document", "dwte")
+    assert "linear_backward(dlogits" in lines("microgpt-243", "dwte")
+
+
+def test_each_name_of_a_picture_says_what_it_counts() -> None:
+    made = stops_of(load_case("one-document"))
+    stops = {stop.id: stop for stop in made}
+    (picture,) = stops["emb"].sides[0].pictures
+    assert [label for label in picture.columns if label] == ["0", "4", "8", "12"]
+    assert len(picture.columns) == 16
+    transposed = made.example(stops["dlayer0.k"]).factors[0]
+    assert transposed.title.endswith("transposed: u down, t across")
+    levels, _ = pixels(transposed.pictures[0].image)
+    T = len(levels)
+    assert ((levels == pictures.ABSENT) == np.tri(T, k=-1, dtype=bool)).all()
+
+
+def test_the_derivative_of_a_tensor_does_not_claim_to_be_the_tensor() -> None:
+    made = {stop.id: stop.words for stop in stops_of(load_case("one-document"))}
+    assert made["layer0.attn_logits"].startswith("How much each head looks")
+    assert made["dlayer0.attn_logits"].startswith("Derivative of: how much each head looks")
+    assert made["demb"] == ""
 
 
 def test_the_example_is_one_sum_on_both_sides() -> None:
@@ -349,7 +469,14 @@ def test_the_command_draws_the_default_model_and_emma(
     assert f"{out}: {out.stat().st_size:,} bytes" in capsys.readouterr().out
     page = out.read_text(encoding="utf-8")
     assert "the preset microgpt, after 1,000 steps" in page
-    assert re.findall("<span>(\\w+)</span>", page)[:6] == ["BOS", "e", "m", "m", "a", "BOS"]
+    explained = re.findall("<dt>(.*?)</dt>", re.sub("</?code>", "", page))
+    assert {"k", "dk", "x, res", "n", "scores", "w, dw", "weights"} <= set(explained)
+    said = " ".join(re.sub("<.*?>", "", page.partition('id="texts"')[0]).split())
+    assert not re.findall(r"on the (?:left|right)|[Ee]very named number", said)
+    assert re.findall(r"<span>(\w+) <small>(\d+)</small></span>", page) == [
+        *[("BOS", "26"), ("e", "4"), ("m", "12"), ("m", "12"), ("a", "0")],
+        *[("e", "4"), ("m", "12"), ("m", "12"), ("a", "0"), ("BOS", "26")],
+    ]
     assert len(page.encode()) < LARGEST_ATLAS
 
 

@@ -21,6 +21,7 @@ pytest.importorskip("jinja2", reason="pages need the extra `pages`")
 
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 from crosscheck import html
 from crosscheck.atlas import atlas
@@ -312,6 +313,31 @@ def test_the_arrow_keys_walk_through_every_tap_of_a_case(
     assert browser.execute_script("return visited") == stops + stops[-2::-1]
 
 
+def test_the_arrow_keys_begin_at_the_stop_in_view(browser: Chrome, pages: Any) -> None:
+    shown(browser, pages("atlas"))
+    browser.get(pages("atlas").as_uri() + "#emb")
+    browser.execute_script(
+        "document.getElementById('dlayer0.k').scrollIntoView(); scrollBy(0, 300)"
+    )
+    ActionChains(browser, duration=0).send_keys(Keys.ARROW_RIGHT).perform()
+    here = "const one = document.activeElement; return [one.tagName, one.closest('article')?.id]"
+    assert browser.execute_script(here) == ["H3", "dlayer0.attn_wk"]
+    browser.execute_script("scrollTo(0, 0)")
+    ActionChains(browser, duration=0).send_keys(Keys.ARROW_RIGHT).perform()
+    assert browser.execute_script(here) == ["H3", "emb"]
+
+
+def test_a_link_to_a_stop_moves_the_focus_to_its_heading(browser: Chrome, pages: Any) -> None:
+    shown(browser, pages("atlas"))
+    browser.find_element("css selector", "#walk ~ .groups a[href='#dlayer0.k']").send_keys(
+        Keys.ENTER
+    )
+    focused = "return document.activeElement.textContent.split(' ')[0]"
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(focused) == "dk")
+    skip = browser.find_element("css selector", ".skip")
+    assert skip.get_attribute("href").endswith("#stops")
+
+
 def test_the_tab_key_reaches_every_tap_and_enter_opens_it(browser: Chrome, pages: Any) -> None:
     shown(browser, pages("atlas-three-layers"))
     browser.execute_script(
@@ -351,15 +377,19 @@ def test_a_page_prints(browser: Chrome, pages: Any, name: str) -> None:
     assert printed.count(b"/Type /Page\n") >= 2 or len(printed) > 20_000
 
 
-def test_on_paper_nothing_is_cut_off(browser: Chrome, pages: Any) -> None:
+def test_on_paper_nothing_is_cut_off_and_headings_stay_with_what_follows(
+    browser: Chrome, pages: Any
+) -> None:
     shown(browser, pages("atlas"), 720)  # as wide as A4 in portrait
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert browser.execute_script(WIDER) == []
-    height = browser.execute_script(
-        "return Array.from(document.querySelectorAll('.figures'))"
-        ".filter(one => one.scrollHeight > one.clientHeight + 1).length"
+    kept = (
+        "const [names, property] = arguments;"
+        "return names.map(one => getComputedStyle(document.querySelector(one))[property])"
     )
-    assert height == 0
+    headings = ["h2", ".stop h3", ".stop h4", ".stop caption"]
+    assert set(browser.execute_script(kept, headings, "breakAfter")) == {"avoid"}
+    assert browser.execute_script(kept, [".stop .worked"], "breakInside") == ["avoid"]
 
 
 def test_the_map_opens_at_the_first_divergence(browser: Chrome, pages: Any) -> None:
