@@ -19,6 +19,7 @@ import pytest
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
+from crosscheck.operations import refuse_unknown_names
 from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
@@ -114,6 +115,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         refuse_another_copy()
+        refuse_unknown_names()
     except MicrogptError as error:
         raise pytest.UsageError(str(error)) from None
     config.addinivalue_line("markers", "about(words): what a test of the crosscheck compares")
