@@ -36,7 +36,8 @@ def _run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedPr
 def test_help_of_test_names_the_options_and_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", "--help"]) == 0
     words = capsys.readouterr().out
-    for option in ("--backend", "--reference", "--dtype", "--case", "--seed", "--save-case"):
+    for option in ("--backend", "--reference", "--dtype", "--case", "--seed", "--save-case",
+                   "--candidate", "--hint"):  # fmt: skip
         assert option in words
     assert all(name in "".join(words.split()) for name in case_names())
 

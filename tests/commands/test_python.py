@@ -210,7 +210,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: (gpt.save("file"), gpt.save("file/x")), "file/x: cannot be written: "),
     (lambda gpt: gpt.save(""), "save: expected a path, got ''"),
     (lambda gpt: gpt.save("no\0path"), "save: expected a path, got 'no"),
-    (lambda gpt: gpt.load("missing"), "there is no such file"),
+    (lambda gpt: gpt.load("missing"), "there is no run and no checkpoint"),
     (lambda gpt: gpt.load(3), "GPT.load: expected a path, got 3"),
     (lambda gpt: microgpt.GPT([]), "data: there is no text in it"),
     (lambda gpt: microgpt.GPT([""]), "data: there is no text in it"),
