@@ -38,10 +38,12 @@ NOT_QUICK = (  # for -m quick: what takes long, and what looks once more at what
     *SLOW,
     "test_teacher_forced",
     "test_free_running",
+    "test_in_single_precision",
     "test_in_micro_batches",
     "test_on_two_ranks",
     "test_documents_drawn",
     "test_every_expression_gives_its_element",
+    "test_every_parameter_by_complex_step",
     "test_scalar_along_random_directions_by_differences",
 )
 HERE = Path(__file__).parent

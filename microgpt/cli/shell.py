@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         if unknown := UNKNOWN_COMMAND.match(message):
             message = f"there is no command {unknown[1]}"
             if near := get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), n=1):
-                message += f"; did you mean {near[0]}?"
+                message += f"; did you mean {near[0]}"
         if not told(RANK):  # one rank says it
             say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
         sys.exit(2)

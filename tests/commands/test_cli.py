@@ -844,6 +844,16 @@ BAD_INPUT = [
 ]
 
 
+def test_a_command_that_is_mistyped_is_answered_with_the_likely_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert microgpt("trian") == 2
+    assert microgpt("wombat") == 2
+    near, far = capsys.readouterr().err.splitlines()
+    assert "error: there is no command trian; did you mean train; see microgpt --help" in near
+    assert "error: there is no command wombat; see microgpt --help" in far
+
+
 @pytest.mark.parametrize(("line", "message"), BAD_INPUT)
 def test_bad_input_gets_one_line_and_touches_nothing(
     line: str, message: str, desk: Path, capsys: pytest.CaptureFixture[str]

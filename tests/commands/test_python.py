@@ -297,3 +297,8 @@ def test_documents_that_are_not_in_a_checkpoint_are_asked_for(gpt: Any, tmp_path
 def test_what_is_given_out_cannot_be_written_to(gpt: Any) -> None:
     with pytest.raises(ValueError, match="read-only"):
         gpt.params["wte"][0, 0] = 1.0
+
+
+def test_several_cores_are_left_to_the_command() -> None:
+    with pytest.raises(microgpt.MicrogptError, match="used by the command alone: microgpt train"):
+        microgpt.GPT(TEXTS, cores=2, batch_size=2)
