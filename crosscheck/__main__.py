@@ -77,7 +77,7 @@ def test(options: argparse.Namespace) -> int:
 
 def _help_of_test() -> str:
     """The crosscheck's own options and the cases; pytest has many more options."""
-    from crosscheck import conftest
+    from crosscheck import conftest, plugin
 
     parser = argparse.ArgumentParser(
         prog="python -m crosscheck test",
@@ -87,7 +87,7 @@ def _help_of_test() -> str:
         epilog="cases, the smallest first: " + ", ".join(case_names()),
     )
 
-    # conftest's own list of options, in a parser that prints no other
+    # the crosscheck's own lists of options, in a parser that prints no other
     class Group:
         def addoption(self, *names: str, **settings: Any) -> None:
             parser.add_argument(*names, **settings)
@@ -96,7 +96,8 @@ def _help_of_test() -> str:
         def getgroup(self, *_: str) -> Group:
             return Group()
 
-    conftest.pytest_addoption(Options())  # type: ignore[arg-type]
+    for module in (conftest, plugin):
+        module.pytest_addoption(Options())
     return parser.format_help().rstrip()
 
 
@@ -242,9 +243,10 @@ def port(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Check functions of your own. Exit status 3: right so far, and not all are there."""
-    from crosscheck.check import asked, run, watch
+    from crosscheck.candidate import source_file
+    from crosscheck.check import run, watch
 
-    asked(options.candidate)
+    source_file(options.candidate)
     if not 0 < options.time_limit < float("inf"):
         raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
     if options.watch:

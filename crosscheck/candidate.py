@@ -183,9 +183,7 @@ def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
 
     Raises MicrogptError if it cannot be read, or has nothing of the text; Told if it raises.
     """
-    file = path / "__init__.py" if path.is_dir() else path
-    if not file.is_file():
-        raise MicrogptError(f"there is no file {printable(str(file))}; expected such as mine.py")
+    file = source_file(path)
     sources = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     seed = zlib.crc32(b"".join(one.read_bytes() for one in sources if one.is_file()))
     module = _imported(path, file, time_limit)
@@ -213,6 +211,26 @@ def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
     found.parts = {name: own[name] for name in alike if not _is_stub(own[name])}
     found.different = [name for name in beside if name not in alike]
     return found
+
+
+def source_file(path: Path) -> Path:
+    """The file that is imported for a candidate: of a package, its __init__.py.
+
+    Raises MicrogptError if there is no such file.
+    """
+    name = printable(str(path))
+    if path.is_dir():
+        if not (path / "__init__.py").is_file():
+            which = "this folder" if path == Path() else f"the folder {name}"
+            raise MicrogptError(
+                f"{which} is no package: it has no __init__.py; name a file, such as mine.py"
+            )
+        return path / "__init__.py"
+    if not path.exists():
+        raise MicrogptError(f"there is no file {name}; expected such as mine.py")
+    if not path.is_file():
+        raise MicrogptError(f"{name} is a device or a pipe, not a file; expected such as mine.py")
+    return path
 
 
 def _takes_the_same(theirs: Any, ours: Any) -> bool:

@@ -20,7 +20,7 @@ from crosscheck.own_value import value_alone
 from crosscheck.placed import in_whole
 from crosscheck.report import WIDTH, as_json, render, wrapped
 from crosscheck.tolerance import RTOL
-from microgpt.errors import MicrogptError, printable
+from microgpt.errors import printable
 
 RIGHT, WRONG, CANNOT, INCOMPLETE = 0, 1, 2, 3  # exit status
 QUIET = {"lines": (), "function": "", "operands": {}, "formula": "", "diagnosis": ""}
@@ -304,9 +304,3 @@ def watch(path: Path, hint: int, time_limit: float, every: float = 1.0) -> int:
                 print("\n".join([found["text"], *changes, "-" * 80]), flush=True)
                 before = states
         time.sleep(every)
-
-
-def asked(path: Path) -> None:
-    """Refuse a candidate that is not there."""
-    if not path.exists():
-        raise MicrogptError(f"there is no file {printable(str(path))}; expected such as mine.py")

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
+from crosscheck.operations import refuse_unknown_names
 from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
 from microgpt.backend import BACKENDS
-from microgpt.cli.whereabouts import described, refuse_another_copy
+from microgpt.cli.whereabouts import checkout, described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs.files import check_target, write_whole
 
@@ -33,6 +35,18 @@ SHOWN = 2  # causes of which the full report is printed without -v
 # tests by stage: what is cheap and tells most comes first
 FIRST = ("test_first_step",)
 SLOW = ("test_a_thousand_steps", "test_random_models")
+NOT_QUICK = (  # for -m quick: what takes long, and what looks once more at what others look at
+    *SLOW,
+    "test_teacher_forced",
+    "test_free_running",
+    "test_in_single_precision",
+    "test_in_micro_batches",
+    "test_on_two_ranks",
+    "test_documents_drawn",
+    "test_every_expression_gives_its_element",
+    "test_every_parameter_by_complex_step",
+    "test_scalar_along_random_directions_by_differences",
+)
 HERE = Path(__file__).parent
 
 
@@ -114,10 +128,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         refuse_another_copy()
+        refuse_unknown_names()
     except MicrogptError as error:
         raise pytest.UsageError(str(error)) from None
     config.addinivalue_line("markers", "about(words): what a test of the crosscheck compares")
-    config.addinivalue_line("markers", "quick: all but the thousand steps and the random models")
+    config.addinivalue_line("markers", "quick: some seconds: first steps, gradients, sources")
     option = config.getoption
     reference, candidate, dtype = option("--reference"), option("--backend"), option("--dtype")
     for name in (reference, candidate):
@@ -156,6 +171,8 @@ def pytest_configure(config: pytest.Config) -> None:
         reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
     )
     config.stash[REFERENCE_STEPS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
+    if not checkout(Path.cwd()):  # of the user's folder, nothing is hypothesis's
+        set_hypothesis_home_dir(config.stash[REFERENCE_STEPS])
     atexit.register(shutil.rmtree, config.stash[REFERENCE_STEPS], ignore_errors=True)
     config.pluginmanager.register(Session(config), "crosscheck-session")
 
@@ -197,7 +214,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --case, only Value and what runs on a case. Our tests in order, the rest before."""
     for item in filter(_ours, items):
-        if _name(item) not in SLOW:
+        if _name(item) not in NOT_QUICK:
             item.add_marker("quick")
     if config.getoption("--case"):
         chosen = [item for item in items if _on_value(item) or _case_of(item)]

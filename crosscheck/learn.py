@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -282,9 +283,13 @@ def shown_solution(folder: Path, name: str) -> str:
     plain = re.sub(r"^\d+_|\.py$", "", Path(name).name)
     exercise = numbered.get(name.lstrip("0")) or exercise_named(plain) or exercise_about(plain)
     if exercise is None:
-        names = ", ".join(one.name for one in exercises())
+        known = [one.name for one in exercises()]
+        known += [function for one in exercises() for function in one.functions]
+        near = get_close_matches(plain, known, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise MicrogptError(
-            f"--solution: there is no exercise {printable(name)!r}; there are {names}"
+            f"--solution: no exercise is called {printable(name)!r}, or about a function of that"
+            f" name; {meant}microgpt check lists the exercises"
         )
     check(folder)
     progress = read_progress(folder)
@@ -294,8 +299,8 @@ def shown_solution(folder: Path, name: str) -> str:
         write_progress(folder, progress)
         return "\n".join(
             wrapped(
-                f"You have not tried {exercise.name} yet, and to have seen the solution spoils it."
-                " The same command once more shows it."
+                f"You have not tried {exercise.name} yet. Seeing the solution first would spoil the"
+                " exercise; to see it all the same, repeat the command."
             )
         )
     about = "" if exercise.defect else f"# {exercise.source}\n\n"

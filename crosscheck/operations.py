@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from crosscheck.formulas import value
 from crosscheck.trace import DERIVED, Array, Step, split_key
 from microgpt.config import Config
+from microgpt.errors import MicrogptError
 from microgpt.taps import ACTIVATIONS, Tap, axes_of, consumers, taps
 
 Terms = dict[str, Array]
@@ -98,11 +100,35 @@ def merge(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
+# what formulas of the table may name beside x; their slips exchange exp and log, mean and sum
+ELEMENTARY: dict[str, Any] = {
+    "relu": lambda x: np.maximum(x, 0.0), "tanh": np.tanh, "exp": np.exp, "log": np.log,
+    "mean": row_mean, "sum": row_sum, "pi": np.pi,
+}  # fmt: skip
+
+
 def elementwise(formula: str, x: Array) -> Array:
-    """An activation as the table writes it."""
-    names = {"x": x, "relu": lambda x: np.maximum(x, 0.0), "tanh": np.tanh, "pi": np.pi}
-    result: Array = eval(formula, {"__builtins__": {}}, names)  # the table's own words
-    return result
+    """An activation as the table writes it.
+
+    Raises MicrogptError if the formula cannot be read, or has a name that is not known here.
+    """
+    try:
+        return value(formula, {**ELEMENTARY, "x": x})
+    except (NameError, SyntaxError) as error:
+        kind = next(kind for kind, own in ACTIVATIONS.items() if formula in own)
+        problem = (
+            f"{error.msg}: {formula!r}"
+            if isinstance(error, SyntaxError)
+            else (f"{error.name!r} is not known to crosscheck/operations.py (elementwise)")
+        )
+        raise MicrogptError(f'microgpt/taps.py: ACTIVATIONS["{kind}"]: {problem}') from None
+
+
+def refuse_unknown_names() -> None:
+    """Raise MicrogptError if a formula of the table cannot be evaluated."""
+    for activation in ACTIVATIONS.values():
+        for formula in activation:
+            elementwise(formula, np.ones(1))
 
 
 def embedding(a: Around, wte: Array, wpe: Array, token: Array, position: Array) -> Terms:

@@ -15,6 +15,7 @@ from crosscheck.cases import Case, load_case
 from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.conftest import Choice
 from crosscheck.reference_steps import ReferenceSteps
+from crosscheck.table import NAME, held_to_table
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from crosscheck.trace import PHASES, Step, backward_order, keys, real, split_key, trace
 from microgpt.backend import State, Tensors, fresh_state, load_backend
@@ -42,6 +43,15 @@ def test_first_step(
     if outcome.found:
         reference_steps.failed.touch()
     settle(outcome, counted=False)
+
+
+@pytest.mark.about("the table")
+def test_by_the_table(
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
+) -> None:
+    """Each tensor is what the table makes of its operands; two texts may share a mistake."""
+    outcome = held_to_table(case, reference_steps, choice.reference)
+    settle(outcome, counted=False, labels=(choice.reference, NAME))
 
 
 @pytest.mark.about("steps one by one")

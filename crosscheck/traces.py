@@ -27,6 +27,7 @@ from microgpt.runs.checkpoint import (
     whole_number,
     write_tensors,
 )
+from microgpt.runs.checkpoint import FORMAT as CHECKPOINT
 from microgpt.settings import stored_config
 
 FORMAT = "microgpt trace"
@@ -74,6 +75,10 @@ def load_trace(path: Path) -> Trace:
     """
     file = TensorFile(path)
     metadata = file.metadata
+    if metadata.get("format") == CHECKPOINT:
+        raise MicrogptError(
+            f"{path}: is a checkpoint, not a trace; record one with python -m crosscheck trace"
+        )
     if lacking := [key for key in METADATA if key not in metadata]:
         raise MicrogptError(
             f"{path}: its metadata lack {', '.join(lacking)}; see crosscheck/TRACES.md"

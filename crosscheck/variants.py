@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from crosscheck.formulas import Mechanical, slipped, slips, value, values
+from crosscheck.formulas import Mechanical, slipped, value, values
 from crosscheck.operations import (
+    ELEMENTARY,
     Around,
     Call,
     Slot,
@@ -302,8 +303,8 @@ def of_activation(call: Call) -> Iterator[Guess]:
     for kind, other in ACTIVATIONS.items():
         if kind != own:
             yield f"{kind} in place of {own}", elementwise(other.value, x)
-    for words, formula in slips(ACTIVATIONS[own].value):
-        yield Mechanical(f"in {own}, {words}"), elementwise(formula, x)
+    for words, wrong in slipped(ACTIVATIONS[own].value, {**ELEMENTARY, "x": x}):
+        yield Mechanical(f"in {own}, {words}"), wrong
     for name, (other_value, _) in KINDS.items():
         yield f"{name} in place of {own}", other_value(x)
 
@@ -329,8 +330,8 @@ def of_d_activation(call: Call) -> Iterator[Guess]:
     for kind, other in ACTIVATIONS.items():
         if kind != own:
             yield f"the slope of {kind} in place of that of {own}", dy * elementwise(other.slope, x)
-    for words, formula in slips(ACTIVATIONS[own].slope):
-        yield Mechanical(f"in the slope of {own}, {words}"), dy * elementwise(formula, x)
+    for words, wrong in slipped(ACTIVATIONS[own].slope, {**ELEMENTARY, "x": x}):
+        yield Mechanical(f"in the slope of {own}, {words}"), dy * wrong
     for name, (_, slope) in [*KINDS.items()][1:]:  # the first has been named above
         yield f"the slope is that of {name}", dy * slope(x)
 

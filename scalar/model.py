@@ -41,12 +41,14 @@ def rmsnorm(x: Vector, eps: float) -> Vector:
 
 def activation(x: Vector, kind: str) -> Vector:
     """y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))"""
+    if kind == "relu":
+        return [x_i.relu() for x_i in x]  # [n] -> [n]
     if kind == "squared_relu":
         return [x_i.relu() ** 2 for x_i in x]  # [n] -> [n]
     if kind == "gelu":
         cubic = [math.sqrt(2 / math.pi) * (x_i + 0.044715 * x_i**3) for x_i in x]  # [n]
         return [0.5 * x_i * (1 + c_i.tanh()) for x_i, c_i in zip(x, cubic)]  # [n] -> [n]
-    return [x_i.relu() for x_i in x]  # [n] -> [n]
+    raise ValueError(f"no formula here for the activation {kind!r}")
 
 
 def attention(

@@ -35,6 +35,14 @@ TINY = {
 
 Edit = Callable[[dict[str, Any], dict[str, str]], object]  # of tensors and metadata
 
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m quick`, only the files that say so: to import them all takes seconds."""
+    if config.getoption("markexpr") != "quick" or not collection_path.match("test_*.py"):
+        return None
+    return "pytest.mark.quick" not in collection_path.read_text(encoding="utf-8") or None
+
+
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

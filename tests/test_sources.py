@@ -27,6 +27,8 @@ from microgpt.settings import load_config
 from microgpt.taps import ACTIVATIONS
 from scalar.value import Value
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("scalar", "vectorized", "microgpt", "crosscheck")
 Complaints = Iterator[str]

@@ -86,11 +86,14 @@ def rmsnorm_backward(dy: Array, y: Array, scale: Array) -> Array:
 
 def activation_forward(x: Array, kind: str) -> Array:
     """y = relu(x), relu(x) ** 2, or gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))"""
+    if kind == "relu":
+        return maximum(x, 0.0)  # (.., n) -> (.., n)
+    if kind == "squared_relu":
+        return maximum(x, 0.0) ** 2  # (.., n) -> (.., n)
     if kind == "gelu":
         cubic = (2 / pi) ** 0.5 * (x + 0.044715 * x**3)  # (.., n)
         return 0.5 * x * (1.0 + tanh(cubic))  # (.., n) -> (.., n)
-    relu = maximum(x, 0.0)  # (.., n)
-    return relu**2 if kind == "squared_relu" else relu  # (.., n) -> (.., n)
+    raise ValueError(f"no formula here for the activation {kind!r}")
 
 
 def activation_backward(dy: Array, x: Array, kind: str) -> Array:
@@ -99,14 +102,17 @@ def activation_backward(dy: Array, x: Array, kind: str) -> Array:
     forward: y = x where x > 0, else 0: the slope is 1, else 0. That of its square is 2 relu(x).
     gelu is the product x / 2 times 1 + tanh(c), and tanh(c) has the slope 1 - tanh(c)^2.
     """
+    if kind == "relu":
+        return dy * (x > 0.0)  # (.., n), (.., n) -> (.., n)
+    if kind == "squared_relu":
+        return dy * (2.0 * maximum(x, 0.0))  # (.., n), (.., n) -> (.., n)
     if kind == "gelu":
         cubic = (2 / pi) ** 0.5 * (x + 0.044715 * x**3)  # (.., n)
         dcubic = (2 / pi) ** 0.5 * (1.0 + 3 * 0.044715 * x**2)  # (.., n)
         gate = tanh(cubic)  # (.., n)
         gelu_slope = 0.5 * (1.0 + gate) + 0.5 * x * (1.0 - gate**2) * dcubic  # (.., n)
         return dy * gelu_slope  # (.., n), (.., n) -> (.., n)
-    slope = 2.0 * maximum(x, 0.0) if kind == "squared_relu" else x > 0.0  # (.., n)
-    return dy * slope  # (.., n), (.., n) -> (.., n)
+    raise ValueError(f"no formula here for the activation {kind!r}")
 
 
 def attention_forward(

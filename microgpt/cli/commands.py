@@ -54,6 +54,8 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _lead(options: argparse.Namespace, ranks: Alone) -> int:
+    from microgpt.runs.directory import SAMPLES
+
     log_every(options)
     if ranks is not ALONE:
         if options.cores not in (None, str(ranks.size)):
@@ -75,6 +77,10 @@ def _lead(options: argparse.Namespace, ranks: Alone) -> int:
         except KeyboardInterrupt:
             say(f"everything up to step {run.saved:,} is in {run.out}\n{run.how_to_resume}")
             raise
+        except OSError as error:  # of standard output: those of files name the file
+            if error.filename or (run.out / SAMPLES).exists():
+                raise
+            raise OSError(error.errno, f"{error.strerror}; {run.how_to_resume}") from None
 
 
 def _train(run: Run, options: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -20,12 +22,17 @@ from microgpt.runs.launch import RANK, told
 from microgpt.runs.signals import SIGNALLED, at_once
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", re.S)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
+        if unknown := UNKNOWN_COMMAND.match(message):
+            message = f"there is no command {unknown[1]}"
+            if near := get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), n=1):
+                message += f"; did you mean {near[0]}"
         if not told(RANK):  # one rank says it
             say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
         sys.exit(2)
@@ -73,8 +80,8 @@ def _printed(program: Callable[[], str], command: Callable[[], int]) -> int:
             if _unread(error):
                 status = status or BROKEN_PIPE
             else:
-                name = error.filename or "output"
-                say(f"{program()}: error: {one_line(name)}: {error.strerror}", sys.stderr)
+                where = error.filename or "what is printed cannot be written"
+                say(f"{program()}: error: {one_line(where)}: {error.strerror}", sys.stderr)
                 status = status or 2
             _silence()
     return status or 0

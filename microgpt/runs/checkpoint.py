@@ -148,6 +148,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if os.path.isdir(path):
         path = path / FILE_NAME
+    elif not os.path.lexists(path):
+        raise MicrogptError(f"{path}: there is no run and no checkpoint of that name")
     try:
         file = TensorFile(path)
         metadata = file.metadata
@@ -316,6 +318,9 @@ class TensorFile:
     def _unreadable(self, error: Exception) -> MicrogptError:
         reason = error.strerror if isinstance(error, OSError) else None
         reason = reason or " ".join(str(error).split())
+        of_json = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        if of_json or "not fully covered" in reason:  # words that are about no file
+            reason = "it is cut short, or damaged"
         return MicrogptError(f"{self.path}: not a readable safetensors file: {reason[:300]}")
 
 

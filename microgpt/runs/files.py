@@ -61,9 +61,12 @@ def _rename(file: Path, path: Path) -> None:
 
 
 def check_target(path: Path, name: str = "") -> None:
-    """Refuse to write where a folder, a device, a pipe or a link to one is; name: of the option.
+    """Refuse to write where a folder, a device, a pipe or a link to one is.
 
     Writing puts a new file in the place of what is there, so these would be gone.
+
+    name    of the option that names this one file; its folder must be there, since a folder that
+            does not exist is mostly a slip of the keyboard
     """
     where = f"{name}: " if name else ""
     if path == Path():  # of an empty name
@@ -71,6 +74,8 @@ def check_target(path: Path, name: str = "") -> None:
     try:
         kind = path.stat().st_mode
     except FileNotFoundError:
+        if name and not path.parent.is_dir():
+            raise MicrogptError(f"{where}there is no folder {path.parent}; make it first") from None
         return
     except OSError as error:
         raise MicrogptError(f"{where}{path}: cannot be written: {error.strerror}") from None

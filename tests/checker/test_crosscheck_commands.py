@@ -23,6 +23,7 @@ from crosscheck.mutants import (
     domain_mutants,
     tried,
 )
+from microgpt.gpt import GPT
 from microgpt.settings import FIXTURES
 
 ROOT = FIXTURES.parent
@@ -36,7 +37,8 @@ def _run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedPr
 def test_help_of_test_names_the_options_and_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", "--help"]) == 0
     words = capsys.readouterr().out
-    for option in ("--backend", "--reference", "--dtype", "--case", "--seed", "--save-case"):
+    for option in ("--backend", "--reference", "--dtype", "--case", "--seed", "--save-case",
+                   "--candidate", "--hint"):  # fmt: skip
         assert option in words
     assert all(name in "".join(words.split()) for name in case_names())
 
@@ -168,3 +170,61 @@ def test_rates_are_given_raw_and_without_lines_that_change_memory() -> None:
     score.add(numbers, DIFFERS)
     last = str(score).splitlines()[-2].split()
     assert last == ["all", "2", "1", "0", "1", "50.0%", "100.0%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/dev/null", "/dev/null is a device or a pipe, not a file; expected such as mine.py"),
+        (".", "this folder is no package: it has no __init__.py; name a file, such as mine.py"),
+        ("mine.py", "there is no file mine.py; expected such as mine.py"),
+    ],
+)
+def test_what_is_no_candidate_is_called_what_it_is(
+    name: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", name]) == 2
+    assert capsys.readouterr().err == f"python -m crosscheck check: error: {words}\n"
+
+
+def test_a_checkpoint_is_not_compared_as_a_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model"
+    GPT(["ab"], n_embd=4, n_head=2).save(path)
+    assert main(["diff", str(path), str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "is a checkpoint, not a trace; record one with python -m crosscheck trace" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trace", "--case", "one-position", "--backend", "scalar", "--out", "nowhere/a"],
+        ["diff", "a", "b", "--html", "nowhere/a"],
+        ["port", "--program", "{in}{out}", "--html", "nowhere/a"],
+    ],
+)
+def test_a_single_file_gets_no_new_folder(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert "there is no folder nowhere; make it first" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_outside_a_checkout_nothing_is_left_in_the_users_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "crosscheck", "-q", "-p", "no:cacheprovider",
+               "-k", "test_random_models and 0"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert not [*tmp_path.iterdir()]

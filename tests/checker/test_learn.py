@@ -348,8 +348,10 @@ def test_the_solution_comes_after_an_attempt_or_a_warning(folder: Path) -> None:
     assert "dot(row, x)" in shown_solution(folder, "4")
     assert "You have not tried sums yet" in shown_solution(folder, "total")
     assert "You have not tried value yet" in shown_solution(folder, "Value.exp")
-    with pytest.raises(MicrogptError, match="there is no exercise 'lineal'; there are value"):
+    with pytest.raises(MicrogptError, match=r"no exercise is called 'lineal', .* mean linear\?"):
         shown_solution(folder, "lineal")
+    with pytest.raises(MicrogptError, match=r"called 'Value.add', .* did you mean Value.__add__\?"):
+        shown_solution(folder, "Value.add")
 
 
 def test_a_damaged_progress_is_refused_and_begins_anew_without_it(folder: Path) -> None:

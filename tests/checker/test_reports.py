@@ -426,6 +426,7 @@ def test_the_quick_run_leaves_out_what_takes_long() -> None:
     assert "test_first_step" in done.stdout
     assert "thousand" not in done.stdout
     assert "random_models" not in done.stdout
+    assert "free_running" not in done.stdout
 
 
 def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path) -> None:

@@ -805,11 +805,11 @@ BAD_INPUT = [
     ("train --wombat 3", "unrecognized arguments: --wombat"),
     ("train --n-lay 3", "unrecognized arguments: --n-lay"),
     ("sample", "the following arguments are required: CHECKPOINT"),
-    ("sample missing", "missing: there is no such file"),
-    ("sample 'missing\nhere'", "there is no such file"),
+    ("sample missing", "missing: there is no run and no checkpoint of that name"),
+    ("sample 'missing\nhere'", "there is no run and no checkpoint"),
     ("sample folder", "checkpoint.safetensors: there is no such file"),
     ("sample words.txt", "words.txt: not a checkpoint of microgpt; expected a checkpoint.saf"),
-    ("sample cut", "cut: not a readable safetensors file"),
+    ("sample cut", "cut: not a readable safetensors file: it is cut short, or damaged"),
     ("sample tensors", "tensors: not a checkpoint of microgpt"),
     ("sample version", "version: a checkpoint of version '1', and this program reads version '2'"),
     ("sample shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
@@ -826,7 +826,9 @@ BAD_INPUT = [
     ("sample run --num many", "--num: expected a whole number, got 'many'"),
     ("sample run --seed x", "--seed: expected a whole number, got 'x'"),
     ("sample run --backend torch", "unknown backend 'torch'; expected scalar or vectorized"),
-    ("eval missing", "missing: there is no such file"),
+    ("eval missing", "missing: there is no run and no checkpoint"),
+    ("atlas --out nowhere/a.html", "--out: there is no folder nowhere; make it first"),
+    ("report run --out nowhere/deep/a.html", "--out: there is no folder nowhere/deep; make"),
     ("eval cut", "cut: not a readable safetensors file"),
     ("eval version", "version: a checkpoint of version '1'"),
     ("eval shape", "shape: the tensor 'wpe' is (13, 4), and its configuration asks for (5, 4)"),
@@ -840,6 +842,16 @@ BAD_INPUT = [
     ("eval run --part training --dataset words.txt", "--part training: is of the run's own data"),
     ("eval run --backend torch", "unknown backend 'torch'; expected scalar or vectorized"),
 ]
+
+
+def test_a_command_that_is_mistyped_is_answered_with_the_likely_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert microgpt("trian") == 2
+    assert microgpt("wombat") == 2
+    near, far = capsys.readouterr().err.splitlines()
+    assert "error: there is no command trian; did you mean train; see microgpt --help" in near
+    assert "error: there is no command wombat; see microgpt --help" in far
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_INPUT)

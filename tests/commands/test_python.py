@@ -210,7 +210,7 @@ MISUSES: list[tuple[Misuse, str]] = [
     (lambda gpt: (gpt.save("file"), gpt.save("file/x")), "file/x: cannot be written: "),
     (lambda gpt: gpt.save(""), "save: expected a path, got ''"),
     (lambda gpt: gpt.save("no\0path"), "save: expected a path, got 'no"),
-    (lambda gpt: gpt.load("missing"), "there is no such file"),
+    (lambda gpt: gpt.load("missing"), "there is no run and no checkpoint"),
     (lambda gpt: gpt.load(3), "GPT.load: expected a path, got 3"),
     (lambda gpt: microgpt.GPT([]), "data: there is no text in it"),
     (lambda gpt: microgpt.GPT([""]), "data: there is no text in it"),
@@ -297,3 +297,8 @@ def test_documents_that_are_not_in_a_checkpoint_are_asked_for(gpt: Any, tmp_path
 def test_what_is_given_out_cannot_be_written_to(gpt: Any) -> None:
     with pytest.raises(ValueError, match="read-only"):
         gpt.params["wte"][0, 0] = 1.0
+
+
+def test_several_cores_are_left_to_the_command() -> None:
+    with pytest.raises(microgpt.MicrogptError, match="used by the command alone: microgpt train"):
+        microgpt.GPT(TEXTS, cores=2, batch_size=2)

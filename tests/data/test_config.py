@@ -17,6 +17,8 @@ from microgpt.layout import param_shapes
 from microgpt.settings import CONFIGS, load_config, presets, read_yaml, stored_config, typed_flag
 from microgpt.tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.quick
+
 COMMON = {
     "n_layer": 1,
     "n_embd": 16,

@@ -10,6 +10,8 @@ import yaml
 from microgpt import strict_yaml
 from microgpt.settings import FIXTURES
 
+pytestmark = pytest.mark.quick
+
 LOADERS = [strict_yaml.PythonLoader]
 if yaml.__with_libyaml__:
     LOADERS.append(strict_yaml.LibyamlLoader)

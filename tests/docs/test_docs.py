@@ -113,7 +113,7 @@ def test_every_command_line_shown_parses() -> None:
 
 def test_a_command_line_that_does_not_parse_is_found() -> None:
     assert "unrecognized" in command_complaint("microgpt train --epochs 3")
-    assert "invalid choice" in command_complaint("microgpt fly high")
+    assert "there is no command fly" in command_complaint("microgpt fly high")
     assert "unrecognized" in command_complaint("python -m crosscheck check mine.py --hints")
 
 

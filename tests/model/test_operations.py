@@ -11,6 +11,8 @@ from crosscheck.operations import ARGUMENTS, Around, calls, total
 from crosscheck.trace import DERIVED, real, split_key, trace
 from microgpt.taps import EMBEDDING, LAYER, OUTPUT
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("name", case_names())
 def test_every_tensor_is_the_sum_of_its_operations(name: str) -> None:

@@ -12,6 +12,8 @@ from microgpt.config import Config
 from microgpt.settings import load_config
 from microgpt.taps import EMBEDDING, LAYER, LAYER_PARAMS, OUTPUT, PARAMS, Tap, consumers, taps
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "crosscheck" / "TRACES.md").read_text(encoding="utf-8")
 TEXTS = {name: (ROOT / name / "model.py").read_text("utf-8") for name in ("scalar", "vectorized")}

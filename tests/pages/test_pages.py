@@ -508,7 +508,7 @@ def test_the_step_that_is_drawn_is_the_one_that_the_run_took(
         (["--step", "0"], "--step: expected 1 or more, got 0"),
         (["--step", "1001"], "--step: expected 1 to 1,000, got 1,001"),
         (["--text", "em1"], "the character '1' (U+0031)"),
-        (["nowhere"], "there is no such file"),
+        (["nowhere"], "there is no run and no checkpoint"),
     ],
 )
 def test_what_cannot_be_drawn_is_told_in_one_line(

@@ -166,7 +166,7 @@ def whole(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_missing_file_and_a_folder_without_one_are_refused(tmp_path: Path) -> None:
-    assert "there is no such file" in refusal_of(tmp_path / "missing.safetensors")
+    assert "there is no run and no checkpoint" in refusal_of(tmp_path / "missing.safetensors")
     assert f"{FILE_NAME}: there is no such file" in refusal_of(tmp_path)
 
 

@@ -592,7 +592,7 @@ def test_an_exercise_that_ends_the_program_is_wrong(body: str, tmp_path: Path) -
     ("text", "output", "status", "said"),
     [
         (ALONE.format("raise KeyboardInterrupt"), None, 130, "interrupted"),
-        (ALONE.format("return dy"), "/dev/full", 2, "error: output: No space left on device"),
+        (ALONE.format("return dy"), "/dev/full", 2, "cannot be written: No space left on device"),
     ],
 )
 def test_a_verdict_by_pytest_has_the_protections_of_the_commands(

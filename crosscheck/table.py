@@ -1,0 +1,72 @@
+"""A trace held to the table: each tensor computed again from its own operands.
+
+Two texts that make the same mistake agree with each other. microgpt/taps.py is the third opinion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import microgpt.taps
+from crosscheck.cases import Case
+from crosscheck.compare import Outcome, compare
+from crosscheck.lines import function_of
+from crosscheck.operations import Around, total
+from crosscheck.trace import Step, split_key
+from microgpt.cli.whereabouts import IMPLEMENTATIONS
+from microgpt.config import Config
+from microgpt.taps import consumers, taps
+
+NAME = "the table"
+HELD = ("forward", "backward", "gradient")
+
+
+def held_to_table(case: Case, steps: Iterable[Step], reference: str) -> Outcome:
+    """Hold the steps of a text against what the table makes of the operands in the same trace.
+
+    steps        are read twice
+    reference    the text whose steps they are
+    """
+    by_table = map(partial(computed, case.config), steps)
+    outcome = compare(case, steps, by_table, names=(reference, NAME))
+    if outcome.found and outcome.found[0].shape is not None:
+        found = outcome.found[0]
+        line = table_line(case.config, found.key)
+        functions = [function_of(found.key, case.config, side) for side in IMPLEMENTATIONS]
+        outcome.found[0] = replace(
+            found,
+            problem=f"is not what {line.partition(' ')[0]} says: that line or the texts are wrong",
+            at_fault="",
+            lines=(*found.lines, line),
+            function="; ".join(functions),
+        )
+    return outcome
+
+
+def computed(config: Config, step: Step) -> Step:
+    """The step with every tensor that the table has an operation for computed by that operation."""
+    around, found = Around(config, step), dict(step)
+    for key in step:
+        # a function that returned nothing leaves operands that are no numbers
+        with np.errstate(all="ignore"), suppress(KeyError, IndexError, TypeError, ValueError):
+            by_table = total(around, key) if split_key(key)[0] in HELD else None
+            found[key] = step[key] if by_table is None else by_table
+    return found
+
+
+def table_line(config: Config, key: str) -> str:
+    """The line of the table that says how a tensor is computed: its place and its text."""
+    phase, name = split_key(key)
+    tap = taps(config)[name] if phase == "forward" else consumers(config)[name[1:]][0][0]
+    own = f'Tap("{tap.name.rpartition(".")[2]}",'
+    if tap.operation == "activation":
+        own = f'"{config.activation}": Activation('
+    lines = Path(microgpt.taps.__file__).read_text(encoding="utf-8").splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if own in line)
+    return f"microgpt/taps.py:{number} {lines[number - 1].strip()}"
