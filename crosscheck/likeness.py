@@ -102,6 +102,7 @@ def _same(result: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[s
             return False
         right = np.asarray(wanted[label])
         differs = differs or bool((np.abs(right - ours)[finite] > size).any())
+        differs = differs or not np.array_equal(right[~finite], ours[~finite], equal_nan=True)
     return differs
 
 
