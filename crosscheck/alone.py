@@ -378,6 +378,8 @@ def _shared(failed: list[Input], given: list[Input]) -> str:
     passed = [one for one in given if one not in failed]
     if not passed:
         return f"all {len(given)} inputs"
+    if len(failed) == 1:  # what it has is one property of many
+        return count
     common = [
         words
         for words in failed[0].traits

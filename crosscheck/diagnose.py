@@ -193,11 +193,17 @@ def reading(pair: Pair) -> str:
                 partly = words
         if whole:
             close = max(10 * min(whole.values()), pair.noise * pair.size)
-            return ", or ".join([words for words, error in whole.items() if error <= close][:2])
+            return ", or ".join(_told([words for words, error in whole.items() if error <= close]))
     if partly and np.count_nonzero(pair.wrong) > 1:
         wrong, there = np.count_nonzero(pair.wrong), np.count_nonzero(pair.there)
         return f"{partly}, {pair.where or f'in {wrong:,} of {there:,} elements'}"
     return ""
+
+
+def _told(closest: list[str]) -> list[str]:
+    """Two readings of the same numbers at most; no slip of a formula beside what has a name."""
+    named = [words for words in closest if not isinstance(words, Mechanical)]
+    return (named or closest)[:2]
 
 
 # --- plain cases ---------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from crosscheck.trace import Array
 
+Tree = TypeVar("Tree", bound=ast.AST)
 Slip = tuple[str, str]  # in words, and the formula that it leads to
 
 
@@ -157,12 +158,23 @@ def _numbers_everywhere(tree: ast.expr) -> Iterator[tuple[str, ast.expr]]:
             yield f"{other:g} in place of {number:g}, everywhere", changed
 
 
-def _replaced(tree: ast.expr, node: ast.AST, by: ast.expr) -> ast.expr:
+def _replaced(tree: Tree, node: ast.AST, by: ast.expr) -> Tree:
     """The formula with one of its parts exchanged; the formula itself stays as it is."""
     return deepcopy(tree, {id(node): by})
 
 
 def _short(node: ast.AST) -> str:
-    """The source of a part of a formula, with dots inside if it is long."""
+    """The source of a part of a formula, with dots for whole parts of it if it is long."""
     text = ast.unparse(node)
-    return text if len(text) <= LONGEST else f"{text[:18].rstrip()} .. {text[-10:].lstrip()}"
+    while len(text) > LONGEST:
+        parts = [
+            x for x in ast.walk(node) if isinstance(x, (ast.BinOp, ast.Call)) and x is not node
+        ]
+        if not parts:
+            return text
+        cut = [_replaced(node, part, ast.Name("..")) for part in parts]
+        by_length = sorted(cut, key=lambda x: len(ast.unparse(x)))
+        fits = [x for x in by_length if len(ast.unparse(x)) <= LONGEST]
+        node = (fits or by_length[:1])[-1]
+        text = ast.unparse(node)
+    return text

@@ -24,8 +24,8 @@ NOTHING = "nothing that has a name here"
 AGREEING = 4  # cases that are read; a cause has to explain each of them
 FEW = 5  # numbers, whose signs say nothing
 # readings that say where, or how far; single precision is looked at on its own
-LEFT_OUT = " is left out of "
-NO_CAUSE = ("wrong ", "float32 ")
+NOT_FINITE = "not a finite number"
+NO_CAUSE = ("wrong ", "float32 ", NOT_FINITE)
 
 
 def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
@@ -48,8 +48,6 @@ def cause(candidate: Candidate, wrong: Wrong) -> str:
     first, *others = known.values() or [[]]
     common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
     causes = [words for words in common if not words.startswith(NO_CAUSE)]
-    # the formula without a term is said in other words before
-    causes = [words for words in causes if words == causes[0] or LEFT_OUT not in words]
     if not causes and single_precision(wrong):
         return "the error is of the size of single precision: is something computed in float32?"
     if not causes:
@@ -114,8 +112,8 @@ def _parts(words: str) -> list[str]:
         if match:
             factors = [match[2], *match[3].split(", ")] if also else match[2].split(" = ")
             found += [f"{match[1]}{factor}{match[4]}" for factor in factors]
-        else:
-            found.append(one)
+        else:  # how many elements of the case are not finite says nothing of the input shown
+            found.append(NOT_FINITE if one.startswith(NOT_FINITE) else one)
     return found
 
 

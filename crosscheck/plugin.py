@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from microgpt.cli.whereabouts import refuse_another_copy
+from microgpt.errors import MicrogptError
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("candidate", "functions of a GPT, checked (microgpt-crosscheck)")
@@ -20,7 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
-    """Let `pytest crosscheck` mean the installed one where there is no file of that name."""
+    """Let `pytest crosscheck` mean the installed one where there is no file of that name.
+
+    The tests of another copy are refused before pytest imports them.
+    """
+    for given in (".", *args, *early_config.known_args_namespace.file_or_dir):
+        path = Path(given.partition("::")[0])
+        if path.exists():
+            try:
+                refuse_another_copy(path)
+            except MicrogptError as error:
+                raise pytest.UsageError(str(error)) from None
     if Path("crosscheck").exists():
         return
     for given in (args, early_config.known_args_namespace.file_or_dir):
@@ -36,7 +49,6 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     from crosscheck.check import run
     from microgpt.cli.shell import guarded
-    from microgpt.errors import MicrogptError
 
     def judged() -> int:
         if config.getoption("--html", None):

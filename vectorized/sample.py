@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -150,7 +151,7 @@ def draw(
     longest), filled up with the closing token.
     """
     longest, V = config.block_size - len(prompt), tokenizer.vocab_size
-    weights = {name: Weight(pick(params, name)) for name in param_shapes(config, V)}
+    weights = {name: pick(params, name).view(Weight) for name in param_shapes(config, V)}
     tree = grow({**weights, "wpe": params.wpe}, config.n_layer)
     caches = empty_caches(params, config)
     for t, token in enumerate([tokenizer.bos, *prompt]):
@@ -179,26 +180,26 @@ def choose(cumulative: Array, draws: Array) -> Array:
     return (cumulative[:, :-1] <= draws[:, None] * cumulative[:, -1:]).sum(axis=1)
 
 
-class Weight:
-    """A weight, to be used as the text uses one, with results (R, 1, n) in Fortran order.
+class Weight(np.ndarray):
+    """A weight whose products `x @ w.T` have results (R, 1, n) in Fortran order.
 
     Their rows then lie fastest in memory. All rows are one product of matrices, not a product for
-    each, and element-wise loops are as long as the batch.
+    each, and element-wise loops are as long as the batch. Any other use is that of an array.
     """
 
-    __array_ufunc__ = None  # leaves `x @ w.T` to __rmatmul__
+    def __rmatmul__(self, x: Any) -> Any:
+        """x @ w.T, self being w.T: (R, 1, n_in) -> (R, 1, n_out)"""
+        return (np.asarray(self).T @ x[:, 0].T).T[:, None]
 
-    def __init__(self, w: Array) -> None:
-        self.w = w  # (n_out, n_in)
-        self.T = self
-
-    def __rmatmul__(self, x: Array) -> Array:
-        """x @ w.T: (R, 1, n_in) -> (R, 1, n_out)"""
-        return (self.w @ x[:, 0].T).T[:, None]
-
-    def __getitem__(self, tokens: Array) -> Array:
+    def __getitem__(self, tokens: Any) -> Any:
         """wte[tokens]: (R, 1) -> (R, 1, C)"""
-        return fortran(self.w, tokens)
+        w = np.asarray(self)
+        return fortran(w, tokens) if np.ndim(tokens) == 2 else w[tokens]
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """The same on plain arrays."""
+        plain = (np.asarray(x) if isinstance(x, Weight) else x for x in inputs)
+        return getattr(ufunc, method)(*plain, **kwargs)
 
 
 def fortran(x: Array, rows: Array) -> Array:

@@ -37,9 +37,9 @@ def checkout(folder: Path) -> Path | None:
 
 
 def refuse_another_copy(folder: Path | None = None) -> None:
-    """Raise MicrogptError in a checkout whose scalar/ or vectorized/ is not what is imported."""
+    """Raise MicrogptError in a checkout whose packages are not those that are imported."""
     here = checkout(folder or Path.cwd())
-    for package in IMPLEMENTATIONS if here else ():
+    for package in (*IMPLEMENTATIONS, "crosscheck") if here else ():
         there = imported_from(package)
         if there != here:
             raise MicrogptError(

@@ -491,6 +491,13 @@ def test_a_cause_explains_every_input_that_was_looked_at(checked: Check) -> None
     assert "weighted a second time" not in str(verdict)
 
 
+def test_a_softmax_that_overflows_is_named(checked: Check) -> None:
+    source = "import numpy as np\n\ndef softmax_forward(x):\n    e = np.exp(x)\n"
+    text = str(checked(source + "    return e / e.sum(axis=-1, keepdims=True)\n", 1))
+    assert "exp overflows: the maximum is not subtracted first" in text
+    assert "inputs\n" in text  # one of them, which shares nothing with others
+
+
 def test_a_value_gets_no_hint_that_was_not_looked_for(checked: Check) -> None:
     wrong = VALUE.replace("p.grad += slope", "p.grad = slope")
     assert "looks like" not in str(checked(wrong, 2))

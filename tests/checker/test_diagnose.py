@@ -136,6 +136,12 @@ def test_a_formula_comes_with_its_slips() -> None:
     assert "s * (d - y * mean(d * y))" not in wrong
 
 
+def test_a_long_part_of_a_formula_is_cut_at_its_brackets() -> None:
+    told = [words for words, _ in slips("exp(x - max(x)) / sum(exp(x - max(x)))")]
+    assert all(words.count("(") == words.count(")") for words in told)
+    assert any(".." in words for words in told)
+
+
 @pytest.mark.parametrize("words", [*DRAWS])
 def test_documents_drawn_with_a_fault_name_it(
     steps: dict[str, tuple[Case, list[Step]]], words: str

@@ -50,3 +50,11 @@ def test_pytest_crosscheck_refuses_too(other: Path) -> None:
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "would come from" in done.stderr
     assert done.stdout == ""
+
+
+def test_the_tests_of_another_copy_are_refused_before_they_are_imported(other: Path) -> None:
+    (other / "crosscheck" / "conftest.py").write_text("raise SystemExit('imported')")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(other / "crosscheck")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.startswith("ERROR: scalar/ would come from")

@@ -7,9 +7,15 @@ import pytest
 
 from crosscheck.cases import case_names, load_case
 from crosscheck.explain import WORDS
-from crosscheck.operations import ARGUMENTS, Around, calls, total
+from crosscheck.operations import ARGUMENTS, Around, calls, refuse_unknown_names, total
+from crosscheck.report import render
+from crosscheck.table import NAME, held_to_table
 from crosscheck.trace import DERIVED, real, split_key, trace
-from microgpt.taps import EMBEDDING, LAYER, OUTPUT
+from microgpt.errors import MicrogptError
+from microgpt.taps import ACTIVATIONS, EMBEDDING, LAYER, OUTPUT, Activation
+from scalar import model as scalar_model
+from scalar.value import Value
+from vectorized import model as vectorized_model
 
 pytestmark = pytest.mark.quick
 
@@ -42,3 +48,41 @@ def test_every_operation_of_the_table_has_its_arithmetic_and_its_words() -> None
         functions = [function for function, _ in ARGUMENTS[tap.operation]]
         assert len(functions) == len(tap.operands) + 1
         assert all(function.__name__ in WORDS for function in functions)
+
+
+@pytest.mark.parametrize(
+    ("activation", "key"),
+    [
+        (Activation("x", "(x > 0)"), "forward/layer1.mlp_act"),
+        (Activation("relu(x)", "1.0 * (x > 0) + 1"), "backward/dlayer1.mlp_pre"),
+    ],
+)
+def test_texts_that_agree_with_each_other_are_held_to_the_table(
+    activation: Activation, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case("two-layers")
+    steps = list(trace(case, "scalar", "float64", 1))
+    assert not held_to_table(case, steps, "scalar").found
+    monkeypatch.setitem(ACTIVATIONS, case.config.activation, activation)
+    found = held_to_table(case, steps, "scalar").found[0]
+    assert split_key(found.key)[1].partition(".")[2] == key.partition(".")[2]
+    report = render(found, "scalar", NAME)
+    for words in ("microgpt/taps.py:", "Activation(", "vectorized/model.py"):
+        assert words in report
+
+
+def test_an_unknown_name_in_the_table_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "silu", Activation("x * sigmoid(x)", "1"))
+    with pytest.raises(MicrogptError, match=r'ACTIVATIONS\["silu"\]: \'sigmoid\' is not known'):
+        refuse_unknown_names()
+
+
+def test_an_activation_without_a_formula_is_refused() -> None:
+    x = np.ones(2)
+    for call in (
+        lambda: scalar_model.activation([Value(1.0)], "silu"),
+        lambda: vectorized_model.activation_forward(x, "silu"),
+        lambda: vectorized_model.activation_backward(x, x, "silu"),
+    ):
+        with pytest.raises(ValueError, match="no formula here for the activation 'silu'"):
+            call()
