@@ -116,6 +116,8 @@ def _kit(name: str) -> Callable[[Path], object]:
     return write
 
 
+FULL = "error: what is printed cannot be written: No space left on device"
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "trace --out": _trace,
     "test --json": lambda path: _check_targets({"--json": path}.get),
@@ -592,7 +594,7 @@ def test_an_exercise_that_ends_the_program_is_wrong(body: str, tmp_path: Path) -
     ("text", "output", "status", "said"),
     [
         (ALONE.format("raise KeyboardInterrupt"), None, 130, "interrupted"),
-        (ALONE.format("return dy"), "/dev/full", 2, "cannot be written: No space left on device"),
+        (ALONE.format("return dy"), "/dev/full", 2, FULL),
     ],
 )
 def test_a_verdict_by_pytest_has_the_protections_of_the_commands(
