@@ -98,14 +98,14 @@ def test_without_a_defect_nothing_is_caught() -> None:
 
 
 def test_a_patch_that_does_not_run_is_no_defect_that_was_located() -> None:
-    patch = Patch("vectorized/model.py", "return dy * slope", "return dy * slopes")
+    patch = Patch("vectorized/model.py", "return dy * (x > 0.0)", "return dy * (x > zero)")
     verdict = judge(
         Defect("misspelt", "A typing error.", (patch,), "backward/"), ["repeated-token"]
     )
     assert not verdict.located
     assert verdict.first
     assert verdict.first.problem == "stops with NameError"
-    assert verdict.diagnosis == "name 'slopes' is not defined"
+    assert verdict.diagnosis == "name 'zero' is not defined"
 
 
 def test_the_recorder_has_defects_of_its_own() -> None:

@@ -152,8 +152,8 @@ def test_a_mutant_is_caught_and_a_harmless_one_survives() -> None:
     def mutant(old: str, new: str) -> Mutant:
         return Mutant("vectorized/model.py", 1, "", old, new, source.replace(old, new))
 
-    wrong = mutant("return dy * slope", "return dy + slope")
-    harmless = mutant("return dy * slope", "return slope * dy")
+    wrong = mutant("return dy * (x > 0.0)", "return dy + (x > 0.0)")
+    harmless = mutant("return dy * (x > 0.0)", "return (x > 0.0) * dy")
     assert [outcome for _, outcome in tried([wrong, harmless])] == [DIFFERS, SURVIVES]
 
 
