@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from microgpt.cli.whereabouts import refuse_another_copy
-from microgpt.errors import MicrogptError
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("candidate", "functions of a GPT, checked (microgpt-crosscheck)")
@@ -28,17 +25,24 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
     The tests of another copy are refused before pytest imports them.
     """
     for given in (".", *args, *early_config.known_args_namespace.file_or_dir):
-        path = Path(given.partition("::")[0])
-        if path.exists():
-            try:
-                refuse_another_copy(path)
-            except MicrogptError as error:
-                raise pytest.UsageError(str(error)) from None
+        _refuse_another_copy(Path(given.partition("::")[0]).resolve())
     if Path("crosscheck").exists():
         return
     for given in (args, early_config.known_args_namespace.file_or_dir):
         if "crosscheck" in given:
             given[given.index("crosscheck")] = str(Path(__file__).parent)
+
+
+def _refuse_another_copy(path: Path) -> None:
+    if not any((folder / "crosscheck" / "plugin.py").exists() for folder in (path, *path.parents)):
+        return
+    from microgpt.cli.whereabouts import refuse_another_copy
+    from microgpt.errors import MicrogptError
+
+    try:
+        refuse_another_copy(path)
+    except MicrogptError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +53,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     from crosscheck.check import run
     from microgpt.cli.shell import guarded
+    from microgpt.errors import MicrogptError
 
     def judged() -> int:
         if config.getoption("--html", None):

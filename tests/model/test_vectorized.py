@@ -16,6 +16,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from crosscheck.cases import load_case
 from microgpt.backend import BACKENDS, Backend, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.init import init_params
@@ -46,6 +47,7 @@ from vectorized.model import (
     softmax_backward,
     softmax_forward,
 )
+from vectorized.sample import sample_many
 
 H = 1e-6  # the step of the finite differences
 KINK = 1e-4  # ReLU inputs stay farther than this from 0, the kink
@@ -514,3 +516,22 @@ def test_memory_is_within_one_and_a_half_times_what_training_needs(
     # up to five processes: what the interpreter itself takes meanwhile differs by a tenth
     taken = (int(subprocess.check_output(command, encoding="utf-8")) for _ in range(5))
     assert any(n < 1.5 * needed * np.dtype(config.dtype).itemsize for n in taken)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, w: np.einsum("bti,oi->bto", x, w),
+        lambda x, w: np.matmul(x, w.T),
+        lambda x, w: (w @ x.swapaxes(1, 2)).swapaxes(1, 2),
+    ],
+)
+def test_documents_are_drawn_whatever_the_form_of_a_product(
+    form: Callable[[Array, Array], Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case("two-layers")
+    params = grow({name: np.array(x) for name, x in case.params.items()}, case.config.n_layer)
+    given = params, case.config, case.tokenizer
+    drawn = sample_many(*given, Random(3), 5, 1.0, [])
+    monkeypatch.setattr("vectorized.model.linear_forward", form)
+    assert sample_many(*given, Random(3), 5, 1.0, []) == drawn
