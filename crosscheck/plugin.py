@@ -34,7 +34,9 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
 
 
 def _refuse_another_copy(path: Path) -> None:
-    if not any((folder / "crosscheck" / "plugin.py").exists() for folder in (path, *path.parents)):
+    if not any(
+        (folder / "crosscheck" / "__init__.py").exists() for folder in (path, *path.parents)
+    ):
         return
     from microgpt.cli.whereabouts import refuse_another_copy
     from microgpt.errors import MicrogptError
