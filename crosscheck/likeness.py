@@ -28,6 +28,11 @@ Space = dict[str, Any]
 # what is often written instead: in words, what the text says, what is said instead
 SLIPS = (
     ("exp overflows: the maximum is not subtracted first", "exp(x - largest)", "exp(x)"),
+    (
+        "exp overflows: the maximum is not subtracted first",
+        "x = logits - logits.max(axis=-1, keepdims=True)",
+        "x = logits",
+    ),
     ("divided by sqrt(n_embd), and not by sqrt(D)", "head_dim**0.5", "n_embd**0.5"),
     ("divided by D, and not by sqrt(D)", "head_dim**0.5", "head_dim"),
     (

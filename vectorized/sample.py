@@ -198,8 +198,9 @@ class Weight(np.ndarray):
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         """The same on plain arrays."""
-        plain = (np.asarray(x) if isinstance(x, Weight) else x for x in inputs)
-        return getattr(ufunc, method)(*plain, **kwargs)
+        if method != "__call__":
+            return NotImplemented
+        return ufunc(*(np.asarray(x) if isinstance(x, Weight) else x for x in inputs), **kwargs)
 
 
 def fortran(x: Array, rows: Array) -> Array:

@@ -432,7 +432,7 @@ def test_the_quick_run_leaves_out_what_takes_long() -> None:
 def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path) -> None:
     halved = [
         Patch("scalar/value.py", "(float(self.data > 0),)", "(0.5 * float(self.data > 0),)"),
-        Patch("vectorized/model.py", "else x > 0.0", "else 0.5 * (x > 0.0)"),
+        Patch("vectorized/model.py", "return dy * (x > 0.0)", "return 0.5 * dy * (x > 0.0)"),
     ]
     done = run(tmp_path, halved, "-k", "every_parameter and repeated")
     assert done.returncode == 1

@@ -112,7 +112,9 @@ def test_output_that_is_no_longer_read_ends_a_command_quietly(
     monkeypatch.setattr(shell, "_silence", lambda: None)
     monkeypatch.setattr(sys, "platform", system)
     assert shell.run(lambda: shell.Parser(prog="microgpt"), []) == status
-    assert ("output: refused" in capsys.readouterr().err) == (status == 2)
+    assert ("what is printed cannot be written: refused" in capsys.readouterr().err) == (
+        status == 2
+    )
 
 
 def test_metrics_have_the_same_bytes_on_every_system(
