@@ -274,7 +274,7 @@ def params(options: argparse.Namespace) -> int:
     return 0
 
 
-def float32(options: argparse.Namespace) -> int:
+def float32_losses(options: argparse.Namespace) -> int:
     """Measure what single precision loses, as a share of the largest number of each tensor."""
     worst: dict[str, tuple[float, str]] = dict.fromkeys(FLOAT32_MEASURED, (0.0, ""))
     for name in case_names():
@@ -381,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
                      " call (default: 5)")  # fmt: skip
     one.add_argument("--json", action="store_true", help="for other programs")
 
-    command("float32", float32)
+    command("float32", float32_losses)
 
     one = command("params", params)
     one.add_argument("case", nargs="*", help="which cases (default: all)")

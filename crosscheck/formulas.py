@@ -28,7 +28,7 @@ class Mechanical(str):
     __slots__ = ()
 
 
-LONGEST = 32  # characters of a part of a formula that are quoted
+LONGEST_PART = 32  # characters of a part of a formula that are quoted
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
 }  # fmt: skip
@@ -166,7 +166,7 @@ def _replaced(tree: Tree, node: ast.AST, by: ast.expr) -> Tree:
 def _short(node: ast.AST) -> str:
     """The source of a part of a formula, with dots for whole parts of it if it is long."""
     text = ast.unparse(node)
-    while len(text) > LONGEST:
+    while len(text) > LONGEST_PART:
         parts = [
             x for x in ast.walk(node) if isinstance(x, (ast.BinOp, ast.Call)) and x is not node
         ]
@@ -174,7 +174,7 @@ def _short(node: ast.AST) -> str:
             return text
         cut = [_replaced(node, part, ast.Name("..")) for part in parts]
         by_length = sorted(cut, key=lambda x: len(ast.unparse(x)))
-        fits = [x for x in by_length if len(ast.unparse(x)) <= LONGEST]
+        fits = [x for x in by_length if len(ast.unparse(x)) <= LONGEST_PART]
         node = (fits or by_length[:1])[-1]
         text = ast.unparse(node)
     return text

@@ -13,7 +13,7 @@ from microgpt.config import Config
 
 ADAM = {"adam_m": ("m",), "adam_v": ("v",), "update": ("p", "params"), "params": ("p", "params")}
 TREES = {"forward": ("tap",), "backward": ("dtap",), "gradient": ("dw", "dparams")}
-LONGEST = 100  # characters of a line that are quoted
+LONGEST_LINE = 100  # characters of a line that are quoted
 
 
 class Found(NamedTuple):
@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
     def __str__(self) -> str:
         words = " ".join((ast.get_source_segment(_source(self.file), self.statement) or "").split())
-        words = words if len(words) <= LONGEST else f"{words[:LONGEST]}.."
+        words = words if len(words) <= LONGEST_LINE else f"{words[:LONGEST_LINE]}.."
         return f"{self.file}:{self.statement.lineno} {words}"
 
 

@@ -22,7 +22,7 @@ from microgpt.layout import Tree, tap_names, written
 REFUSED = "RecordingError"  # see vectorized/record.py
 # a NaN that no computation gives; copies, sums and float32 keep the bits that tell it
 MARK: float = struct.unpack("<d", struct.pack("<Q", 0x7FF8_5EED_0000_0000))[0]
-LONGEST = 200  # characters of an error's message that a report quotes
+LONGEST_MESSAGE = 200  # characters of an error's message that a report quotes
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
     refused = type(error).__name__ == REFUSED
     if refused:  # the place is told apart
         first = first.partition(": ")[2] or first
-    words = f"{type(error).__name__}: {first[:LONGEST]}" if first else type(error).__name__
+    words = f"{type(error).__name__}: {first[:LONGEST_MESSAGE]}" if first else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         place = _own(error.filename)
         if place:

@@ -88,7 +88,7 @@ def trace(
     for step in range(first, first + steps):
         docs = case.docs(step)
         with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
-            pair = pair or Pair(backend_name, config, state)
+            pair = pair or WatchedAndTrained(backend_name, config, state)
         record = trace_step(pair, docs, learning_rate(step, config))
         if draws and step in (0, first + steps - 1):
             with stopping(record, backend_name, config):
@@ -107,7 +107,7 @@ def teacher_forced(
     for step, reference_step in enumerate(reference_steps):
         params, m, v = (part(reference_step, phase) for phase in ("entry", "entry_m", "entry_v"))
         with stopping({"batch/tokens": reference_step["batch/tokens"]}, backend_name, config):
-            pair = Pair(backend_name, config, State(params, m, v, step))
+            pair = WatchedAndTrained(backend_name, config, State(params, m, v, step))
         grads = part(reference_step, "gradient", "d")
         yield trace_step(pair, case.docs(step), learning_rate(step, config), grads)
 
@@ -117,11 +117,12 @@ def suited(config: Config, backend_name: str, dtype: str) -> Config:
     return replace(config, dtype=dtype, cores=1 if backend_name == "scalar" else config.cores)
 
 
-class Pair:
-    """An implementation twice: watched, with the arrays kept that training overwrites, and as it is
-    when it trains, so that one does not prove the other. In scalar the two are the same code, and
-    one object does for both; what it computes a second time, in evaluation and reading, it is
-    asked for in the first step of the pair, and is taken from the forward pass in the rest.
+class WatchedAndTrained:
+    """Two backends of one implementation: one watched, which keeps all taps, and one as training
+    runs it, so that the watched one does not stand in for the trained one.
+
+    In scalar both run the same code, so one object serves as both. Its evaluation and reading would
+    repeat the forward pass: they are computed in the first step alone, and copied afterwards.
     """
 
     def __init__(self, name: str, config: Config, state: State) -> None:
@@ -151,7 +152,9 @@ def stopping(record: Step, side: str, config: Config) -> Iterator[None]:
         raise IncompleteError(whole, replace(stop, side=side)) from None
 
 
-def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None) -> Step:
+def trace_step(
+    pair: WatchedAndTrained, docs: Docs, lr_t: float, grads: Tensors | None = None
+) -> Step:
     """One step of training, watched; with the update made from `grads`, if they are given.
 
     Raises IncompleteError if the implementation does not finish it.
@@ -162,7 +165,9 @@ def trace_step(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None = None
     return in_order(record)
 
 
-def _watch(pair: Pair, docs: Docs, lr_t: float, grads: Tensors | None, record: Step) -> None:
+def _watch(
+    pair: WatchedAndTrained, docs: Docs, lr_t: float, grads: Tensors | None, record: Step
+) -> None:
     """Put what a step computes into the record, phase by phase."""
 
     def keep(phase: str, tensors: Tensors, prefix: str = "") -> None:
