@@ -103,6 +103,7 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
 
 def _told(program: str, command: Callable[[], int]) -> int:
     """Run a command that says in one line what ended it."""
+    signals.program = program  # which a signal during an import says
     try:
         refuse_another_copy()
         return command()
