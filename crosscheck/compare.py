@@ -349,17 +349,10 @@ def _follows(
     return float(behind.value), bool(share <= 1)
 
 
-def _compare_tensor(
-    case: Case,
-    step: int,
-    key: str,
-    reference: Step,
-    candidate: Step,
-    standard: Standard,
-    outcome: Outcome,
+def _malformed(
+    case: Case, step: int, key: str, reference: Step, candidate: Step, standard: Standard
 ) -> Disagreement | None:
-    tally, seen = outcome.tally, outcome.shares.setdefault(step, {})
-    seen[key] = math.inf
+    """What keeps two tensors from being compared: absence, no numbers, shape or precision."""
     if key not in reference or key not in candidate:
         side = "candidate" if key in reference else "reference"
         problem = f"was never written by the {side}"
@@ -384,9 +377,27 @@ def _compare_tensor(
     if phase not in (*COUNTED, "eval") and theirs.dtype != standard.dtype and theirs.ndim:
         problem = f"is {theirs.dtype}, and {standard.dtype} was promised"
         return Disagreement(case.name, step, key, problem)
+    return None
+
+
+def _compare_tensor(
+    case: Case,
+    step: int,
+    key: str,
+    reference: Step,
+    candidate: Step,
+    standard: Standard,
+    outcome: Outcome,
+) -> Disagreement | None:
+    tally, seen = outcome.tally, outcome.shares.setdefault(step, {})
+    seen[key] = math.inf
+    malformed = _malformed(case, step, key, reference, candidate, standard)
+    if malformed:
+        return malformed
+    ours, theirs = reference[key], candidate[key]
     there = real(key, ours.shape, reference["batch/tokens"])
-    # B007: `least` is read below the loop
-    for tolerance, least in standard.widening(step, key, reference):  # noqa: B007
+    for allowed in standard.widening(step, key, reference):
+        tolerance, least = allowed
         shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
         if (shares <= 1).all():
             break
@@ -415,6 +426,7 @@ def _compare_tensor(
     tally.elements += int(there.sum())
     excused = int((tolerance.excused(ours, theirs) & there).sum())
     if excused and tolerance.rtol:
+        phase, _ = split_key(key)
         tally.excused[phase] = tally.excused.get(phase, 0) + excused
     if least:
         tally.within += 1
