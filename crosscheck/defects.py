@@ -45,7 +45,7 @@ PANEL = (
     "on-the-kink",
     "large-attention-logits",
 )
-STEPS = 3
+STEPS = 4
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is not
 SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that tries a mutant
 # where a change is one of memory, speed or refusals, and not of numbers
 MEMORY = {
-    "vectorized/batch.py": ("micro_batches", "_cut", "rounded", "PADDING"),
+    "vectorized/batch.py": ("micro_batches", "rounded", "few", "ROW", "PRICE"),
     "vectorized/record.py": (
         "placed", "ALIGN", "without_copies", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
     ),
@@ -188,11 +188,11 @@ def _try(mutant: Mutant) -> None:
 def _differs_in_micro_batches(defect: Defect) -> bool:
     """Whether a batch cut into micro-batches tells the mutant from the original, with and without
     the recorder's tricks for small arrays."""
-    for columns, padding, lowered in ((1, 0, False), (32, 100, True)):
+    for columns, row, lowered in ((1, 1, False), (32, 2, True)):
         with planted(defect.patches):
             from vectorized import backend, batch, record
 
-            vars(batch).update(COLUMNS=columns, PADDING=padding)
+            vars(batch).update(COLUMNS=columns, ROW=row)
             if not lowered:
                 vars(record).update(EQUAL_ROWS=0, ONE_HOT=0)
                 vars(backend).update(most_walkers=lambda config: 1)  # one document after another

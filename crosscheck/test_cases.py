@@ -86,12 +86,12 @@ def test_in_single_precision(
 
 @pytest.mark.about("micro-batches")
 @pytest.mark.parametrize(
-    ("columns", "padding", "lowered"), [(1, 0, False), (32, 100, True)], ids=["alone", "cut"]
+    ("columns", "row", "lowered"), [(1, 1, False), (32, 2, True)], ids=["one row", "several"]
 )
 def test_in_micro_batches(
     case: Case,
     columns: int,
-    padding: int,
+    row: int,
     lowered: bool,
     reference_steps: ReferenceSteps,
     choice: Choice,
@@ -104,7 +104,7 @@ def test_in_micro_batches(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "COLUMNS", columns)
-        patch.setattr(batch, "PADDING", padding)
+        patch.setattr(batch, "ROW", row)
         if not lowered:
             patch.setattr(replay, "CHUNK", 100)  # parameters that Adam updates at a time
             for trick in ("EQUAL_ROWS", "ONE_HOT"):

@@ -130,7 +130,8 @@ def mlp(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 
 def gpt(rng: np.random.Generator, size: SimpleNamespace) -> Op:
-    gpt, positions = model(rng, size), slice(size.start, size.start + size.T)
+    gpt, start = model(rng, size), rng.integers(size.start + 1, size=(size.B, 1))
+    positions = start + np.arange(size.T)
     tokens, mask = rng.integers(size.V, size=(size.B, size.T)), causal_mask(size.T, gpt.dtype)
     caches = [None] * size.L
 
@@ -308,11 +309,10 @@ def test_a_token_changes_no_logits_before_it_and_none_of_other_documents(
     rng = np.random.default_rng(seed)
     gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
     mask, caches = causal_mask(size.T, gpt.dtype), [None] * size.L
+    positions = np.arange(size.T)[None]
 
     def logits() -> Array:
-        return gpt_forward(
-            tokens, slice(size.T), gpt.params, caches, mask, gpt.config, Tree(size.L)
-        )
+        return gpt_forward(tokens, positions, gpt.params, caches, mask, gpt.config, Tree(size.L))
 
     b, t = data.draw(st.integers(0, size.B - 1)), data.draw(st.integers(0, size.T - 1))
     before = logits()
@@ -505,7 +505,7 @@ def test_memory_is_within_one_and_a_half_times_what_training_needs(
     config = load_config(overrides=sizes)
     T, V, C, H = config.block_size, 27, config.n_embd, config.n_head
     batch = micro_batches([[1] * (T + 1 - i % 2) for i in range(config.batch_size)], config)
-    N = max(len(docs) * (len(docs[-1]) - 1) for docs in batch)  # they share the same memory
+    N = max(B * T for _, _, (B, T) in batch)  # micro-batches share the same memory
     params = sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values())
     # per block: the three inputs of its norms and products, q, k, v, the attention weights, and
     # the activation and its slope
