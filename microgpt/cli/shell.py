@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from microgpt.cli.whereabouts import refuse_another_copy
-from microgpt.errors import MicrogptError, printable
+from microgpt.errors import MicrogptError, printable, raised_at
 from microgpt.runs import signals
 from microgpt.runs.launch import RANK, told
 from microgpt.runs.signals import SIGNALLED, at_once
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+NO_FORMULA = "no formula here"  # of a text that does not know an activation of the table
 UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", re.S)
 
 
@@ -109,6 +110,11 @@ def _told(program: str, command: Callable[[], int]) -> int:
         return command()
     except MicrogptError as error:
         say(f"{program}: error: {one_line(error)}", sys.stderr)
+        return 2
+    except ValueError as error:
+        if not str(error).startswith(NO_FORMULA):
+            raise
+        say(f"{program}: error: {raised_at(error)}: {one_line(error)}; write one", sys.stderr)
         return 2
     except MemoryError:
         say(

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from http.client import BadStatusLine
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -110,6 +111,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with redirect_stdout(io.StringIO()) as printed:
         assert microgpt("train", "--out", out) == 0
     return out, printed.getvalue()
+
+
+@pytest.fixture
+def without_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both texts, without a formula for the activation that they are asked for."""
+    for text, function in (("scalar", "activation"), ("vectorized", "activation_forward")):
+        known = getattr(import_module(f"{text}.model"), function)
+        monkeypatch.setattr(f"{text}.model.{function}", lambda x, _, known=known: known(x, "silu"))
 
 
 @pytest.fixture(scope="module")
@@ -890,6 +899,22 @@ def test_an_absent_network_gets_one_line_and_touches_nothing(
     assert line.startswith(f"microgpt train: error: {data.MAKEMORE_URL}: cannot be downloaded (")
     assert line.endswith("or use --dataset names")
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+@pytest.mark.usefixtures("without_formula")
+def test_an_activation_without_a_formula_gets_one_line_that_says_where_to_write_it(
+    command: str, backend: str, small: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--activation", "gelu"] if command == "train" else [small]
+    assert microgpt(command, *model, "--backend", backend) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"microgpt {command}: error: {backend}/model.py:\d+: no formula here for the activation"
+        r" 'silu'; write one\n",
+        said,
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["wombat"]])

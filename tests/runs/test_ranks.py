@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -46,7 +47,7 @@ def fault():
     {fault}
 
 def at_step_8(number, config):
-    if rank == {rank} and number == 8:
+    if {rank} in (rank, None) and number == 8:
         fault()
     return step(number, config)
 
@@ -149,7 +150,7 @@ def test_a_refusal_is_one_line(
 
 
 def faulty(
-    tmp_path: Path, fault: str = "pass", rank: int = 1, more: str = "", ranks: int = 3
+    tmp_path: Path, fault: str = "pass", rank: int | None = 1, more: str = "", ranks: int = 3
 ) -> subprocess.CompletedProcess[str]:
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY.format(fault=fault, rank=rank, more=more))
@@ -190,6 +191,15 @@ def test_a_rank_that_fails_ends_all_and_is_named(
     assert said in done.stderr
     assert load_checkpoint(tmp_path / "run").state.updates == 5
     assert main(["train", "--resume", "--cores", "1", "--out", str(tmp_path / "run")]) == 0
+
+
+@needs_mpi
+def test_what_fails_on_all_ranks_is_said_once(tmp_path: Path) -> None:
+    done = faulty(tmp_path, "raise ValueError('a bug')", None)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"microgpt: error: rank 0 \(process .*\): .*faulty.py:\d+: ValueError: a bug\n", done.stderr
+    )
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
