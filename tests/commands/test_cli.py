@@ -28,10 +28,11 @@ import pytest
 import yaml
 
 from microgpt import data, download, evaluate, train
-from microgpt.backend import BACKENDS, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.cli import report, shell
 from microgpt.cli.commands import main
 from microgpt.config import FIELDS
+from microgpt.init import init_params
 from microgpt.runs.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.runs.directory import RUN_FILES
 from microgpt.settings import flag, load_config
@@ -656,21 +657,33 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
+@pytest.mark.parametrize("times", [1, 20])  # in one batch, and in several, some of one length
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
-    backend: str, columns: int, small: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, times: int, small: Path
 ) -> None:
-    monkeypatch.setattr(evaluate, "POSITIONS_AT_ONCE", columns)
     held = load_checkpoint(small)
     loss, by_position = expected_evaluation(held)
     result = evaluate.evaluation(
-        load_backend(backend, held.config, held.state), SEEN, held.tokenizer, held.config
+        load_backend(backend, held.config, held.state), SEEN * times, held.tokenizer, held.config
     )
     assert abs(result.loss - loss) < 1e-12
     counts, means = zip(*result.by_position)
     expected_counts, expected_means = zip(*by_position)
-    assert counts == expected_counts == (8, 8, 6, 6, 5)
+    assert counts == tuple(times * count for count in expected_counts)
+    assert expected_counts == (8, 8, 6, 6, 5)
     np.testing.assert_allclose(means, expected_means, rtol=0, atol=1e-12)
+
+
+def test_long_documents_are_evaluated_one_by_one() -> None:
+    config = load_config(overrides={"n_embd": "4", "block_size": "1000"})
+    tokenizer = build_tokenizer("ab", config)
+    state = fresh_state(init_params(config, tokenizer.vocab_size, Random(1)))
+    backend = load_backend("vectorized", config, state)
+    texts = ["ab" * 500, "b" * 999, "a"]
+    alone = [evaluate.evaluation(backend, [text], tokenizer, config).loss for text in texts]
+    found = evaluate.evaluation(backend, texts, tokenizer, config)
+    assert found.loss == pytest.approx(sum(alone) / 3, rel=1e-12)
+    assert [count for count, _ in found.by_position] == [3] * 2 + [2] * 998
 
 
 @pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
@@ -971,15 +984,13 @@ def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
 def test_ctrl_c_at_the_very_end_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shell, "_silence", lambda: None)  # stdout of the tests stays open
     with monkeypatch.context() as patch:
 
-        def done(*arguments: Any) -> int:
+        def done() -> int:
             patch.setattr(sys.stdout, "flush", Mock(side_effect=KeyboardInterrupt))
             return 0
 
-        patch.setattr(shell, "_parsed", done)
-        assert microgpt("train") == 130
+        assert shell.guarded("microgpt", done) == 130
     assert capsys.readouterr().err == ""
 
 
