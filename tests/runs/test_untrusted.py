@@ -525,7 +525,7 @@ def test_a_container_may_use_less_than_the_machine_has(
     machine = memory.machine_memory()
     limits = [tmp_path / "none", tmp_path / "unlimited", tmp_path / "limited"]
     limits[1].write_text("max\n")
-    monkeypatch.setattr(memory, "CONTAINER", limits)
+    monkeypatch.setattr(memory, "LIMITS", limits)
     limits[2].write_text(f"{10**6}\n")
     assert memory.machine_memory() == 1e6 < machine
     limits[2].write_text("9223372036854771712\n")
@@ -545,7 +545,7 @@ def test_memory_that_runs_out_after_all_is_said(
 
 
 def test_where_the_memory_is_not_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CONTAINER", ())
+    monkeypatch.setattr(memory, "LIMITS", ())
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert memory.machine_memory() == float("inf")
     memory.check_memory(load_config(overrides={"n_embd": "100000"}), 27, ["emma"], "scalar")
