@@ -569,14 +569,7 @@ def train_and_draw(backend: str, config: Config, documents: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        {"n_embd": "32"},
-        {"n_embd": "96", "block_size": "4"},
-        {"n_layer": "2", "batch_size": "2"},
-        {"block_size": "40"},
-    ],
-    ids=str,
+    "sizes", [{"n_embd": "64"}, {"n_layer": "2", "batch_size": "2"}, {"block_size": "40"}], ids=str
 )
 def test_the_estimate_for_scalar_is_of_the_size_of_what_is_taken(sizes: dict[str, str]) -> None:
     config = load_config(overrides={"block_size": "16", "num_samples": "0", **sizes})
