@@ -163,6 +163,11 @@ def bare(stream: Any) -> TextIO:
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Standard output as a Plain one that takes every character, closed or not."""
+    for file in range(3):
+        try:
+            os.fstat(file)
+        except OSError:  # closed; the next file to be opened would take its number
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before this program began
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

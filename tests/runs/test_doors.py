@@ -300,6 +300,17 @@ def test_a_command_whose_output_is_closed_full_or_unread_ends_in_a_line_or_none(
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "test"])
+def test_a_command_without_any_stream_does_what_it_should(
+    command: str, run: Path, recorded: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", *commands(tmp_path, run, recorded)[command]]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    assert subprocess.run(closed, cwd=ROOT).returncode == 0
+    if command == "train":
+        assert {path.name for path in (tmp_path / "new").iterdir()} == set(RUN_FILES)
+
+
 @pytest.mark.parametrize("program", ["microgpt", "crosscheck"])
 def test_what_cannot_be_said_on_a_closed_stderr_is_said_nowhere(program: str) -> None:
     words = [sys.executable, "-m", program, "wombat"]
