@@ -615,6 +615,11 @@ def _late(candidate: Candidate) -> str:
     return f"is not done after {candidate.time_limit:g} seconds (--time-limit)"
 
 
+def last_words(told: Told) -> object:
+    """What is printed of a function that nothing but the end of the process stops."""
+    return f"{told.function} {told.words}\n  your line   {told.line}"
+
+
 @contextmanager
 def limited(candidate: Candidate, name: str) -> Iterator[None]:
     """Within this context, Late is raised once the time is over; no signals, so on Windows too."""
@@ -626,9 +631,9 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
             line = _own_line(candidate, sys._current_frames().get(caller))
-            words = f"{name} {_late(candidate)}\n  your line   {line}"
+            told = Told(name, _late(candidate), line)
             with suppress(Exception):  # of an output that is closed, full or read by no program
-                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+                print(last_words(told), file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
             exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)

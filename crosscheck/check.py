@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from crosscheck.alone import WHOLE, Wrong, alone
 from crosscheck.candidate import HELPERS, RESULTS, Candidate, Told, load_candidate
@@ -41,6 +42,13 @@ class Verdict:
     def __str__(self) -> str:
         return "\n".join([*wrapped(self.first, "", "  "), *self.report, *self.end])
 
+    def tell(self, told: Told) -> None:
+        """Add what a function did besides computing numbers."""
+        self.functions[told.function] = "not attempted" if told.undone else "wrong"
+        self.status = INCOMPLETE if told.undone else WRONG
+        self.report = report_told(told)
+        self.fields = {"function": told.function, "problem": told.words, "line": told.line}
+
     def as_json(self) -> str:
         """The same for other programs."""
         return json.dumps({**asdict(self), "text": str(self)}, indent=1, default=str)
@@ -68,14 +76,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     try:
         _judge(candidate, verdict, hint)
     except Told as told:
-        if told.undone:
-            verdict.functions[told.function] = "not attempted"
-            verdict.status = INCOMPLETE
-        else:
-            verdict.functions[told.function] = "wrong"
-            verdict.status = WRONG
-        verdict.report = report_told(told)
-        verdict.fields = {"function": told.function, "problem": told.words, "line": told.line}
+        verdict.tell(told)
     for name, line in candidate.said.items():
         verdict.report += ["", f"{name} prints; left out here: {printable(line)}"[:WIDTH]]
     verdict.seconds = time.monotonic() - since
@@ -273,8 +274,17 @@ def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[
 
 def run(path: Path, hint: int, as_text: bool, time_limit: float) -> int:
     """Print the verdict; its exit status."""
-    verdict = check(path, hint, time_limit)
-    print(verdict if as_text else verdict.as_json())
+    shown = str if as_text else Verdict.as_json
+
+    def last_words(told: Told) -> str:
+        name = printable(path.name)
+        verdict = Verdict(WRONG, f"{name} was ended by force: it sleeps, or catches all errors")
+        verdict.tell(told)
+        return shown(verdict)
+
+    with patch("crosscheck.candidate.last_words", last_words):
+        verdict = check(path, hint, time_limit)
+    print(shown(verdict))
     return verdict.status
 
 

@@ -88,7 +88,7 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
     except (SyntaxError, ValueError) as error:
         line = f"{path.name}:{getattr(error, 'lineno', 1)} {(getattr(error, 'text', '') or '')}"
         words = f"cannot be read: {getattr(error, 'msg', error)}"
-        return _wrong((), Told(path.name, words, line.strip()))
+        return as_wrong((), Told(path.name, words, line.strip()))
     written = attempted(exercise, tree)
     if not written:
         return Verdict(UNTRIED)
@@ -96,7 +96,7 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
     if door:
         number, words = door
         line = f"{path.name}:{number} {text.splitlines()[number - 1].strip()}"
-        return _wrong(written, Told(path.name, words, line))
+        return as_wrong(written, Told(path.name, words, line))
     try:
         learner = _loaded(exercise, path, text, written)
         found = _judged(exercise, learner, text, written, hint)
@@ -104,14 +104,15 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
         if told.undone:
             rest = tuple(name for name in written if name != told.function)
             return Verdict(RIGHT_SO_FAR if rest else UNTRIED, rest)
-        return _wrong(written, told)
+        return as_wrong(written, told)
     if found:
         return replace(found, written=tuple(written))
     whole = exercise.defect or len(written) == len(exercise.functions)
     return Verdict(DONE if whole else RIGHT_SO_FAR, tuple(written))
 
 
-def _wrong(written: Sequence[str], told: Told) -> Verdict:
+def as_wrong(written: Sequence[str], told: Told) -> Verdict:
+    """The verdict on what a function did besides computing numbers."""
     return Verdict(WRONG, tuple(written), told.function, tuple(report_told(told)))
 
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from crosscheck.candidate import Told
 from crosscheck.exercises import (
     Exercise,
     exercise_about,
@@ -26,7 +28,7 @@ from crosscheck.exercises import (
     solution,
     source_text,
 )
-from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
+from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, as_wrong, judge
 from crosscheck.report import wrapped
 from microgpt.errors import MicrogptError, as_typed, printable
 from microgpt.runs.files import check_target, write_whole
@@ -246,12 +248,21 @@ class Check:
         }
 
 
-def check(folder: Path, hint: int = 0) -> Check:
-    """Where a learner stands; what has not changed since it was judged is not judged again."""
+def check(folder: Path, hint: int = 0, text: Callable[[Check], str] = str) -> Check:
+    """Where a learner stands; what has not changed since it was judged is not judged again.
+
+    text    what is printed of it if a function has to be ended together with the process
+    """
     progress = read_progress(folder)
     before = json.dumps([vars(one) for one in progress.values()])
     verdicts: dict[str, Verdict] = {}
     shown = False  # whether there is a report: only the first is shown, and wants its lines
+
+    def last_words(told: Told) -> str:
+        left = [(one.name, progress.get(one.name, Kept())) for one in exercises()]
+        states = {name: Verdict(kept.state, tuple(kept.written)) for name, kept in left}
+        return text(Check(folder, {**states, **verdicts, exercise.name: as_wrong((), told)}, hint))
+
     for exercise in exercises():
         kept = progress.setdefault(exercise.name, Kept())
         path = place(folder, exercise)
@@ -262,7 +273,8 @@ def check(folder: Path, hint: int = 0) -> Check:
         if now == kept.judged and (kept.state != WRONG or shown):
             verdicts[exercise.name] = Verdict(kept.state, tuple(kept.written))
         else:
-            verdict = judge(exercise, path, hint)
+            with patch("crosscheck.candidate.last_words", last_words):
+                verdict = judge(exercise, path, hint)
             verdicts[exercise.name] = verdict
             if now != kept.judged:
                 kept.attempts += verdict.state != UNTRIED

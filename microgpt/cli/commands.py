@@ -349,8 +349,12 @@ def check(options: argparse.Namespace) -> int:
         return 0
     if options.watch:
         exercises.watch(folder, options.hint)
-    found = exercises.check(folder, options.hint)
-    print(json.dumps(found.as_json(), indent=1) if options.json else found)
+
+    def text(found: exercises.Check) -> str:
+        return json.dumps(found.as_json(), indent=1) if options.json else str(found)
+
+    found = exercises.check(folder, options.hint, text)
+    print(text(found))
     return found.exit_status
 
 

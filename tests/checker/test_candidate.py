@@ -657,9 +657,12 @@ def test_what_sleeps_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(NORM.replace("return dx", "import time; time.sleep(60)"), encoding="utf-8")
     command = [sys.executable, "-m", "crosscheck", "check", str(path), "--time-limit", "0.2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == WRONG
-    assert "mine.py:3" in done.stdout
+    for more in ([], ["--json"]):
+        run = [*command, *more]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
+        assert done.returncode == WRONG
+        assert "mine.py:3" in done.stdout
+    assert json.loads(done.stdout)["functions"] == {"rmsnorm_backward": "wrong"}
 
 
 # --- pytest --------------------------------------------------------------------------------------

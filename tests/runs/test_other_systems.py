@@ -105,13 +105,11 @@ def test_output_that_is_no_longer_read_ends_a_command_quietly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def unread(*_: object) -> int:
+    def unread() -> int:
         raise OSError(number, "refused")
 
-    monkeypatch.setattr(shell, "_parsed", unread)
-    monkeypatch.setattr(shell, "_silence", lambda: None)
     monkeypatch.setattr(sys, "platform", system)
-    assert shell.run(lambda: shell.Parser(prog="microgpt"), []) == status
+    assert shell.guarded("microgpt", unread) == status
     assert ("what is printed cannot be written: refused" in capsys.readouterr().err) == (
         status == 2
     )
