@@ -15,6 +15,7 @@ from pathlib import Path
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
+from microgpt.layout import count_params
 from microgpt.settings import config_from, flag
 
 SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # the options to lower
@@ -108,11 +109,11 @@ def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_
 
     A batch has batch_size documents of average length, or the longest document if that is more.
     """
-    L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
+    B = config.batch_size
     scalar, num = backend_name == "scalar", config.num_samples
     itemsize = 4 if config.dtype == "float32" else 8
     param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
-    params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
+    params = count_params(config, vocab_size)
     lengths = Counter(map(len, documents)) or {0: 1}  # how many documents have each length
     sizes = [(min(length + 2, config.max_tokens) - 1, count) for length, count in lengths.items()]
     longest, positions = max(sizes)[0], sum(n * count for n, count in sizes)
