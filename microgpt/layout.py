@@ -6,7 +6,7 @@ In files and comparisons, tensors go by their full names ("wte", "layer0.attn_wq
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,12 @@ def count_params(config: Config, vocab_size: int) -> int:
 def rows(tensor: Any) -> Any:
     """The rows of a matrix; a vector is one row."""
     return tensor if hasattr(tensor[0], "__len__") else [tensor]
+
+
+def mapped(function: Callable[[Any], Any], tensor: Any) -> list[Any]:
+    """The matrix or vector, in lists, of a function of each number, row by row."""
+    lists = [[function(x) for x in row] for row in rows(tensor)]
+    return lists if rows(tensor) is tensor else lists[0]
 
 
 def tap_names(config: Config) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import Tree, grow, pick, rows, written
+from microgpt.layout import Tree, grow, mapped, pick, rows, written
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
@@ -27,8 +27,7 @@ class Backend:
     def __init__(self, config: Config, state: State, watch: bool = False) -> None:
         self.config = config
         self.matrices = {
-            name: _shaped(tensor, (Value(float(x)) for row in rows(tensor) for x in row))
-            for name, tensor in state.params.items()
+            name: mapped(lambda x: Value(float(x)), tensor) for name, tensor in state.params.items()
         }
         self.params = grow(self.matrices, config.n_layer)
         self.flat = [p for tensor in self.matrices.values() for row in rows(tensor) for p in row]
@@ -108,7 +107,9 @@ class Backend:
     def _by_name(self, numbers: Iterable[float]) -> Nested:
         """Tensors by name, filled with these numbers, one for each parameter."""
         rest = iter(numbers)
-        return {name: _shaped(tensor, rest) for name, tensor in self.matrices.items()}
+        return {
+            name: mapped(lambda _: next(rest), tensor) for name, tensor in self.matrices.items()
+        }
 
     def _batched(self, field: str) -> Nested:
         """`field` of every tap by name, with documents padded with zeros to one length."""
@@ -145,12 +146,6 @@ def _overflows() -> Iterator[None]:
 def _numbers(tap: Any, field: str) -> Any:
     """`field` of a Value, or of every Value in a nested list; None for any other object."""
     return [_numbers(x, field) for x in tap] if isinstance(tap, list) else getattr(tap, field, None)
-
-
-def _shaped(tensor: Any, numbers: Iterator[Any]) -> list[Any]:
-    """The next of these numbers, as a matrix or vector of the tensor's shape."""
-    filled = [[next(numbers) for _ in row] for row in rows(tensor)]
-    return filled if rows(tensor) is tensor else filled[0]
 
 
 def _padded(items: list[Any], length: int, padding: Any) -> list[Any]:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from crosscheck.additions import Additions, Place
+from crosscheck.cases import Case, draw_params
 from microgpt import taps
 from microgpt.backend import fresh_state, load_backend
 from microgpt.config import Config
@@ -119,6 +121,26 @@ def test_a_vector_of_the_table_begins_with_its_number_and_takes_no_draw(gains: C
         np.testing.assert_array_equal(np.asarray(tensor), np.reshape(wanted, shape))
     without = replace(gains, norm_embedding=False)
     assert not any("gain" in name for name in init_params(without, 3, Random(7)))
+
+
+def test_a_case_tells_the_vectors_of_its_layers_apart(gains: Config) -> None:
+    case = Case(
+        "", "", gains, "ab", [["a"]], shift={"layer0.gain": 2.0}, rows={"layer1.gain": {1: 9}}
+    )
+    first, second = (draw_params(case)[f"layer{i}.gain"] for i in (0, 1))
+    assert len({*first, *second}) == 8
+    assert np.mean(first) == pytest.approx(3, abs=0.7)
+    assert second[1] == pytest.approx(9, abs=1.5)
+
+
+def test_the_additions_to_a_vector_go_by_its_index(gains: Config) -> None:
+    backend = load_backend("scalar", gains, fresh_state(init_params(gains, 3, Random(7))))
+    backend.forward([[2, 0, 1, 2]])
+    gain = backend.matrices["layer1.gain"]  # type: ignore[attr-defined]
+    followed = Place("layer1.gain", (3,))
+    additions = Additions(backend, [followed], ["layer0.gain"])  # type: ignore[arg-type]
+    assert additions._place(gain[3]) == followed
+    assert additions._wanted() == {gain[3], *backend.matrices["layer0.gain"]}  # type: ignore
 
 
 def test_a_vector_is_trained_and_kept_as_a_matrix_is(gains: Config, tmp_path: Path) -> None:
