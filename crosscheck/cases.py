@@ -43,6 +43,7 @@ from microgpt.runs.files import write_whole
 from microgpt.settings import FIXTURES, config_from, on_line, read_yaml
 from microgpt.taps import params as table
 from microgpt.tokenizer import Tokenizer, build_tokenizer
+from microgpt.train import learning_rate
 
 CASES = FIXTURES / "cases"
 KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in words
@@ -182,6 +183,12 @@ def _check_names(case: Case, path: Path) -> None:
     for name, numbers in case.rows.items():
         if not all(0 <= row < shapes[name][0] for row in numbers):
             raise MicrogptError(f"{path}: rows: {name} has rows 0 to {shapes[name][0] - 1}")
+    last = len(case.batches)  # counted from 0: a step for each batch, then one with the first again
+    if learning_rate(last, case.config) <= 0:
+        raise MicrogptError(
+            f"{path}: config: steps {case.config.steps}: step {last + 1} of this case would have no"
+            " learning rate left; leave steps out"
+        )
     if case.temperature <= 0:
         raise MicrogptError(f"{path}: temperature: expected more than 0, got {case.temperature}")
     for name, declared in case.zero_rows.items():
