@@ -35,6 +35,7 @@ from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import save_params
 from microgpt.runs.files import check_target
 
+TAKE_FILES = ("--candidate", "--ignore")  # options of pytest and of ours
 SEEDS = 9  # sets of parameters for which single precision is measured
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ def test(options: argparse.Namespace) -> int:
             self.by = excinfo.value
 
     for before, word in pairwise(["", *options.rest]):
-        if word.endswith(".py") and not before.startswith("-") and Path(word).is_file():
+        if word.endswith(".py") and before not in TAKE_FILES and Path(word).is_file():
             raise MicrogptError(
                 f"{word}: the tests are those of the crosscheck; to check functions of your own:"
                 f" python -m crosscheck check {word}"

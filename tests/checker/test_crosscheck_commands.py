@@ -48,7 +48,7 @@ def test_a_file_of_ones_own_is_no_test_and_the_command_for_it_is_named(
 ) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text("def rmsnorm_backward(dy, y, scale):\n    return dy\n", encoding="utf-8")
-    assert main(["test", "-q", str(mine)]) == 2
+    assert main(["test", "-q", "--collect-only", str(mine)]) == 2
     assert f"python -m crosscheck check {mine}" in capsys.readouterr().err
 
 
