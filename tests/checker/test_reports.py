@@ -205,6 +205,16 @@ def test_every_tensor_has_a_line_in_both_texts() -> None:
     assert function_of("adam_v/wte", case.config, "scalar").startswith("adam, scalar/adam.py:")
 
 
+def test_an_epsilon_in_the_clip_factor_is_named_and_the_two_numbers_are_told_apart() -> None:
+    clip = Patch("scalar/adam.py", "longest / (squares**0.5))", "longest / (squares**0.5 + 1e-6))")
+    said = report(clip, "decay-and-clip")
+    assert "1e-6 is added to the length, as in PyTorch's clip_grad_norm_" in said
+    assert "at fault scalar" in said
+    (number,) = re.findall(r"own inputs, it should be (\S+)", said)
+    (wrong,) = re.findall(r" scalar (-\S+)", said)
+    assert f"{float(wrong):.{len(number.lstrip('-0.'))}g}" != number
+
+
 def test_drawn_documents_are_told_as_texts() -> None:
     patch = Patch("vectorized/sample.py", "logits.astype(float) / (temperature or 1.0)",
                   "logits.astype(float)")  # fmt: skip

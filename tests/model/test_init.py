@@ -26,6 +26,8 @@ from microgpt.taps import Param
 from microgpt.tokenizer import build_tokenizer
 from microgpt.train import batch, learning_rate, new_run
 
+pytestmark = pytest.mark.quick
+
 LAYER = ("attn_wq", "attn_wk", "attn_wv", "attn_wo", "mlp_fc1", "mlp_fc2")
 RESIDUAL = {"layer0.attn_wo", "layer0.mlp_fc2"}
 
