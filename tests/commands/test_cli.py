@@ -646,6 +646,7 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(

@@ -41,6 +41,7 @@ def test_the_embedded_names_are_the_32469_of_the_data_set() -> None:
     assert joined.encode() == data.NAMES_FILE.read_bytes()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("content", "documents"),
     [
