@@ -215,6 +215,14 @@ def test_an_epsilon_in_the_clip_factor_is_named_and_the_two_numbers_are_told_apa
     assert f"{float(wrong):.{len(number.lstrip('-0.'))}g}" != number
 
 
+def test_an_update_of_zero_is_led_back_to_the_learning_rate() -> None:
+    case = load_case("one-position")
+    case = replace(case, config=replace(case.config, steps=1))
+    ours, theirs = (trace(case, name, "float64", 2) for name in NAMES)
+    words = render(compare(case, ours, theirs, names=NAMES).found[0], *NAMES)
+    assert "learning_rate, is 0 in step 2" in words
+
+
 def test_drawn_documents_are_told_as_texts() -> None:
     patch = Patch("vectorized/sample.py", "logits.astype(float) / (temperature or 1.0)",
                   "logits.astype(float)")  # fmt: skip
@@ -344,6 +352,8 @@ def test_a_property_that_proves_nothing_is_not_told() -> None:
     several = [name for name in TEN if not load_case(name).config.tie_lm_head]
     assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
     assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
+    scheduled = [*TEN, "decay-and-clip"]  # the one with weight_decay is the one with warmup_steps
+    assert told(scheduled[-1:], scheduled, scheduled).endswith("of 11 cases: decay-and-clip")
 
 
 def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
