@@ -352,8 +352,9 @@ def test_a_property_that_proves_nothing_is_not_told() -> None:
     several = [name for name in TEN if not load_case(name).config.tie_lm_head]
     assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
     assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
-    scheduled = [*TEN, "decay-and-clip"]  # the one with weight_decay is the one with warmup_steps
-    assert told(scheduled[-1:], scheduled, scheduled).endswith("of 11 cases: decay-and-clip")
+    # the only case with weight_decay is the only one with warmup_steps
+    scheduled = [*TEN, "short-gradient", "decay-and-clip"]
+    assert told(scheduled[-1:], scheduled, scheduled).endswith("of 12 cases: decay-and-clip")
 
 
 def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
