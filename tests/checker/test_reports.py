@@ -255,6 +255,14 @@ def test_reading_has_its_expression_and_its_side() -> None:
     assert "reading token by token: logits disagrees" in said
     assert "of the forward pass, which reads the same tokens" in said
     assert "at fault vectorized" in said
+    assert "computed at scalar/backend.py:" in said
+    lists = "keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]"
+    shared_list = Patch(
+        "scalar/backend.py", lists, "keys: list[Matrix] = [[]] * self.config.n_layer"
+    )
+    said = report(shared_list, "two-layers")
+    assert "the keys of all layers lie in one list" in said
+    assert "look at read, scalar/backend.py:" in said
 
 
 def test_a_fault_in_the_weights_of_the_loss_is_one_of_the_loss() -> None:
