@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import save_params
 from microgpt.runs.files import check_target
 
+TAKE_FILES = ("--candidate", "--ignore")  # options of pytest and of ours
 SEEDS = 9  # sets of parameters for which single precision is measured
 T = TypeVar("T")
 
@@ -63,6 +65,12 @@ def test(options: argparse.Namespace) -> int:
         def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
             self.by = excinfo.value
 
+    for before, word in pairwise(["", *options.rest]):
+        if word.endswith(".py") and before not in TAKE_FILES and Path(word).is_file():
+            raise MicrogptError(
+                f"{word}: the tests are those of the crosscheck; to check functions of your own:"
+                f" python -m crosscheck check {word}"
+            )
     ended = Ended()
     with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
         # the plugin's package is known already, and pytest says that it cannot rewrite it; nor can

@@ -38,6 +38,9 @@ GRADIENTS = {
     "divided by its length, whatever grad_clip is": "raw / length",
     "clipped by the largest element, not by the length": "min(1, limit / largest) * raw",
     "clipped by the sum of sizes, not by the length": "min(1, limit / sizes) * raw",
+    "1e-6 is added to the length, as in PyTorch's clip_grad_norm_": (
+        "min(1, limit / (length + 1e-6)) * raw"
+    ),
     "clipped by the square of the length: the root is missing": "min(1, limit / length**2) * raw",
     "the weight decay is added to the gradient": "g + decay * p",
     "the sign of the gradient alone": "sign(g)",

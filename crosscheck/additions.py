@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crosscheck.trace import Array
-from microgpt.layout import pick
+from microgpt.layout import pick, rows
 from microgpt.taps import axes_of, taps
 from scalar.backend import Backend
 from scalar.value import Value
@@ -158,11 +159,13 @@ class Additions:
         }
         for name, matrix in self.backend.matrices.items():
             if name in self.several:
-                wanted |= {weight for row in matrix for weight in row}
+                wanted |= {weight for row in rows(matrix) for weight in row}
         for name, at in self.followed:
             if name in self.backend.matrices:
-                row, column = at
-                wanted.add(self.backend.matrices[name][row][column])
+                weight: Any = self.backend.matrices[name]
+                for i in at:
+                    weight = weight[i]
+                wanted.add(weight)
         return wanted
 
     def _keep(self, edge: _Edge) -> None:
@@ -183,7 +186,7 @@ class Additions:
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self.backend.matrices:
             matrix = self.backend.matrices[name]
-            return len(matrix), len(matrix[0])
+            return (len(matrix), len(matrix[0])) if rows(matrix) is matrix else (len(matrix),)
         return tuple(
             1 + max(i) for i in zip(*(at for tap, at in self.taps.values() if tap == name))
         )
@@ -193,10 +196,11 @@ class Additions:
         if value in self.taps:
             return self.taps[value]
         n = self.weights[value]
-        for name, matrix in self.backend.matrices.items():
-            if n < len(matrix) * len(matrix[0]):
-                return Place(name, divmod(n, len(matrix[0])))
-            n -= len(matrix) * len(matrix[0])
+        for name in self.backend.matrices:
+            shape = self._shape(name)
+            if n < prod(shape):
+                return Place(name, tuple(map(int, np.unravel_index(n, shape))))
+            n -= prod(shape)
         raise KeyError(value)
 
 

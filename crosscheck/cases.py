@@ -15,7 +15,8 @@ random     the reason why some tensors may happen to be zero, or ReLU inputs on 
 float32    how much more single precision may lose here (`slack`), and the reason (`why`)
 temperature    at which documents are drawn; 2 where it is left out, so that they differ
 
-The parameters are drawn as training draws them, with the configuration's seed.
+The parameters are drawn as training draws them, with the configuration's seed. A parameter that
+training begins with one number is drawn around that number, since layers would be alike otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import add
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,11 +37,13 @@ from microgpt.backend import Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError, shortened
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import mapped, param_shapes, rows
 from microgpt.runs.checkpoint import load_params, save_params
 from microgpt.runs.files import write_whole
 from microgpt.settings import FIXTURES, config_from, on_line, read_yaml
+from microgpt.taps import params as table
 from microgpt.tokenizer import Tokenizer, build_tokenizer
+from microgpt.train import learning_rate
 
 CASES = FIXTURES / "cases"
 KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in words
@@ -55,6 +60,7 @@ KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in wor
     "float32": (dict, "a mapping"),
     "temperature": (float, "a number"),
 }
+APART = 0.3  # standard deviation around the number that training begins a parameter with
 FLOAT32 = {"slack": float, "why": str}
 
 
@@ -174,9 +180,15 @@ def _check_names(case: Case, path: Path) -> None:
     for name in (*case.shift, *case.rows):
         if name not in shapes:
             raise MicrogptError(f"{path}: {shortened(name)} is no parameter of this model")
-    for name, rows in case.rows.items():
-        if not all(0 <= row < shapes[name][0] for row in rows):
+    for name, numbers in case.rows.items():
+        if not all(0 <= row < shapes[name][0] for row in numbers):
             raise MicrogptError(f"{path}: rows: {name} has rows 0 to {shapes[name][0] - 1}")
+    last = len(case.batches)  # counted from 0: a step for each batch, then one with the first again
+    if learning_rate(last, case.config) <= 0:
+        raise MicrogptError(
+            f"{path}: config: steps {case.config.steps}: step {last + 1} of this case would have no"
+            " learning rate left; leave steps out"
+        )
     if case.temperature <= 0:
         raise MicrogptError(f"{path}: temperature: expected more than 0, got {case.temperature}")
     for name, declared in case.zero_rows.items():
@@ -198,10 +210,14 @@ def draw_params(case: Case, seed: int | None = None) -> Tensors:
     rng = Random(case.config.seed if seed is None else seed)
     params = init_params(case.config, case.tokenizer.vocab_size, rng)
     for name, offset in case.shift.items():
-        params[name] = [[x + offset for x in row] for row in params[name]]
-    for name, rows in case.rows.items():
-        for row, number in rows.items():
-            params[name][row] = [number] * len(params[name][row])
+        params[name] = mapped(partial(add, offset), params[name])
+    for name, numbers in case.rows.items():
+        for row, number in numbers.items():
+            matrix = rows(params[name]) is params[name]
+            params[name][row] = [number] * len(params[name][row]) if matrix else number
+    for name, param in table(case.config).items():
+        if not isinstance(param.init, str):  # in training, layers begin with the same numbers
+            params[name] = mapped(lambda x: x + rng.gauss(0, APART), params[name])
     return params
 
 

@@ -13,7 +13,7 @@ from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.report import with_diagnosis
 from crosscheck.sides import REFUSED
 from crosscheck.trace import PHASES, split_key
-from microgpt.config import Config
+from microgpt.config import FIELDS, Config
 from microgpt.settings import config_from
 from microgpt.taps import taps
 
@@ -231,6 +231,12 @@ OF_STEPS: list[Property] = [
     ("where there is more than one position (T > 1)", lambda at: at.shape[1] > 1),
     ("where a character is repeated", _repeats),
 ]
+# fields with choices; the vocabulary and how documents are cropped show in the batches themselves
+CHOSEN = [
+    name
+    for name, field in FIELDS.items()
+    if field.metadata["choices"] and name not in ("vocabulary", "crop", "dtype", "documents")
+]
 OF_CASES: list[Property] = [
     ("tie_lm_head", lambda at: at.config.tie_lm_head),
     ("an lm_head of its own", lambda at: not at.config.tie_lm_head),
@@ -238,6 +244,7 @@ OF_CASES: list[Property] = [
     ("norm_embedding off", lambda at: not at.config.norm_embedding),
     ("grad_clip", lambda at: at.config.grad_clip > 0),
     ("weight_decay", lambda at: at.config.weight_decay > 0),
+    ("warmup_steps", lambda at: at.config.warmup_steps > 0),
     ("n_head = 1", lambda at: at.config.n_head == 1),
     ("n_head > 1", lambda at: at.config.n_head > 1),
     ("one channel to a head", lambda at: at.config.head_dim == 1),
@@ -282,8 +289,11 @@ def shared(
     count = f"all {len(names)} cases" if failed == names else f"{len(failed)} of {len(names)} cases"
     count += " that were run" * (not whole)
     moments = {pair: _moment(load(pair[0]), pair[1]) for pair in failing | agreed}
-    activations = sorted({moment.config.activation for moment in moments.values()})
-    named = [_with("activation", name) for name in activations]
+    named = [
+        _with(field, value)
+        for field in CHOSEN
+        for value in sorted({getattr(moment.config, field) for moment in moments.values()})
+    ]
     split = [
         words
         for words, holds in (*named, *OF_CASES)

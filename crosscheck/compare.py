@@ -30,6 +30,7 @@ from crosscheck.trace import (
     teacher_forced,
 )
 from crosscheck.where import where
+from microgpt.train import learning_rate
 
 SIDES = ("reference", "candidate")
 COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
@@ -419,7 +420,7 @@ def _compare_tensor(
             exceeding=int((shares > 1).sum()),
             elements=int(there.sum()),
         )
-    problem = _vacuous(case, key, ours, theirs, there, reference["batch/tokens"])
+    problem = _vacuous(case, step, key, ours, theirs, there, reference["batch/tokens"])
     if problem:
         return Disagreement(case.name, step, key, problem)
     tally.tensors += 1
@@ -476,7 +477,13 @@ def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:
 
 
 def _vacuous(
-    case: Case, key: str, reference: Array, candidate: Array, there: Array, tokens: Array
+    case: Case,
+    step: int,
+    key: str,
+    reference: Array,
+    candidate: Array,
+    there: Array,
+    tokens: Array,
 ) -> str:
     """Why agreement on this tensor would prove nothing, or is not what the case declares."""
     phase, name = split_key(key)
@@ -488,6 +495,11 @@ def _vacuous(
         if np.any(reference[there]):
             return "is not zero, and the case declares it to be"
     elif not np.any(reference[there]) and not case.random:
+        if phase == "update" and learning_rate(step - 1, case.config) == 0:
+            return (
+                f"is zero everywhere: microgpt/train.py, learning_rate, is 0 in step {step}, so"
+                " agreement proves nothing"
+            )
         return "is zero everywhere, so agreement proves nothing, and the case does not say why"
     if phase in ("gradient", "unwatched") and name in ("dwte", "dwpe"):
         unused = _unused_rows(case, name, len(reference), tokens)

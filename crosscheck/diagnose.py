@@ -292,7 +292,8 @@ def parts_of(pair: Pair) -> list[Guess]:
         for name, term in call.terms().items()
         if len(call.terms()) > 1
     ]
-    return [*whole, *terms]
+    # a term may be one number for a whole row
+    return [(label, np.broadcast_to(part, pair.ours.shape)) for label, part in (*whole, *terms)]
 
 
 def changed_parts(pair: Pair) -> Iterator[Guess]:

@@ -15,10 +15,10 @@ from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import simplicity
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import Array, Step, keys, part, split_key, trace
+from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import write_tensors
 from microgpt.runs.files import write_whole
-from microgpt.taps import ACTIVATIONS
 from microgpt.train import learning_rate
 
 GUIDE = Path(__file__).with_name("GUIDE.md")
@@ -38,6 +38,13 @@ STAGES = (
     "gradients",
     "Adam",
     "several steps",
+)
+# fields that a port has no use for: batches hold token ids, steps their learning rate
+NOT_FOR_PORTS = (
+    *("vocabulary", "crop", "init_std", "init_std_residual", "batch_size", "learning_rate"),
+    *("schedule", "warmup_steps", "dtype", "seed", "dataset", "documents", "held_out", "cores"),
+    *("max_seconds", "checkpoint_every", "eval_every", "num_samples", "temperature", "top_k"),
+    "steps",  # config/steps are those of the file
 )
 PHASES = {  # the stages of what is no tap of the forward pass
     "eval": "loss",
@@ -99,20 +106,20 @@ def reference_steps(case: Case, reference: str) -> dict[int, Step]:
         ) from None
 
 
+def _number(name: str, config: Config) -> float:
+    """A field as a number: of choices, the index."""
+    value, choices = getattr(config, name), FIELDS[name].metadata["choices"]
+    return choices.index(value) if choices else value
+
+
 def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
     """What a port reads: the configuration, the batches, and the state before the first step."""
     config, tokenizer, first = case.config, case.tokenizer, min(steps)
     numbers = {
-        **{name: getattr(config, name) for name in ("n_layer", "n_embd", "n_head", "block_size")},
+        **{name: _number(name, config) for name in FIELDS if name not in NOT_FOR_PORTS},
         "vocab_size": tokenizer.vocab_size,
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
-        "norm_embedding": config.norm_embedding,
-        "tie_lm_head": config.tie_lm_head,
-        "activation": list(ACTIVATIONS).index(config.activation),
-        **{name: getattr(config, name) for name in ("norm_eps", "beta1", "beta2", "adam_eps")},
-        "weight_decay": config.weight_decay,
-        "grad_clip": config.grad_clip,
         "first_step": first,
         "steps": len(steps),
     }

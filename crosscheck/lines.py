@@ -83,8 +83,8 @@ def _find(side: str, key: str, config: Config) -> Found | None:
     if phase in ADAM:
         return _changed(f"{side}/adam.py", ADAM[phase])
     if phase in ("read", "sample"):
-        file = f"{side}/sample.py" if (phase, side) != ("read", "scalar") else "scalar/model.py"
-        return _last_line(file, {"read": ("read", "gpt")}.get(phase, ("sample",)))
+        file = "backend" if (phase, side) == ("read", "scalar") else "sample"
+        return _last_line(f"{side}/{file}.py", (phase,))
     if phase not in TREES:
         return None
     file, tap = f"{side}/model.py", name.rpartition(".")[2]

@@ -22,7 +22,16 @@ from crosscheck.formulas import value
 from crosscheck.trace import DERIVED, Array, Step, split_key
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.taps import ACTIVATIONS, Tap, axes_of, consumers, taps
+from microgpt.taps import (
+    ACTIVATIONS,
+    EMBEDDING,
+    LAYER,
+    OUTPUT,
+    Tap,
+    axes_of,
+    consumers,
+    taps,
+)
 
 Terms = dict[str, Array]
 
@@ -125,10 +134,18 @@ def elementwise(formula: str, x: Array) -> Array:
 
 
 def refuse_unknown_names() -> None:
-    """Raise MicrogptError if a formula of the table cannot be evaluated."""
+    """Raise MicrogptError if the table has a formula or an operation that is not known here."""
     for activation in ACTIVATIONS.values():
         for formula in activation:
             elementwise(formula, np.ones(1))
+    for tap in (*EMBEDDING, *LAYER, *OUTPUT):
+        known, wanted = len(ARGUMENTS.get(tap.operation, ())), len(tap.operands) + 1
+        if known != wanted:
+            raise MicrogptError(
+                f'microgpt/taps.py: Tap("{tap.name}"): the operation {tap.operation!r} needs'
+                f" {wanted} functions in crosscheck/operations.py (ARGUMENTS), its value and a"
+                f" derivative for each operand, and has {known or 'none'}"
+            )
 
 
 def embedding(a: Around, wte: Array, wpe: Array, token: Array, position: Array) -> Terms:

@@ -41,8 +41,8 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     if found.function:
         rows.append(("look at", found.function))
     if found.formula:
-        number = f"{found.expected:.6g}"
-        is_number = found.formula == number
+        number = _told_apart(found.expected, _at_fault(found))
+        is_number = found.formula == f"{found.expected:.6g}"
         rows.append(("should be", number if is_number else f"{found.formula} = {number}"))
         rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
     if found.shape is not None and not found.texts:
@@ -118,7 +118,19 @@ def _reason(found: Disagreement, names: dict[str, str]) -> str:
     if found.texts:
         return f"drawn again from {names[found.at_fault]}'s own parameters, they are others"
     own = f"{names[found.at_fault]}'s own inputs"
-    return f"recomputed from {own}, it should be {found.recomputed:.6g}"
+    number = _told_apart(found.recomputed, _at_fault(found))
+    return f"recomputed from {own}, it should be {number}"
+
+
+def _at_fault(found: Disagreement) -> float:
+    """The number of the side at fault; of the candidate where that is not known."""
+    return found.reference if found.at_fault == "reference" else found.candidate
+
+
+def _told_apart(number: float, other: float) -> str:
+    """A number with six digits, or as many as it takes to be seen to be another number."""
+    digits = (n for n in range(6, 17) if f"{number:.{n}g}" != f"{other:.{n}g}")
+    return f"{number:.{next(digits, 6)}g}"
 
 
 def _difference(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:

@@ -786,7 +786,7 @@ def alternatives(call: Call, name: str, earlier: Step, before: Step | None) -> I
         return
     x = slot.value
     of_param = f"entry/{own}" in a.step
-    if x.shape[-1] == x.shape[-2] and (of_param or "U" in slot.axes):
+    if x.ndim > 1 and x.shape[-1] == x.shape[-2] and (of_param or "U" in slot.axes):
         turned = x.swapaxes(-1, -2)
         if "U" in slot.axes:  # what the rows of padding hold is not known
             turned = np.where(unpadded(a), turned, np.nan)
@@ -801,7 +801,7 @@ def alternatives(call: Call, name: str, earlier: Step, before: Step | None) -> I
         yield from _only_a_term(a, own)
         yield from rearranged(a, own, x, slot.axes)
         yield from restricted(a, own, x, slot.axes)
-    if of_param:
+    if of_param and x.ndim > 1:
         for key, tensor in a.step.items():
             if key.startswith("entry/") and tensor.shape == x.shape[::-1] and key != f"entry/{own}":
                 yield f"{key.partition('/')[2]} transposed in place of {own}", tensor.T

@@ -43,6 +43,15 @@ def test_help_of_test_names_the_options_and_the_cases(capsys: pytest.CaptureFixt
     assert all(name in "".join(words.split()) for name in case_names())
 
 
+def test_a_file_of_ones_own_is_no_test_and_the_command_for_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def rmsnorm_backward(dy, y, scale):\n    return dy\n", encoding="utf-8")
+    assert main(["test", "-q", "--collect-only", str(mine)]) == 2
+    assert f"python -m crosscheck check {mine}" in capsys.readouterr().err
+
+
 def test_the_first_line_names_the_copies() -> None:
     done = _run("test", "-q", "--collect-only", "--case", "one-position")
     assert done.stdout.startswith(f"crosscheck of scalar/ and vectorized/ in {ROOT}\n")

@@ -205,6 +205,24 @@ def test_every_tensor_has_a_line_in_both_texts() -> None:
     assert function_of("adam_v/wte", case.config, "scalar").startswith("adam, scalar/adam.py:")
 
 
+def test_an_epsilon_in_the_clip_factor_is_named_and_the_two_numbers_are_told_apart() -> None:
+    clip = Patch("scalar/adam.py", "longest / (squares**0.5))", "longest / (squares**0.5 + 1e-6))")
+    said = report(clip, "decay-and-clip")
+    assert "1e-6 is added to the length, as in PyTorch's clip_grad_norm_" in said
+    assert "at fault scalar" in said
+    (number,) = re.findall(r"own inputs, it should be (\S+)", said)
+    (wrong,) = re.findall(r" scalar (-\S+)", said)
+    assert f"{float(wrong):.{len(number.lstrip('-0.'))}g}" != number
+
+
+def test_an_update_of_zero_is_led_back_to_the_learning_rate() -> None:
+    case = load_case("one-position")
+    case = replace(case, config=replace(case.config, steps=1))
+    ours, theirs = (trace(case, name, "float64", 2) for name in NAMES)
+    words = render(compare(case, ours, theirs, names=NAMES).found[0], *NAMES)
+    assert "learning_rate, is 0 in step 2" in words
+
+
 def test_drawn_documents_are_told_as_texts() -> None:
     patch = Patch("vectorized/sample.py", "logits.astype(float) / (temperature or 1.0)",
                   "logits.astype(float)")  # fmt: skip
@@ -237,6 +255,14 @@ def test_reading_has_its_expression_and_its_side() -> None:
     assert "reading token by token: logits disagrees" in said
     assert "of the forward pass, which reads the same tokens" in said
     assert "at fault vectorized" in said
+    assert "computed at scalar/backend.py:" in said
+    lists = "keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]"
+    shared_list = Patch(
+        "scalar/backend.py", lists, "keys: list[Matrix] = [[]] * self.config.n_layer"
+    )
+    said = report(shared_list, "two-layers")
+    assert "the keys of all layers lie in one list" in said
+    assert "look at read, scalar/backend.py:" in said
 
 
 def test_a_fault_in_the_weights_of_the_loss_is_one_of_the_loss() -> None:
@@ -334,6 +360,9 @@ def test_a_property_that_proves_nothing_is_not_told() -> None:
     several = [name for name in TEN if not load_case(name).config.tie_lm_head]
     assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
     assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
+    # the only case with weight_decay is the only one with warmup_steps
+    scheduled = [*TEN, "short-gradient", "decay-and-clip"]
+    assert told(scheduled[-1:], scheduled, scheduled).endswith("of 12 cases: decay-and-clip")
 
 
 def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
