@@ -190,7 +190,7 @@ def test_the_listing_fits_the_terminal_and_shows_the_largest_micro_batch(
     assert main([*command, "--dtype", "float32", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["label"] == "vectorized float32, batch of 16"
-    assert [part["shape"] for part in report["parts"]] == [[4, 64]] * 2 + [[1, 16]] * 2 + [[]]
+    assert [part["shape"] for part in report["parts"]] == [[8, 64]] * 2 + [[2, 16]] * 2 + [[]]
     assert sum(len(part["calls"]) for part in report["parts"]) == report["calls_per_step"]
     assert report["machine"]["numpy"]
 
