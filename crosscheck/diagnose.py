@@ -1,10 +1,10 @@
-"""What a disagreement looks like: the reading of the wrong numbers with the fewest changes.
+"""The diagnosis of a disagreement: the reading of the wrong numbers with the fewest changes.
 
-A reading is a sentence and the numbers to which it leads. It is given only if it reproduces the
-faulty numbers from the sound ones, all of them, or all that are wrong, and then with the region in
-which they are. Readings are made from the table: each operation by another formula, with one
-argument exchanged, with one contribution or term missing, twice, turned or scaled. What no reading
-reproduces is described by where it is wrong, or not at all.
+A reading is a sentence on a mistake, and the numbers that this mistake would give. It is told only
+if these are the faulty numbers: all of them, or all that are wrong, and then with their region.
+Readings are made from the table of operations: an operation by another formula, with an argument
+exchanged, or with a contribution or term that is missing, there twice, negated or scaled. Numbers
+that no reading gives are described by their region, or not at all.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ from crosscheck.variants import (
 from crosscheck.where import where
 from microgpt.train import learning_rate
 
-NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: differences that say nothing
-ENOUGH = 8  # wrong elements that a guess gives, of many that it cannot know
-MOST_PARTS = 40  # of a sum, whose coefficients are found together
+NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: differences by rounding
+ENOUGH = 8  # wrong elements that a guess must know, if it does not know half of them
+MOST_PARTS = 40  # of a sum, for a least-squares fit of all their coefficients
 OF_ANOTHER = "these are the numbers of"
 ALL_OF_THEM, THE_WRONG_ONES = "all", "wrong"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A sound tensor and the faulty one in its place, with everything around them."""
+    """A sound tensor and the faulty one in its place, with the steps that they belong to."""
 
     case: Case
     number: int  # of the step, from 1
     key: str
     step: Step  # of the sound side
-    before: Step | None  # the step before it
-    faulty: Step  # the step of the other side
-    ours: Array
-    theirs: Array
-    there: Array  # which elements there are
+    before: Step | None  # of the sound side, the step before
+    faulty: Step  # of the other side
+    ours: Array  # sound
+    theirs: Array  # faulty
+    there: Array  # which elements are no padding
     noise: float
 
     @property
     def phase(self) -> str:
-        """What kind of tensor it is."""
+        """The phase of the tensor."""
         return split_key(self.key)[0]
 
     @property
     def name(self) -> str:
-        """Its name, without the d of derivatives."""
+        """The name of the tensor, without the d of a derivative."""
         name = split_key(self.key)[1]
         return name.removeprefix("d") if self.phase in DERIVED else name
 
@@ -74,7 +74,7 @@ class Pair:
 
     @cached_property
     def calls(self) -> list[Call]:
-        """The operations that it is the sum of."""
+        """The operations whose results add up to the tensor."""
         return calls(self.around, self.key)
 
     @cached_property
@@ -101,9 +101,10 @@ class Pair:
         return where(self.case, self.key, self.wrong, live, self.around.tokens)
 
     def fits(self, guess: Array) -> str:
-        """Whether these numbers are the faulty ones: all of them, the wrong ones, or neither.
+        """Whether a guess gives the faulty numbers: all of them, only the wrong ones, or neither.
 
-        NaN stands for what a guess cannot know; it must know half of what is wrong, or enough.
+        NaN in a guess stands for an unknown element. At least half of the wrong elements, or
+        ENOUGH, must be known.
         """
         guess = np.asarray(guess)
         if guess.shape != self.theirs.shape:
@@ -124,7 +125,7 @@ class Pair:
         return THE_WRONG_ONES if good[self.wrong].all() else ""
 
 
-# what ranks compute together; they take the rest from the text as it stands, or from one rank
+# the phases that ranks compute together; one rank, or the text without ranks, gives the others
 OF_SHARES = "shares of the ranks, if one rank agrees: "
 ON_RANKS = ("entry", "entry_m", "entry_v", "unwatched", "adam_m", "adam_v", "update", "params")
 
@@ -138,10 +139,12 @@ def diagnose(
     before: Step | None,
     promised: str = "float64",
 ) -> str:
-    """A sentence on what went wrong, or nothing where there is no reading.
+    """A sentence on the mistake; "" if nothing can be said.
 
-    number       which step it is, from 1
-    before       the reference's step before it
+    number       of the step, from 1
+    reference    the step of the sound side
+    candidate    the step of the faulty side
+    before       the sound side's step before
     promised     the candidate's precision
     """
     if key not in reference or key not in candidate:
@@ -174,16 +177,16 @@ def diagnose(
 
 
 def reading(pair: Pair) -> str:
-    """The first reading that gives all elements; else the first that gives the wrong ones.
+    """The first kind of reading that gives all elements, or else the first that gives the wrong.
 
-    Of readings of one kind the closest counts; where two come as close, both are named.
+    Of the readings of one kind the closest is told; if two are equally close, both are.
     """
     partly = ""
     for kind in KINDS:
         whole: dict[str, float] = {}
         for words, guess in kind(pair):
             if isinstance(words, Mechanical) and any(type(one) is str for one in whole):
-                continue  # the same numbers have a name
+                continue  # a reading with a name of its own gives the same numbers
             fit = pair.fits(guess)
             if fit == ALL_OF_THEM and words not in whole:
                 whole[words] = float(np.nanmax(np.abs(pair.theirs - guess)[pair.there]))
@@ -201,16 +204,16 @@ def reading(pair: Pair) -> str:
 
 
 def _told(closest: list[str]) -> list[str]:
-    """Two readings of the same numbers at most; no slip of a formula beside what has a name."""
+    """At most two readings; mechanical slips only if no reading has a name of its own."""
     named = [words for words in closest if not isinstance(words, Mechanical)]
     return (named or closest)[:2]
 
 
-# --- plain cases ---------------------------------------------------------------------------------
+# --- without the table ---------------------------------------------------------------------------
 
 
 def not_finite(pair: Pair) -> str:
-    """Infinities or NaN."""
+    """What infinities or NaN say; "" if there are none."""
     theirs = pair.theirs[pair.there]
     bad = ~np.isfinite(theirs)
     if not bad.any():
@@ -225,7 +228,7 @@ def not_finite(pair: Pair) -> str:
 
 
 def lost(pair: Pair) -> str:
-    """Zero everywhere."""
+    """What a tensor of zeros says; "" if it is none."""
     largest = np.abs(pair.theirs[pair.there]).max(initial=0.0)
     if largest < 1e-100 * pair.size:
         return "never written, or lost: zero everywhere"
@@ -233,7 +236,7 @@ def lost(pair: Pair) -> str:
 
 
 def logarithm(pair: Pair) -> str:
-    """-log(p + something), whose difference may be as small as noise is elsewhere."""
+    """Whether the loss is -log(p + eps), whose difference may be as small as NOISE; or ""."""
     if pair.key not in ("forward/loss_t", "eval/loss_t"):
         return ""
     p = np.exp(-pair.ours)
@@ -250,7 +253,7 @@ def logarithm(pair: Pair) -> str:
 
 
 def other_forms(pair: Pair) -> Iterator[Guess]:
-    """One of the operations by another formula."""
+    """One of the operations by another formula that has a name."""
     if pair.key in ("forward/loss_t", "eval/loss_t") and (words := logarithm(pair)):
         yield words, pair.theirs
     for call in pair.calls:
@@ -261,7 +264,7 @@ def other_forms(pair: Pair) -> Iterator[Guess]:
         for words, weights in micro_batch_weights(pair.around):
             yield words, np.asarray((pair.step["forward/loss_t"] * weights).sum())
     tied = len(pair.calls) > 1 and pair.name == "wte"
-    if tied:  # rows that a token has are assigned where they should be added to
+    if tied:  # the embedding's rows are assigned to the gradient, and not added
         embedding, head = pair.calls
         for words, guess in OTHER_FORMS["d_wte"](embedding):
             rows = np.isin(np.arange(len(guess)), pair.around.token)[:, None]
@@ -270,7 +273,7 @@ def other_forms(pair: Pair) -> Iterator[Guess]:
 
 
 def repeated_tokens(pair: Pair) -> Iterator[Guess]:
-    """One occurrence of every token counts, whichever it is."""
+    """One occurrence of every token counts: for each row, the one that fits best."""
     if pair.phase not in DERIVED or pair.name != "wte":
         return
     embedding = pair.calls[0]
@@ -284,7 +287,7 @@ def repeated_tokens(pair: Pair) -> Iterator[Guess]:
 
 
 def parts_of(pair: Pair) -> list[Guess]:
-    """What the tensor is the sum of: the contributions of its consumers, and their terms."""
+    """What the tensor is a sum of: the contributions of its consumers, and their terms."""
     whole = [(call.label, call.total()) for call in pair.calls] if len(pair.calls) > 1 else []
     terms = [
         (name or call.label, term)
@@ -296,7 +299,7 @@ def parts_of(pair: Pair) -> list[Guess]:
 
 
 def changed_parts(pair: Pair) -> Iterator[Guess]:
-    """One part of the sum missing, there twice, turned, or times something that has a name."""
+    """One part of the sum missing, there twice, negated, or times a factor; or two parts."""
     parts = parts_of(pair)
     scaled: list[Guess] = []
     for label, part in parts:
@@ -327,7 +330,7 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
 
 
 def _added_before(pair: Pair) -> Iterator[Guess]:
-    """What comes around an operation is added to what goes into its derivative."""
+    """The gradient that goes around an operation is added to the operation's own input gradient."""
     for call, other in (pair.calls, pair.calls[::-1]):
         dy = call.slots["dy"].value
         around = other.total()
@@ -338,12 +341,11 @@ def _added_before(pair: Pair) -> Iterator[Guess]:
 
 
 def known(pair: Pair) -> list[str]:
-    """The tensors that the step has computed by then: those before, and gradients beside it."""
+    """The tensors that a mistake may use: those before, and of a gradient, the other gradients."""
     keys = list(pair.step)
-    before = keys[: keys.index(pair.key)]
-    beside = [key for key in keys if key.startswith(f"{pair.phase}/") and key not in before]
-    return [*before, *[key for key in beside if pair.phase in ("gradient", "unwatched")
-                       and key != pair.key]]  # fmt: skip
+    at = keys.index(pair.key)
+    own = f"{pair.phase}/" if pair.phase in ("gradient", "unwatched") else None
+    return [*keys[:at], *(key for key in keys[at + 1 :] if own and key.startswith(own))]
 
 
 def exchanged(pair: Pair) -> Iterator[Guess]:
@@ -365,7 +367,7 @@ def exchanged(pair: Pair) -> Iterator[Guess]:
 
 
 def added(pair: Pair) -> Iterator[Guess]:
-    """Something that has no place in the sum is added, or subtracted."""
+    """A tensor that is no part of the sum is added, or subtracted."""
     for key in known(pair):
         tensor, (phase, name) = pair.step[key], split_key(key)
         if tensor.shape != pair.ours.shape or tensor.size < 3 or phase in ("batch", "sample"):
@@ -373,14 +375,12 @@ def added(pair: Pair) -> Iterator[Guess]:
         times = _coefficient(pair.theirs - pair.ours, tensor, pair.wrong)
         for k, words in ((1, "added"), (-1, "subtracted"), (2, "added twice")):
             if times is not None and abs(times - k) < 1e-6:
-                yield (
-                    f"{name} ({PHASES[phase]}) is {words}, and has no part in it",
-                    (pair.ours + k * tensor),
-                )
+                words = f"{name} ({PHASES[phase]}) is {words}, and has no part in it"
+                yield words, pair.ours + k * tensor
 
 
 def formulas(pair: Pair) -> Iterator[Guess]:
-    """Another formula; where an operand exchanged gives the same numbers, that as well."""
+    """Another formula; if one fits, also exchanged arguments, which may give the same numbers."""
     found = False
     for words, guess in other_forms(pair):
         found = found or pair.fits(guess) == ALL_OF_THEM
@@ -390,13 +390,13 @@ def formulas(pair: Pair) -> Iterator[Guess]:
 
 
 def read_again(pair: Pair) -> Iterator[Guess]:
-    """The first document read again, with a cache or a position that is at fault."""
+    """Sampling that reads the first document with a wrong cache or position."""
     if pair.phase == "read":
         yield from other_readings(pair.around)
 
 
 def moved_about(pair: Pair) -> Iterator[Guess]:
-    """The right numbers in another place, or the numbers of something else."""
+    """The right numbers at other indices, or the numbers of another tensor."""
     ours, a = pair.ours, pair.around
     if ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2] and axes(pair.key)[0] != "T":
         yield "transposed", ours.swapaxes(-1, -2)
@@ -417,7 +417,7 @@ def moved_about(pair: Pair) -> Iterator[Guess]:
 
 
 def other_layer(pair: Pair) -> Iterator[str]:
-    """Whether the faulty side has the right numbers of this layer in another one."""
+    """The reading that the faulty side has this layer's numbers in another layer, if it has."""
     layer, dot, last = split_key(pair.key)[1].rpartition(".")
     prefix = pair.key.split("/")[0] + "/" + layer.rstrip("0123456789")
     for i in range(pair.case.config.n_layer if dot else 0):
@@ -432,7 +432,7 @@ def other_layer(pair: Pair) -> Iterator[str]:
 
 
 def _order(pair: Pair) -> str:
-    """Whether along one axis every index has the numbers of another, and of which."""
+    """The reading that along one axis indices have the numbers of others; "" if they have not."""
     names = {"H": "head", "B": "document", "V": "token", "block_size": "position", "C": "channel"}
     letters, config = axes(pair.key), pair.case.config
     views = [(letter, pair.ours, pair.theirs, i) for i, letter in enumerate(letters)]
@@ -447,7 +447,7 @@ def _order(pair: Pair) -> str:
         if a.size * len(a) > 1e7 or not (np.abs(a) > close).any():
             continue
         apart = np.abs(b[:, None] - a[None])
-        if letter == "B":  # documents of unlike length have the shorter one's positions in common
+        if letter == "B":  # compare the positions that both documents have
             there = np.moveaxis(pair.there, axis, 0).reshape(len(a), -1)
             apart = np.where(there[:, None] & there[None], apart, 0.0)
         apart = apart.max(axis=2)
@@ -461,31 +461,27 @@ def _order(pair: Pair) -> str:
                     f"{word}s in another order: {word} {changed[0]} has that of"
                     f" {source[changed[0]]}, and so on"
                 )
-            listed = ", ".join(map(str, source)) if letter == "H" else ""
-            if listed:
-                return f"heads permuted: in the order {listed}"
+            if letter == "H":
+                return f"heads permuted: in the order {', '.join(map(str, source))}"
             pairs = ", ".join(f"{i} has that of {source[i]}" for i in changed)
             return f"{word}s exchanged: {word} {pairs}"
     return ""
 
 
 def remembered(pair: Pair) -> Iterator[Guess]:
-    """What the step before has left."""
+    """What the step before has left behind."""
     earlier = pair.before.get(pair.key) if pair.before else None
     if earlier is None or earlier.shape != pair.ours.shape:
         return
     what = "gradient" if pair.phase in DERIVED else "tensor"
     yield f"stale: the {what} of the step before", earlier
     yield f"the {what} of the step before has not been cleared", pair.ours + earlier
-    zero = pair.ours == 0
-    yield (
-        "stale: what the step before left where this one has zeros",
-        np.where(zero, earlier, pair.ours),
-    )
+    words = "stale: what the step before left where this one has zeros"
+    yield words, np.where(pair.ours == 0, earlier, pair.ours)
 
 
 def scaled(pair: Pair) -> Iterator[Guess]:
-    """The whole tensor, or that of every position, times a number that has a name."""
+    """Every element times one number that has a name, or times a number of its position."""
     times = _coefficient(pair.theirs, pair.ours, pair.wrong)
     name = factor_name(pair, times) if times is not None and abs(times - 1) > 1e-9 else ""
     if times is not None and name:
@@ -513,8 +509,8 @@ def scaled(pair: Pair) -> Iterator[Guess]:
 
 
 def parts_of_sums(pair: Pair) -> Iterator[Guess]:
-    """Several parts changed at once, or some of the documents and positions that are summed over:
-    the coefficients that give the faulty numbers, where they are telling."""
+    """Several parts of the sum with other coefficients; or a sum over documents or positions in
+    which some do not count as they should."""
     parts = parts_of(pair)
     if 1 < len(parts) <= MOST_PARTS:
         found = _coefficients(pair, [part for _, part in parts])
@@ -532,7 +528,7 @@ def parts_of_sums(pair: Pair) -> Iterator[Guess]:
 
 
 def _by_index(pair: Pair, letter: str) -> list[Array]:
-    """What each document, or position, adds to a sum over them; nothing if it is no such sum."""
+    """What each document (B) or position (T) adds to a tensor; [] if it is no sum over them."""
     totals: list[Array] = []
     if letter in axes(pair.key) or not pair.calls:
         return totals
@@ -551,14 +547,14 @@ def _by_index(pair: Pair, letter: str) -> list[Array]:
 
 
 def _only(x: Array, axis: int, index: int) -> Array:
-    """The array with zeros but for one index of an axis."""
+    """The array with zeros at every other index of an axis."""
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
     return x * (np.arange(x.shape[axis]) == index).reshape(shape)
 
 
 def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
-    """The sum over documents or positions with some left out, or with other weights than 1."""
+    """The sum over documents or positions with some left out, counted twice, or scaled."""
     count = len(parts)
     if not count:
         return
@@ -593,7 +589,7 @@ def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
 
 
 def _and(word: str, numbers: list[int], count: int) -> str:
-    """Documents 1 and 2; the last position."""
+    """The numbers in words: "documents 1 and 2", "the last position"."""
     if len(numbers) == 1:
         name = {0: "the first", count - 1: "the last"}.get(numbers[0])
         return f"{name} {word}" if name else f"{word} {numbers[0]}"
@@ -614,14 +610,14 @@ def _times(pair: Pair, k: float) -> str:
 
 
 def _coefficient(target: Array, part: Array, where: Array) -> float | None:
-    """The number that makes the part the target, by least squares where elements are wrong."""
+    """The factor by which a part becomes the target, by least squares over the elements `where`."""
     x, y = part[where], target[where]
     square = float((x * x).sum())
     return float((x * y).sum()) / square if square > 0 else None
 
 
 def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
-    """The numbers with which the parts give the faulty tensor; None if there are none, or many."""
+    """The factors with which the parts add up to the faulty tensor; None if not determined."""
     there = pair.there
     matrix = np.array([np.broadcast_to(part, pair.ours.shape)[there] for part in parts]).T
     live = np.abs(matrix).max(axis=0) > 0
@@ -638,8 +634,7 @@ def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
 
 
 def factor_name(pair: Pair, factor: float) -> str:
-    """What the configuration and the step call this number, the likeliest name first; "" if they
-    have no name for it."""
+    """The names of a number in the configuration and the step, the likeliest first; "" if none."""
     tolerance = max(1e-7, 1e6 * pair.noise) * abs(factor)
     named = factors(pair)
     close = [name for name, value in named.items() if abs(factor - value) <= tolerance]
@@ -648,7 +643,7 @@ def factor_name(pair: Pair, factor: float) -> str:
 
 
 def factors(pair: Pair) -> Mapping[str, float]:
-    """The numbers that have a name here, the likeliest first."""
+    """The numbers of the configuration and the step by name, the likeliest first."""
     config, (B, T) = pair.case.config, pair.around.real.shape
     D, C, H, V = config.head_dim, config.n_embd, config.n_head, pair.case.tokenizer.vocab_size
     sizes = {"D": D, "n_head": H, "C": C, "B": B, "T": T, "V": V, "n_layer": config.n_layer,
@@ -656,7 +651,7 @@ def factors(pair: Pair) -> Mapping[str, float]:
              "3": 3, "B T": B * T, "B - 1": B - 1, "T - 1": T - 1, "T + 1": T + 1}  # fmt: skip
     named: dict[str, float] = {"2": 2.0, "-1": -1.0, "1/2": 0.5}
     for name, size in sizes.items():
-        if size > 1 and float(size) not in (1.0,):
+        if size > 1:
             base = f"({name})" if " " in name and "(" not in name else name
             named |= {f"sqrt({name})": sqrt(size), f"1/sqrt({name})": 1 / sqrt(size)}
             named |= {base: size, f"1/{base}": 1 / size}
@@ -684,9 +679,8 @@ def factors(pair: Pair) -> Mapping[str, float]:
 
 
 def adam(pair: Pair) -> Iterator[Guess]:
-    """Adam by another rule."""
-    known = pair.number, pair.case.config, pair.step, pair.before
-    yield from of_adam(pair.phase, pair.name, *known)
+    """Adam by a wrong form of its rule."""
+    yield from of_adam(pair.phase, pair.name, pair.number, pair.case.config, pair.step, pair.before)
 
 
 # the kinds of readings, those with the fewest changes first
@@ -705,19 +699,15 @@ KINDS = [
 ]
 
 
-ONE_IS_ENOUGH = (
-    changed_parts,
-    moved_about,
-    added,
-    parts_of_sums,
-)  # the same in other words would follow
+# kinds of which only the first reading is told; later ones would say the same in other words
+ONE_IS_ENOUGH = (changed_parts, moved_about, added, parts_of_sums)
 
 
 # --- where no reading fits -----------------------------------------------------------------------
 
 
 def description(pair: Pair, promised: str) -> str:
-    """What can be said of the numbers that no reading gives: their precision, factor or place."""
+    """What can be said of numbers that no reading gives: their precision, factor or region."""
     ours, theirs = pair.ours[pair.there], pair.theirs[pair.there]
     if promised == "float64" and (words := single_precision(ours, theirs)):
         return words
@@ -747,7 +737,7 @@ def description(pair: Pair, promised: str) -> str:
 
 
 def single_precision(ours: Array, theirs: Array) -> str:
-    """Rounded to float32, or computed from what was."""
+    """The reading that numbers were rounded to float32 on the way; "" if they were not."""
     scale = np.abs(ours).max()
     error = theirs - ours
     rounded = np.array_equal(theirs, theirs.astype("float32")) and theirs.size > 2
