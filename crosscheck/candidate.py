@@ -406,11 +406,22 @@ def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, A
                 exchanged[name] = (getattr(value, name), new)
         stack.callback(sys.setrecursionlimit, deepest)
         sys.setrecursionlimit(max(deepest, DEEPEST))
-        for module in map(import_module, USERS[candidate.side]):
-            for name, (old, new) in exchanged.items():
+        stack.enter_context(replaced(candidate.side, exchanged))
+        yield guards
+
+
+@contextmanager
+def replaced(side: str, objects: Mapping[str, tuple[Any, Any]]) -> Iterator[None]:
+    """Within this context, modules of a side have a new object where they have the old one.
+
+    objects    by name, the old object and the new one
+    """
+    with ExitStack() as stack:
+        for module in map(import_module, USERS[side]):
+            for name, (old, new) in objects.items():
                 if vars(module).get(name) is old:
                     stack.enter_context(patch.object(module, name, new))
-        yield guards
+        yield
 
 
 def guard(candidate: Candidate, name: str) -> Callable[..., Any]:

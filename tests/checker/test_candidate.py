@@ -613,7 +613,7 @@ def test_functions_beside_a_whole_model_are_checked_and_are_no_part_of_its_verdi
     verdict = checked(WHOLE + "\n\n" + NORM + beside + other)
     assert verdict.status == RIGHT, str(verdict)
     assert "and beside it linear_backward, rmsnorm_backward" in words_of(verdict)
-    assert "takes other arguments than the text's: softmax_backward" in words_of(verdict)
+    assert "the arguments are not the text's: softmax_backward" in words_of(verdict)
     assert "besides, without an effect on the verdict: linear_backward" in words_of(verdict)
     assert verdict.functions["rmsnorm_backward"] == "right alone"
 
