@@ -28,7 +28,7 @@ from crosscheck.tolerance import FLOAT32_MEASURED
 from crosscheck.trace import PHASES, Step, real, split_key, teacher_forced, trace
 from microgpt.backend import BACKENDS
 from microgpt.cli import shell
-from microgpt.cli.shell import Parser, bare, directory
+from microgpt.cli.shell import Parser, bare, directory, page_libraries
 from microgpt.cli.whereabouts import described
 from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import save_params
@@ -257,13 +257,8 @@ def _check_time_limit(seconds: float) -> None:
 
 def _draw(path: Path, about: str, outcomes: Sequence[Outcome], labels: tuple[str, str]) -> None:
     """Write the map of these comparisons, as a page."""
-    try:
+    with page_libraries():
         from crosscheck.html import of_outcomes, write
-    except ModuleNotFoundError as error:
-        raise MicrogptError(
-            f"--html: the library {error.name} is not there; install what pages need with:"
-            " python -m pip install jinja2 pygments"
-        ) from None
     write(path, of_outcomes(about, outcomes, *labels))
 
 

@@ -28,6 +28,7 @@ from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32, float64
 from microgpt.backend import BACKENDS
+from microgpt.cli.shell import page_libraries
 from microgpt.cli.whereabouts import checkout, described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs.files import check_target, write_whole
@@ -135,13 +136,8 @@ def pytest_configure(config: pytest.Config) -> None:
     _check_sides(option("--reference"), option("--backend"), option("--dtype"))
     _check_targets(option)
     if option("--html"):
-        try:
+        with _usage_errors(), page_libraries():
             import_module("crosscheck.html")
-        except ModuleNotFoundError as error:
-            raise pytest.UsageError(
-                f"--html: the library {error.name} is not there; install what pages need with:"
-                " python -m pip install jinja2 pygments"
-            ) from None
     for name in ("--steps", "--processes"):
         if option(name) is not None and option(name) < 1:
             raise pytest.UsageError(f"{name} {option(name)}: expected 1 or more")
@@ -498,11 +494,9 @@ class Session:
     def pytest_terminal_summary(self) -> Generator[None, None, None]:
         """Print our summary, and not pytest's report on every test that found something."""
         stats = self.terminal.stats
-        kept = stats.get("failed", [])
-        if kept:
-            stats["failed"] = [one for one in kept if one.nodeid not in self.findings]
-            if not stats["failed"]:
-                del stats["failed"]
+        kept = stats.pop("failed", [])
+        if others := [one for one in kept if one.nodeid not in self.findings]:
+            stats["failed"] = others
         try:
             yield
             self._summarize()
