@@ -132,7 +132,7 @@ def defects(options: argparse.Namespace) -> int:
 
 
 def mutants(options: argparse.Namespace) -> int:
-    """Change the sources at one place at a time and print the changes that nothing notices."""
+    """Change the sources at one place at a time and print the changes that no case notices."""
     from random import Random
 
     from crosscheck.mutants import SURVIVES, Score, domain_mutants, mechanical_mutants, tried

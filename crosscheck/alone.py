@@ -185,7 +185,7 @@ def _same(a: Any, b: Any) -> bool:
     return x.shape == y.shape and bool(np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
 
 
-# --- compared ------------------------------------------------------------------------------------
+# --- the results ---------------------------------------------------------------------------------
 
 
 def _compared(candidate: Candidate, one: Input, found: Mapping[str, Array]) -> Wrong | None:

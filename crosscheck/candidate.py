@@ -3,7 +3,7 @@
 The text is vectorized/ or scalar/. A candidate's function has the name and the arguments of the
 text's function, is called where the text calls its own, and its results are converted to arrays.
 What it does wrong besides wrong numbers is reported in words, with the candidate's own line and
-without a traceback: it raises, takes too long, writes into an input, or calls the text's answer.
+without a traceback: it raises, takes too long, writes into an input, or calls the text's own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXTS = {
     "vectorized": ("vectorized.model", "vectorized.adam", "vectorized.sample"),
     "scalar": ("scalar.model", "scalar.adam", "scalar.sample"),
 }
-USERS = {  # modules in which a candidate's functions replace the text's; recorded runs keep ours
+USERS = {  # modules in which a candidate's functions replace the text's, except in recorded runs
     "vectorized": (*TEXTS["vectorized"], "vectorized.backend"),
     "scalar": (*TEXTS["scalar"], "scalar.value", "scalar.backend"),
 }
@@ -83,7 +83,7 @@ DEEPEST = 5000  # Python's recursion limit: a `backward` that recurses along the
 
 
 class Told(BaseException):  # no Exception, so that nothing in the text catches it
-    """What a candidate's function did besides computing numbers: in words, with its own line."""
+    """A mistake of a candidate's function that is not a wrong number, in words, with its line."""
 
     def __init__(self, function: str, words: str, line: str = "") -> None:
         super().__init__(words)
@@ -125,7 +125,7 @@ class Candidate:
         return next((name for name in WHOLE if name in self.functions), "")
 
     def describe(self) -> str:
-        """The candidate's functions, those not attempted or absent, and names like the text's."""
+        """The functions that the candidate has, has not attempted, has not, or has misspelt."""
         found = [f"{self.path.name} has {', '.join(self.functions) or 'nothing written yet'}"]
         if self.parts:
             found.append(f"and beside it {', '.join(self.parts)}")
@@ -412,7 +412,7 @@ def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, A
 
 @contextmanager
 def replaced(side: str, objects: Mapping[str, tuple[Any, Any]]) -> Iterator[None]:
-    """Within this context, modules of a side have a new object where they have the old one.
+    """Within this context, the modules of a text have new objects in the place of old ones.
 
     objects    by name, the old object and the new one
     """
@@ -560,7 +560,7 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
 
 @contextmanager
 def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
-    """Within this context, Told is raised if a function, at its first call, calls our answer."""
+    """Within this context, Told is raised if the first call of a function uses the text's own."""
     if candidate.calls[name] > 1 or name == "Value" or sys.getprofile():
         yield
         return

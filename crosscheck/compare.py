@@ -79,10 +79,10 @@ class Tally:
     worst: float = 0.0  # the largest share of the allowed error that any element used
     worst_key: str = ""
     excused: dict[str, int] = field(default_factory=dict)  # elements that pass thanks to atol
-    within: int = 0  # tensors that pass only by the least possible noise; they are not in `worst`
+    within: int = 0  # tensors within the least noise that there can be; they are not in `worst`
 
     def count(self, key: str, elements: int, excused: int, share: float, least: bool) -> None:
-        """Count a tensor that agrees; least: it passes by the least possible noise."""
+        """Count a tensor that agrees; `least`: within the least noise that there can be."""
         phase = split_key(key)[0]
         self.tensors += 1
         self.elements += elements

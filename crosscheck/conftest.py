@@ -402,9 +402,7 @@ class Session:
         self.findings: dict[str, list[Finding]] = {}  # by the test's name
         self.order: dict[str, Any] = {}  # by the test's name, what findings are sorted by
         self.announced = ""  # the report that was printed while tests were still running
-        self.undone: set[str] | None = (
-            set()
-        )  # by name, tests that other processes have not done; None: unknown
+        self.undone: set[str] | None = set()  # tests not done in other processes; None: unknown
 
     @property
     def terminal(self) -> Any:

@@ -69,7 +69,7 @@ class Pair:
 
     @cached_property
     def around(self) -> Around:
-        """The step as the operations see it."""
+        """The sound step in the form that the table's operations take."""
         return Around(self.case.config, self.step)
 
     @cached_property
@@ -330,7 +330,7 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
 
 
 def _added_before(pair: Pair) -> Iterator[Guess]:
-    """The gradient that goes around an operation is added to the operation's own input gradient."""
+    """One consumer's contribution is added to the gradient that enters the other's derivative."""
     for call, other in (pair.calls, pair.calls[::-1]):
         dy = call.slots["dy"].value
         around = other.total()
