@@ -182,8 +182,8 @@ def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
 
     time_limit    seconds for one call of its functions
 
-    Raises MicrogptError if the file cannot be read, or has no function of the text; Told if its
-    import raises.
+    Raises MicrogptError if the file cannot be read, or has no function of the text; Told if the
+    file raises, or imports the text's own version of one of its functions.
     """
     file = source_file(path)
     sources = sorted(path.rglob("*.py")) if path.is_dir() else [path]
@@ -202,13 +202,13 @@ def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
     stubs = [name for name in names if _is_unwritten(own[name])]
     functions = {name: own[name] for name in names if name not in stubs}
     alike = [name for name in beside if _takes_the_same(own[name], known[name])]
-    _refuse_imported(path, file, module, [*functions, *alike], known, side)
     absent = [name for name in known if name not in {*names, *HELPERS}] if not whole else []
     unknown = {} if whole else _misspelt(module, own, known, absent)
     if not names:
         raise MicrogptError(_nothing(path, own, known, unknown))
     imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
     found = Candidate(path, module, side, functions, stubs, absent, unknown, seed, time_limit)
+    _refuse_imported(found, file, [*functions, *alike])
     found.torch = "torch" in imported and "numpy" not in imported
     found.parts = {name: own[name] for name in alike if not _is_unwritten(own[name])}
     found.different = [name for name in beside if name not in alike]
@@ -243,18 +243,13 @@ def _takes_the_same(theirs: Any, ours: Any) -> bool:
         return False
 
 
-def _refuse_imported(
-    path: Path,
-    file: Path,
-    module: ModuleType,
-    names: Iterable[str],
-    known: Mapping[str, Any],
-    side: str,
-) -> None:
-    """Raises Told if the module holds the text's own version of a function that it defines."""
+def _refuse_imported(candidate: Candidate, file: Path, names: Iterable[str]) -> None:
+    """Raise Told if the file imports the text's own version of one of these functions."""
+    held = [x for x in vars(candidate.module).values() if inspect.isfunction(x)]
     for name in names:
-        if name in known and any(x is known[name] for x in vars(module).values()):
-            words = f"has {side}'s own function of that name beside it: {path.name} imports it"
+        if text_functions(candidate.side).get(name) in held:
+            side, file_name = candidate.side, candidate.path.name
+            words = f"may be looked up: {file_name} imports {side}'s own function of that name"
             raise Told(name, words, _line(str(file), _imports(file, name)))
 
 
@@ -265,8 +260,8 @@ def _nothing(
     helpers = [name for name in own if name in known and name in HELPERS]
     if helpers:
         return (
-            f"{path.name} has {', '.join(helpers)}, which the text's functions use and which are"
-            " not checked by themselves; write one of those functions, such as rmsnorm_backward"
+            f"of the text {path.name} has only helpers ({', '.join(helpers)}), which are not"
+            " checked by themselves; write a function that uses them, such as rmsnorm_backward"
         )
     if unknown:
         meant = "; ".join(f"{name}: did you mean {to}?" for name, to in unknown.items())

@@ -224,7 +224,7 @@ Property = tuple[str, Callable[[Moment], bool]]
 
 OF_STEPS: list[Property] = [
     ("from step 2 on", lambda at: at.number > 1),
-    ("where a shape of a batch comes again", _again),
+    ("where the shape of a batch occurs again", _again),
     ("in batches of several documents (B > 1)", lambda at: len(at.docs) > 1),
     ("in batches of one document", lambda at: len(at.docs) == 1),
     ("where documents are of unequal length", lambda at: len(set(map(len, at.docs))) > 1),
@@ -325,5 +325,5 @@ def _only(cause: Cause) -> str:
         return f"only in: {cause.first.about}"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {"unwatched", "eval"}:
-        return "only as it is recorded for training; the text as it stands agrees"
+        return "only where the text is recorded for training; unrecorded, it agrees"
     return ""

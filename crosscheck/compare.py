@@ -379,8 +379,8 @@ def _malformed(
             problem, words = f"{tensor[()]}, in the {side}", ""
             if "U" in axes(key) and "ragged" in problem:
                 words = (
-                    "positions look at more than there are up to them: one list takes the keys or"
-                    " values of several layers or documents"
+                    "a position looks at more keys than there are up to it: one list takes the keys"
+                    " or values of several layers or documents"
                 )
             return Disagreement(case.name, step, key, problem, at_fault=side, diagnosis=words)
     if ours.shape != theirs.shape:
@@ -496,7 +496,7 @@ def _vacuous(
     gradient = f"d{name}" if phase in ("adam_m", "adam_v", "update") else name
     if gradient in case.zero:
         if np.any(reference[there]):
-            return "is not zero, and the case declares it to be"
+            return "is not zero, although the case says that it is"
     elif not np.any(reference[there]) and not case.random:
         return "is zero everywhere, so agreement proves nothing, and the case does not say why"
     if phase in ("gradient", "unwatched") and name in ("dwte", "dwpe"):
@@ -506,7 +506,7 @@ def _vacuous(
         if name in case.zero_rows:
             declared = case.tokenizer.encode(case.zero_rows[name]["chars"])
             if not unused[declared].all():
-                return "is said to have unused rows that a document reads"
+                return "has rows that the case calls unused, but a document reads them"
     watched = phase == "forward" and name.endswith(".mlp_pre") and not (case.kink or case.random)
     if watched and np.abs(reference[there]).min() < KINK:
         return f"comes within {KINK:g} of the kink of the ReLU, where rounding decides the slope"

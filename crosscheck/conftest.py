@@ -142,7 +142,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if option(name) is not None and option(name) < 1:
             raise pytest.UsageError(f"{name} {option(name)}: expected 1 or more")
     if (option("--processes") or 1) > 1 and not can_fork():
-        raise pytest.UsageError("--processes: this system copies no process; leave it out")
+        raise pytest.UsageError("--processes: this system cannot fork processes; leave it out")
     with _usage_errors():
         for name in option("--case") or []:
             load_case(name)

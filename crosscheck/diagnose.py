@@ -223,7 +223,7 @@ def not_finite(pair: Pair) -> str:
         hidden = np.isneginf(pair.theirs) & pair.there
         if not hidden[..., ~own].any():
             return "the mask hides each position from itself"
-        return f"-inf at {bad.sum():,} places that a position may look at: the mask hides too much"
+        return f"-inf at {bad.sum():,} positions that may be looked at: the mask hides too much"
     return f"not a finite number in {bad.sum():,} of {bad.size:,} elements"
 
 
@@ -232,7 +232,9 @@ def lost(pair: Pair) -> str:
     largest = np.abs(pair.theirs[pair.there]).max(initial=0.0)
     if largest < 1e-100 * pair.size:
         return "never written, or lost: zero everywhere"
-    return "zero but for rounding: what is summed cancels" if largest < 1e-13 * pair.size else ""
+    return (
+        "zero but for rounding: the terms of the sum cancel" if largest < 1e-13 * pair.size else ""
+    )
 
 
 def logarithm(pair: Pair) -> str:
@@ -729,7 +731,7 @@ def description(pair: Pair, promised: str) -> str:
     if pair.phase in ("eval", "unwatched"):
         added = len(pair.around.n) > 1 and pair.phase == "unwatched"
         return (
-            "agrees where the text runs as it stands: the recording is not the text, or a result"
+            "agrees where the text runs unrecorded: the recording is not the text, or a result"
             f" is overwritten too early{', or micro-batches are not added up' if added else ''}"
             f"{'; ' + place if place else ''}"
         )
