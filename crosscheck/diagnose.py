@@ -177,7 +177,7 @@ def diagnose(
 
 
 def reading(pair: Pair) -> str:
-    """The first kind of reading that gives all elements, or else the first that gives the wrong.
+    """The first reading, by kind, that gives all elements; or else the first for the wrong ones.
 
     Of the readings of one kind the closest is told; if two are equally close, both are.
     """
@@ -218,10 +218,9 @@ def not_finite(pair: Pair) -> str:
     bad = ~np.isfinite(theirs)
     if not bad.any():
         return ""
-    own = np.eye(pair.theirs.shape[-1], dtype=bool) if "U" in axes(pair.key) else None
-    if own is not None and np.isneginf(theirs).any():
+    if "U" in axes(pair.key) and np.isneginf(theirs).any():
         hidden = np.isneginf(pair.theirs) & pair.there
-        if not hidden[..., ~own].any():
+        if not hidden[..., ~np.eye(hidden.shape[-1], dtype=bool)].any():
             return "the mask hides each position from itself"
         return f"-inf at {bad.sum():,} positions that may be looked at: the mask hides too much"
     return f"not a finite number in {bad.sum():,} of {bad.size:,} elements"
@@ -564,13 +563,13 @@ def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
     sums = [np.zeros_like(parts[0])]
     for i in order:
         sums.append(sums[-1] + parts[i])
+    why = ""
+    if pair.phase == "unwatched" and word == "document":
+        why = "the gradients of micro-batches, or of ranks, are not added up: "
     for start, stop in combinations(range(count + 1), 2):
         if stop - start == count:
             continue
         listed = _and(word, sorted(order[start:stop].tolist()), count)
-        why = ""
-        if pair.phase == "unwatched" and word == "document":
-            why = "the gradients of micro-batches, or of ranks, are not added up: "
         some = sums[stop] - sums[start]
         if 2 * (stop - start) <= count:
             yield f"{why}only {listed} of {count} counted", some
