@@ -232,9 +232,14 @@ def _name(item: pytest.Item) -> str:
     return str(getattr(item, "originalname", item.name))
 
 
-def _on_value(item: pytest.Item) -> bool:
+def _about(item: pytest.Item) -> str:
+    """What a test compares, in words."""
     marker = item.get_closest_marker("about")
-    return marker is not None and marker.args[0] == VALUE
+    return str(marker.args[0]) if marker else ""
+
+
+def _on_value(item: pytest.Item) -> bool:
+    return _about(item) == VALUE
 
 
 def _order(item: pytest.Item) -> tuple[int, ...]:
@@ -308,8 +313,7 @@ def _reference_steps(choice: Choice, case_name: str, folder: Path) -> ReferenceS
 @pytest.fixture
 def left(request: pytest.FixtureRequest) -> Left:
     """What this test leaves for the summary."""
-    marker = request.node.get_closest_marker("about")
-    return request.node.stash.setdefault(LEFT, Left(marker.args[0] if marker else ""))
+    return request.node.stash.setdefault(LEFT, Left(_about(request.node)))
 
 
 @pytest.fixture
@@ -376,8 +380,7 @@ def pytest_runtest_makereport(
     report = yield
     if not _ours(item) or (call.when == "setup" and report.passed):
         return report
-    marker = item.get_closest_marker("about")
-    left = item.stash.setdefault(LEFT, Left(marker.args[0] if marker else item.name))
+    left = item.stash.setdefault(LEFT, Left(_about(item) or item.name))
     stop = stop_of(call.excinfo.value) if report.failed and call.excinfo else None
     if stop and not left.findings:
         name = "" if _on_value(item) else _case_of(item) or item.name
@@ -445,10 +448,8 @@ class Session:
             item, hook = ours[done], ours[done].ihook
             hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for plain in reports:
-                report = self.config.hook.pytest_report_from_serializable(
-                    config=self.config, data=plain
-                )
-                hook.pytest_runtest_logreport(report=report)
+                read = self.config.hook.pytest_report_from_serializable
+                hook.pytest_runtest_logreport(report=read(config=self.config, data=plain))
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
             self.announce()
             _stop_if_asked(session)
