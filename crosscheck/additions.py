@@ -46,7 +46,7 @@ class Place(NamedTuple):
         return f"{name}[{', '.join(shown)}]" if shown else name
 
 
-# the elements of the next tap that a value goes into, each with its derivative by the value
+# the elements of the next tap that a value goes into, each with the element's slope by the value
 Towards = Mapping[Place, float]
 
 

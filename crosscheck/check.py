@@ -136,7 +136,7 @@ def _each_alone(candidate: Candidate, verdict: Verdict) -> Wrong | None:
 
 
 def _parts(candidate: Candidate, verdict: Verdict, whole: Wrong | None, hint: int) -> None:
-    """Add to the verdict on a whole model how the file's functions of the text differ from it.
+    """Add to the verdict on a whole model which other functions of the file differ from the text's.
 
     A whole model may divide the work as it likes, so such a difference does not change the status.
     If the whole model is wrong, the first function that is wrong is likely to be the cause.

@@ -231,9 +231,9 @@ def lost(pair: Pair) -> str:
     largest = np.abs(pair.theirs[pair.there]).max(initial=0.0)
     if largest < 1e-100 * pair.size:
         return "never written, or lost: zero everywhere"
-    return (
-        "zero but for rounding: the terms of the sum cancel" if largest < 1e-13 * pair.size else ""
-    )
+    if largest < 1e-13 * pair.size:
+        return "zero but for rounding: the terms of the sum cancel"
+    return ""
 
 
 def logarithm(pair: Pair) -> str:
@@ -255,7 +255,7 @@ def logarithm(pair: Pair) -> str:
 
 def other_forms(pair: Pair) -> Iterator[Guess]:
     """One of the operations by another formula that has a name."""
-    if pair.key in ("forward/loss_t", "eval/loss_t") and (words := logarithm(pair)):
+    if words := logarithm(pair):
         yield words, pair.theirs
     for call in pair.calls:
         rest = pair.ours - call.total()

@@ -55,12 +55,12 @@ class Exercise(NamedTuple):
         return self.source.removesuffix(".py").replace("/", ".")
 
 
-def _scalar(name: str, file: str, functions: str, task: str) -> Exercise:
-    return Exercise(name, f"scalar/{file}.py", tuple(functions.split()), task)
+def _scalar(name: str, task: str, functions: str = "", file: str = "model") -> Exercise:
+    return Exercise(name, f"scalar/{file}.py", tuple((functions or name).split()), task)
 
 
-def _tensors(name: str, file: str, functions: str, task: str) -> Exercise:
-    return Exercise(name, f"vectorized/{file}.py", tuple(functions.split()), task)
+def _tensors(name: str, task: str, functions: str = "", file: str = "model") -> Exercise:
+    return Exercise(name, f"vectorized/{file}.py", tuple((functions or name).split()), task)
 
 
 def _wrong(number: int, defect: str) -> Exercise:
@@ -81,157 +81,120 @@ OPERATIONS = "Value.__add__ Value.__mul__ Value.__pow__ Value.log Value.exp Valu
 SCALAR = (
     _scalar(
         "value",
-        "value",
-        OPERATIONS,
         "A number that remembers how it was made. Each operation returns a new Value: the number,"
         " the Values that it was made from, and the derivative with respect to each of them.",
+        OPERATIONS,
+        file="value",
     ),
     _scalar(
         "sums",
-        "value",
-        "total mean dot",
         "Sums as one Value, so that a product of two vectors is one node of the graph, and not two"
         " nodes for every element.",
+        "total mean dot",
+        file="value",
     ),
     _scalar(
         "backward",
-        "value",
-        "Value.backward",
         "The chain rule: from the last value that was made to the first, each value adds a term to"
         " the derivatives of the values that it was made from. A value used twice receives two.",
+        "Value.backward",
+        file="value",
     ),
-    _scalar("linear", "model", "linear", "A matrix times a vector."),
+    _scalar("linear", "A matrix times a vector."),
+    _scalar("softmax", "Numbers of any size become positive ones whose sum is 1."),
+    _scalar("rmsnorm", "A vector is brought to a mean square of 1."),
+    _scalar("activation", "The function between the two products of an MLP."),
     _scalar(
-        "softmax", "model", "softmax", "Numbers of any size become positive ones whose sum is 1."
-    ),
-    _scalar("rmsnorm", "model", "rmsnorm", "A vector is brought to a mean square of 1."),
-    _scalar(
-        "activation", "model", "activation", "The function between the two products of an MLP."
-    ),
-    _scalar(
-        "attention",
-        "model",
         "attention",
         "A position looks back: the products of its query with the keys of all positions so far"
         " become weights, and the values are added with these weights. The lists `keys` and"
         " `values` grow by one entry with every position.",
     ),
-    _scalar("mlp", "model", "mlp", "Two products for each position by itself."),
-    _scalar("gpt", "model", "gpt", "One token in; out, a logit for every token that may follow."),
+    _scalar("mlp", "Two products for each position by itself."),
+    _scalar("gpt", "One token in; out, a logit for every token that may follow."),
     _scalar(
         "loss",
-        "model",
-        "cross_entropy loss",
         "How improbable the model finds the next tokens: a mean over the positions of a document,"
         " and a mean of that over the documents.",
+        "cross_entropy loss",
     ),
-    _scalar("adam", "adam", "clip adam", "One step downhill, with means over earlier steps."),
+    _scalar("adam", "One step downhill, with means over earlier steps.", "clip adam", file="adam"),
     _scalar(
         "sampling",
-        "sample",
-        "probabilities sample",
         "Write a document: read a token, draw the next one, and read that.",
+        "probabilities sample",
+        file="sample",
     ),
 )
 TENSORS = (
-    _tensors("linear_forward", "model", "linear_forward", "The product for all positions."),
-    _tensors("softmax_forward", "model", "softmax_forward", "Each row along the last axis."),
-    _tensors("rmsnorm_forward", "model", "rmsnorm_forward", "Each vector of the last axis."),
-    _tensors("activation_forward", "model", "activation_forward", "Each number by itself."),
+    _tensors("linear_forward", "A matrix times the vectors of all positions."),
+    _tensors("softmax_forward", "The softmax of each row along the last axis."),
+    _tensors("rmsnorm_forward", "The norm of each vector along the last axis."),
+    _tensors("activation_forward", "The activation of each number by itself."),
     _tensors(
         "heads",
-        "model",
-        "split_heads merge_heads causal_mask",
         "What attention needs: the channels cut into heads and put together again, and the mask"
         " that hides what comes later.",
+        "split_heads merge_heads causal_mask",
     ),
     _tensors(
-        "attention_forward",
-        "model",
         "attention_forward",
         "All positions look back at once. The lists that grow become an axis U, and the mask"
         " hides from each position those that come later.",
     ),
-    _tensors("mlp_forward", "model", "mlp_forward", "The MLP of all positions."),
+    _tensors("mlp_forward", "The MLP of all positions."),
     _tensors(
-        "gpt_forward",
-        "model",
         "gpt_forward",
         "The embedding is a look-up with two axes; the layers follow; tied weights read wte"
         " once more, as lm_head.",
     ),
     _tensors(
         "loss_forward",
-        "model",
-        "cross_entropy_forward loss_forward",
         "The loss of a batch. `weights` makes it the mean over documents of the mean over"
         " positions, and leaves padding out.",
+        "cross_entropy_forward loss_forward",
     ),
     _tensors(
         "ragged_batches",
-        "batch",
-        "fill",
         "Documents of different lengths side by side: tokens, targets, and the weight of every"
         " position. Padding is token 0 with a weight of 0.",
+        "fill",
+        file="batch",
     ),
+    _tensors("cross_entropy_backward", "The first derivative on the way back."),
     _tensors(
-        "cross_entropy_backward",
-        "model",
-        "cross_entropy_backward",
-        "The first derivative on the way back.",
-    ),
-    _tensors(
-        "linear_backward",
-        "model",
         "linear_backward",
         "The derivatives with respect to both factors. A weight is used at every position.",
     ),
+    _tensors("softmax_backward", "When one output rises, the others fall."),
     _tensors(
-        "softmax_backward",
-        "model",
-        "softmax_backward",
-        "When one output rises, the others fall.",
+        "rmsnorm_backward", "Each number is used twice: as a factor, and in the scale of all."
     ),
+    _tensors("activation_backward", "The slope of the forward function, number by number."),
+    _tensors("mlp_backward", "The MLP read upside down."),
     _tensors(
-        "rmsnorm_backward",
-        "model",
-        "rmsnorm_backward",
-        "Each number is used twice: as a factor, and in the scale of all.",
-    ),
-    _tensors(
-        "activation_backward",
-        "model",
-        "activation_backward",
-        "The slope of the forward function, number by number.",
-    ),
-    _tensors("mlp_backward", "model", "mlp_backward", "The MLP read upside down."),
-    _tensors(
-        "attention_backward",
-        "model",
         "attention_backward",
         "Attention read upside down: three paths lead back to its input, through q, k and v, and"
         " the residual is a fourth.",
     ),
     _tensors(
         "gpt_backward",
-        "model",
-        "gpt_backward",
         "The model read upside down, to the embedding: a token that occurs twice adds twice,"
         " wpe is shared by all documents, and tied weights have two gradients to add.",
     ),
-    _tensors("loss_backward", "model", "loss_backward", "Where the backward pass begins."),
+    _tensors("loss_backward", "The backward pass begins here."),
     _tensors(
         "adam_in_one_buffer",
-        "adam",
-        "clip adam",
         "All parameters are one array, and so are the gradients, m, and v.",
+        "clip adam",
+        file="adam",
     ),
     _tensors(
         "sampling_with_a_cache",
-        "sample",
-        "Cache.extend read probabilities sample",
         "Write a document without reading its beginning again for every token: the keys and"
         " values of what has been read are kept.",
+        "Cache.extend read probabilities sample",
+        file="sample",
     ),
 )
 DEFECTS = (
