@@ -119,8 +119,7 @@ class Additions:
         self, backend: Backend, followed: Collection[Place], several: Collection[str]
     ) -> None:
         self.backend, self.followed, self.several = backend, followed, several
-        self.taps = dict(_named(backend))
-        self.weights = {weight: n for n, weight in enumerate(backend.flat)}
+        self.places = dict(_named(backend))
         edges = self._edges()  # before the backward pass, which forgets the local derivatives
         backend.backward()
         self.one: dict[Place, list[Addition]] = defaultdict(list)
@@ -130,44 +129,33 @@ class Additions:
 
     def _edges(self) -> list[_Edge]:
         """The uses of the chosen elements, in the order of the backward pass."""
-        wanted, known = self._wanted(), {*self.taps, *self.weights}
+        known = set(self.places)
+        wanted = {
+            value
+            for value, place in self.places.items()
+            if place.name in self.several or place in self.followed
+        }
         towards: dict[Value, dict[Place, float]] = defaultdict(dict)
         edges: list[_Edge] = []
         for value in self.backend.loss._topological_order()[::-1]:
             children, local_grads = value._children, value._local_grads or ()
-            tap = self.taps.get(value)
-            own = {tap: 1.0} if tap else towards[value]
+            place = self.places.get(value)
+            own = {place: 1.0} if place else towards[value]
             if not wanted.isdisjoint(children):
                 pairs = enumerate(zip(children, local_grads))
                 edges += [_Edge(x, value, i, local, own) for i, (x, local) in pairs if x in wanted]
             if not known.issuperset(children):
                 for child, local in zip(children, local_grads):
                     if child not in known:
-                        for place, slope in own.items():
-                            before = towards[child].get(place, 0.0)
-                            towards[child][place] = before + slope * local
+                        for at, slope in own.items():
+                            before = towards[child].get(at, 0.0)
+                            towards[child][at] = before + slope * local
         return edges
-
-    def _wanted(self) -> set[Value]:
-        """The values of the chosen elements."""
-        wanted = {
-            value
-            for value, place in self.taps.items()
-            if place.name in self.several or place in self.followed
-        }
-        for name, matrix in self.backend.matrices.items():
-            if name in self.several:
-                wanted |= {weight for row in matrix for weight in row}
-        for name, at in self.followed:
-            if name in self.backend.matrices:
-                row, column = at
-                wanted.add(self.backend.matrices[name][row][column])
-        return wanted
 
     def _keep(self, edge: _Edge) -> None:
         """Keep the term of an edge: in the part of its consumer, and as an addition if followed."""
         child, value, i, local, towards = edge
-        place, source = self._place(child), next(iter(towards)).name
+        place, source = self.places[child], next(iter(towards)).name
         if place.name in self.several:
             parts = self.parts[place.name]
             if source not in parts:
@@ -176,32 +164,16 @@ class Additions:
         if place in self.followed:
             # the other factor, also in dot(x, y), whose children are all of x and then all of y
             partner = value._children[i - len(value._children) // 2]
-            named = partner in self.taps or partner in self.weights
-            factor = self._place(partner) if named and partner.data == local else None
+            factor = self.places.get(partner) if partner.data == local else None
             self.one[place].append(Addition(towards, value.grad, local, factor))
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        if name in self.backend.matrices:
-            matrix = self.backend.matrices[name]
-            return len(matrix), len(matrix[0])
-        return tuple(
-            1 + max(i) for i in zip(*(at for tap, at in self.taps.values() if tap == name))
-        )
-
-    def _place(self, value: Value) -> Place:
-        """The name of a value that is an element of a tap or parameter."""
-        if value in self.taps:
-            return self.taps[value]
-        n = self.weights[value]
-        for name, matrix in self.backend.matrices.items():
-            if n < len(matrix) * len(matrix[0]):
-                return Place(name, divmod(n, len(matrix[0])))
-            n -= len(matrix) * len(matrix[0])
-        raise KeyError(value)
+        indices = [place.at for place in self.places.values() if place.name == name]
+        return tuple(1 + max(axis) for axis in zip(*indices))
 
 
 def _named(backend: Backend) -> Iterator[tuple[Value, Place]]:
-    """Every value that is an element of a tap, with its place."""
+    """Every value that is an element of a tap or parameter, with its place."""
     *names, last = taps(backend.config)
     for b, doc_taps in enumerate(backend.doc_taps):
         for t, tap in enumerate(doc_taps):
@@ -210,6 +182,9 @@ def _named(backend: Backend) -> Iterator[tuple[Value, Place]]:
                     at = (b, index[0], t, index[1]) if "U" in axes_of(name) else (b, t, *index)
                     yield value, Place(name, at)
     yield backend.loss, Place(last, ())
+    for name, matrix in backend.matrices.items():
+        for weight, index in _elements(matrix, ()):
+            yield weight, Place(name, index)
 
 
 def _elements(nested: Any, index: Index) -> Iterator[tuple[Value, Index]]:
