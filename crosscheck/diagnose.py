@@ -48,11 +48,11 @@ class Pair:
     case: Case
     number: int  # of the step, from 1
     key: str
-    step: Step  # of the sound side
-    before: Step | None  # of the sound side, the step before
-    faulty: Step  # of the other side
-    ours: Array  # sound
-    theirs: Array  # faulty
+    sound_step: Step
+    before: Step | None  # the sound side's step before
+    faulty_step: Step
+    sound: Array  # the tensor in the sound step
+    faulty: Array  # the tensor in the faulty step
     there: Array  # which elements are no padding
     noise: float
 
@@ -70,7 +70,7 @@ class Pair:
     @cached_property
     def around(self) -> Around:
         """The sound step in the form that the table's operations take."""
-        return Around(self.case.config, self.step)
+        return Around(self.case.config, self.sound_step)
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -80,24 +80,24 @@ class Pair:
     @cached_property
     def size(self) -> float:
         """The largest number of either side."""
-        sound = float(np.abs(self.ours[self.there]).max(initial=0.0))
-        return max(sound, float(np.abs(self.theirs[self.there]).max(initial=0.0)))
+        sound = float(np.abs(self.sound[self.there]).max(initial=0.0))
+        return max(sound, float(np.abs(self.faulty[self.there]).max(initial=0.0)))
 
     @cached_property
     def wrong(self) -> Array:
         """Which elements differ by more than noise."""
-        floor = self.noise * (1e3 * np.abs(self.ours) + self.size)
-        return (np.abs(self.theirs - self.ours) > floor) & self.there
+        floor = self.noise * (1e3 * np.abs(self.sound) + self.size)
+        return (np.abs(self.faulty - self.sound) > floor) & self.there
 
     @cached_property
     def moved(self) -> float:
         """The largest difference."""
-        return float(np.abs(self.theirs - self.ours)[self.there].max(initial=0.0))
+        return float(np.abs(self.faulty - self.sound)[self.there].max(initial=0.0))
 
     @cached_property
     def where(self) -> str:
         """The region of the wrong elements, in words."""
-        live = self.there & ((self.ours != 0) | (self.theirs != 0))
+        live = self.there & ((self.sound != 0) | (self.faulty != 0))
         return where(self.case, self.key, self.wrong, live, self.around.tokens)
 
     def fits(self, guess: Array) -> str:
@@ -107,17 +107,17 @@ class Pair:
         ENOUGH, must be known.
         """
         guess = np.asarray(guess)
-        if guess.shape != self.theirs.shape:
+        if guess.shape != self.faulty.shape:
             return ""
         known = np.isfinite(guess) & self.there
         wanted = min(ENOUGH, np.count_nonzero(self.wrong) / 2)
         if np.count_nonzero(known & self.wrong) < max(1, wanted):
             return ""
-        error = np.abs(self.theirs - guess)
+        error = np.abs(self.faulty - guess)
         loose = 1e6 * self.noise
         allowed = np.minimum(
             loose * self.moved + self.noise * self.size,
-            loose * (np.abs(self.theirs) + 1e-3 * self.size),
+            loose * (np.abs(self.faulty) + 1e-3 * self.size),
         )
         good = (error <= allowed) | ~known
         if good.all():
@@ -134,40 +134,36 @@ def diagnose(
     case: Case,
     number: int,
     key: str,
-    reference: Step,
-    candidate: Step,
+    sound_step: Step,
+    faulty_step: Step,
     before: Step | None,
     promised: str = "float64",
 ) -> str:
     """A sentence on the mistake; "" if nothing can be said.
 
-    number       of the step, from 1
-    reference    the step of the sound side
-    candidate    the step of the faulty side
-    before       the sound side's step before
-    promised     the candidate's precision
+    number      of the step, from 1
+    before      the sound side's step before
+    promised    the candidate's precision
     """
-    if key not in reference or key not in candidate:
+    if key not in sound_step or key not in faulty_step:
         return ""
-    ours, theirs = reference[key], candidate[key]
-    if ours.shape != theirs.shape:
-        return "transposed" if ours.shape == theirs.shape[::-1] else ""
-    if theirs.dtype == "float32" and promised == "float64" and ours.dtype == "float64":
+    sound, faulty = sound_step[key], faulty_step[key]
+    if sound.shape != faulty.shape:
+        return "transposed" if sound.shape == faulty.shape[::-1] else ""
+    if faulty.dtype == "float32" and promised == "float64" and sound.dtype == "float64":
         return "float32 where float64 was promised"
     if split_key(key)[0] == "batch":
         return ""
     if split_key(key)[0] == "sample":
-        drawn = other_draws(case, key, number, reference)
-        same = [words for words, guess in drawn if np.array_equal(guess, theirs)]
+        drawn = other_draws(case, key, number, sound_step)
+        same = [words for words, guess in drawn if np.array_equal(guess, faulty)]
         return ", or ".join(same[:2])
-    there = real(key, ours.shape, reference["batch/tokens"])
-    theirs = theirs.astype("float64")
-    pair = Pair(
-        case, number, key, reference, before, candidate, ours, theirs, there, NOISE[promised]
-    )
+    there, noise = real(key, sound.shape, sound_step["batch/tokens"]), NOISE[promised]
+    faulty = faulty.astype("float64")
+    pair = Pair(case, number, key, sound_step, before, faulty_step, sound, faulty, there, noise)
     shared = case.config.cores > 1 and pair.phase in ON_RANKS
     with np.errstate(all="ignore"):
-        if shared and np.isnan(theirs[there]).any():  # see crosscheck.ranks.Together
+        if shared and np.isnan(faulty[there]).any():  # see crosscheck.ranks.Together
             return "shares of the ranks: the ranks have different numbers"
         said = not_finite(pair) or lost(pair)
         if not said and not pair.wrong.any():
@@ -189,7 +185,7 @@ def reading(pair: Pair) -> str:
                 continue  # a reading with a name of its own gives the same numbers
             fit = pair.fits(guess)
             if fit == ALL_OF_THEM and words not in whole:
-                whole[words] = float(np.nanmax(np.abs(pair.theirs - guess)[pair.there]))
+                whole[words] = float(np.nanmax(np.abs(pair.faulty - guess)[pair.there]))
                 if kind in ONE_IS_ENOUGH:
                     break
             elif fit == THE_WRONG_ONES and not partly:
@@ -214,12 +210,12 @@ def _told(closest: list[str]) -> list[str]:
 
 def not_finite(pair: Pair) -> str:
     """What infinities or NaN say; "" if there are none."""
-    theirs = pair.theirs[pair.there]
-    bad = ~np.isfinite(theirs)
+    faulty = pair.faulty[pair.there]
+    bad = ~np.isfinite(faulty)
     if not bad.any():
         return ""
-    if "U" in axes(pair.key) and np.isneginf(theirs).any():
-        hidden = np.isneginf(pair.theirs) & pair.there
+    if "U" in axes(pair.key) and np.isneginf(faulty).any():
+        hidden = np.isneginf(pair.faulty) & pair.there
         if not hidden[..., ~np.eye(hidden.shape[-1], dtype=bool)].any():
             return "the mask hides each position from itself"
         return f"-inf at {bad.sum():,} positions that may be looked at: the mask hides too much"
@@ -228,7 +224,7 @@ def not_finite(pair: Pair) -> str:
 
 def lost(pair: Pair) -> str:
     """What a tensor of zeros says; "" if it is none."""
-    largest = np.abs(pair.theirs[pair.there]).max(initial=0.0)
+    largest = np.abs(pair.faulty[pair.there]).max(initial=0.0)
     if largest < 1e-100 * pair.size:
         return "never written, or lost: zero everywhere"
     if largest < 1e-13 * pair.size:
@@ -240,12 +236,12 @@ def logarithm(pair: Pair) -> str:
     """Whether the loss is -log(p + eps), whose difference may be as small as NOISE; or ""."""
     if pair.key not in ("forward/loss_t", "eval/loss_t"):
         return ""
-    p = np.exp(-pair.ours)
+    p = np.exp(-pair.sound)
     for eps in (1e-15, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         guess = -np.log(p + eps)
-        allowed = 1e-3 * np.abs(guess - pair.ours) + 1e-12 * (1 + np.abs(pair.ours))
-        fits = (np.abs(pair.theirs - guess) <= allowed)[pair.there].all()
-        if fits and np.abs(guess - pair.ours)[pair.there].max() > 1e-12:
+        allowed = 1e-3 * np.abs(guess - pair.sound) + 1e-12 * (1 + np.abs(pair.sound))
+        fits = (np.abs(pair.faulty - guess) <= allowed)[pair.there].all()
+        if fits and np.abs(guess - pair.sound)[pair.there].max() > 1e-12:
             return f"a constant inside the logarithm: -log(p + {eps:g})"
     return ""
 
@@ -256,14 +252,14 @@ def logarithm(pair: Pair) -> str:
 def other_forms(pair: Pair) -> Iterator[Guess]:
     """One of the operations by another formula that has a name."""
     if words := logarithm(pair):
-        yield words, pair.theirs
+        yield words, pair.faulty
     for call in pair.calls:
-        rest = pair.ours - call.total()
+        rest = pair.sound - call.total()
         for words, guess in OTHER_FORMS.get(call.function.__name__, lambda _: ())(call):
             yield words, rest + guess
     if pair.key == "unwatched/loss":
         for words, weights in micro_batch_weights(pair.around):
-            yield words, np.asarray((pair.step["forward/loss_t"] * weights).sum())
+            yield words, np.asarray((pair.sound_step["forward/loss_t"] * weights).sum())
     tied = len(pair.calls) > 1 and pair.name == "wte"
     if tied:  # the embedding's rows are assigned to the gradient, and not added
         embedding, head = pair.calls
@@ -279,11 +275,11 @@ def repeated_tokens(pair: Pair) -> Iterator[Guess]:
         return
     embedding = pair.calls[0]
     dy, a = embedding.slots["dy"].value, pair.around
-    rest = pair.ours - embedding.total()
-    guess = pair.ours.copy()
+    rest = pair.sound - embedding.total()
+    guess = pair.sound.copy()
     for row in np.unique(a.token[a.real]):
         each = rest[row] + np.array([*dy[a.real & (a.token == row)], np.zeros(dy.shape[-1])])
-        guess[row] = each[np.abs(each - pair.theirs[row]).max(axis=1).argmin()]
+        guess[row] = each[np.abs(each - pair.faulty[row]).max(axis=1).argmin()]
     yield "repeated tokens accumulated once: one occurrence counts, the others are lost", guess
 
 
@@ -304,16 +300,16 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
     parts = parts_of(pair)
     scaled: list[Guess] = []
     for label, part in parts:
-        change = _coefficient(pair.theirs - pair.ours, part, pair.wrong)
+        change = _coefficient(pair.faulty - pair.sound, part, pair.wrong)
         if change is None:
             continue
-        times, guess = 1 + change, pair.ours + change * part
+        times, guess = 1 + change, pair.sound + change * part
         if abs(times) < 1e-6:
-            yield f"missing: {label}", pair.ours - part
+            yield f"missing: {label}", pair.sound - part
         elif abs(times - 2) < 1e-6:
-            yield f"there twice: {label}", pair.ours + part
+            yield f"there twice: {label}", pair.sound + part
         elif abs(times + 1) < 1e-6:
-            yield f"the sign of {label}", pair.ours - 2 * part
+            yield f"the sign of {label}", pair.sound - 2 * part
         elif name := factor_name(pair, times):
             yield f"{label} is multiplied by {name}", guess
         else:
@@ -322,8 +318,8 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
         yield f"only {label} is there", part
     contributions = [one for one in parts if any(one[0] == call.label for call in pair.calls)]
     for (first, a), (second, b) in combinations(contributions or parts, 2):
-        yield f"missing: {first} and {second}", pair.ours - a - b
-        yield f"the sign of {first} and of {second}", pair.ours - 2 * a - 2 * b
+        yield f"missing: {first} and {second}", pair.sound - a - b
+        yield f"the sign of {first} and of {second}", pair.sound - 2 * a - 2 * b
         yield f"multiplied, not added: {first} and {second}", a * b
     if len(pair.calls) == 2:
         yield from _added_before(pair)
@@ -343,7 +339,7 @@ def _added_before(pair: Pair) -> Iterator[Guess]:
 
 def known(pair: Pair) -> list[str]:
     """The tensors that a mistake may use: those before, and of a gradient, the other gradients."""
-    keys = list(pair.step)
+    keys = list(pair.sound_step)
     at = keys.index(pair.key)
     own = f"{pair.phase}/" if pair.phase in ("gradient", "unwatched") else None
     return [*keys[:at], *(key for key in keys[at + 1 :] if own and key.startswith(own))]
@@ -351,9 +347,9 @@ def known(pair: Pair) -> list[str]:
 
 def exchanged(pair: Pair) -> Iterator[Guess]:
     """One argument of one operation exchanged for something else."""
-    earlier = {key: pair.step[key] for key in known(pair)}
+    earlier = {key: pair.sound_step[key] for key in known(pair)}
     for call in pair.calls:
-        rest = pair.ours - call.total()
+        rest = pair.sound - call.total()
         tensors = {name: slot for name, slot in call.slots.items() if slot.is_tensor}
         for (a, one), (b, two) in combinations(tensors.items(), 2):
             if np.shape(one.value) == np.shape(two.value):
@@ -370,14 +366,14 @@ def exchanged(pair: Pair) -> Iterator[Guess]:
 def added(pair: Pair) -> Iterator[Guess]:
     """A tensor that is no part of the sum is added, or subtracted."""
     for key in known(pair):
-        tensor, (phase, name) = pair.step[key], split_key(key)
-        if tensor.shape != pair.ours.shape or tensor.size < 3 or phase in ("batch", "sample"):
+        tensor, (phase, name) = pair.sound_step[key], split_key(key)
+        if tensor.shape != pair.sound.shape or tensor.size < 3 or phase in ("batch", "sample"):
             continue
-        times = _coefficient(pair.theirs - pair.ours, tensor, pair.wrong)
+        times = _coefficient(pair.faulty - pair.sound, tensor, pair.wrong)
         for k, words in ((1, "added"), (-1, "subtracted"), (2, "added twice")):
             if times is not None and abs(times - k) < 1e-6:
                 words = f"{name} ({PHASES[phase]}) is {words}, and has no part in it"
-                yield words, pair.ours + k * tensor
+                yield words, pair.sound + k * tensor
 
 
 def formulas(pair: Pair) -> Iterator[Guess]:
@@ -398,21 +394,21 @@ def read_again(pair: Pair) -> Iterator[Guess]:
 
 def moved_about(pair: Pair) -> Iterator[Guess]:
     """The right numbers at other indices, or the numbers of another tensor."""
-    ours, a = pair.ours, pair.around
-    if ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2] and axes(pair.key)[0] != "T":
-        yield "transposed", ours.swapaxes(-1, -2)
+    sound, a = pair.sound, pair.around
+    if sound.ndim >= 2 and sound.shape[-1] == sound.shape[-2] and axes(pair.key)[0] != "T":
+        yield "transposed", sound.swapaxes(-1, -2)
     order = _order(pair)
     if order:
-        yield order, pair.theirs
+        yield order, pair.faulty
     own = split_key(pair.key)[1]
     if axes(pair.key)[:1] == ("B",):
-        yield from rearranged(a, own, ours, axes(pair.key))
-    if pair.phase == "backward" and ours.ndim:
-        yield f"{pair.name} in place of its derivative", pair.step[f"forward/{pair.name}"]
+        yield from rearranged(a, own, sound, axes(pair.key))
+    if pair.phase == "backward" and sound.ndim:
+        yield f"{pair.name} in place of its derivative", pair.sound_step[f"forward/{pair.name}"]
     for words in other_layer(pair):
-        yield words, pair.theirs
-    for key, tensor in pair.step.items():
-        if tensor.shape == ours.shape and key != pair.key and ours.size > 1:
+        yield words, pair.faulty
+    for key, tensor in pair.sound_step.items():
+        if tensor.shape == sound.shape and key != pair.key and sound.size > 1:
             phase, name = split_key(key)
             yield f"{OF_ANOTHER} {name} ({PHASES[phase]})", tensor
 
@@ -423,9 +419,9 @@ def other_layer(pair: Pair) -> Iterator[str]:
     prefix = pair.key.split("/")[0] + "/" + layer.rstrip("0123456789")
     for i in range(pair.case.config.n_layer if dot else 0):
         key = f"{prefix}{i}.{last}"
-        other = pair.faulty.get(key) if key != pair.key else None
-        if other is not None and other.shape == pair.ours.shape:
-            apart = np.abs(np.asarray(other, "float64") - pair.ours)[pair.there]
+        other = pair.faulty_step.get(key) if key != pair.key else None
+        if other is not None and other.shape == pair.sound.shape:
+            apart = np.abs(np.asarray(other, "float64") - pair.sound)[pair.there]
             if apart.size > 1 and apart.max() <= 1e3 * pair.noise * pair.size:
                 yield (
                     f"the layers run in another order: what belongs here is in {split_key(key)[1]}"
@@ -436,14 +432,14 @@ def _order(pair: Pair) -> str:
     """The reading that along one axis indices have the numbers of others; "" if they have not."""
     names = {"H": "head", "B": "document", "V": "token", "block_size": "position", "C": "channel"}
     letters, config = axes(pair.key), pair.case.config
-    views = [(letter, pair.ours, pair.theirs, i) for i, letter in enumerate(letters)]
+    views = [(letter, pair.sound, pair.faulty, i) for i, letter in enumerate(letters)]
     if letters[-1:] == ("C",) and letters[0] == "B" and config.n_head > 1:
-        ours, theirs = (pair.around.heads(x) for x in (pair.ours, pair.theirs))
-        views.insert(0, ("H", ours, theirs, ours.ndim - 2))
-    for letter, ours, theirs, axis in views:
-        if letter not in names or ours.shape[axis] < 2 or ours.ndim < 2:
+        sound, faulty = (pair.around.heads(x) for x in (pair.sound, pair.faulty))
+        views.insert(0, ("H", sound, faulty, sound.ndim - 2))
+    for letter, sound, faulty, axis in views:
+        if letter not in names or sound.shape[axis] < 2 or sound.ndim < 2:
             continue
-        a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (ours, theirs))
+        a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (sound, faulty))
         close = 1e6 * pair.noise * pair.moved + pair.noise * pair.size
         if a.size * len(a) > 1e7 or not (np.abs(a) > close).any():
             continue
@@ -472,28 +468,28 @@ def _order(pair: Pair) -> str:
 def remembered(pair: Pair) -> Iterator[Guess]:
     """What the step before has left behind."""
     earlier = pair.before.get(pair.key) if pair.before else None
-    if earlier is None or earlier.shape != pair.ours.shape:
+    if earlier is None or earlier.shape != pair.sound.shape:
         return
     what = "gradient" if pair.phase in DERIVED else "tensor"
     yield f"stale: the {what} of the step before", earlier
-    yield f"the {what} of the step before has not been cleared", pair.ours + earlier
+    yield f"the {what} of the step before has not been cleared", pair.sound + earlier
     words = "stale: what the step before left where this one has zeros"
-    yield words, np.where(pair.ours == 0, earlier, pair.ours)
+    yield words, np.where(pair.sound == 0, earlier, pair.sound)
 
 
 def scaled(pair: Pair) -> Iterator[Guess]:
     """Every element times one number that has a name, or times a number of its position."""
-    times = _coefficient(pair.theirs, pair.ours, pair.wrong)
+    times = _coefficient(pair.faulty, pair.sound, pair.wrong)
     name = factor_name(pair, times) if times is not None and abs(times - 1) > 1e-9 else ""
     if times is not None and name:
         plain = {
             "2": "doubled: every element is twice what it should be",
             "-1": "the sign of every element is turned",
         }.get(name.partition(" (here")[0])
-        yield plain or f"every element is multiplied by {name}", times * pair.ours
+        yield plain or f"every element is multiplied by {name}", times * pair.sound
     if axes(pair.key)[:1] == ("B",) and "T" in axes(pair.key):
         a = pair.around
-        n, t, p = a.n[:, None], a.position + 1, np.exp(-pair.step["forward/loss_t"])
+        n, t, p = a.n[:, None], a.position + 1, np.exp(-pair.sound_step["forward/loss_t"])
         own = {"n, the positions of its document": n + 0 * t, "1/n of its document": 1 / n + 0 * t,
                "t + 1, the positions so far": t, "1/(t + 1), of the positions so far": 1 / t,
                "its loss": -np.log(p), "its target's probability": p,
@@ -504,9 +500,9 @@ def scaled(pair: Pair) -> Iterator[Guess]:
             shaped = (
                 factor[:, None, :, None]
                 if "H" in axes(pair.key)
-                else factor.reshape(*factor.shape, *[1] * (pair.ours.ndim - 2))
+                else factor.reshape(*factor.shape, *[1] * (pair.sound.ndim - 2))
             )
-            yield f"every position is multiplied by {what}", pair.ours * shaped
+            yield f"every position is multiplied by {what}", pair.sound * shaped
 
 
 def parts_of_sums(pair: Pair) -> Iterator[Guess]:
@@ -620,12 +616,12 @@ def _coefficient(target: Array, part: Array, where: Array) -> float | None:
 def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
     """The factors with which the parts add up to the faulty tensor; None if not determined."""
     there = pair.there
-    matrix = np.array([np.broadcast_to(part, pair.ours.shape)[there] for part in parts]).T
+    matrix = np.array([np.broadcast_to(part, pair.sound.shape)[there] for part in parts]).T
     live = np.abs(matrix).max(axis=0) > 0
     if not live.any() or np.count_nonzero(np.abs(matrix).max(axis=1)) < live.sum() + 3:
         return None
     sizes = np.sqrt((matrix[:, live] ** 2).sum(axis=0))
-    target = pair.theirs[there]
+    target = pair.faulty[there]
     found, _, rank, singular = np.linalg.lstsq(matrix[:, live] / sizes, target, rcond=1e-9)
     if rank < live.sum() or singular[-1] < 1e-6 * singular[0]:
         return None
@@ -670,7 +666,7 @@ def factors(pair: Pair) -> Mapping[str, float]:
             "1/(the correction of m)": 1 / (1 - b1**n), "1/(the correction of v)": 1 / (1 - b2**n),
             "the square root of the correction of v": sqrt(1 - b2**n),
         }  # fmt: skip
-    factor = clipping(config, pair.step)
+    factor = clipping(config, pair.sound_step)
     if factor < 1:
         named |= {"the clip factor": factor, "the clip factor squared": factor**2,
                   "1/(the clip factor)": 1 / factor, "the root of the clip factor": sqrt(factor),
@@ -681,7 +677,8 @@ def factors(pair: Pair) -> Mapping[str, float]:
 
 def adam(pair: Pair) -> Iterator[Guess]:
     """Adam by a wrong form of its rule."""
-    yield from of_adam(pair.phase, pair.name, pair.number, pair.case.config, pair.step, pair.before)
+    config, step = pair.case.config, pair.sound_step
+    yield from of_adam(pair.phase, pair.name, pair.number, config, step, pair.before)
 
 
 # the kinds of readings, those with the fewest changes first
@@ -709,17 +706,17 @@ ONE_IS_ENOUGH = (changed_parts, moved_about, added, parts_of_sums)
 
 def description(pair: Pair, promised: str) -> str:
     """What can be said of numbers that no reading gives: their precision, factor or region."""
-    ours, theirs = pair.ours[pair.there], pair.theirs[pair.there]
-    if promised == "float64" and (words := single_precision(ours, theirs)):
+    sound, faulty = pair.sound[pair.there], pair.faulty[pair.there]
+    if promised == "float64" and (words := single_precision(sound, faulty)):
         return words
-    if np.count_nonzero(ours) >= 3:
-        times = _coefficient(pair.theirs, pair.ours, pair.there)
-        if times is not None and pair.fits(times * pair.ours) == ALL_OF_THEM:
+    if np.count_nonzero(sound) >= 3:
+        times = _coefficient(pair.faulty, pair.sound, pair.there)
+        if times is not None and pair.fits(times * pair.sound) == ALL_OF_THEM:
             return f"every element is {times:.9g} times the reference's; no name for this factor"
-        more = float(np.median(theirs - ours))
-        if more and pair.fits(pair.ours + more) == ALL_OF_THEM:
+        more = float(np.median(faulty - sound))
+        if more and pair.fits(pair.sound + more) == ALL_OF_THEM:
             return f"every element is {more:.9g} more than it should be"
-    sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1) if pair.theirs.ndim else 0.0
+    sums = np.where(pair.there, pair.faulty, 0.0).sum(axis=-1) if pair.faulty.ndim else 0.0
     if pair.name.endswith("attn_weights"):
         rows = np.asarray(sums)[pair.there.any(axis=-1)]
         if (rows < 1 - 1e-6).any():
@@ -737,12 +734,12 @@ def description(pair: Pair, promised: str) -> str:
     return place
 
 
-def single_precision(ours: Array, theirs: Array) -> str:
+def single_precision(sound: Array, faulty: Array) -> str:
     """The reading that numbers were rounded to float32 on the way; "" if they were not."""
-    scale = np.abs(ours).max()
-    error = theirs - ours
-    rounded = np.array_equal(theirs, theirs.astype("float32")) and theirs.size > 2
-    both_ways = 0.1 < (error > 0).mean() < 0.9 and theirs.size >= 16
+    scale = np.abs(sound).max()
+    error = faulty - sound
+    rounded = np.array_equal(faulty, faulty.astype("float32")) and faulty.size > 2
+    both_ways = 0.1 < (error > 0).mean() < 0.9 and faulty.size >= 16
     if (rounded and np.abs(error).max() < 1e-5 * scale) or (
         both_ways and 1e-9 * scale < np.abs(error).max() < 3e-7 * scale
     ):
