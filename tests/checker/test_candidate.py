@@ -438,6 +438,12 @@ def test_what_turns_out_to_be_a_stub_does_not_keep_the_rest_from_its_verdict(
     assert verdict.status == INCOMPLETE
 
 
+def test_a_function_written_as_a_lambda_counts_as_written(checked: Check) -> None:
+    norm = "dy, y, scale: scale * (dy - y * (dy * y).mean(-1, keepdims=True))"
+    verdict = checked(f"rmsnorm_backward = lambda {norm}\n")
+    assert verdict.functions["rmsnorm_backward"] == "right", str(verdict)
+
+
 def test_a_function_that_was_never_called_is_an_error(
     checked: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
