@@ -127,18 +127,18 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 
 def _follows(finding: Finding, first: Finding) -> bool:
     """Whether a finding may have the same cause as an earlier one."""
-    if first.about == VALUE:
+    if first.about == VALUE:  # all that scalar gets wrong may follow
         return finding.fields.get("at_fault") in ("", first.fields.get("at_fault"))
-    in_place = first.diagnosis.startswith(OF_ANOTHER)
-    if in_place and finding.diagnosis.startswith(OF_ANOTHER) and _kind(first.key)[0] == "forward":
+    exchanged = all(one.diagnosis.startswith(OF_ANOTHER) for one in (first, finding))
+    if exchanged and _kind(first.key)[0] == "forward":  # of the same cause, if with the same tensor
         return LAYER.sub("", first.diagnosis) == LAYER.sub("", finding.diagnosis)
-    if first.stopped or finding.stopped:
+    if first.stopped or finding.stopped:  # after a wrong number, or at the same line
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
     if _kind(first.key) == _kind(finding.key) or not first.key or not finding.key:
         return True
-    another = bool(first.diagnosis and finding.diagnosis) and first.diagnosis != finding.diagnosis
-    if another and finding.about in STEPS:
+    readings = {first.diagnosis, finding.diagnosis} - {""}
+    if len(readings) == 2 and finding.about in STEPS:
         return False
     return _downstream(_kind(finding.key), _kind(first.key))
 
