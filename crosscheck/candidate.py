@@ -787,14 +787,12 @@ def _counted(candidate: Candidate, value: type) -> Iterator[None]:
 
         return call
 
-    before = {name: vars(value)[name] for name in VALUE_METHODS if name in vars(value)}
-    for name, own in before.items():
-        setattr(value, name, counted(name, own))
-    try:
+    with ExitStack() as stack:
+        for name in VALUE_METHODS:
+            if name in vars(value):
+                own = vars(value)[name]
+                stack.enter_context(patch.object(value, name, counted(name, own)))
         yield
-    finally:
-        for name, own in before.items():
-            setattr(value, name, own)
 
 
 VALUE_METHODS = (

@@ -97,7 +97,7 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
     if wrong:
         verdict.functions[wrong.function], verdict.status = "wrong", WRONG
         verdict.report = report_alone(wrong, hints(candidate, wrong, hint))
-        verdict.fields = _plain(wrong)
+        verdict.fields = {k: v for k, v in vars(wrong).items() if k != "evidence"}
         _parts(candidate, verdict, wrong, hint)
         return
     found = in_whole(candidate) if candidate.functions else None
@@ -178,11 +178,6 @@ def _where_to_look(whole: Wrong, known: Sequence[str]) -> list[str]:
         " without loss_and_grads."
     )
     return ["", *wrapped(words)]
-
-
-def _plain(wrong: Wrong) -> dict[str, Any]:
-    """The fields of a mistake, for other programs."""
-    return {k: v for k, v in vars(wrong).items() if k != "evidence"}
 
 
 def report_told(told: Told) -> list[str]:
