@@ -46,7 +46,7 @@ from microgpt.tokenizer import Tokenizer, build_tokenizer
 from microgpt.train import learning_rate
 
 CASES = FIXTURES / "cases"
-KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in words
+KEYS: dict[str, tuple[Any, str]] = {  # the type of each key's value, for _made_of and in words
     "why": (str, "a string"),
     "config": (dict, "a mapping"),
     "chars": (str, "a string"),
@@ -61,12 +61,12 @@ KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in wor
     "temperature": (float, "a number"),
 }
 APART = 0.3  # standard deviation around the number that training begins a parameter with
-FLOAT32 = {"slack": float, "why": str}
+FLOAT32 = {"slack": float, "why": str}  # the keys of `float32`
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a model, its parameters, what it is trained on, and what is expected."""
+    """One comparison: a model, its parameters, its batches, and what is expected of the numbers."""
 
     name: str
     why: str
@@ -96,9 +96,8 @@ class Case:
 
 
 def case_names() -> list[str]:
-    """The cases that there are, the smallest models first."""
-    paths = sorted(CASES.glob("*.yaml"))
-    return [path.stem for path in sorted(paths, key=lambda path: _size(path))]
+    """The names of the cases, the smallest models first."""
+    return [path.stem for path in sorted(sorted(CASES.glob("*.yaml")), key=_size)]
 
 
 def _size(path: Path) -> int:
@@ -107,9 +106,9 @@ def _size(path: Path) -> int:
 
 
 def case_path(name: str) -> Path:
-    """The file of a case that there is.
+    """The file of a case.
 
-    Raises MicrogptError for any other name, and so for one that leads out of the folder.
+    Raises MicrogptError if there is no case of that name; so no name leads out of the folder.
     """
     if name not in case_names():
         raise MicrogptError(f"there is no case {name!r}; the cases are {', '.join(case_names())}")
@@ -119,7 +118,7 @@ def case_path(name: str) -> Path:
 def load_case(name: str) -> Case:
     """A case by its name, or by the path of its YAML file.
 
-    Raises MicrogptError if there is none of that name, or if its file does not say what it should.
+    Raises MicrogptError if there is no such case, or if its file is not as it should be.
     """
     path = case_path(name) if name in case_names() else Path(name)
     if not os.path.isfile(path):
@@ -154,7 +153,7 @@ def read_case(path: Path) -> Case:
 
 
 def _made_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind: a type, a list of a kind, a mapping of a kind to another."""
+    """Whether a value is of a kind: a type, [a kind] for a list, {a kind: a kind} for a mapping."""
     if isinstance(kind, list):
         return isinstance(value, list) and bool(value) and all(_made_of(x, kind[0]) for x in value)
     if isinstance(kind, dict):
@@ -168,12 +167,12 @@ def _made_of(value: Any, kind: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings without the lines on which their keys stood."""
+    """The value with plain mappings, which do not know the lines of their keys."""
     return {k: _plain(x) for k, x in value.items()} if isinstance(value, dict) else value
 
 
 def _check_names(case: Case, path: Path) -> None:
-    """Refuse characters, parameters and rows that the model does not have."""
+    """Raise MicrogptError for characters, parameters or rows that the model does not have."""
     for document in {doc for batch in case.batches for doc in batch}:
         case.tokenizer.encode(document)
     shapes = param_shapes(case.config, case.tokenizer.vocab_size)

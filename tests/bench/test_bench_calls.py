@@ -27,7 +27,6 @@ from microgpt.settings import load_config
 from vectorized.backend import Backend
 from vectorized.replay import Replay
 
-
 LONG = ("isabella" * 8)[:63]  # as long as a row, so that short documents have rows of their own
 
 

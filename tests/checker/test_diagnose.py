@@ -20,7 +20,7 @@ from crosscheck.operations import ARGUMENTS, Around, Call, Slot, calls
 from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
 from crosscheck.recorded import leaves_text
 from crosscheck.report import with_diagnosis
-from crosscheck.trace import Array, Step, part, trace
+from crosscheck.trace import Array, Step, trace
 from crosscheck.variants import alternatives
 from crosscheck.where import where
 from microgpt.taps import AXES

@@ -138,7 +138,7 @@ def test_a_system_that_cannot_copy_a_process_runs_the_crosscheck_in_one(
     given = {"--reference": "scalar", "--backend": "vectorized", "--dtype": "float64"}
     given |= {"--steps": 5, "--processes": 2, "--case": None}
     config = SimpleNamespace(getoption=given.get, addinivalue_line=lambda *_: None)
-    with pytest.raises(pytest.UsageError, match="--processes: this system copies no process"):
+    with pytest.raises(pytest.UsageError, match="--processes: this system cannot fork processes"):
         options_of_crosscheck.pytest_configure(config)  # type: ignore[arg-type]
 
 
