@@ -1,11 +1,12 @@
-"""Where a recording leaves the text: the first tap whose numbers none of its calls computes."""
+"""What is recorded: where a recording leaves the text, and recordings of small micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -16,6 +17,27 @@ from microgpt.taps import consumers, taps
 
 CLOSE = 1e-9  # of the largest number: recorded calls add in another order
 LISTED = 4  # calls that are named
+# two ways to cut a batch into micro-batches: the arguments of `cut`
+CUTS = {"alone": (1, 0, False), "cut": (32, 100, True)}
+
+
+@contextmanager
+def cut(columns: int, padding: int, lowered: bool) -> Iterator[None]:
+    """Within this context, vectorized/ cuts batches into micro-batches of so many positions.
+
+    padding    what one more micro-batch costs (vectorized.batch.PADDING)
+    lowered    whether the recorder has other forms of operations on small arrays
+
+    The modules are looked up when the context begins, since defects may be planted in them.
+    """
+    numbers = {"batch.COLUMNS": columns, "batch.PADDING": padding}
+    if not lowered:
+        numbers |= {"record.EQUAL_ROWS": 0, "record.ONE_HOT": 0}
+        numbers |= {"replay.CHUNK": 100}  # parameters that Adam updates at a time
+    with ExitStack() as stack:
+        for name, number in numbers.items():
+            stack.enter_context(patch(f"vectorized.{name}", number))
+        yield
 
 
 def leaves_text(case: Case, number: int, step: Step) -> str:

@@ -14,6 +14,7 @@ import pytest
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.conftest import Choice
+from crosscheck.recorded import CUTS, cut
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.table import NAME, held_to_table
 from crosscheck.tolerance import FLOAT64, Standard, float32
@@ -85,30 +86,17 @@ def test_in_single_precision(
 
 
 @pytest.mark.about("micro-batches")
-@pytest.mark.parametrize(
-    ("columns", "padding", "lowered"), [(1, 0, False), (32, 100, True)], ids=["alone", "cut"]
-)
+@pytest.mark.parametrize("way", CUTS)
 def test_in_micro_batches(
     case: Case,
-    columns: int,
-    padding: int,
-    lowered: bool,
+    way: str,
     reference_steps: ReferenceSteps,
     choice: Choice,
     standard: Standard,
     settle: Any,
 ) -> None:
-    """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
-    small arrays."""
-    from vectorized import batch, record, replay  # here, since a defect may be planted in them
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "COLUMNS", columns)
-        patch.setattr(batch, "PADDING", padding)
-        if not lowered:
-            patch.setattr(replay, "CHUNK", 100)  # parameters that Adam updates at a time
-            for trick in ("EQUAL_ROWS", "ONE_HOT"):
-                patch.setattr(record, trick, 0)
+    """A batch that is cut into micro-batches has the same loss and gradients."""
+    with cut(*CUTS[way]):
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             settle(_free(case, reference_steps, choice, standard, min(3, choice.steps_of(case))))
         else:
