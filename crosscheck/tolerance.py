@@ -14,7 +14,7 @@ from microgpt.config import Config
 
 RTOL, ATOL = 1e-9, 1e-12
 OF_THE_TABLE = ("forward", "eval", "read", "backward", "gradient", "unwatched")  # phases
-# A number may be off by this many times its noise. In the stored cases the worst number is off by 31
+# A number may be off by FACTOR times its noise. In the stored cases the worst number is off by 31
 # times its noise, and with the exp, log and order of sums of another machine by 40 times.
 FACTOR = 512
 
@@ -77,9 +77,7 @@ class Standard:
 
     dtype: str
     tolerances: Mapping[str, Tolerance]
-    noise: (
-        Sequence[Noise] | Callable[[], Sequence[Noise]]
-    ) = ()  # by step; or a function that measures
+    noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()  # by step; or what measures it
     config: Config | None = None  # of the model; with it, the noise of fewer tensors is measured
     of_operands: dict[int, Noise] = field(default_factory=dict, compare=False, repr=False)
 
@@ -91,10 +89,10 @@ class Standard:
         return self.tolerances[phase] if known is None else self._with(known, phase)
 
     def widening(self, step: int, key: str, reference: Step) -> Iterator[tuple[Tolerance, bool]]:
-        """Tolerances of a tensor, each wider than the one before, and whether it is by least noise.
+        """Tolerances of a tensor, the narrowest first, and whether each goes by the least noise.
 
-        A tensor that keeps within a tolerance needs none of those that follow. The last tolerance is
-        that of `tolerance`: to have it, the noise may have to be measured, which takes long.
+        The last tolerance is that of `tolerance`. It may need a measurement of the noise, which
+        takes long; a tensor within one of the tolerances before it needs no measurement.
         """
         phase, name = split_key(key)
         if callable(self.noise) and (phase != "update" or f"params/{name}" in reference):
@@ -133,9 +131,9 @@ def float64(
 
 
 # Single precision loses digits where numbers of unlike size are added, so an error is given as a
-# share of the largest number of its tensor. These are the largest errors of any case, with nine sets
-# of parameters, against float64, where every step starts from the reference's state. The tolerance
-# is MARGIN times these. Sums in another order have other errors, within the tolerance:
+# share of the largest number of its tensor. These are the largest errors against float64 of any
+# case, with nine sets of parameters, where every step starts from the reference's state. The
+# tolerance is MARGIN times these. Sums in another order have other errors, within the tolerance:
 # `python -m crosscheck float32` prints them.
 FLOAT32_MEASURED = {
     "batch": 0.0,
@@ -154,8 +152,9 @@ FLOAT32_MEASURED = {
     "params": 1.1e-7,
 }
 MARGIN = 4
-# Random models may lose any number of digits by cancellation. Beyond the above, a number may be off
-# by SINGLE times its noise: 32 times its noise in single precision. In 200 models none was off by 1.
+# Random models may lose any number of digits by cancellation. So beyond the above, a number may be
+# off by SINGLE times its noise, which is 32 times what that noise is in single precision. In 200
+# random models no number was off by more than once that.
 SINGLE = 32 * 2.0**29
 
 

@@ -37,7 +37,7 @@ TOKENS = "batch/tokens"
 
 
 def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable[Step]) -> int:
-    """How many steps a trace has, which are written to a file."""
+    """The number of steps, all of which are written to a file."""
     tensors: dict[str, Any] = {}
     number = 0
     for number, step in enumerate(steps, 1):
@@ -148,7 +148,7 @@ def _check_tokens(path: Path, number: int, tokens: Array, case: Case) -> None:
 
 
 def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) -> None:
-    """Raise MicrogptError if a tensor has not the shape or kind that the model and batch give it."""
+    """Raise MicrogptError if a tensor's shape or kind of numbers is not that of model and batch."""
     for key, tensor in step.items():
         wanted = expected_shape(key, case, tokens)
         whole = split_key(key)[0] in ("batch", "sample")
