@@ -19,7 +19,7 @@ from crosscheck.placed import PANEL, compared, reference_steps
 from crosscheck.tolerance import FLOAT64
 
 Rows = list[tuple[str, str]]
-NOTHING = "nothing that has a name here"
+NOTHING = "no mistake that has a name here"
 AGREEING = 4  # how many failing cases are diagnosed; a cause has to explain all of them
 FEW = 5  # the least count of numbers whose signs are telling
 # how a diagnosis begins that is no cause; single precision is asked for separately

@@ -153,7 +153,7 @@ def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -
         if not callable(theirs):
             raise Told(home, f"is {type(theirs).__name__}; expected a function")
         if theirs is getattr(shipped, home):
-            raise Told(home, "hands on the text's own function of that name")
+            raise Told(home, "is the text's own function of that name")
         learner.functions[home] = theirs
     return learner
 

@@ -41,8 +41,8 @@ SEVERAL = STAGES[-1]  # the stage of all steps after the first
 ITEM_BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4}
 TAPS = ("forward", "backward")
 CLIMB = (
-    "the mistake may be anywhere before this tensor: write the names of step1/forward/ and"
-    " step1/backward/ as well, and the first that is wrong is where it is"
+    "the mistake may be anywhere before this tensor: write the tensors of step1/forward/ and"
+    " step1/backward/ as well; the mistake is at the first that is wrong"
 )
 CAUSE = re.compile("error|exception|panic", re.IGNORECASE)  # a line that says why a program failed
 LAST_WORDS = 4096  # how many bytes at the end of a failed program's output are searched for CAUSE
@@ -161,7 +161,7 @@ def command_line(program: str) -> list[str]:
         if not any(mark in word for word in words[1:]):
             raise MicrogptError(
                 f"--program: {shortened(program)} has no {mark}; expected such as"
-                " './mine {in} {out}', where the names of the two files are put"
+                " './mine {in} {out}', in which {in} and {out} become the names of two files"
             )
     if shutil.which(words[0]) is None:
         raise MicrogptError(f"--program: {shortened(words[0])} is no program that can be run")
@@ -199,7 +199,7 @@ def climb(
             if not go_on:
                 return replace(result, rungs=result.rungs if result.climbed else [])
     if not result.climbed and not result.problems:
-        raise MicrogptError(f"no case of these has tensors of the stage {', '.join(rungs)}")
+        raise MicrogptError(f"none of these cases has tensors of the stage {', '.join(rungs)}")
     wrong = [i for i, rung in enumerate(result.rungs) if rung.wrong]
     if wrong and not go_on:
         for rung in result.rungs[wrong[0] + 1 :]:
@@ -371,7 +371,7 @@ def _written(
         written[number][key] = tensor
     kinds = {tensor.dtype.name for tensor in tensors.values()}
     if kinds == {"float32"} and dtype != "float32":
-        raise PortError("its file holds float32 numbers; hold them to that with --dtype float32")
+        raise PortError("its file holds float32 numbers; to compare them, add --dtype float32")
     return written
 
 
@@ -455,7 +455,7 @@ def _check_format(path: Path) -> None:
     for begin, stop, name in spans:
         if begin != end:
             raise PortError(
-                f"its file has {shortened(name)} begin at {begin:,}, and should at {end:,}"
+                f"in its file, {shortened(name)} begins at byte {begin:,}; expected {end:,}"
             )
         end = stop
     if end != size - 8 - length:
@@ -479,8 +479,8 @@ def _span(name: str, described: Any) -> tuple[int, int]:
         raise PortError(f"its file has {shortened(name)} of {dtype!r}; expected F64 or F32")
     if not whole or end - begin != ITEM_BYTES[dtype] * math.prod(shape):
         raise PortError(
-            f"its file has {shortened(name)} of shape {shape} and {dtype} in the bytes"
-            f" {begin} to {end}, which is not as many as that takes"
+            f"in its file, {shortened(name)} lies at the bytes {begin} to {end}; that is not the"
+            f" size of a tensor of shape {shape} and {dtype}"
         )
     return begin, end
 

@@ -21,8 +21,8 @@ from microgpt.backend import BACKENDS
 WIDTH = 80
 CALLERS = 3  # how many calls are shown that led to an exception
 INSTEAD = (
-    "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis; what is known:"
-    " vectorized/record.py"
+    "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis;"
+    " vectorized/record.py has the operations that it knows"
 )
 DRAWN = {
     "sample/documents": "the drawn documents differ",
@@ -142,7 +142,9 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
     ]
     ours = reference in BACKENDS and candidate in BACKENDS  # a port has no marked memory
     if ours and is_marked(found.candidate) != is_marked(found.reference):
-        rows.append(("nan", "memory that is never written holds nan here, so that it shows"))
+        rows.append(
+            ("nan", "the check fills new memory with nan: an element that is never written is nan")
+        )
     return rows
 
 

@@ -587,7 +587,7 @@ class Stops:
         return Picture(heat(matrix, scale, there, self.detail.pixels), *size, *labels, title)
 
     def _numbers(self, name: str, tensor: Array, lists: bool) -> Numbers:
-        """The numbers of a tensor in rows; of a parameter, the rows that the document uses first."""
+        """The rows of a tensor; of a parameter, first the rows that the document uses."""
         axes, tokens = axes_of(name), self.document.tokens
         letter = axes[-2] if name in self.params else "T"
         ids = range(len(tensor)) if name in self.params else tokens[:-1]

@@ -177,7 +177,9 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
     standard = float32(case) if dtype == "float32" else FLOAT64
     outcome = Outcome(case.name)
     if others:
-        outcome.notes.append(f"{len(others)} tensors of its own left alone, such as {others[0]}")
+        outcome.notes.append(
+            f"{len(others)} tensors not compared, unknown names such as {others[0]}"
+        )
     if len(theirs) != len(ours):
         outcome.notes.append(f"{len(theirs)} steps; {reference.stem} has {len(ours)}")
     wanted = [
@@ -210,9 +212,10 @@ def _check_wanted(candidate: Path, wanted: Sequence[Sequence[str]], only: Sequen
     if any(split_key(key)[0] not in GIVEN for step in wanted for key in step):
         return
     there = next((step for step in wanted if step), None)
-    what = f"nothing but {there[0]}" if there else f"nothing like {', '.join(only)}"
-    of = " and what else both are given" if there else " in a step that the reference has"
-    raise MicrogptError(f"{candidate}: has {what}{of}, so nothing computed can be compared")
+    what = f"like {', '.join(only)} in a step that the reference has"
+    if there:
+        what = f"to compare, only {there[0]} and what else both sides are given"
+    raise MicrogptError(f"{candidate}: holds no computed tensor {what}")
 
 
 def _compare(
