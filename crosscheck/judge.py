@@ -46,14 +46,11 @@ from crosscheck.sides import IncompleteError, then_stopped
 from crosscheck.trace import (
     Step,
     WatchedAndTrained,
-    drawn,
     part,
-    stopping,
+    steps_by,
     suited,
-    trace_step,
 )
 from microgpt.backend import fresh_state
-from microgpt.train import learning_rate
 
 DONE, RIGHT_SO_FAR, WRONG, UNTRIED = "done", "right so far", "wrong", "not attempted"
 # cases that together run every line of the text; the first case finds most mistakes
@@ -518,15 +515,9 @@ def _steps(case: Case, package: str, draws: bool, reference: Sequence[Step] = ()
         config, fresh_state(case.params), watch=True
     )
     pair = WatchedAndTrained(package, config, backend, backend, math.inf)
-    count = 1 if case.random else STEPS
-    for step in range(count):
-        grads = part(reference[step], "gradient", "d") if case.random and reference else None
-        record = trace_step(pair, case.docs(step), learning_rate(step, config), grads)
-        if draws and step in (0, count - 1):
-            alone = patch("vectorized.backend.most_walkers", lambda _: 1)
-            with alone, stopping(record, package, config):
-                record = {**record, **drawn(case, backend, step)}
-        yield record
+    grads = part(reference[0], "gradient", "d") if case.random and reference else None
+    with patch("vectorized.backend.most_walkers", lambda _: 1):  # one document after another
+        yield from steps_by(pair, case, range(1 if case.random else STEPS), draws, grads)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:

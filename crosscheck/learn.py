@@ -34,15 +34,6 @@ from microgpt.runs.files import check_target, write_whole
 DIRECTORY = Path("exercises")
 PROGRESS = "progress.json"
 FORMAT = 1
-KINDS = {  # the types of the fields of Kept
-    "file": str,
-    "stub": str,
-    "state": str,
-    "written": list,
-    "judged": str,
-    "attempts": int,
-    "asked": bool,
-}
 
 
 @dataclass
@@ -56,6 +47,9 @@ class Kept:
     judged: str = ""  # a hash of the learner's file and the exercise that the state belongs to
     attempts: int = 0
     asked: bool = False  # whether the learner has asked for the solution
+
+
+KINDS = {name: type(value) for name, value in vars(Kept()).items()}  # what progress.json must have
 
 
 # --- the folder ----------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def _faulty(name: str) -> Iterator[tuple[Callable[[], str], Space]]:
 
 
 def _named(home: str, sources: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """The named defects of some functions: its name, the functions' source, and that with it."""
+    """The named defects of these functions: the name, the functions' source, the same with it."""
     file = home.replace(".", "/") + ".py"
     for defect in load_defects():
         faulty = dict(sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -138,26 +139,25 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
 
 
 def _assigned(file: str, trees: tuple[str, ...], tap: str) -> Found | None:
-    """The statement that puts a tap into one of these trees."""
-    for function in _functions(file).values():
-        for statement in _statements(function):
-            for target in _targets(statement):
-                if (
-                    isinstance(target, ast.Attribute)
-                    and target.attr == tap
-                    and isinstance(target.value, ast.Name)
-                    and target.value.id.removesuffix("_i") in trees
-                ):
-                    return Found(file, function, statement)
-    return None
+    """The first statement that puts a tap into one of these trees."""
+
+    def is_tap(x: ast.expr) -> bool:
+        tree = x.value if isinstance(x, ast.Attribute) and x.attr == tap else None
+        return isinstance(tree, ast.Name) and tree.id.removesuffix("_i") in trees
+
+    return _first(file, lambda statement: any(map(is_tap, _targets(statement))))
 
 
 def _read(file: str, name: str) -> Found | None:
     """The first statement that reads a parameter."""
+    return _first(file, lambda one: any(getattr(x, "attr", "") == name for x in ast.walk(one)))
+
+
+def _first(file: str, wanted: Callable[[ast.stmt], bool]) -> Found | None:
+    """The first statement in the functions of a file that is wanted."""
     for function in _functions(file).values():
-        for statement in _statements(function):
-            if any(isinstance(x, ast.Attribute) and x.attr == name for x in ast.walk(statement)):
-                return Found(file, function, statement)
+        for statement in filter(wanted, _statements(function)):
+            return Found(file, function, statement)
     return None
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from math import sqrt
 from typing import Any
 
@@ -140,7 +141,7 @@ def embedding(a: Around, wte: Array, wpe: Array, token: Array, position: Array) 
 
 
 def _scattered(rows: Array, dy: Array, like: Array) -> Array:
-    """A table like another, in which every row is the sum of what belongs to it."""
+    """A table of the shape of `like`, to whose rows dy is added, each vector at its index."""
     total = np.zeros_like(like)
     np.add.at(total, np.clip(rows, 0, len(like) - 1), dy)
     return total
@@ -300,29 +301,26 @@ class Call:
         return total
 
 
-# For each operation: its function and the function's arguments, then the same for the derivative
-# with respect to each operand. dy is the derivative with respect to the operation's result.
-ARGUMENTS: dict[str, list[tuple[Callable[..., Terms], str]]] = {
-    "embedding": [
-        (embedding, "wte wpe token position"),
-        (d_wte, "dy wte wpe token position"),
-        (d_wpe, "dy wte wpe token position"),
-    ],
-    "rmsnorm": [(rmsnorm, "x eps"), (d_rmsnorm, "dy y scale")],
-    "linear": [(linear, "x w"), (d_input, "dy w"), (d_weight, "dy x")],
-    "linear_residual": [
-        (linear_residual, "x w res"),
-        (d_input, "dy w"),
-        (d_weight, "dy x"),
-        (d_residual, "dy"),
-    ],
-    "scores": [(scores, "q k scale"), (d_query, "dy k scale"), (d_key, "dy q scale")],
-    "softmax": [(softmax, "x"), (d_softmax, "dy y")],
-    "weighted_sum": [(weighted_sum, "weights v"), (d_weights, "dy v"), (d_value, "dy weights")],
-    "activation": [(activation, "x kind"), (d_activation, "dy x kind")],
-    "cross_entropy": [(cross_entropy, "logits target"), (d_cross_entropy, "dy logits target")],
-    "mean": [(mean, "loss_t weights"), (d_mean, "dy weights")],
+# for each operation, its function, and that of the derivative with respect to each operand;
+# their arguments have the names of operands, and dy for the derivative with respect to the result
+FUNCTIONS: dict[str, list[Callable[..., Terms]]] = {
+    "embedding": [embedding, d_wte, d_wpe],
+    "rmsnorm": [rmsnorm, d_rmsnorm],
+    "linear": [linear, d_input, d_weight],
+    "linear_residual": [linear_residual, d_input, d_weight, d_residual],
+    "scores": [scores, d_query, d_key],
+    "softmax": [softmax, d_softmax],
+    "weighted_sum": [weighted_sum, d_weights, d_value],
+    "activation": [activation, d_activation],
+    "cross_entropy": [cross_entropy, d_cross_entropy],
+    "mean": [mean, d_mean],
 }
+
+
+@cache
+def _arguments(function: Callable[..., Terms]) -> list[str]:
+    """The names of a function's arguments after the first, which is an Around."""
+    return list(signature(function).parameters)[1:]
 
 
 def calls(around: Around, key: str) -> list[Call]:
@@ -338,9 +336,9 @@ def calls(around: Around, key: str) -> list[Call]:
 
 def _call(around: Around, tap: Tap, operand: int | None) -> Call:
     """The operation of a tap, or the operation's derivative with respect to one of its operands."""
-    function, names = ARGUMENTS[tap.operation][0 if operand is None else operand + 1]
-    own = ARGUMENTS[tap.operation][0][1].split()  # what the operands are called in the function
-    slots = {name: _slot(around, tap, own, name) for name in names.split()}
+    functions = FUNCTIONS[tap.operation]
+    function, own = functions[0 if operand is None else operand + 1], _arguments(functions[0])
+    slots = {name: _slot(around, tap, own, name) for name in _arguments(function)}
     label = f"the contribution of {tap.name}"
     if function is d_residual:
         label = f"the residual's contribution, d{tap.name}"
@@ -354,7 +352,7 @@ def _call(around: Around, tap: Tap, operand: int | None) -> Call:
 
 
 def _slot(a: Around, tap: Tap, own: list[str], name: str) -> Slot:
-    """The argument of that name; own: the names of the operation's operands, as in ARGUMENTS."""
+    """The argument of that name; own: the arguments of the operation's own function."""
     if name in own and own.index(name) < len(tap.operands):
         operand = tap.operands[own.index(name)]
         return Slot(operand, a[operand], axes_of(operand))

@@ -22,16 +22,14 @@ from crosscheck.trace import (
     Step,
     WatchedAndTrained,
     backward_order,
-    drawn,
     in_order,
     padded_tokens,
     split_key,
+    steps_by,
     suited,
     trace,
-    trace_step,
 )
 from microgpt.backend import fresh_state
-from microgpt.config import Config
 from microgpt.runs.memory import most_walkers
 from microgpt.train import learning_rate
 from scalar.backend import Backend as Scalar
@@ -79,8 +77,9 @@ def in_whole(candidate: Candidate) -> Disagreement | None:
 def reference_steps(case: Case, steps: int = 1) -> list[Step]:
     """The first steps of a case as vectorized/ computes them."""
     config = suited(case.config, "vectorized", "float64")
-    return list(_traced("vectorized", Watched(config, fresh_state(case.params), watch=True),
-                        config, case, steps, False))  # fmt: skip
+    backend: Any = Watched(config, fresh_state(case.params), watch=True)
+    pair = WatchedAndTrained("vectorized", config, backend, backend, math.inf)
+    return list(steps_by(pair, case, range(steps), draws=False))
 
 
 def _work(case: Case) -> int:
@@ -146,29 +145,9 @@ def steps_of(
             return
         make = Scalar if side == "scalar" else Watched
         backend: Any = make(config, fresh_state(case.params), watch=True)
-        once = 0 if "Value" in names else math.inf
-        yield from _traced(side, backend, config, case, steps, draws, once)
-
-
-def _traced(
-    side: str,
-    backend: Any,
-    config: Config,
-    case: Case,
-    steps: int,
-    draws: bool,
-    once: float = math.inf,
-) -> Iterator[Step]:
-    """The steps of a case by a backend.
-
-    once    the step after which evaluation and reading are copied from the forward pass
-    """
-    pair = WatchedAndTrained(side, config, backend, backend, once)
-    for step in range(steps):
-        record = trace_step(pair, case.docs(step), learning_rate(step, config))
-        if draws and step in (0, steps - 1):
-            record = {**record, **drawn(case, backend, step)}
-        yield record
+        begun = 0 if "Value" in names else math.inf  # Value is slow: later steps copy what they can
+        pair = WatchedAndTrained(side, config, backend, backend, begun)
+        yield from steps_by(pair, case, range(steps), draws)
 
 
 class Own:

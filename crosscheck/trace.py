@@ -88,14 +88,24 @@ def trace(
     """
     config = suited(case.config, backend_name, dtype)
     state = start or fresh_state(case.params)
-    first, pair = state.updates, None
-    for step in range(first, first + steps):
-        docs = case.docs(step)
-        with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
-            pair = pair or both_backends(backend_name, config, state)
-        record = trace_step(pair, docs, learning_rate(step, config))
-        if draws and step in (0, first + steps - 1):
-            with stopping(record, backend_name, config):
+    tokens = padded_tokens(case.docs(state.updates))
+    with stopping({"batch/tokens": tokens}, backend_name, config):
+        pair = both_backends(backend_name, config, state)
+    yield from steps_by(pair, case, range(state.updates, state.updates + steps), draws)
+
+
+def steps_by(
+    pair: WatchedAndTrained, case: Case, steps: range, draws: bool, grads: Tensors | None = None
+) -> Iterator[Step]:
+    """The steps of a case by two backends, each from the state that the step before left.
+
+    draws    whether documents are drawn from the model after step 0 and the last step
+    grads    the gradients that the updates are made from, in place of the steps' own
+    """
+    for step in steps:
+        record = trace_step(pair, case.docs(step), learning_rate(step, pair.config), grads)
+        if draws and step in (0, steps[-1]):
+            with stopping(record, pair.name, pair.config):
                 record = {**record, **drawn(case, pair.trained, step)}
         yield record
 

@@ -1,7 +1,8 @@
 """Wrong forms of every operation: what people compute instead, each as a guess at numbers.
 
 A guess is a sentence and the tensor that the wrong form leads to. An element that a guess cannot
-know, since a trace does not hold what padding holds, is NaN.
+know, since a trace does not hold what padding holds, is NaN. A function of_NAME gives the guesses
+of the operation NAME (crosscheck.operations).
 
 A table has a line "formula | sentence" for each wrong form. A formula is Python; its names are the
 arguments of the operation and what `known` adds. Where a sentence has a letter in braces, such as
@@ -792,7 +793,7 @@ def rearranged(a: Around, name: str, x: Array, axes: tuple[str, ...]) -> Iterato
 
 
 def restricted(a: Around, name: str, x: Array, axes: tuple[str, ...]) -> Iterator[Guess]:
-    """Zero but for some positions, or for all but some: sums that leave out part of their range."""
+    """The same numbers with zeros at some positions: sums that leave out part of their range."""
     if axes[:1] != ("B",) or "T" not in axes or len(a.real[0]) < 2:
         return
     T = len(a.real[0])

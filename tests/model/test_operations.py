@@ -7,7 +7,7 @@ import pytest
 
 from crosscheck.cases import case_names, load_case
 from crosscheck.explain import WORDS
-from crosscheck.operations import ARGUMENTS, Around, calls, refuse_unknown_names, total
+from crosscheck.operations import FUNCTIONS, Around, calls, refuse_unknown_names, total
 from crosscheck.report import render
 from crosscheck.table import NAME, held_to_table
 from crosscheck.trace import DERIVED, real, split_key, trace
@@ -45,7 +45,7 @@ def test_a_term_that_is_left_out_shows() -> None:
 
 def test_every_operation_of_the_table_has_its_arithmetic_and_its_words() -> None:
     for tap in (*EMBEDDING, *LAYER, *OUTPUT):
-        functions = [function for function, _ in ARGUMENTS[tap.operation]]
+        functions = FUNCTIONS[tap.operation]
         assert len(functions) == len(tap.operands) + 1
         assert all(function.__name__ in WORDS for function in functions)
 
