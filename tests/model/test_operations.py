@@ -11,6 +11,7 @@ from crosscheck.operations import FUNCTIONS, Around, calls, refuse_unknown_names
 from crosscheck.report import render
 from crosscheck.table import NAME, held_to_table
 from crosscheck.trace import DERIVED, real, split_key, trace
+from crosscheck.variants import OTHER_FORMS
 from microgpt.errors import MicrogptError
 from microgpt.taps import ACTIVATIONS, EMBEDDING, LAYER, OUTPUT, Activation
 from scalar import model as scalar_model
@@ -48,6 +49,11 @@ def test_every_operation_of_the_table_has_its_arithmetic_and_its_words() -> None
         functions = FUNCTIONS[tap.operation]
         assert len(functions) == len(tap.operands) + 1
         assert all(function.__name__ in WORDS for function in functions)
+
+
+def test_the_wrong_forms_are_of_operations_that_there_are() -> None:
+    names = {function.__name__ for functions in FUNCTIONS.values() for function in functions}
+    assert {*OTHER_FORMS} <= names
 
 
 @pytest.mark.parametrize(
