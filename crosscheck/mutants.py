@@ -115,8 +115,10 @@ def _changes_memory(mutant: Mutant) -> bool:
     return not names.isdisjoint(MEMORY.get(mutant.file, ()))
 
 
-def mechanical_mutants() -> Iterator[Mutant]:
+def mechanical_mutants(files: Sequence[str] = ()) -> Iterator[Mutant]:
     """Every mechanical mutant that is another program; annotations are left as they are.
+
+    files    those of FILES that are changed; all if none of them is named
 
     Raises MicrogptError if cosmic-ray is not installed.
     """
@@ -125,7 +127,7 @@ def mechanical_mutants() -> Iterator[Mutant]:
         from cosmic_ray.plugins import get_operator, operator_names
     except ImportError:
         raise MicrogptError("cosmic-ray is not installed: pip install '.[mutants]'") from None
-    for file in FILES:
+    for file in [file for file in FILES if file in files] or FILES:
         source = (ROOT / file).read_text(encoding="utf-8")
         same = ast.dump(_without_annotations(source))
         for name in operator_names():
