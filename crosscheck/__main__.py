@@ -145,7 +145,8 @@ def mutants(options: argparse.Namespace) -> int:
 
     from crosscheck.mutants import SURVIVES, Score, domain_mutants, mechanical_mutants, tried
 
-    chosen = [*(domain_mutants() if options.kind == "domain" else mechanical_mutants())]
+    mechanical = options.kind == "mechanical"
+    chosen = [*(mechanical_mutants(options.file) if mechanical else domain_mutants())]
     known = sorted({mutant.file for mutant in chosen})
     for file in options.file:
         if file not in known:

@@ -16,6 +16,7 @@ from crosscheck.cases import case_names
 from crosscheck.domain import mutations
 from crosscheck.mutants import (
     DIFFERS,
+    MEMORY,
     SURVIVES,
     Mutant,
     Score,
@@ -164,6 +165,13 @@ def test_a_mutant_is_caught_and_a_harmless_one_survives() -> None:
     wrong = mutant("return dy * (x > 0.0)", "return dy + (x > 0.0)")
     harmless = mutant("return dy * (x > 0.0)", "return (x > 0.0) * dy")
     assert [outcome for _, outcome in tried([wrong, harmless])] == [DIFFERS, SURVIVES]
+
+
+@pytest.mark.parametrize("file", MEMORY)
+def test_what_is_said_to_change_memory_alone_is_in_its_file(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for name in MEMORY[file]:
+        assert re.search(rf"^(    )?(def |class )?{name}\b", text, re.MULTILINE), name
 
 
 def test_rates_are_given_raw_and_without_lines_that_change_memory() -> None:

@@ -16,7 +16,7 @@ from crosscheck.defects import Patch, planted
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import WORDS, expression
 from crosscheck.formulas import slips
-from crosscheck.operations import ARGUMENTS, Around, Call, Slot, calls
+from crosscheck.operations import FUNCTIONS, Around, Call, Slot, calls
 from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
 from crosscheck.recorded import leaves_text
 from crosscheck.report import with_diagnosis
@@ -239,7 +239,7 @@ def test_a_term_that_is_one_number_for_a_row_is_missed(
     def terms(a: Around, dy: Array, scale: Array) -> dict[str, Array]:
         return {"the whole": scale * dy, "the mean": -scale * dy.mean(axis=-1, keepdims=True)}
 
-    monkeypatch.setitem(ARGUMENTS, "rmsnorm", [ARGUMENTS["rmsnorm"][0], (terms, "dy scale")])
+    monkeypatch.setitem(FUNCTIONS, "rmsnorm", [FUNCTIONS["rmsnorm"][0], terms])
     (call,) = calls(Around(case.config, step), "backward/demb")
     sound = {**step, "backward/demb": call.total()}
     wrong = {**step, "backward/demb": call.terms()["the whole"]}

@@ -80,7 +80,7 @@ def report(patch: Patch, case_name: str = "single-character") -> str:
         ),
         (
             Patch(MODEL, "dwpe = np.zeros_like(params.wpe)", "dwpe = np.empty_like(params.wpe)"),
-            ["dwpe disagrees", "memory that is never written holds nan"],
+            ["dwpe disagrees", "an element that is never written is nan"],
         ),
         (
             Patch("scalar/model.py", "    probs = softmax(logits)  # [V]", f"    {RAISING}"),
@@ -467,7 +467,7 @@ def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path)
     assert done.returncode == 1
     said = re.sub(r"\s+", " ", done.stdout)
     assert "is not the derivative of the loss, in scalar and vectorized" in said
-    assert "both sides agree with each other, and the witness does not" in said
+    assert "the two sides agree with each other, and not with the witness" in said
     assert len(done.stdout.splitlines()) <= SCREENS
 
 

@@ -10,11 +10,12 @@ import pytest
 from crosscheck import operations
 from crosscheck.cases import case_names, load_case
 from crosscheck.explain import WORDS
-from crosscheck.operations import ARGUMENTS, Around, calls, refuse_unknown_names, total
+from crosscheck.operations import FUNCTIONS, Around, calls, refuse_unknown_names, total
 from crosscheck.report import render
 from crosscheck.sides import IncompleteError
 from crosscheck.table import NAME, held_to_table
 from crosscheck.trace import DERIVED, real, split_key, trace
+from crosscheck.variants import OTHER_FORMS
 from microgpt.errors import MicrogptError
 from microgpt.taps import ACTIVATIONS, EMBEDDING, LAYER, OUTPUT, Activation
 from scalar import model as scalar_model
@@ -52,9 +53,14 @@ def test_a_term_that_is_left_out_shows() -> None:
 
 def test_every_operation_of_the_table_has_its_arithmetic_and_its_words() -> None:
     for tap in (*EMBEDDING, *LAYER, *OUTPUT):
-        functions = [function for function, _ in ARGUMENTS[tap.operation]]
+        functions = FUNCTIONS[tap.operation]
         assert len(functions) == len(tap.operands) + 1
         assert all(function.__name__ in WORDS for function in functions)
+
+
+def test_the_wrong_forms_are_of_operations_that_there_are() -> None:
+    names = {function.__name__ for functions in FUNCTIONS.values() for function in functions}
+    assert {*OTHER_FORMS} <= names
 
 
 @pytest.mark.parametrize(

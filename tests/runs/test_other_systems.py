@@ -132,7 +132,7 @@ def test_a_system_that_cannot_copy_a_process_runs_the_crosscheck_in_one(
 ) -> None:
     monkeypatch.setattr(processes, "get_all_start_methods", lambda: ["spawn"])
     assert processes.cores() == 1
-    with pytest.raises(MicrogptError, match="which this system has not"):
+    with pytest.raises(MicrogptError, match="which this system cannot make"):
         next(mutants.tried([]))
     monkeypatch.setattr(options_of_crosscheck, "can_fork", lambda: False)
     given = {"--reference": "scalar", "--backend": "vectorized", "--dtype": "float64"}
