@@ -11,6 +11,7 @@ from typing import NamedTuple
 from crosscheck.trace import split_key
 from microgpt.cli.whereabouts import IMPLEMENTATIONS, imported_from
 from microgpt.config import Config
+from microgpt.taps import consumers
 
 # by phase: the names in `adam` that hold a tensor, and the trees of taps or gradients that hold it
 ADAM = {"adam_m": ("m",), "adam_v": ("v",), "update": ("p", "params"), "params": ("p", "params")}
@@ -46,11 +47,7 @@ def function_of(key: str, config: Config, side: str) -> str:
     if side == "scalar" and split_key(key)[0] in ("backward", "gradient", "unwatched"):
         return "the local derivatives in scalar/value.py"
     functions = _functions(found.file)
-    called = [
-        node.func.id
-        for node in ast.walk(found.statement)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
+    called = _called(found.statement)
     name = next((name for name in called if name in functions), found.function.name)
     return f"{name}, {found.file}:{functions[name].lineno}"
 
@@ -101,7 +98,9 @@ def _find(side: str, key: str, config: Config) -> Found | None:
     if side == "scalar":  # the line of the tap or parameter, whose derivative the graph computes
         return _assigned(file, ("tap",), tap) or _read(file, tap) or _last_line(file, (tap,))
     found = _assigned(file, TREES[phase], tap)
-    return _followed(found, tap, name, config) if found else None
+    if found is None or phase != "backward":
+        return _followed(found, tap, name, config) if found else None
+    return _of_the_table(_followed(found, tap, name, config), name.removeprefix("d"), config)
 
 
 @cache
@@ -210,6 +209,23 @@ def _followed(found: Found, tap: str, full: str, config: Config) -> Found:
             return found
         found, tap = before, value.id
     return found
+
+
+def _of_the_table(found: Found, tap: str, config: Config) -> Found:
+    """Where a function chooses between operations, the statement with the one of the table."""
+    own = {f"{user.function}_backward" for user, _ in consumers(config)[tap] if user.function}
+    calls = {name for name in _called(found.statement) if name.endswith("_backward")}
+    chosen = [one for one in _statements(found.function) if own.intersection(_called(one))]
+    within = {f"{user.within}_backward" for user, _ in consumers(config)[tap]}
+    if not own or not calls or calls & (own | within) or not chosen:
+        return found
+    return Found(found.file, found.function, chosen[-1])
+
+
+def _called(statement: ast.stmt) -> list[str]:
+    """The functions that a statement calls by name."""
+    calls = [node.func for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    return [called.id for called in calls if isinstance(called, ast.Name)]
 
 
 def _value(statement: ast.stmt, name: str) -> ast.expr | None:

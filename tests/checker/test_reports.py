@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from crosscheck import lines
 from crosscheck.cases import load_case
 from crosscheck.causes import STEPS, VALUE, Finding, Run, also, causes, shared
 from crosscheck.compare import compare, exhibit, simplicity
@@ -191,6 +192,23 @@ def test_a_report_names_the_lines_of_both_texts_and_the_function_at_fault() -> N
     assert "dattn_logits = softmax_backward(dattn_weights, tap.attn_weights)" in said
     assert "look at softmax_backward, vectorized/model.py:" in said
     assert "at fault vectorized" in said
+
+
+def test_of_operations_that_a_text_chooses_between_the_one_of_the_table_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm = "rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale)"
+    chosen = f"if config:\n        dx = {norm}\n        return dx + dmlp_res"
+    source = lines._source(MODEL)
+    other = source.replace(
+        f"return {norm}", f"{chosen}\n    return softmax_backward(dmlp_norm, tap.mlp_norm)"
+    )
+    assert other != source
+    monkeypatch.setattr(lines, "_source", lambda _: other)
+    lines._functions.cache_clear()
+    found = function_of("backward/dlayer0.attn_res", load_case("gelu").config, "vectorized")
+    lines._functions.cache_clear()
+    assert found.startswith("rmsnorm_backward, vectorized/model.py:")
 
 
 def test_every_tensor_has_a_line_in_both_texts() -> None:
