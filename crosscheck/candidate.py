@@ -628,8 +628,9 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
         if not done.wait(GRACE):
             line = _own_line(candidate, sys._current_frames().get(caller))
             told = Told(name, _late(candidate), line)
+            output: Any = Plain(sys.__stdout__)  # type: ignore[arg-type]
             with suppress(Exception):  # the output may be closed, full, or read by no program
-                print(last_words(told), file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+                print(last_words(told), file=output, flush=True)
             exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)

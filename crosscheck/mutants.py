@@ -28,7 +28,7 @@ from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
 from crosscheck.defects import ROOT, Defect, Patch, judge, planted, reference_steps, standard
 from crosscheck.processes import can_fork
-from crosscheck.recorded import CUTS, cut
+from crosscheck.recorded import CUTS, in_micro_batches
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
 
@@ -201,7 +201,8 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
     """Whether a mutant gives other numbers for batches that are cut into micro-batches."""
     alone = patch("vectorized.backend.most_walkers", lambda config: 1)  # one document at a time
     for way in CUTS.values():
-        with planted(defect.patches), cut(*way), nullcontext() if way == CUTS["cut"] else alone:
+        drawing = nullcontext() if way == CUTS["cut"] else alone
+        with planted(defect.patches), in_micro_batches(*way), drawing:
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), reference_steps(name, "scalar")
                 found = trace(case, "vectorized", "float64", len(steps))

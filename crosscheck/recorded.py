@@ -17,12 +17,12 @@ from microgpt.taps import consumers, taps
 
 CLOSE = 1e-9  # of the largest number; recorded calls may add in another order than the text
 LISTED = 4  # how many calls a sentence names
-# two ways to cut a batch into micro-batches: the arguments of `cut`
+# two ways to cut a batch into micro-batches: the arguments of in_micro_batches
 CUTS = {"one row": (1, 1, False), "cut": (32, 2, True)}
 
 
 @contextmanager
-def cut(columns: int, row: int, lowered: bool) -> Iterator[None]:
+def in_micro_batches(columns: int, row: int, lowered: bool) -> Iterator[None]:
     """Within this context, vectorized/ cuts batches into micro-batches of so many positions.
 
     row        the length of a packed row is a multiple of it

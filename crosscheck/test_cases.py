@@ -14,7 +14,7 @@ import pytest
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.conftest import Choice
-from crosscheck.recorded import CUTS, cut
+from crosscheck.recorded import CUTS, in_micro_batches
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.table import NAME, held_to_table
 from crosscheck.tolerance import FLOAT64, Standard, float32
@@ -96,7 +96,7 @@ def test_in_micro_batches(
     settle: Any,
 ) -> None:
     """A batch that is cut into micro-batches has the same loss and gradients."""
-    with cut(*CUTS[way]):
+    with in_micro_batches(*CUTS[way]):
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             settle(_free(case, reference_steps, choice, standard, min(3, choice.steps_of(case))))
         else:

@@ -141,8 +141,8 @@ def test_the_additions_to_a_vector_go_by_its_index(gains: Config) -> None:
     gain = backend.matrices["layer1.gain"]  # type: ignore[attr-defined]
     followed = Place("layer1.gain", (3,))
     additions = Additions(backend, [followed], ["layer0.gain"])  # type: ignore[arg-type]
-    assert additions._place(gain[3]) == followed
-    assert additions._wanted() == {gain[3], *backend.matrices["layer0.gain"]}  # type: ignore
+    assert additions.places[gain[3]] == followed
+    assert additions.places[gain[0]] == Place("layer1.gain", (0,))
 
 
 def test_a_vector_is_trained_and_kept_as_a_matrix_is(gains: Config, tmp_path: Path) -> None:
