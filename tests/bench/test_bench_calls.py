@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from microgpt.backend import State, load_backend
 from microgpt.bench import calls
 from microgpt.bench import contest as bench
 from microgpt.bench.opponents import torch_backends
@@ -25,7 +26,6 @@ from microgpt.errors import MicrogptError
 from microgpt.runs import memory
 from microgpt.settings import load_config
 from vectorized.backend import Backend
-from vectorized.replay import Replay
 
 
 @pytest.fixture
@@ -256,12 +256,14 @@ def test_a_contestant_that_is_wrong_on_documents_of_many_lengths_has_no_speed(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    update = Replay.update
-    monkeypatch.setattr(
-        Replay,
-        "update",
-        lambda self, m, v, step, lr_t, factor: update(self, m, v, step, lr_t / 2, factor),
-    )
+    def slower(name: str, config: Config, state: State, watch: bool = False) -> Any:
+        backend: Any = load_backend(name, config, state, watch)
+        if not watch:  # as the judge does
+            update = backend.update
+            backend.update = lambda lr_t: update(lr_t / 2)
+        return backend
+
+    monkeypatch.setattr(bench, "load_backend", slower)
     file = tmp_path / "small.yaml"
     file.write_text(f"dataset: {config.dataset}\n", encoding="utf-8")
     command = ["bench", "--config", str(file), "--lengths", "40", "--batch-size", "4"]
