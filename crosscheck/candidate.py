@@ -615,7 +615,7 @@ def _late(candidate: Candidate) -> str:
     return f"is not done after {candidate.time_limit:g} seconds (--time-limit)"
 
 
-def last_words(told: Told) -> object:
+def last_words(told: Told) -> str:
     """What is printed of a function that nothing but the end of the process stops."""
     return f"{told.function} {told.words}\n  your line   {told.line}"
 
@@ -631,9 +631,9 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
             line = _own_line(candidate, sys._current_frames().get(caller))
-            told = Told(name, _late(candidate), line)
+            words = last_words(Told(name, _late(candidate), line))
             with suppress(Exception):  # of an output that is closed, full or read by no program
-                print(last_words(told), file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
             exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)

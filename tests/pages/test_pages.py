@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from time import process_time
@@ -606,6 +607,18 @@ def test_the_first_step_that_differs_is_named(
     assert (b.step, b.other, b.common) == (123, "a", 200)
     assert b.largest == pytest.approx(1e-3)
     assert (c.step, c.largest) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "alike"), [("top_k", 3, 1), ("eval_every", 4, 1), ("beta1", 0.5, 0)]
+)
+def test_runs_that_learn_alike_are_held_to_each_other(
+    trained: Callable[[str], tuple[Path, Any]], field: str, value: Any, alike: int
+) -> None:
+    run, _ = trained("vectorized")
+    one = run_report.seen(run, 0, False)
+    other = replace(one, config=replace(one.config, **{field: value}))
+    assert len(run_report.twins([one, other])) == alike
 
 
 def test_lines_that_are_no_metrics_are_counted_and_left_out(
