@@ -631,9 +631,10 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
         if not done.wait(GRACE):  # it sleeps, or catches everything
             line = _own_line(candidate, sys._current_frames().get(caller))
-            words = last_words(Told(name, _late(candidate), line))
+            told = Told(name, _late(candidate), line)
             with suppress(Exception):  # of an output that is closed, full or read by no program
-                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+                out: Any = Plain(sys.__stdout__)  # type: ignore[arg-type]
+                print(last_words(told), file=out, flush=True)
             exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -44,10 +44,7 @@ Rewrite = Callable[[Path, Path, Edit], None]
 
 def microgpt(*arguments: object) -> int:
     """The exit status of a command line."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as end:  # raised by argparse
-        return int(str(end.code))
+    return main([str(argument) for argument in arguments])
 
 
 def process(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
