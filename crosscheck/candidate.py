@@ -608,7 +608,7 @@ def _late(candidate: Candidate) -> str:
     return f"is not done after {candidate.time_limit:g} seconds (--time-limit)"
 
 
-def last_words(told: Told) -> object:
+def last_words(told: Told) -> str:
     """What is printed of a function that nothing but the end of the process stops."""
     return f"{told.function} {told.words}\n  your line   {told.line}"
 

@@ -21,7 +21,7 @@ from microgpt.backend import (
     fresh_state,
     load_backend,
 )
-from microgpt.config import Config
+from microgpt.config import NOT_TRAINED, Config
 from microgpt.data import digest, load_documents, located, nth, parts
 from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
@@ -62,21 +62,7 @@ from microgpt.windows import Windows
 
 # What --resume may change: nothing that the model or the order of the documents depends on.
 # `dataset` may name another path, but the text there must be the same.
-RESUMABLE = (
-    "dataset",
-    "steps",
-    "learning_rate",
-    "weight_decay",
-    "grad_clip",
-    "adam_eps",
-    "cores",
-    "max_seconds",
-    "checkpoint_every",
-    "eval_every",
-    "num_samples",
-    "temperature",
-    "top_k",
-)
+RESUMABLE = (*NOT_TRAINED, "steps", "learning_rate", "weight_decay", "grad_clip", "adam_eps")
 
 OnStep = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 OnMeasured = Callable[[int, float], None]  # step, from 1, and the held-out loss

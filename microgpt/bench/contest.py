@@ -160,7 +160,7 @@ def bench(
                 contestants += _opponents(opponent, entry, torch_threads)
     try:
         with np.errstate(all="ignore"):  # an overflow leads to a loss that is not finite
-            _take_turns(contestants, rounds)
+            take_turns(contestants, rounds)
             for one in contestants:
                 one.difference = difference(one)
                 one.calls = calls.per_step(one.backend, one.batches)
@@ -253,7 +253,8 @@ def _untrainable(error: ArithmeticError, config: Config) -> MicrogptError:
     )
 
 
-def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
+def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
+    """Time steps of all contestants, one contestant after another in every round."""
     turns = [cycle(one.batches) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):

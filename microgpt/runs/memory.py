@@ -76,7 +76,7 @@ def machine_memory() -> float:
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit in LIMITS:
         with suppress(ValueError, OSError):  # "max", or no such file
-            memory = min(memory, float(Path(limit).read_text()))
+            memory = min(memory, float(Path(limit).read_text(encoding="utf-8")))
     return memory
 
 

@@ -231,7 +231,7 @@ def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
         return bench.Contestant(name, replace(config, batch_size=2), backend, [[[0, 1], [0, 2, 1]]])
 
     contestants = [contestant("one"), contestant("other")]
-    bench._take_turns(contestants, rounds=2)
+    bench.take_turns(contestants, rounds=2)
     steps = [
         [f"{name} {part}" for part in ("forward", "backward", "update")] * 3
         for name in ("one", "other")
@@ -269,7 +269,7 @@ def test_the_command_reports_for_other_programs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in os.environ:
-        if bench._steers(name):
+        if name.startswith(bench.STEERING) and name != "OPENBLAS_NUM_THREADS":
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     file = tmp_path / "small.yaml"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -237,9 +238,20 @@ def test_an_answer_from_a_look_up_is_wrong_on_numbers_that_are_drawn(
 ) -> None:
     """The numbers follow from the text of the file, so that a file cannot hold their answers."""
     monkeypatch.undo()
-    assert judging._seed("a") != judging._seed("b")
-    drawn = [judging._inputs("softmax_backward", judging._seed(text)) for text in "ab"]
+    drawn: list[list[Input]] = []
+    alone = judging.alone
+
+    def noted(learner: Any, name: str, given: list[Input]) -> Any:
+        drawn.append(given)
+        return alone(learner, name, given)
+
+    monkeypatch.setattr(judging, "alone", noted)
+    for comment in "ab":
+        judged(
+            tmp_path, named("softmax_backward"), f"# {comment}\n{solved(named('softmax_backward'))}"
+        )
     numbers = [{one.args[0].tobytes() for one in inputs if one.case is None} for inputs in drawn]
+    assert numbers[0]
     assert not numbers[0] & numbers[1]
 
 

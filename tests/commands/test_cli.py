@@ -26,11 +26,11 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import yaml
+from faults import microgpt
 
 from microgpt import data, download, evaluate, train
 from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.cli import report, shell
-from microgpt.cli.commands import main
 from microgpt.config import FIELDS
 from microgpt.init import init_params
 from microgpt.runs.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
@@ -40,14 +40,6 @@ from microgpt.tokenizer import build_tokenizer
 
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Rewrite = Callable[[Path, Path, Edit], None]
-
-
-def microgpt(*arguments: object) -> int:
-    """The exit status of a command line."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as end:  # raised by argparse
-        return int(str(end.code))
 
 
 def process(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:

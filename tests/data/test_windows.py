@@ -9,12 +9,11 @@ from random import Random
 import faults
 import numpy as np
 import pytest
-from faults import metrics_of
+from faults import metrics_of, microgpt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from microgpt.backend import BACKENDS
-from microgpt.cli.commands import main
 from microgpt.cli.report import DASHES
 from microgpt.data import EMBEDDED, cropped, load_documents, parts
 from microgpt.errors import MicrogptError
@@ -27,10 +26,6 @@ from microgpt.windows import Windows, cut
 TEXT = "It is a truth\nuniversally acknowledged,\n\nthat a single man.\n"
 SMALL = "--n-embd 4 --n-head 2 --block-size 5 --init-std 0.5 --learning-rate 0.05 --batch-size 2"
 WINDOWED = [*SMALL.split(), "--documents", "windows", "--num-samples", "3", "--temperature", "1"]
-
-
-def microgpt(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -11,20 +11,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from faults import metrics_of
+from faults import metrics_of, microgpt
 
 from microgpt.cli import report
-from microgpt.cli.commands import main
 from microgpt.cli.report import Evaluating, Progress
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import load_checkpoint
 from microgpt.settings import flag, load_config
 from microgpt.train import RESUMABLE, USUAL, suspect
-
-
-def microgpt(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
