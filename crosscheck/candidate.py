@@ -248,8 +248,7 @@ def _refuse_imported(candidate: Candidate, file: Path, names: Iterable[str]) -> 
     held = [x for x in vars(candidate.module).values() if inspect.isfunction(x)]
     for name in names:
         if text_functions(candidate.side).get(name) in held:
-            side, file_name = candidate.side, candidate.path.name
-            words = f"may be looked up: {file_name} imports {side}'s own function of that name"
+            words = f"may be looked up: {candidate.path.name} imports {candidate.side}'s own"
             raise Told(name, words, _line(str(file), _imports(file, name)))
 
 

@@ -365,7 +365,7 @@ BESIDES = {  # what else a function may do, and what must be said
     "syntax": ("def rmsnorm_backward(:\n", ["cannot be read", "mine.py:1"]),
     "look-up": (
         "from vectorized.model import rmsnorm_backward as known\n" + NORM,
-        ["vectorized's own function of that name"],
+        ["mine.py imports vectorized's own"],
     ),
     "by way of the module": (
         "import vectorized.model as text\n"
