@@ -26,6 +26,7 @@ from microgpt.settings import load_config
 from microgpt.taps import ACTIVATIONS
 from microgpt.tokenizer import build_tokenizer
 from vectorized.batch import micro_batches, pad
+from vectorized.flat import flatten, named_views
 from vectorized.model import (
     Array,
     activation_backward,
@@ -537,3 +538,13 @@ def test_documents_are_drawn_whatever_the_form_of_a_product(
     drawn = sample_many(*given, Random(3), 5, 1.0, [])
     monkeypatch.setattr("vectorized.model.linear_forward", form)
     assert sample_many(*given, Random(3), 5, 1.0, []) == drawn
+
+
+def test_matrices_and_vectors_lie_side_by_side_in_one_buffer() -> None:
+    tensors = {"w": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "gain": [7.0, 8.0], "v": [[9.0]]}
+    flat = flatten(tensors, np.dtype("float32"))
+    assert flat.tolist() == list(range(1, 10))
+    views = named_views(flat, {name: np.shape(tensor) for name, tensor in tensors.items()})
+    assert {name: view.tolist() for name, view in views.items()} == tensors
+    views["gain"][1] = 0.0
+    assert flat[7] == 0.0
