@@ -212,10 +212,10 @@ class Traced(NDArrayOperatorsMixin):
         keys = key if isinstance(key, tuple) else (key,)
         if any(isinstance(k, Traced) for k in keys):
             return self.recorder.gather(self, keys)
-        part = self.like(self.view[key])
-        if min(part.view.strides, default=0) < 0:
-            raise refusal("an array in reverse order")
-        return part
+        view = self.view[key]
+        if not np.may_share_memory(view, self.view) or min(view.strides, default=0) < 0:
+            raise refusal("an array in reverse order, or an index that is no slice")
+        return self.like(view)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         keys, value = key if isinstance(key, tuple) else (key,), self.recorder.operand(value)
@@ -223,7 +223,7 @@ class Traced(NDArrayOperatorsMixin):
             table, index = self.recorder.table_and_index(self, keys)
             self.recorder.emit("put", index, value.reshape(-1, *table.shape[1:]), table)
         else:
-            self.recorder.emit("copy", value, self.like(self.view[key]))
+            self.recorder.emit("copy", value, self[key])
 
 
 class Recorder:

@@ -289,11 +289,19 @@ def looks_up_in_all_rows(x: Any) -> Any:
     return x[:, :, x]
 
 
+def takes_known_rows(x: Any) -> Any:
+    return x.T[:, [0, 0]]
+
+
+def writes_known_rows(x: Any) -> Any:
+    x[[0, 0]] = 1.0
+
+
 REFUSED = [
     decides, takes_a_number, takes_a_whole_number, counts_with_it, takes_a_root, makes_an_array,
     makes_a_list, sorts, measures, iterates, unpacks, adds_up, looks_for, compares, copies,
     accumulates, chooses, sums_another_axis, takes_the_mean_of_all, returns_two,
-    multiplies_three, looks_up_in_all_rows,
+    multiplies_three, looks_up_in_all_rows, takes_known_rows, writes_known_rows,
 ]  # fmt: skip
 
 
