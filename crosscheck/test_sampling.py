@@ -1,4 +1,4 @@
-"""Documents drawn in single precision, and at temperatures on both sides of 1, are the same."""
+"""Two implementations draw the same documents, at several temperatures and in both precisions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_documents_drawn(
     choice: Choice,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A draw would have to fall within rounding of the border between two tokens to differ."""
+    """A draw differs only if its random number is within rounding of the border of two tokens."""
     if not together:
         monkeypatch.setattr("vectorized.backend.most_walkers", lambda config: 1)
     case = choice.case(name)

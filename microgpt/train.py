@@ -26,7 +26,7 @@ from microgpt.data import digest, load_documents, located, nth, parts
 from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.layout import MANY, param_shapes
+from microgpt.layout import MANY, count_params, param_shapes
 from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -244,12 +244,6 @@ class Run:
         return Checkpoint(self.config, self.tokenizer, self.backend.state(), self.rng, self.digest)
 
 
-def count_params(config: Config, vocab_size: int) -> int:
-    """How many parameters a model has."""
-    shapes = param_shapes(config, vocab_size)
-    return sum(n_out * n_in for n_out, n_in in shapes.values())
-
-
 def new_run(
     config: Config,
     backend_name: str,
@@ -365,7 +359,7 @@ def follow(ranks: Alone) -> None:
     with ranks.agreed():
         check_memory(replace(config, cores=ranks.here), tokenizer.vocab_size, documents, name)
     shapes = param_shapes(config, tokenizer.vocab_size)
-    zeros = {tensor: [[0.0] * n_in] * n_out for tensor, (n_out, n_in) in shapes.items()}
+    zeros = {tensor: np.zeros(shape) for tensor, shape in shapes.items()}
     state = replace(fresh_state(zeros), updates=step)  # rank 0 sends its numbers
     backend = load_backend(name, config, state, comm=ranks)
     training, _ = parts(documents, config)

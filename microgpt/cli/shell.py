@@ -50,6 +50,18 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
+@contextlib.contextmanager
+def page_libraries() -> Iterator[None]:
+    """Raise MicrogptError, with what to install, if a library that makes pages is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MicrogptError(
+            f"pages need the library {error.name}, which is not there; install what they need"
+            " with: python -m pip install jinja2 pygments"
+        ) from None
+
+
 def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
     """Run a command; returns the exit status, which is 2 for anything the user can mend.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
+from microgpt.layout import count_params
 from microgpt.settings import config_from, flag
 
 SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # the options to lower
@@ -97,7 +98,7 @@ def estimate(config: Config, V: int, documents: Sequence[str], backend_name: str
     longest, mean = max(lengths), sum(lengths) / len(lengths)
     positions = B * mean if scalar else min(B * mean, max(COLUMNS, longest))
     batch = max(activations(longest, longest), activations(positions, mean))
-    params = (SCALAR_PARAM if scalar else BUFFERS * itemsize) * C * (12 * L * C + T + 2 * V)
+    params = (SCALAR_PARAM if scalar else BUFFERS * itemsize) * count_params(config, V)
     walkers = min(most_walkers(config), config.num_samples * (T // 2 + 1))
     caches = walkers * 4 * itemsize * L * C * T  # of keys and values; to grow, a cache is copied
     return config.cores * (params + batch) + caches + DOCUMENT * (B + config.num_samples)

@@ -16,12 +16,14 @@ from crosscheck.defects import Patch, planted
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import WORDS, expression
 from crosscheck.formulas import slips
-from crosscheck.operations import Around, calls
+from crosscheck.operations import FUNCTIONS, Around, Call, Slot, calls
 from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
 from crosscheck.recorded import leaves_text
 from crosscheck.report import with_diagnosis
 from crosscheck.trace import Array, Step, trace
+from crosscheck.variants import alternatives
 from crosscheck.where import where
+from microgpt.taps import AXES
 
 JUDGES = (
     "adam_forms",
@@ -227,6 +229,35 @@ def test_an_operation_without_words_is_judged_all_the_same(
     assert behind
     assert behind.formula == "rmsnorm(emb)"
     assert np.isclose(behind.value, step[key][index], rtol=1e-12)
+
+
+def test_a_term_that_is_one_number_for_a_row_is_missed(
+    steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, (_, step) = steps["two-layers"]
+
+    def terms(a: Around, dy: Array, scale: Array) -> dict[str, Array]:
+        return {"the whole": scale * dy, "the mean": -scale * dy.mean(axis=-1, keepdims=True)}
+
+    monkeypatch.setitem(FUNCTIONS, "rmsnorm", [FUNCTIONS["rmsnorm"][0], terms])
+    (call,) = calls(Around(case.config, step), "backward/demb")
+    sound = {**step, "backward/demb": call.total()}
+    wrong = {**step, "backward/demb": call.terms()["the whole"]}
+    assert diagnose(case, 2, "backward/demb", sound, wrong, None) == "missing: the mean"
+
+
+def test_a_vector_of_another_layer_is_tried_and_no_vector_is_transposed(
+    steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, (_, step) = steps["two-layers"]
+    monkeypatch.setitem(AXES, "gain", ("C",))
+    gains = {f"entry/layer{i}.gain": np.arange(8.0) + i for i in (0, 1)}
+    slot = Slot("layer1.gain", gains["entry/layer1.gain"], ("C",))
+    call = Call("scaled", "", lambda a, gain: {"": gain}, Around(case.config, {**step, **gains}),
+                {"gain": slot})  # fmt: skip
+    tried = [words for words, _ in alternatives(call, "gain", gains, None)]
+    assert "layer0.gain in place of layer1.gain" in tried
+    assert not [words for words in tried if "transposed" in words]
 
 
 def test_an_axis_with_one_index_is_no_place() -> None:

@@ -652,6 +652,7 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("times", [1, 20])  # in one batch, and in several, some of one length
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(

@@ -134,13 +134,13 @@ def test_a_system_that_cannot_copy_a_process_runs_the_crosscheck_in_one(
 ) -> None:
     monkeypatch.setattr(processes, "get_all_start_methods", lambda: ["spawn"])
     assert processes.cores() == 1
-    with pytest.raises(MicrogptError, match="which this system has not"):
+    with pytest.raises(MicrogptError, match="which this system cannot make"):
         next(mutants.tried([]))
     monkeypatch.setattr(options_of_crosscheck, "can_fork", lambda: False)
     given = {"--reference": "scalar", "--backend": "vectorized", "--dtype": "float64"}
     given |= {"--steps": 5, "--processes": 2, "--case": None}
     config = SimpleNamespace(getoption=given.get, addinivalue_line=lambda *_: None)
-    with pytest.raises(pytest.UsageError, match="--processes: this system copies no process"):
+    with pytest.raises(pytest.UsageError, match="--processes: this system cannot fork processes"):
         options_of_crosscheck.pytest_configure(config)  # type: ignore[arg-type]
 
 

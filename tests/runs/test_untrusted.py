@@ -429,6 +429,7 @@ batches: [[ab]]
         ("float32: {slack: much}", "float32: expected slack, a number"),
         ("config: {n_layer: 1, n_layer: 2}", "line 4: the key 'n_layer' is there twice"),
         ("config: {preset: ../microgpt}", "unknown preset '../microgpt'"),
+        ("config: {steps: 1}", "steps 1: step 2 of this case would have no learning rate left"),
         ("wombat: 1", "unknown key 'wombat' (line 4)"),
         ("kink: 2024-01-01", "kink: expected a string"),
     ],
