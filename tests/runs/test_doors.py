@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from faults import quiet, training
+from faults import microgpt, quiet, training
 from mutations import made_up
 
 import microgpt as library
@@ -36,7 +36,6 @@ from crosscheck.trace import trace
 from crosscheck.traces import save_trace
 from microgpt import strict_yaml
 from microgpt.backend import BACKENDS
-from microgpt.cli.commands import main as microgpt
 from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
 from microgpt.runs import directory as rundir
@@ -126,8 +125,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a case": _case,
     "a library's checkpoint": _gpt,
     "port --html": lambda path: crosscheck(["port", "--program", "{in}{out}", "--html", str(path)]),
-    "report --out": lambda path: microgpt(["report", "run", "--out", str(path)]),
-    "atlas --out": lambda path: microgpt(["atlas", "--out", str(path)]),
+    "report --out": lambda path: microgpt("report", "run", "--out", str(path)),
+    "atlas --out": lambda path: microgpt("atlas", "--out", str(path)),
     "diff --html": lambda path: crosscheck(["diff", "a", "b", "--html", str(path)]),
     **{
         f"kit: {name}": _kit(name)
@@ -223,7 +222,7 @@ def test_an_empty_name_is_refused(arguments: list[str], capsys: pytest.CaptureFi
     assert "expected the name of a" in said
     assert said.count("\n") == 1
     for command in ("report", "atlas"):
-        assert microgpt([command, *["run"] * (command == "report"), "--out", ""]) == 2
+        assert microgpt(command, *["run"] * (command == "report"), "--out", "") == 2
         assert "expected the name of a file" in capsys.readouterr().err
     assert crosscheck([*COLLECT, "--json", ""]) == pytest.ExitCode.USAGE_ERROR
     assert "--json: expected the name of a file" in capsys.readouterr().err
@@ -497,13 +496,13 @@ def test_logits_that_overflow_after_the_first_are_not_drawn_from(
 ) -> None:
     held = outsized(tmp_path / FILE_NAME, size)
     words = ["sample", held, "--backend", backend, "--temperature"]
-    assert microgpt([*words, temperature]) == 2
+    assert microgpt(*words, temperature) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "a logit is not finite; the model's numbers are too large to draw from" in printed.err
     assert printed.err.count("\n") == 1
     if size < 1e308:
-        assert microgpt([*words, "1.0"]) == 0
+        assert microgpt(*words, "1.0") == 0
 
 
 def test_a_text_that_is_not_drawn_does_not_refuse_those_that_are_drawn(run: Path) -> None:
@@ -600,7 +599,7 @@ def test_an_exercise_that_ends_the_program_is_wrong(body: str, tmp_path: Path) -
     first = tmp_path / "01_value.py"
     text = first.read_text(encoding="utf-8").replace("raise NotImplementedError", body, 1)
     first.write_text(text, encoding="utf-8")
-    assert microgpt(["check", str(tmp_path)]) == 1
+    assert microgpt("check", str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -638,7 +637,7 @@ def test_a_run_is_named_after_its_file_only_where_that_is_a_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _written(tmp_path / name, "steps: 2\n")
-    assert microgpt(["train", "--config", name]) == 2
+    assert microgpt("train", "--config", name) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "name a directory with --out DIR" in said
@@ -680,10 +679,10 @@ def test_a_configuration_that_was_changed_by_hand_is_said(
         config.read_text(encoding="utf-8").replace("learning_rate: 0.", "learning_rate: 7."),
         encoding="utf-8",
     )
-    assert microgpt(["train", "--resume", "--out", str(out), "--steps", "8"]) == 0
+    assert microgpt("train", "--resume", "--out", str(out), "--steps", "8") == 0
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith("config.yaml had learning_rate 7.")
-    assert microgpt(["train", "--resume", "--out", str(out), "--steps", "9"]) == 0
+    assert microgpt("train", "--resume", "--out", str(out), "--steps", "9") == 0
     assert "config.yaml" not in capsys.readouterr().out
 
 
@@ -739,17 +738,17 @@ def test_where_drawing_the_weights_takes_long_it_is_said(
 ) -> None:
     monkeypatch.setattr("microgpt.train.MANY", 100)
     start = training(tmp_path, "vectorized", 2, 0)
-    assert microgpt([*start, "--out", str(tmp_path / "run")]) == 0
+    assert microgpt(*start, "--out", str(tmp_path / "run")) == 0
     assert capsys.readouterr().out.startswith("drawing ")
 
 
 def test_where_drawing_documents_takes_long_it_is_said_beside_them(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert microgpt(["sample", str(run), "--num", "2"]) == 0
+    assert microgpt("sample", str(run), "--num", "2") == 0
     plain = capsys.readouterr()
     monkeypatch.setattr("microgpt.layout.MANY", 100)
-    assert microgpt(["sample", str(run), "--num", "2"]) == 0
+    assert microgpt("sample", str(run), "--num", "2") == 0
     said = capsys.readouterr()
     assert said.out == plain.out
     assert plain.err == ""

@@ -28,11 +28,10 @@ from unittest.mock import patch
 import faults
 import numpy as np
 import pytest
-from faults import differences, quiet, training
+from faults import differences, microgpt, quiet, training
 
 from microgpt.backend import BACKENDS
 from microgpt.cli import report
-from microgpt.cli.commands import main as microgpt
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.layout import param_shapes, pick
@@ -325,7 +324,7 @@ def test_a_signal_before_or_after_training_ends_a_run_at_once(
         "samples": "vectorized.backend.sample_many",
     }[place]
     with patch(target, lambda *_: os.kill(os.getpid(), signal.SIGHUP)):
-        assert faults.microgpt([*start, "--out", str(out)]) == 129
+        assert microgpt(*start, "--out", str(out)) == 129
     printed = capsys.readouterr()
     assert printed.err == "microgpt train: interrupted\n"
     if place == "documents":
@@ -471,7 +470,7 @@ def test_a_signal_counts_for_more_than_an_output_on_a_full_disk(
 
     stop = after_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with stop, redirect_stdout(Full()), redirect_stderr(io.StringIO()):
-        assert faults.microgpt([*start, "--out", str(tmp_path / "run")]) == 143
+        assert microgpt(*start, "--out", str(tmp_path / "run")) == 143
     assert load_checkpoint(tmp_path / "run").state.updates == 6
 
 
@@ -590,7 +589,7 @@ def test_a_second_run_is_kept_out_while_the_first_lives_and_not_longer(
     child.kill()
     child.wait()
     assert (out / LOCK).exists()
-    assert faults.microgpt([*begin, "--overwrite"]) == 0
+    assert microgpt(*begin, "--overwrite") == 0
     said, *_ = capsys.readouterr().out.splitlines()
     assert said.startswith(f"the run before (process {child.pid} on ")
     assert said.endswith(") was cut short; its lock is void")
@@ -778,7 +777,7 @@ def test_a_loss_of_documents_kept_from_training_that_is_not_finite_is_said(
         raise FloatingPointError("the loss of a position is not finite")
 
     with patch("vectorized.backend.Backend.position_losses", not_finite):
-        assert faults.microgpt([*start, "--held-out", "2", "--out", str(tmp_path / "run")]) == 0
+        assert microgpt(*start, "--held-out", "2", "--out", str(tmp_path / "run")) == 0
     said = capsys.readouterr().out
     assert "no loss on 2 documents kept from training: the loss of a position is not" in said
 
@@ -859,6 +858,6 @@ def test_what_a_lock_says_is_printed_as_text(run: Path) -> None:
     (run / LOCK).write_bytes(b"\n\x1b[31mEVIL\x9b\nline 2")
     said = io.StringIO()
     with redirect_stdout(said):
-        assert microgpt(["train", "--resume", "--out", str(run)]) == 0
+        assert microgpt("train", "--resume", "--out", str(run)) == 0
     assert r"(\x1b[31mEVIL" in said.getvalue()
     assert "\x1b" not in said.getvalue()

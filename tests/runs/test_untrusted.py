@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import microgpt
 from mutations import made_up
 from safetensors.numpy import save_file
 
@@ -27,7 +28,6 @@ from crosscheck.trace import trace
 from crosscheck.traces import load_trace, save_trace
 from microgpt import data
 from microgpt.backend import BACKENDS, fresh_state, load_backend
-from microgpt.cli.commands import main as microgpt
 from microgpt.config import Config
 from microgpt.data import load_documents
 from microgpt.errors import MicrogptError
@@ -495,7 +495,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_drawn(
     (tmp_path / "mine.yaml").write_text(fields, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     start = process_time()
-    assert microgpt([command, "--config", "mine.yaml"]) == 2
+    assert microgpt(command, "--config", "mine.yaml") == 2
     assert process_time() - start < SECONDS
     printed = capsys.readouterr()
     assert printed.err.startswith(f"microgpt {command}: error: {message}")
@@ -512,12 +512,12 @@ def test_what_a_batch_takes_depends_on_the_documents(
     (tmp_path / "short").write_text("ab\nba", encoding="utf-8")
     out = ["--backend", backend, "--steps", "1", "--num-samples", "0", "--out", str(tmp_path / "r")]
     long, short = (["--dataset", str(tmp_path / name), *out] for name in ("long", "short"))
-    assert microgpt(["train", "--batch-size", "100000000", *short]) == 2
+    assert microgpt("train", "--batch-size", "100000000", *short) == 2
     assert "error: --batch-size 100,000,000: with the" in capsys.readouterr().err
-    assert microgpt(["train", "--block-size", "10000", *long]) == 2
+    assert microgpt("train", "--block-size", "10000", *long) == 2
     assert "error: --block-size 10,000: with the" in capsys.readouterr().err
-    assert microgpt(["train", "--block-size", "10000", *short]) == 0
-    assert microgpt(["train", *long, "--overwrite"]) == 0
+    assert microgpt("train", "--block-size", "10000", *short) == 0
+    assert microgpt("train", *long, "--overwrite") == 0
 
 
 def test_a_container_may_use_less_than_the_machine_has(
@@ -540,7 +540,7 @@ def test_memory_that_runs_out_after_all_is_said(
         raise MemoryError
 
     monkeypatch.setattr("microgpt.train.init_params", drawn)
-    assert microgpt(["train", "--out", str(tmp_path / "run")]) == 2
+    assert microgpt("train", "--out", str(tmp_path / "run")) == 2
     assert "error: there is not enough memory; try a smaller" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -673,10 +673,10 @@ def test_every_code_point_is_a_token(documents: list[str], tmp_path: Path) -> No
     (tmp_path / "text").write_text("\n".join(documents), encoding="utf-8")
     out = tmp_path / "run"
     line = ["train", "--dataset", str(tmp_path / "text"), "--steps", "2", "--num-samples", "3"]
-    assert microgpt([*line, "--out", str(out)]) == 0
+    assert microgpt(*line, "--out", str(out)) == 0
     held = load_checkpoint(out)
     assert held.tokenizer.chars == tuple(sorted(set("".join(documents))))
-    assert microgpt(["eval", str(out)]) == 0
+    assert microgpt("eval", str(out)) == 0
 
 
 class Unread(str):
@@ -724,7 +724,7 @@ def made(folder: Path) -> Path:
     words.write_text("emma\nnoah\nal\n", encoding="utf-8")
     out = folder / "run"
     small = ["--n-embd", "4", "--n-head", "2", "--num-samples", "1", "--dataset", str(words)]
-    assert microgpt(["train", "--out", str(out), "--steps", "2", *small]) == 0
+    assert microgpt("train", "--out", str(out), "--steps", "2", *small) == 0
     return out
 
 
@@ -749,7 +749,7 @@ def test_a_forged_run_is_refused(
     rewrite(out / "checkpoint.safetensors", tmp_path / "forged", edit)
     (tmp_path / "forged").replace(out / "checkpoint.safetensors")
     capsys.readouterr()
-    assert microgpt([*command.split(), str(out)]) == 2
+    assert microgpt(*command.split(), str(out)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
@@ -760,7 +760,7 @@ def test_samples_are_text_and_no_commands(
     out = made(tmp_path)
     rewrite(out / "checkpoint.safetensors", tmp_path / "forged", text("chars", "\x07\x1bahlm\x9b"))
     capsys.readouterr()
-    assert microgpt(["sample", str(tmp_path / "forged"), "--num", "50", "--temperature", "9"]) == 0
+    assert microgpt("sample", str(tmp_path / "forged"), "--num", "50", "--temperature", "9") == 0
     out_text = capsys.readouterr().out
     assert not set("\x1b\x07\x9b") & set(out_text)
     assert r"\x1b" in out_text
@@ -771,7 +771,7 @@ def test_many_samples_are_those_that_are_drawn_at_once(
 ) -> None:
     out = made(tmp_path)
     capsys.readouterr()
-    assert microgpt(["sample", str(out), "--num", "2025"]) == 0
+    assert microgpt("sample", str(out), "--num", "2025") == 0
     assert capsys.readouterr().out.splitlines() == GPT.load(out).sample(2025)
 
 
