@@ -10,6 +10,7 @@ from itertools import count
 
 import numpy as np
 
+from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import Expression, expression, shown
@@ -205,6 +206,7 @@ def compare_step(
     noted: set[str] = set()
     there = {*reference, *candidate}
     order = [key for key in keys(case.config, case.tokenizer.vocab_size) if key in there]
+    passed = passing(step, reference, candidate, standard)
     for key in order:
         phase, _ = split_key(key)
         if any(
@@ -212,7 +214,9 @@ def compare_step(
             for side, stop in zip((reference, candidate), stops)
         ):
             continue
-        found = _compare_tensor(case, step, key, reference, candidate, standard, outcome)
+        found = _compare_tensor(
+            case, step, key, reference, candidate, standard, outcome, passed.get(key)
+        )
         if found is None:
             agreed.append(key)
         elif phase not in noted:
@@ -388,7 +392,12 @@ def _compare_tensor(
     candidate: Step,
     standard: Standard,
     outcome: Outcome,
+    passed: Passed | None,
 ) -> Disagreement | None:
+    """What is wrong with a tensor, if anything is; it is counted if nothing is.
+
+    passed    if it lies within the narrowest tolerance that it has
+    """
     tally, seen = outcome.tally, outcome.shares.setdefault(step, {})
     seen[key] = math.inf
     malformed = _malformed(case, step, key, reference, candidate, standard)
@@ -396,13 +405,14 @@ def _compare_tensor(
         return malformed
     ours, theirs = reference[key], candidate[key]
     there = real(key, ours.shape, reference["batch/tokens"])
-    for allowed in standard.widening(step, key, reference):
-        tolerance, least = allowed
+    for tolerance, least in standard.widening(step, key, reference) if passed is None else ():
         shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
-        if (shares <= 1).all():
+        seen[key] = float(shares.max())
+        if seen[key] <= 1:
+            excused = int((tolerance.excused(ours, theirs) & there).sum()) * bool(tolerance.rtol)
+            passed = Passed(seen[key], least, excused)
             break
-    seen[key] = float(shares.max())
-    if not (shares <= 1).all():
+    if passed is None:
         if not outcome.found:
             outcome.wrong = np.where(there, shares, np.nan)
         index = exhibit(key, ours, shares)
@@ -419,19 +429,19 @@ def _compare_tensor(
             exceeding=int((shares > 1).sum()),
             elements=int(there.sum()),
         )
+    seen[key] = passed.share
     problem = _vacuous(case, key, ours, theirs, there, reference["batch/tokens"])
     if problem:
         return Disagreement(case.name, step, key, problem)
     tally.tensors += 1
-    tally.elements += int(there.sum())
-    excused = int((tolerance.excused(ours, theirs) & there).sum())
-    if excused and tolerance.rtol:
+    tally.elements += int(np.count_nonzero(there))
+    if passed.excused:
         phase, _ = split_key(key)
-        tally.excused[phase] = tally.excused.get(phase, 0) + excused
-    if least:
+        tally.excused[phase] = tally.excused.get(phase, 0) + passed.excused
+    if passed.least:
         tally.within += 1
-    elif shares.max() > tally.worst:
-        tally.worst, tally.worst_key = float(shares.max()), key
+    elif passed.share > tally.worst:
+        tally.worst, tally.worst_key = passed.share, key
     return None
 
 

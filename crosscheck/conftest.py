@@ -25,7 +25,7 @@ from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
-from crosscheck.tolerance import FLOAT64, Standard, float32, float64
+from crosscheck.tolerance import FLOAT64, Standard, float32
 from microgpt.backend import BACKENDS
 from microgpt.cli.whereabouts import checkout, described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
@@ -293,7 +293,7 @@ def standard(choice: Choice, case: Case, reference_steps: ReferenceSteps) -> Sta
     """What the candidate is held to in this case."""
     if choice.dtype == "float32" or reference_steps.failed.exists():
         return choice.coarse(case)
-    return float64(reference_steps.noise, case.config)
+    return reference_steps.standard
 
 
 @cache
@@ -418,6 +418,7 @@ class Session:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.order = {item.nodeid: i for i, item in enumerate(session.items)}
+        gc.freeze()  # what is there before the tests need not be searched for cycles again
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from crosscheck.cases import Case
 from crosscheck.noise import Noise, noise
 from crosscheck.sides import IncompleteError, Stop
+from crosscheck.tolerance import float64
 from crosscheck.trace import Step, part, trace
 from microgpt.backend import State
 from microgpt.runs.files import write_whole
@@ -28,6 +29,7 @@ class ReferenceSteps:
         self.folder, self.name = folder, name
         self.known: list[tuple[Step, Stop | None]] = []
         self.measured: Sequence[Noise] | None = None
+        self.standard = float64(self.noise, case.config)  # and what it keeps of each step
         self.rest: Iterator[Step] | None = None  # computes the step after those that are known
 
     def __iter__(self) -> Iterator[Step]:
@@ -74,6 +76,8 @@ class ReferenceSteps:
             found = next(self.rest), None
         except IncompleteError as error:
             found = error.step, error.stop
+        if len(self.known) + 1 == self.steps:
+            self.rest = None  # and with it the graph of the last step
         write_whole(path, pickle.dumps(found))
         return found
 
