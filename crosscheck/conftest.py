@@ -37,6 +37,7 @@ FIRST = ("test_first_step",)
 SLOW = ("test_a_thousand_steps", "test_random_models")
 NOT_QUICK = (  # for -m quick: what takes long, and what looks once more at what others look at
     *SLOW,
+    "test_later_steps_by_the_table",
     "test_teacher_forced",
     "test_free_running",
     "test_in_single_precision",

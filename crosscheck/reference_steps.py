@@ -45,6 +45,13 @@ class ReferenceSteps:
         """The first so many steps."""
         return islice(self, steps)
 
+    def later(self) -> Iterator[Step]:
+        """All steps but the first; none if the reference does not finish that."""
+        steps = iter(self)
+        with suppress(IncompleteError):
+            next(steps)
+        return steps
+
     @property
     def failed(self) -> Path:
         """A file that is there once the first step has failed."""

@@ -5,7 +5,7 @@ Two texts that make the same mistake agree with each other. microgpt/taps.py is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,14 +27,17 @@ NAME = "the table"
 HELD = ("forward", "backward", "gradient")
 
 
-def held_to_table(case: Case, steps: Iterable[Step], reference: str) -> Outcome:
+def held_to_table(
+    case: Case, steps: Callable[[], Iterable[Step]], reference: str, after: int = 0
+) -> Outcome:
     """Hold the steps of a text against what the table makes of the operands in the same trace.
 
-    steps        are read twice
+    steps        gives them, each time from the first
     reference    the text whose steps they are
+    after        how many steps came before these
     """
-    by_table = map(partial(computed, case.config), steps)
-    outcome = compare(case, steps, by_table, names=(reference, NAME))
+    by_table = map(partial(computed, case.config), steps())
+    outcome = compare(case, steps(), by_table, names=(reference, NAME), after=after)
     if outcome.found and outcome.found[0].shape is not None:
         found = outcome.found[0]
         line = table_line(case.config, found.key)
