@@ -207,12 +207,10 @@ def compare_step(
     there = {*reference, *candidate}
     order = [key for key in keys(case.config, case.tokenizer.vocab_size) if key in there]
     passed = passing(step, reference, candidate, standard)
+    stopped_early = [side for side, stop in zip((reference, candidate), stops) if stop]
     for key in order:
         phase, _ = split_key(key)
-        if any(
-            stop and _not_reached(key, side, order)
-            for side, stop in zip((reference, candidate), stops)
-        ):
+        if any(_not_reached(key, side, order) for side in stopped_early):
             continue
         found = _compare_tensor(
             case, step, key, reference, candidate, standard, outcome, passed.get(key)
