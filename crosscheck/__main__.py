@@ -1,4 +1,4 @@
-"""`python -m crosscheck`: what belongs to the crosscheck and is not a test."""
+"""`python -m crosscheck`: run the crosscheck, plant defects, check a port or functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,26 +26,27 @@ from crosscheck.compare import Outcome
 from crosscheck.kit import STAGES, kit_cases
 from crosscheck.report import as_json, render, summary
 from crosscheck.tolerance import FLOAT32_MEASURED
-from crosscheck.trace import PHASES, real, split_key, teacher_forced, trace
+from crosscheck.trace import PHASES, Step, real, split_key, teacher_forced, trace
 from microgpt.backend import BACKENDS
 from microgpt.cli import shell
-from microgpt.cli.shell import Parser, bare, directory
+from microgpt.cli.shell import Parser, bare, directory, page_libraries
 from microgpt.cli.whereabouts import described
 from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import save_params
 from microgpt.runs.files import check_target
 
-SEEDS = 9  # sets of parameters for which single precision is measured
+TAKE_FILES = ("--candidate", "--ignore")  # options of pytest and of ours
+SEEDS = 9  # sets of parameters on which the error of single precision is measured
 T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status 0: as it should be; 1: a difference; 2: a mistake in the call."""
+    """The exit status of a command; 0: all agrees, 1: a difference, 2: a mistake in the call."""
     return shell.run(_parser, arguments)
 
 
 def test(options: argparse.Namespace) -> int:
-    """Run `pytest crosscheck` from anywhere; options are pytest's."""
+    """Run `pytest crosscheck` from any folder, with the options of pytest."""
     import pytest
 
     if {"-h", "--help"} & set(options.rest):
@@ -58,15 +60,21 @@ def test(options: argparse.Namespace) -> int:
     print(f"crosscheck of {described()}", flush=True)
 
     class Ended:
-        """Keeps what pytest makes an exit status of its own of."""
+        """Keeps the interrupt, which pytest would turn into an exit status of its own."""
 
         def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
             self.by = excinfo.value
 
+    for before, word in pairwise(["", *options.rest]):
+        if word.endswith(".py") and before not in TAKE_FILES and Path(word).is_file():
+            raise MicrogptError(
+                f"{word}: the tests are those of the crosscheck; to check functions of your own:"
+                f" python -m crosscheck check {word}"
+            )
     ended = Ended()
     with contextlib.redirect_stdout(bare(sys.stdout)):  # pytest writes in colours
-        # the plugin's package is known already, and pytest says that it cannot rewrite it; nor can
-        # it keep which tests failed where the package belongs to another user
+        # pytest warns that it cannot rewrite the asserts of a package that is imported already, and
+        # that it cannot write its cache into a folder of another user
         ignored = ("PytestAssertRewriteWarning", "PytestCacheWarning")
         known = [word for name in ignored for word in ("-W", f"ignore::pytest.{name}")]
         status = pytest.main([str(Path(__file__).parent), *known, *options.rest], plugins=[ended])
@@ -76,28 +84,26 @@ def test(options: argparse.Namespace) -> int:
 
 
 def _help_of_test() -> str:
-    """The crosscheck's own options and the cases; pytest has many more options."""
+    """The help of `test`: the crosscheck's own options, and the cases."""
     from crosscheck import conftest, plugin
 
-    parser = argparse.ArgumentParser(
+    class Options(argparse.ArgumentParser):
+        """Takes the place of pytest's parser, whose help would list pytest's options as well."""
+
+        addoption = argparse.ArgumentParser.add_argument
+
+        def getgroup(self, *_: str) -> Options:
+            return self
+
+    parser = Options(
         prog="python -m crosscheck test",
-        description="Hold two implementations against each other: `pytest crosscheck`, from"
-        " anywhere. All options of pytest are taken as well (pytest --help), such as -k NAME, -x,"
+        description="Hold two implementations against each other: `pytest crosscheck`, from any"
+        " folder. The options of pytest can be given as well (pytest --help), such as -k NAME, -x,"
         " -q.",
         epilog="cases, the smallest first: " + ", ".join(case_names()),
     )
-
-    # the crosscheck's own lists of options, in a parser that prints no other
-    class Group:
-        def addoption(self, *names: str, **settings: Any) -> None:
-            parser.add_argument(*names, **settings)
-
-    class Options:
-        def getgroup(self, *_: str) -> Group:
-            return Group()
-
     for module in (conftest, plugin):
-        module.pytest_addoption(Options())
+        module.pytest_addoption(parser)
     return parser.format_help().rstrip()
 
 
@@ -134,12 +140,13 @@ def defects(options: argparse.Namespace) -> int:
 
 
 def mutants(options: argparse.Namespace) -> int:
-    """Change the sources at one place at a time and print what survives."""
+    """Change the sources at one place at a time and print the changes that no case notices."""
     from random import Random
 
     from crosscheck.mutants import SURVIVES, Score, domain_mutants, mechanical_mutants, tried
 
-    chosen = [*(domain_mutants() if options.kind == "domain" else mechanical_mutants())]
+    mechanical = options.kind == "mechanical"
+    chosen = [*(mechanical_mutants(options.file) if mechanical else domain_mutants())]
     known = sorted({mutant.file for mutant in chosen})
     for file in options.file:
         if file not in known:
@@ -219,11 +226,10 @@ def kit(options: argparse.Namespace) -> int:
 
 
 def port(options: argparse.Namespace) -> int:
-    """Check what a program computes. Exit status 3: nothing is wrong, and not all is there."""
+    """Check what a program computes. Exit status 3: nothing is wrong, but something is missing."""
     from crosscheck.port import climb, command_line
 
-    if not 0 < options.time_limit < float("inf"):
-        raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    _check_time_limit(options.time_limit)
     if options.html:
         check_target(options.html, "--html")
     result = climb(
@@ -242,27 +248,26 @@ def port(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Check functions of your own. Exit status 3: right so far, and not all are there."""
+    """Check functions of your own. Exit status 3: right so far, but some are not written yet."""
     from crosscheck.candidate import source_file
     from crosscheck.check import run, watch
 
     source_file(options.candidate)
-    if not 0 < options.time_limit < float("inf"):
-        raise MicrogptError(f"--time-limit: expected seconds above 0, got {options.time_limit}")
+    _check_time_limit(options.time_limit)
     if options.watch:
         return watch(options.candidate, options.hint, options.time_limit)
     return run(options.candidate, options.hint, not options.json, options.time_limit)
 
 
+def _check_time_limit(seconds: float) -> None:
+    if not 0 < seconds < float("inf"):
+        raise MicrogptError(f"--time-limit: expected seconds above 0, got {seconds}")
+
+
 def _draw(path: Path, about: str, outcomes: Sequence[Outcome], labels: tuple[str, str]) -> None:
-    """The map of these comparisons as a page."""
-    try:
+    """Write the map of these comparisons, as a page."""
+    with page_libraries():
         from crosscheck.html import of_outcomes, write
-    except ModuleNotFoundError as error:
-        raise MicrogptError(
-            f"--html: the library {error.name} is not there; install what pages need with:"
-            " python -m pip install jinja2 pygments"
-        ) from None
     write(path, of_outcomes(about, outcomes, *labels))
 
 
@@ -275,116 +280,120 @@ def params(options: argparse.Namespace) -> int:
 
 
 def float32_losses(options: argparse.Namespace) -> int:
-    """Measure what single precision loses, as a share of the largest number of each tensor."""
+    """Measure the error of single precision, as a share of the largest number of each tensor."""
     worst: dict[str, tuple[float, str]] = dict.fromkeys(FLOAT32_MEASURED, (0.0, ""))
     for name in case_names():
         stored = load_case(name)
         if stored.float32:
-            continue  # it declares that it loses more
+            continue  # a case whose file declares a larger error
         for seed in range(SEEDS):
             case = with_params(stored, draw_params(stored, seed)) if seed else stored
-            reference_steps = list(trace(case, "vectorized", "float64", 5))
-            for reference_step, step in zip(
-                reference_steps, teacher_forced(case, "vectorized", "float32", reference_steps)
-            ):
-                for key, tensor in step.items():
-                    phase, where = split_key(key)[0], f"{name}, seed {seed}: {key}"
-                    there = real(key, tensor.shape, reference_step["batch/tokens"])
-                    size = np.abs(reference_step[key][there]).max(initial=0.0)
-                    error = (
-                        np.abs(tensor - reference_step[key])[there].max() / size if size else 0.0
-                    )
-                    worst[phase] = max(worst[phase], (float(error), where))
+            steps = list(trace(case, "vectorized", "float64", 5))
+            for pair in zip(steps, teacher_forced(case, "vectorized", "float32", steps)):
+                for key, error in _errors(*pair):
+                    phase = split_key(key)[0]
+                    worst[phase] = max(worst[phase], (error, f"{name}, seed {seed}: {key}"))
     for phase, (error, where) in worst.items():
-        print(
-            f"{PHASES[phase]:26} {error:8.1e}  (allowed four times"
-            f" {FLOAT32_MEASURED[phase]:.1e})  {where}"
-        )
+        allowed = f"(allowed four times {FLOAT32_MEASURED[phase]:.1e})"
+        print(f"{PHASES[phase]:26} {error:8.1e}  {allowed}  {where}")
     return 0
+
+
+def _errors(reference: Step, step: Step) -> Iterator[tuple[str, float]]:
+    """The key and the largest error of each tensor, as a share of the tensor's largest number."""
+    for key, tensor in step.items():
+        there = real(key, tensor.shape, reference["batch/tokens"])
+        size = np.abs(reference[key][there]).max(initial=0.0)
+        yield key, float(np.abs(tensor - reference[key])[there].max() / size) if size else 0.0
+
+
+Argument = tuple[str, dict[str, Any]]  # what argparse's add_argument takes
+JSON = ("--json", {"action": "store_true", "help": "for other programs"})
+HTML = ("--html", {"type": Path, "metavar": "FILE", "help": "draw a map of it as a page"})
+DTYPE = ("--dtype", {"default": "float64", "choices": ("float64", "float32")})
+CASES = ("--case", {"nargs": "+", "metavar": "NAME|FILE", "help": "only these (default: all)"})
+
+
+def _time_limit(of: str, default: float) -> Argument:
+    words = f"for one {of} (default: {default:g})"
+    return "--time-limit", {"type": float, "default": default, "metavar": "SECONDS", "help": words}
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Argument]]] = {
+    "test": (test, []),
+    "defects": (defects, [("name", {"nargs": "*", "help": "only these (default: all)"}), JSON]),
+    "mutants": (mutants, [
+        ("file", {"nargs": "*", "help": "only in these, such as vectorized/model.py"}),
+        ("--kind", {"choices": ("mechanical", "domain"), "default": "mechanical",
+                    "help": "every operator and number (default), or what people get wrong"}),
+        ("--sample", {"type": int, "metavar": "N", "help": "only N of them, drawn at random"}),
+    ]),
+    "trace": (record, [
+        ("--case", {"required": True, "metavar": "NAME|FILE", "help": "a case"}),
+        ("--backend", {"required": True, "choices": BACKENDS}),
+        DTYPE,
+        ("--steps", {"type": int, "default": 3, "metavar": "N", "help": "how many (default: 3)"}),
+        ("--out", {"required": True, "type": Path, "metavar": "FILE",
+                   "help": "a safetensors file"}),
+    ]),
+    "diff": (diff, [
+        ("reference", {"type": Path}),
+        ("candidate", {"type": Path}),
+        ("--only", {"action": "append", "metavar": "PATTERNS", "help": "of phase/name, such as"
+                    " 'gradient/*' or 'gradient/*,forward/loss'; may be given again"}),
+        HTML,
+        JSON,
+    ]),
+    "kit": (kit, [
+        ("folder", {"type": directory, "metavar": "DIR", "help": "where to put them"}),
+        CASES,
+        ("--answers", {"action": "store_true", "help": "write what a port should compute, too"}),
+    ]),
+    "port": (port, [
+        ("--program", {"required": True, "metavar": "COMMAND", "help": "such as './mine {in}"
+                       " {out}'; {in} and {out} become the names of two files"}),
+        CASES,
+        ("--stage", {"nargs": "+", "choices": STAGES, "metavar": "STAGE",
+                     "help": f"only these of {', '.join(STAGES)}"}),
+        DTYPE,
+        ("--reference", {"default": "vectorized", "choices": BACKENDS,
+                         "help": "what it is held against (default: vectorized)"}),
+        _time_limit("case", 60.0),
+        ("--all", {"action": "store_true", "help": "go on after the first wrong stage"}),
+        HTML,
+        JSON,
+    ]),
+    "check": (check, [
+        ("candidate", {"type": Path, "metavar": "FILE", "help": "such as mine.py, or a package,"
+                       " with functions of vectorized/ or scalar/, or loss_and_grads(params, docs,"
+                       " config), or a class Backend or Value"}),
+        ("--hint", {"action": "count", "default": 0, "help": "say what it looks like; given"
+                    " twice, the equation with its numbers as well"}),
+        ("--watch", {"action": "store_true", "help": "check again whenever the file changes"}),
+        _time_limit("call", 5.0),
+        JSON,
+    ]),
+    "float32": (float32_losses, []),
+    "params": (params, [("case", {"nargs": "*", "help": "which cases (default: all)"})]),
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m crosscheck", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def command(name: str, run: object) -> argparse.ArgumentParser:
+    for name, (run, arguments) in COMMANDS.items():
         about = (run.__doc__ or f"{name}.").rstrip(".")  # python -OO leaves docstrings out
-        added: argparse.ArgumentParser = commands.add_parser(
+        one: argparse.ArgumentParser = commands.add_parser(
             name,
             help=about[0].lower() + about[1:],
             description=about,
             allow_abbrev=False,
             add_help=run is not test,
         )
-        added.set_defaults(run=run, parser=added)
-        return added
-
-    command("test", test).set_defaults(rest=[])
-
-    one = command("defects", defects)
-    one.add_argument("name", nargs="*", help="only these (default: all)")
-    one.add_argument("--json", action="store_true", help="for other programs")
-
-    one = command("mutants", mutants)
-    one.add_argument("file", nargs="*", help="only of these, such as vectorized/model.py")
-    one.add_argument(
-        "--kind",
-        choices=("mechanical", "domain"),
-        default="mechanical",
-        help="every operator and number (default), or what people get wrong",
-    )
-    one.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
-
-    one = command("trace", record)
-    one.add_argument("--case", required=True, metavar="NAME|FILE", help="a case")
-    one.add_argument("--backend", required=True, choices=BACKENDS)
-    one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    one.add_argument("--steps", type=int, default=3, metavar="N", help="how many (default: 3)")
-    one.add_argument("--out", required=True, type=Path, metavar="FILE", help="a safetensors file")
-
-    one = command("diff", diff)
-    one.add_argument("reference", type=Path)
-    one.add_argument("candidate", type=Path)
-    one.add_argument("--only", action="append", metavar="PATTERNS", help="of phase/name, such as"
-                     " 'gradient/*' or 'gradient/*,forward/loss'; may be given again")  # fmt: skip
-    one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
-    one.add_argument("--json", action="store_true", help="for other programs")
-
-    one = command("kit", kit)
-    one.add_argument("folder", type=directory, metavar="DIR", help="where to put them")
-    one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
-    one.add_argument("--answers", action="store_true", help="and what a port should compute")
-
-    one = command("port", port)
-    one.add_argument("--program", required=True, metavar="COMMAND", help="such as './mine {in}"
-                     " {out}', where the names of two files are put")  # fmt: skip
-    one.add_argument("--case", nargs="+", metavar="NAME|FILE", help="only these (default: all)")
-    one.add_argument("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="only these of"
-                     f" {', '.join(STAGES)}")  # fmt: skip
-    one.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    one.add_argument("--reference", default="vectorized", choices=BACKENDS, help="what it is held"
-                     " against (default: vectorized)")  # fmt: skip
-    one.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for one"
-                     " case (default: 60)")  # fmt: skip
-    one.add_argument("--all", action="store_true", help="go on behind the first wrong stage")
-    one.add_argument("--html", type=Path, metavar="FILE", help="draw a map of it as a page")
-    one.add_argument("--json", action="store_true", help="for other programs")
-
-    one = command("check", check)
-    one.add_argument("candidate", type=Path, metavar="FILE", help="such as mine.py, or a package,"
-                     " with functions of vectorized/ or scalar/, or loss_and_grads(params, docs,"
-                     " config), or a class Backend or Value")  # fmt: skip
-    one.add_argument("--hint", action="count", default=0, help="say what it looks like; given"
-                     " twice, the equation with its numbers as well")  # fmt: skip
-    one.add_argument("--watch", action="store_true", help="again whenever the file has changed")
-    one.add_argument("--time-limit", type=float, default=5.0, metavar="SECONDS", help="for one"
-                     " call (default: 5)")  # fmt: skip
-    one.add_argument("--json", action="store_true", help="for other programs")
-
-    command("float32", float32_losses)
-
-    one = command("params", params)
-    one.add_argument("case", nargs="*", help="which cases (default: all)")
+        one.set_defaults(run=run, parser=one)
+        for flag, settings in arguments:
+            one.add_argument(flag, **settings)
+    commands.choices["test"].set_defaults(rest=[])
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Adam by another rule: each line of it in its wrong forms, as guesses at numbers."""
+"""The wrong forms of each line of Adam, as guesses at a faulty tensor."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ V = "beta2 * v + (1 - beta2) * g ** 2"
 
 
 def _update(of_m: str = "t", of_v: str = "t", m: str = "m", v: str = "v", lr: str = "lr") -> str:
-    """The rule; of_m and of_v are the counts of steps in the two bias corrections."""
+    """The formula of the update; of_m and of_v are the exponents in the bias corrections."""
     return f"-{lr} * ({m} / (1 - beta1 ** {of_m})) / (({v} / (1 - beta2 ** {of_v})) ** 0.5 + eps)"
 
 
 UPDATE = _update()
 
-# `raw` is the gradient before it is clipped, `limit` is grad_clip, `length` that of all gradients
+# what may take the place of the gradient, g, in the line of m; _names says what each name means
 GRADIENTS = {
     "the gradient is not clipped": "raw",
     "every tensor is clipped by its own length": "min(1, limit / own_length) * raw",
@@ -38,6 +38,9 @@ GRADIENTS = {
     "divided by its length, whatever grad_clip is": "raw / length",
     "clipped by the largest element, not by the length": "min(1, limit / largest) * raw",
     "clipped by the sum of sizes, not by the length": "min(1, limit / sizes) * raw",
+    "1e-6 is added to the length, as in PyTorch's clip_grad_norm_": (
+        "min(1, limit / (length + 1e-6)) * raw"
+    ),
     "clipped by the square of the length: the root is missing": "min(1, limit / length**2) * raw",
     "the weight decay is added to the gradient": "g + decay * p",
     "the sign of the gradient alone": "sign(g)",
@@ -63,7 +66,7 @@ OF_THE_STEP_BEFORE = {
     "the gradient of the step before": "beta1 * m + (1 - beta1) * g_before",
     "m does not change": "m",
 }
-SQUARES = {
+SQUARES = {  # what may take the place of g ** 2 in the line of v
     "the gradient is not clipped": "raw ** 2",
     "the clip factor is not squared": "factor * raw ** 2",
     "the clip factor enters to the fourth power": "factor ** 4 * raw ** 2",
@@ -129,9 +132,9 @@ OF_UPDATE = {
     "not divided by the root of v: momentum alone": "-lr * m_hat",
     "the sign: the update goes uphill": "lr * m_hat / (v_hat ** 0.5 + eps)",
     "the gradient in place of its mean": "-lr * g / (v_hat ** 0.5 + eps)",
-    "the mean of before this step": _update(m="m_before"),
-    "the mean square of before this step": _update(v="v_before"),
-    "both means of before this step": _update(m="m_before", v="v_before"),
+    "m from before this step": _update(m="m_before"),
+    "v from before this step": _update(v="v_before"),
+    "m and v from before this step": _update(m="m_before", v="v_before"),
     "plain gradient descent": "-lr * g",
     "the learning rate is missing": "-m_hat / (v_hat ** 0.5 + eps)",
     "the learning rate is not decayed": "-lr_full * m_hat / (v_hat ** 0.5 + eps)",
@@ -140,7 +143,7 @@ OF_UPDATE = {
     "Nesterov's step: beta1 m_hat + (1 - beta1) g": (
         "-lr * (beta1 * m_hat + (1 - beta1) * g / (1 - beta1 ** t)) / (v_hat ** 0.5 + eps)"
     ),
-    "not at all: the parameters do not move": "0 * m",
+    "the parameters are not updated at all": "0 * m",
 }
 for _t in ("t + 1", "t - 1"):
     _words = f"off by one step: {_t} in place of t"
@@ -149,33 +152,31 @@ for _t in ("t + 1", "t - 1"):
         f"bias correction of m {_words}": _update(of_m=f"({_t})"),
         f"bias correction of v {_words}": _update(of_v=f"({_t})"),
     }
-AFTER_THE_FIRST = {
+AFTER_THE_FIRST = {  # from the second step on; at the first, these are the rule itself
     "the learning rate is a step behind": _update(lr="lr_before"),
     "always corrected as at the first step": _update("1", "1"),
     "corrections and learning rate are those of the first step": _update("1", "1", lr="lr_first"),
 }
-# where there is weight decay: what is added to the rule in its place
+# what may take the place of -lr * decay * p, which weight decay adds to the rule
 OF_DECAY = {
     "the weight decay is missing": "0",
     "the weight decay is not multiplied by the learning rate": "-decay * p",
     "the sign of the weight decay": "lr * decay * p",
     "the weight decay is applied twice": "-2 * lr * decay * p",
     "the weight decay is applied after the update": "-lr * decay * (p + rule)",
-    "the weight decay is divided by the root of v too": ("-lr * decay * p / (v_hat ** 0.5 + eps)"),
-    "the weight decay goes by the rate before the schedule": "-lr_full * decay * p",
-    "the weight itself is multiplied by the decay's factor's square": (
-        "p * ((1 - lr * decay) ** 2 - 1)"
-    ),
+    "the weight decay is divided by the root of v too": "-lr * decay * p / (v_hat ** 0.5 + eps)",
+    "the weight decay goes by the learning rate before the schedule": "-lr_full * decay * p",
+    "the weight is multiplied by the square of 1 - lr decay": "p * ((1 - lr * decay) ** 2 - 1)",
 }
 
 
 def of_adam(
     phase: str, name: str, number: int, config: Config, step: Step, before: Step | None
 ) -> Iterator[Guess]:
-    """A tensor of Adam by another rule; nothing if it is none.
+    """A tensor of Adam by every wrong form; nothing if the tensor is not one of Adam's.
 
-    number    which step it is, from 1
-    before    the step before
+    number    of the step, from 1
+    before    the step before this one
     """
     if phase not in ("adam_m", "adam_v", "update"):
         return
@@ -204,9 +205,7 @@ def _updates(number: int, config: Config, names: dict[str, Any]) -> Iterator[Gue
     names["lr_full"] = config.learning_rate
     ((_, names["rule"]),) = values({"": UPDATE}, names)
     decay = -names["lr"] * config.weight_decay * names["p"]
-    if (
-        config.weight_decay
-    ):  # without weight decay these are the rule itself, which explains nothing
+    if config.weight_decay:  # without it, every form of the decay is the rule itself
         for words, other in values(OF_DECAY, names):
             yield words, names["rule"] + other
     forms = OF_UPDATE | (AFTER_THE_FIRST if number > 1 else {})
@@ -219,7 +218,7 @@ def _updates(number: int, config: Config, names: dict[str, Any]) -> Iterator[Gue
 
 
 def _names(name: str, number: int, config: Config, step: Step) -> dict[str, Any]:
-    """What the letters of the formulas stand for."""
+    """The number that each name of the formulas stands for; `raw`: the gradient before clipping."""
     raw, factor = step[f"gradient/d{name}"], clipping(config, step)
     every = [np.abs(step[key]) for key in step if key.startswith("gradient/")]
     return {

@@ -1,7 +1,7 @@
-"""Every += that scalar's backward pass makes to chosen elements, and the tap that each comes from.
+"""Every `child.grad += ..` of scalar's backward pass to chosen elements, with the tap behind it.
 
-A derivative is a sum with one term for every operation that the number goes into. scalar makes the
-sum one += at a time; here these are kept, with the names of what they come from.
+The derivative of a number is a sum, with one term for every operation that uses the number. scalar
+adds one term at a time; this module keeps the terms, and the name of the tap that each comes from.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from scalar.backend import Backend
 from scalar.value import Value
 
 Index = tuple[int, ...]
-ALL = -1
+ALL = -1  # in an index: every element along that axis
 
 
 class Place(NamedTuple):
     """An element of a tap or parameter, or all elements along an axis."""
 
     name: str
-    at: Index  # with ALL where it is all of an axis
+    at: Index
 
     def written(self, token: Callable[[int], str], layer: str = "") -> str:
-        """The element with the letter of each axis, `wte[v=4 (e), c=8]`; b, the only document, is
-        left out.
+        """The element with a letter for each axis but B (there is one document): wte[v=4 (e), c=8].
 
-        token    what a token of the vocabulary stands for
-        layer    the prefix that is left out
+        token    gives the text of a token id
+        layer    a prefix of the name, which is left out
         """
         shown = []
         for axis, i in zip(axes_of(self.name), self.at):
@@ -47,7 +46,7 @@ class Place(NamedTuple):
         return f"{name}[{', '.join(shown)}]" if shown else name
 
 
-# the elements of the tap that a value leads to, and the derivative of each by the value
+# the elements of the next tap that a value goes into, each with the element's slope by the value
 Towards = Mapping[Place, float]
 
 
@@ -62,7 +61,7 @@ class Addition:
 
     @property
     def source(self) -> Place:
-        """The element that `value` leads to; with ALL along an axis on which there are several."""
+        """The element that `value` goes into; if there are several, ALL stands for their axis."""
         first, *others = self.towards
         return Place(
             first.name,
@@ -74,7 +73,7 @@ class Addition:
 
     @property
     def share(self) -> float | None:
-        """value_grad as a multiple of the source's gradient, if the source is one element."""
+        """value_grad divided by the source's gradient; None if the source is several elements."""
         return next(iter(self.towards.values())) if len(self.towards) == 1 else None
 
     @property
@@ -85,8 +84,8 @@ class Addition:
 
 @contextmanager
 def no_search_for_cycles() -> Iterator[None]:
-    """Within this, Python does not search its objects for cycles: scalar's graph has none, and the
-    search takes a third of the time."""
+    """Within this context, Python does not search for cycles of objects: scalar's graph has none,
+    and the search takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +96,7 @@ def no_search_for_cycles() -> Iterator[None]:
 
 
 class _Edge(NamedTuple):
-    """An operand of a value, which is its i-th, and the local derivative."""
+    """The i-th operand of a value, with the local derivative."""
 
     child: Value
     value: Value
@@ -107,21 +106,20 @@ class _Edge(NamedTuple):
 
 
 class Additions:
-    """What the backward pass of a scalar backend, which this runs, adds to chosen elements.
+    """What scalar's backward pass, which this class runs, adds to chosen elements.
 
-    followed     the elements whose every addition is kept
-    several      the tensors with several consumers, of which the part of each is kept
+    followed     the elements of which every addition is kept
+    several      the tensors with several consumers: what each consumer adds in all is kept
 
-    one          the additions to an element, in the order of the backward pass
-    parts        by tensor and consumer, what the additions come to
+    one          by followed element, its additions in the order of the backward pass
+    parts        by tensor and consumer, the sum of the additions
     """
 
     def __init__(
         self, backend: Backend, followed: Collection[Place], several: Collection[str]
     ) -> None:
         self.backend, self.followed, self.several = backend, followed, several
-        self.taps = dict(_named(backend))
-        self.weights = {weight: n for n, weight in enumerate(backend.flat)}
+        self.places = dict(_named(backend))
         edges = self._edges()  # before the backward pass, which forgets the local derivatives
         backend.backward()
         self.one: dict[Place, list[Addition]] = defaultdict(list)
@@ -131,77 +129,51 @@ class Additions:
 
     def _edges(self) -> list[_Edge]:
         """The uses of the chosen elements, in the order of the backward pass."""
-        wanted, known = self._wanted(), {*self.taps, *self.weights}
+        known = set(self.places)
+        wanted = {
+            value
+            for value, place in self.places.items()
+            if place.name in self.several or place in self.followed
+        }
         towards: dict[Value, dict[Place, float]] = defaultdict(dict)
         edges: list[_Edge] = []
         for value in self.backend.loss._topological_order()[::-1]:
             children, local_grads = value._children, value._local_grads or ()
-            tap = self.taps.get(value)
-            own = {tap: 1.0} if tap else towards[value]
+            place = self.places.get(value)
+            own = {place: 1.0} if place else towards[value]
             if not wanted.isdisjoint(children):
                 pairs = enumerate(zip(children, local_grads))
                 edges += [_Edge(x, value, i, local, own) for i, (x, local) in pairs if x in wanted]
             if not known.issuperset(children):
                 for child, local in zip(children, local_grads):
                     if child not in known:
-                        for place, slope in own.items():
-                            before = towards[child].get(place, 0.0)
-                            towards[child][place] = before + slope * local
+                        for at, slope in own.items():
+                            before = towards[child].get(at, 0.0)
+                            towards[child][at] = before + slope * local
         return edges
 
-    def _wanted(self) -> set[Value]:
-        """The values of the chosen elements."""
-        wanted = {
-            value
-            for value, place in self.taps.items()
-            if place.name in self.several or place in self.followed
-        }
-        for name, matrix in self.backend.matrices.items():
-            if name in self.several:
-                wanted |= {weight for row in matrix for weight in row}
-        for name, at in self.followed:
-            if name in self.backend.matrices:
-                row, column = at
-                wanted.add(self.backend.matrices[name][row][column])
-        return wanted
-
     def _keep(self, edge: _Edge) -> None:
-        """Add what the backward pass has sent along an edge to the sums that it belongs to."""
+        """Keep the term of an edge: in the part of its consumer, and as an addition if followed."""
         child, value, i, local, towards = edge
-        place, source = self._place(child), next(iter(towards)).name
+        place, source = self.places[child], next(iter(towards)).name
         if place.name in self.several:
             parts = self.parts[place.name]
             if source not in parts:
                 parts[source] = np.zeros(self._shape(place.name))
             parts[source][place.at] += local * value.grad
         if place in self.followed:
-            partner = value._children[i - len(value._children) // 2]  # in a product of lists
-            named = partner in self.taps or partner in self.weights
-            factor = self._place(partner) if named and partner.data == local else None
+            # the other factor, also in dot(x, y), whose children are all of x and then all of y
+            partner = value._children[i - len(value._children) // 2]
+            factor = self.places.get(partner) if partner.data == local else None
             self.one[place].append(Addition(towards, value.grad, local, factor))
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        if name in self.backend.matrices:
-            matrix = self.backend.matrices[name]
-            return len(matrix), len(matrix[0])
-        return tuple(
-            1 + max(i) for i in zip(*(at for tap, at in self.taps.values() if tap == name))
-        )
-
-    def _place(self, value: Value) -> Place:
-        """The name of a value that is an element of a tap or parameter."""
-        if value in self.taps:
-            return self.taps[value]
-        n = self.weights[value]
-        for name, matrix in self.backend.matrices.items():
-            if n < len(matrix) * len(matrix[0]):
-                return Place(name, divmod(n, len(matrix[0])))
-            n -= len(matrix) * len(matrix[0])
-        raise KeyError(value)
+        indices = [place.at for place in self.places.values() if place.name == name]
+        return tuple(1 + max(axis) for axis in zip(*indices))
 
 
 def _named(backend: Backend) -> Iterator[tuple[Value, Place]]:
-    """Every value that is an element of a tap, with its place."""
+    """Every value that is an element of a tap or parameter, with its place."""
     *names, last = taps(backend.config)
     for b, doc_taps in enumerate(backend.doc_taps):
         for t, tap in enumerate(doc_taps):
@@ -210,6 +182,9 @@ def _named(backend: Backend) -> Iterator[tuple[Value, Place]]:
                     at = (b, index[0], t, index[1]) if "U" in axes_of(name) else (b, t, *index)
                     yield value, Place(name, at)
     yield backend.loss, Place(last, ())
+    for name, matrix in backend.matrices.items():
+        for weight, index in _elements(matrix, ()):
+            yield weight, Place(name, index)
 
 
 def _elements(nested: Any, index: Index) -> Iterator[tuple[Value, Index]]:

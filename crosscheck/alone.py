@@ -1,9 +1,9 @@
-"""A candidate's function by itself: its results on the inputs of crosscheck.functions, judged.
+"""What a candidate's function gets wrong by itself, on the inputs of crosscheck.functions.
 
 A result may differ from the shipped function's by RTOL of its size, or by FACTOR times its noise.
-The noise is measured on the shipped function: it runs again with every operand of every operation
-moved by one unit in the last place, at random, as crosscheck.noise does with scalar/. A backward
-function is also held to the derivative of the shipped forward function, by a complex step.
+To measure the noise, the shipped function runs again with every operand of every operation moved
+at random by one unit in the last place, as crosscheck.noise does with scalar/. A backward function
+is also compared with a derivative of the shipped forward function, taken by a complex step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from crosscheck.candidate import Candidate, Told, guarded_whole, in_place, text_functions
+from crosscheck.candidate import Candidate, Told, each, guarded_whole, in_place, text_functions
 from crosscheck.functions import (
     IN_PLACE,
     Array,
@@ -37,7 +37,7 @@ from microgpt.layout import Tree, grow
 from vectorized.batch import pad
 
 ENOUGH = 2.0  # seconds after which no more inputs are tried, if one has failed
-RUNS = 6  # of the shipped function with its operands moved
+RUNS = 6  # of the shipped function with moved operands, for the noise
 WHOLE = "loss_and_grads"
 
 
@@ -49,7 +49,7 @@ class Wrong:
     origin: str
     problem: str
     line: str = ""
-    label: str = ""  # of the result: dx, dw.attn_wq
+    label: str = ""  # of the wrong result: dx, dw.attn_wq
     shape: tuple[int, ...] = ()
     index: tuple[int, ...] = ()
     reference: float = 0.0
@@ -58,7 +58,7 @@ class Wrong:
     elements: int = 0
     arguments: str = ""
     share: str = ""  # how many inputs fail, and which
-    right: list[str] = field(default_factory=list)  # the other results, by name
+    right: list[str] = field(default_factory=list)  # the names of the other results
     wrong: list[str] = field(default_factory=list)
     evidence: list[tuple[Input, Mapping[str, Array]]] = field(default_factory=list)
 
@@ -69,9 +69,9 @@ class Wrong:
 
 
 def alone(candidate: Candidate, name: str, given: list[Input]) -> Wrong | None:
-    """The first thing that a function gets wrong on these inputs, by itself; None if nothing.
+    """The first result that a function gets wrong on these inputs; None if all are right.
 
-    Raises Told for what is not a wrong number: an exception, an input that was written to, ..
+    Raises Told for what is not a wrong result: an exception, an input that was written to, ..
     """
     kept: list[tuple[dict[str, Array], dict[str, Array], str]] = []
     evidence: list[tuple[Input, Mapping[str, Array]]] = []
@@ -121,11 +121,9 @@ def _called(
 
 
 def judged(candidate: Candidate, one: Input, found: Mapping[str, Array]) -> Wrong | None:
-    """What is wrong with the results for an input, if something is."""
+    """What is wrong with the results for an input; None if nothing is."""
     wrong = _compared(candidate, one, found)
-    if not wrong and one.function in WITNESSED:
-        wrong = _witnessed(candidate, one, found)
-    return wrong
+    return _off_slope(candidate, one, found) if not wrong and one.function in ALONG else wrong
 
 
 def _refuse_reused_memory(
@@ -136,14 +134,14 @@ def _refuse_reused_memory(
         for label in found:
             if not _same(found[label], before[label]):
                 words = (
-                    f"returns {label} in memory that it writes again later: what it returned"
+                    f"returns {label} in memory that it writes again later: the result"
                     f"\non {origin} has changed since"
                 )
                 raise Told(name, words, candidate.line_of(name))
 
 
 def _writes_to(name: str) -> Callable[[Any], bool]:
-    """Whether a statement writes into the array, tree or mapping of that name."""
+    """A test of statements: whether one writes into the array, tree or mapping of that name."""
 
     def writes(node: Any) -> bool:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
@@ -160,41 +158,38 @@ def _writes_to(name: str) -> Callable[[Any], bool]:
 
 def _changed(one: Input, given: list[Any]) -> str:
     """The first input that a call has written into; "" if none."""
+    outputs = {*IN_PLACE.get(one.function, ()), *filled(one.function), "cache", "caches"}
     for name, before, after in zip(one.names, one.args, given):
-        if name in IN_PLACE.get(one.function, ()) or name in ("cache", "caches"):
-            continue
-        if isinstance(before, Tree):
-            if name in filled(one.function):
-                continue
-            was, now = leaves(before, f"{name}."), leaves(after, f"{name}.")
-            for label, x in was.items():
-                if label not in now or not _same(x, now[label]):
-                    return label
-        elif isinstance(before, dict):
-            for label, x in before.items():
-                if label not in after or not _same(x, after[label]):
-                    return f"{name}[{label!r}]"
-        elif isinstance(before, tuple) and hasattr(before, "_fields"):
-            for label, x, y in zip(before._fields, before, after):
-                if not _same(x, y):
-                    return f"{name}.{label}"
-        elif (isinstance(before, np.ndarray) and not _same(before, after)) or (
-            isinstance(before, list) and before != after
-        ):
-            return name
+        now = _by_label(name, after)
+        for label, x in _by_label(name, before).items():
+            if name not in outputs and (label not in now or not _same(x, now[label])):
+                return label
     return ""
 
 
+def _by_label(name: str, x: Any) -> dict[str, Any]:
+    """The arrays and lists in an argument."""
+    if isinstance(x, Tree):
+        return leaves(x, f"{name}.")
+    if isinstance(x, dict):
+        return {f"{name}[{key!r}]": value for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return {f"{name}.{field}": value for field, value in zip(x._fields, x)}
+    return {name: x} if isinstance(x, (np.ndarray, list)) else {}
+
+
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list):
+        return bool(a == b)
     x, y = np.asarray(a), np.asarray(b)
     return x.shape == y.shape and bool(np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
 
 
-# --- compared ------------------------------------------------------------------------------------
+# --- the results ---------------------------------------------------------------------------------
 
 
 def _compared(candidate: Candidate, one: Input, found: Mapping[str, Array]) -> Wrong | None:
-    """The first result, in the order of computation, that is not as it should be."""
+    """The first wrong result, in the order of computation; None if all are right."""
     name = one.function
     base = Wrong(name, one.origin, "", candidate.line_of(name), arguments=shapes(one))
     if name == WHOLE and (words := _names_apart(one, found)):
@@ -213,14 +208,14 @@ def _compared(candidate: Candidate, one: Input, found: Mapping[str, Array]) -> W
 
 
 def _may_be_left_out(candidate: Candidate, name: str, label: str) -> bool:
-    """Whether nothing but the function itself reads a result."""
+    """Whether no function but the candidate's own reads this result."""
     tree = label.partition(".")[0]
     other_half = name.replace("_forward", "_backward")
     return tree == "dtap" or (tree == "tap" and other_half in candidate.functions)
 
 
 def _names_apart(one: Input, found: Mapping[str, Array]) -> str:
-    """Which gradients are missing, and which names no parameter has; "" if all is there."""
+    """Which gradients are missing, and which are of no parameter; "" if the names are right."""
     missing = [name.removeprefix("d") for name in one.wanted if name not in found]
     unknown = [name.removeprefix("d") for name in found if name not in one.wanted]
     if missing and {f"d{name}" for name in missing} <= {*unknown}:
@@ -238,13 +233,13 @@ def _names_apart(one: Input, found: Mapping[str, Array]) -> str:
 
 
 def _listed(names: list[str], most: int = 6) -> str:
-    """The names, or the first of many and how many there are."""
+    """The names; of many, the first and the number of the others."""
     rest = len(names) - most
     return ", ".join(names) if rest < 2 else f"{', '.join(names[:most])} and {rest} others"
 
 
 def _one_compared(base: Wrong, one: Input, label: str, result: Any) -> Wrong | None:
-    """What is wrong with one result, if something is."""
+    """What is wrong with one result; None if nothing is."""
     if result is None:
         words = "does not write" if "." in label else "gives no"
         return dataclasses.replace(base, problem=f"{words} {label}", label=label)
@@ -284,7 +279,7 @@ def _one_compared(base: Wrong, one: Input, label: str, result: Any) -> Wrong | N
 
 
 class Rounded(np.ndarray):
-    """An array of which every operation moves its operands by one unit in the last place."""
+    """An array whose operations first move their operands by one unit in the last place."""
 
     rng = np.random.default_rng(0)
 
@@ -298,11 +293,11 @@ class Rounded(np.ndarray):
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         change = _moved if func is np.einsum else _plain
-        return _rounded(func(*_each(change, args), **_each(_plain, kwargs)))
+        return _rounded(func(*each(change, args), **each(_plain, kwargs)))
 
 
 def _plain(x: Any) -> Any:
-    """The same memory as an array of NumPy's."""
+    """The memory of a Rounded array as a plain array."""
     return x.view(np.ndarray) if isinstance(x, Rounded) else x
 
 
@@ -315,29 +310,15 @@ def _moved(x: Any) -> Any:
 
 
 def _rounded(x: Any) -> Any:
-    """The same with arrays, those in trees and lists too, that round at random."""
-    return _each(lambda y: y.view(Rounded) if isinstance(y, (np.ndarray, np.generic)) else y, x)
-
-
-def _each(change: Callable[[Any], Any], x: Any) -> Any:
-    """The same with every array in it changed."""
-    if isinstance(x, Tree):
-        tree = Tree()
-        vars(tree).update({name: _each(change, y) for name, y in vars(x).items()})
-        return tree
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(_each(change, y) for y in x))
-    if isinstance(x, dict):
-        return {name: _each(change, y) for name, y in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_each(change, y) for y in x)
-    return change(x)
+    """The argument or result with Rounded arrays, in trees and lists too."""
+    return each(lambda y: y.view(Rounded) if isinstance(y, (np.ndarray, np.generic)) else y, x)
 
 
 def noise(one: Input) -> dict[str, Array]:
     """How far each result moves when the shipped function rounds at random: see crosscheck.noise.
 
-    A number that is 0 has a noise of its own only, so that what is 0 by its structure stays 0.
+    The noise of an element is smoothed over its neighbours, except where the element is 0 in all
+    runs: such an element is 0 by construction, and has no noise.
     """
     if one.noise:
         return one.noise
@@ -373,140 +354,135 @@ def shapes(one: Input) -> str:
 
 
 def _shared(failed: list[Input], given: list[Input]) -> str:
-    """How many inputs fail, and what these have that the others have not."""
+    """How many inputs fail, and the traits that the others do not have."""
     count = f"{len(failed)} of {len(given)} inputs"
     passed = [one for one in given if one not in failed]
     if not passed:
         return f"all {len(given)} inputs"
-    if len(failed) == 1:  # what it has is one property of many
+    if len(failed) == 1:  # its traits are too many to tell the one that matters
         return count
-    common = [
-        words
-        for words in failed[0].traits
-        if all(words in one.traits for one in failed)
-        and not any(words in one.traits for one in passed)
-    ]
-    if common:
-        return f"{count}: those with {' and '.join(common[:2])}"
-    every = [
-        words
-        for words in failed[0].traits
-        if all(words in one.traits for one in failed)
-        and sum(words in one.traits for one in passed) < len(passed) / 2
-    ]
-    if every:
-        return f"{count}, all of them with {' and '.join(every[:2])}"
+    common = [t for t in failed[0].traits if all(t in one.traits for one in failed)]
+    only = [t for t in common if not any(t in one.traits for one in passed)]
+    if only:
+        return f"{count}: those with {' and '.join(only[:2])}"
+    mostly = [t for t in common if sum(t in one.traits for one in passed) < len(passed) / 2]
+    if mostly:
+        return f"{count}, all of them with {' and '.join(mostly[:2])}"
     return count
 
 
 # --- the complex step ----------------------------------------------------------------------------
 
+# Each function below runs a shipped forward function on inputs that are moved by i STEP along
+# random directions. It returns the output, and the directions by the name of the gradient.
 
-Direction = dict[str, Array]  # by the result that is the derivative along it
+
+Draw = Callable[[Array], Array]  # a random direction for an array
+Along = tuple[Array, dict[str, Array]]
 
 
-def _linear_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
+def _along_linear(one: Input, draw: Draw) -> Along:
     _, x, w = one.args
-    ways = {"dx": direction(x), "dw": direction(w)}
-    return _text("linear_forward")(_step(x, ways["dx"]), _step(w, ways["dw"])), ways
+    along = {"dx": draw(x), "dw": draw(w)}
+    return _text("linear_forward")(_step(x, along["dx"]), _step(w, along["dw"])), along
 
 
-def _softmax_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
+def _along_softmax(one: Input, draw: Draw) -> Along:
     x = np.log(one.args[1])
-    way = np.where(np.isfinite(x), direction(x), 0.0)
-    return _text("softmax_forward")(_step(x, way)), {"dx": way}
+    dx = np.where(np.isfinite(x), draw(x), 0.0)
+    return _text("softmax_forward")(_step(x, dx)), {"dx": dx}
 
 
-def _rmsnorm_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
+def _along_rmsnorm(one: Input, draw: Draw) -> Along:
     _, y, scale = one.args
     x = y / scale
     eps = scale**-2.0 - (x * x).mean(axis=-1, keepdims=True)
-    way = direction(x)
-    return _text("rmsnorm_forward")(_step(x, way), eps)[0], {"dx": way}
+    dx = draw(x)
+    return _text("rmsnorm_forward")(_step(x, dx), eps)[0], {"dx": dx}
 
 
-def _activation_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
+def _along_activation(one: Input, draw: Draw) -> Along:
     _, x, kind = one.args
-    way = np.where(x == 0.0, 0.0, direction(x))  # not where the slope jumps
-    return _text("activation_forward")(_step(x, way), kind), {"dx": way}
+    dx = np.where(x == 0.0, 0.0, draw(x))  # none where the slope jumps
+    return _text("activation_forward")(_step(x, dx), kind), {"dx": dx}
 
 
-def _cross_entropy_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
+def _along_cross_entropy(one: Input, draw: Draw) -> Along:
     _, probs, targets = one.args
     logits = np.log(probs)
-    way = np.where(np.isfinite(logits), direction(logits), 0.0)
-    return _text("cross_entropy_forward")(_step(logits, way), targets)[0], {"dlogits": way}
+    dlogits = np.where(np.isfinite(logits), draw(logits), 0.0)
+    loss_t = _text("cross_entropy_forward")(_step(logits, dlogits), targets)[0]
+    return loss_t, {"dlogits": dlogits}
 
 
-def _block_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
-    """Of attention and MLP: their input, and every weight of theirs."""
+def _along_block(one: Input, draw: Draw) -> Along:
+    """Attention or the MLP, along its input and all its weights."""
     args = dict(zip(one.names, one.args))
     block = "mlp" if one.function == "mlp_backward" else "attn"
     norm, scale = (getattr(args["tap"], f"{block}_{name}") for name in ("norm", "scale"))
     x = norm / scale
-    ways = {"dx": direction(x)}
+    along = {"dx": draw(x)}
     w = Tree()
     for name, weight in vars(args["w"]).items():
         if name.startswith(f"{block}_"):
-            ways[f"dw.{name}"] = direction(weight)
-            setattr(w, name, _step(weight, ways[f"dw.{name}"]))
-    moved = _step(x, ways["dx"])
+            along[f"dw.{name}"] = draw(weight)
+            setattr(w, name, _step(weight, along[f"dw.{name}"]))
+    moved = _step(x, along["dx"])
     if block == "mlp":
-        return _text("mlp_forward")(moved, w, args["config"], Tree()), ways
+        return _text("mlp_forward")(moved, w, args["config"], Tree()), along
     mask = _text("causal_mask")(x.shape[1], np.dtype("float64"))
-    return _text("attention_forward")(moved, w, None, mask, args["config"], Tree()), ways
+    return _text("attention_forward")(moved, w, None, mask, args["config"], Tree()), along
 
 
-def _whole_way(one: Input, direction: Callable[[Array], Array]) -> tuple[Array, Direction]:
-    """Of a whole model: every parameter."""
+def _along_whole(one: Input, draw: Draw) -> Along:
+    """The loss of a whole model, along every parameter."""
     params, docs, config = one.args
-    ways = {f"d{name}": direction(x) for name, x in params.items()}
-    tree = grow({name: _step(x, ways[f"d{name}"]) for name, x in params.items()}, config.n_layer)
+    along = {f"d{name}": draw(x) for name, x in params.items()}
+    tree = grow({name: _step(x, along[f"d{name}"]) for name, x in params.items()}, config.n_layer)
     batch = pad(docs, np.dtype("float64"))
-    return _text("loss_forward")(batch, tree, config, Tree(config.n_layer)), ways
+    return _text("loss_forward")(batch, tree, config, Tree(config.n_layer)), along
 
 
 def _text(name: str) -> Callable[..., Any]:
     return text_functions("vectorized")[name]
 
 
-def _step(x: Array, way: Array) -> Array:
-    return x + 1j * STEP * way
+def _step(x: Array, direction: Array) -> Array:
+    return x + 1j * STEP * direction
 
 
-WITNESSED: dict[str, Callable[..., tuple[Array, Direction]]] = {
-    "linear_backward": _linear_way,
-    "softmax_backward": _softmax_way,
-    "rmsnorm_backward": _rmsnorm_way,
-    "activation_backward": _activation_way,
-    "cross_entropy_backward": _cross_entropy_way,
-    "attention_backward": _block_way,
-    "mlp_backward": _block_way,
-    "loss_and_grads": _whole_way,
+ALONG: dict[str, Callable[[Input, Draw], Along]] = {
+    "linear_backward": _along_linear,
+    "softmax_backward": _along_softmax,
+    "rmsnorm_backward": _along_rmsnorm,
+    "activation_backward": _along_activation,
+    "cross_entropy_backward": _along_cross_entropy,
+    "attention_backward": _along_block,
+    "mlp_backward": _along_block,
+    WHOLE: _along_whole,
 }
-WITNESS = 1e-7  # of the size of the terms: operands that are made from results have lost digits
+SLACK = 1e-7  # of the size of the terms: x is computed back from results, which loses digits
 
 
-def _witnessed(candidate: Candidate, one: Input, found: Mapping[str, Array]) -> Wrong | None:
-    """A derivative that does not agree with the shipped forward function, by a complex step."""
+def _off_slope(candidate: Candidate, one: Input, found: Mapping[str, Array]) -> Wrong | None:
+    """A derivative that differs from the slope of the shipped forward function, or None."""
     if one.case and one.case.kink:
-        return None  # where a slope jumps, either is right
+        return None  # where the slope jumps, the values on both sides are right
     rng = np.random.default_rng(0)
-    dy = 1.0 if one.function == "loss_and_grads" else np.asarray(one.args[0])
+    dy = 1.0 if one.function == WHOLE else np.asarray(one.args[0])
     with np.errstate(all="ignore"):
-        y, ways = WITNESSED[one.function](one, lambda x: rng.standard_normal(np.shape(x)))
+        y, along = ALONG[one.function](one, lambda x: rng.standard_normal(np.shape(x)))
         terms = np.where(dy == 0.0, 0.0, dy * np.imag(y) / STEP)
         wanted, size = float(terms.sum()), float(np.abs(terms).sum())
-        products = [np.asarray(found[label]) * way for label, way in ways.items()]
+        products = [np.asarray(found[label]) * direction for label, direction in along.items()]
         given = sum(float(x.sum()) for x in products)
         size += sum(float(np.abs(x).sum()) for x in products)
-        if not np.isfinite(wanted) or abs(given - wanted) <= WITNESS * size:
+        if not np.isfinite(wanted) or abs(given - wanted) <= SLACK * size:
             return None
-        lost = sum(float((noise(one)[label] * np.abs(way)).sum()) for label, way in ways.items())
-        if abs(given - wanted) <= WITNESS * size + FACTOR * lost:
+        lost = sum(float((noise(one)[k] * np.abs(x)).sum()) for k, x in along.items())
+        if abs(given - wanted) <= SLACK * size + FACTOR * lost:
             return None
-    forward = one.function.replace("_backward", "_forward")
-    forward = "the loss" if forward == "loss_and_grads" else forward
+    forward = one.function.replace("_backward", "_forward").replace(WHOLE, "the loss")
     words = f"gives {given:.9g} along a direction in which {forward} has the slope {wanted:.9g}"
     line = candidate.line_of(one.function)
     return Wrong(one.function, one.origin, words, line, arguments=shapes(one))

@@ -1,4 +1,4 @@
-"""The atlas: every named tensor of one document, in both implementations, forward and backward."""
+"""The atlas: a page of every tensor of one document, in both implementations, there and back."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from microgpt.train import batch, learning_rate
 
 TEXT = "emma"
 LARGEST = 2_000_000  # bytes of a page
-DETAILS = (Detail(12_000, 16, 256), Detail(4_000, 8, 96), Detail(0, 4, 32))  # the most that fits
+DETAILS = (Detail(12_000, 16, 256), Detail(4_000, 8, 96), Detail(0, 4, 32))  # most first
 
 
 def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
-    """The page for a model and the first document of a case.
+    """The page for a model and the first document of a case, with as many details as fit.
 
     origin    where the model comes from, in words
     update    show the model after this step's update, too
@@ -40,7 +40,7 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
     Raises MicrogptError if the graph or the page would be too large, or a number is not finite.
     """
     try:
-        with np.errstate(all="ignore"), no_search_for_cycles():  # what overflows is refused
+        with np.errstate(all="ignore"), no_search_for_cycles():  # Document refuses infinities
             made = Stops(Document(case, state, update))
     except FloatingPointError as error:
         raise MicrogptError(
@@ -58,7 +58,7 @@ def atlas(case: Case, state: State, origin: str, update: bool = False) -> str:
 
 
 def drawn(made: Stops, origin: str) -> str:
-    """The page of these stops."""
+    """The page with these stops, one for each tensor."""
     value = Source("scalar/value.py")
     stops = list(made)
     (example,) = (made.example(stop) for stop in stops if stop.id == "dlayer0.k")
@@ -78,9 +78,13 @@ def drawn(made: Stops, origin: str) -> str:
 
 
 def of_run(path: Path | None, text: str | None, step: int | None) -> str:
-    """The page for a run as it ended, or before and after its step N; without one, the default.
+    """The page for a run.
 
-    Raises MicrogptError if there is no such step, or a character that the model does not know.
+    path    of the run; None: the default preset
+    text    the document; None: that of the step, or one that the model can read
+    step    show the model before and after this step; None: as the run ended
+
+    Raises MicrogptError if there is no such step, or the model does not know a character.
     """
     held = load_checkpoint(path) if path else None
     config = held.config if held else load_config()
@@ -116,9 +120,9 @@ def _double(named: Tensors) -> dict[str, Array]:
 
 
 def _trained(config: Config, steps: int, known: str) -> tuple[Tokenizer, State, str]:
-    """A model trained from the beginning, and the first document of the step that follows.
+    """A model trained for some steps from the beginning, and the first document of the next step.
 
-    known    the digest of the documents that the run was trained on, if there was one
+    known    the digest of the documents that the run was trained on; "" without a run
     """
     if config.dataset == IN_PYTHON:
         raise MicrogptError(f"{TEXTS_ARE_GONE}; leave --step out")
@@ -143,7 +147,7 @@ def _trained(config: Config, steps: int, known: str) -> tuple[Tokenizer, State, 
 
 
 def _known_document(config: Config, tokenizer: Tokenizer) -> str:
-    """A document of the model's own alphabet: the first of its data set, if that can be had."""
+    """A document of characters that the model knows: the first of its data set, if possible."""
     with suppress(MicrogptError):
         first = load_documents(config.dataset)[0]
         if set(first) <= set(tokenizer.chars):

@@ -1,9 +1,9 @@
-"""A candidate: a learner's own versions of the text's functions, loaded and put in place.
+"""A candidate: a learner's own versions of the text's functions, loaded and put in the text.
 
-Each has the name and the arguments that it has in vectorized/ or scalar/. It is called with what
-the text hands over, and its results are made arrays again. An exception, a time limit, an input
-that is written to, an answer taken from this project: each is told in words with the candidate's
-own line, and no traceback shows lines of this project.
+The text is vectorized/ or scalar/. A candidate's function has the name and the arguments of the
+text's function, is called where the text calls its own, and its results are converted to arrays.
+What it does wrong besides wrong numbers is reported in words, with the candidate's own line and
+without a traceback: it raises, takes too long, writes into an input, or calls the text's own.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ TEXTS = {
     "vectorized": ("vectorized.model", "vectorized.adam", "vectorized.sample"),
     "scalar": ("scalar.model", "scalar.adam", "scalar.sample"),
 }
-USERS = {  # modules that use the text as it stands; what is recorded keeps ours
+USERS = {  # modules in which a candidate's functions replace the text's, except in recorded runs
     "vectorized": (*TEXTS["vectorized"], "vectorized.backend"),
     "scalar": (*TEXTS["scalar"], "scalar.value", "scalar.backend"),
 }
-# functions of the text that are not checked; a candidate's of that name is its own helper
+# functions of the text that are not checked: a candidate's function of that name is its own helper
 HELPERS = {"total", "mean", "split_heads", "merge_heads", "causal_mask", "empty_caches", "fortran"}
 HELPERS |= {"choose", "draw", "dot"}
 WHOLE = ("loss_and_grads", "Backend")
-# what a derivative is called in names that are not the text's
+# words for a derivative in the names that learners give
 BACKWARD = ("backward", "backwards", "back", "bwd", "grad", "gradient", "derivative", "vjp", "d")
-RESULTS = {  # what a function returns, by name; the others return nothing, or no arrays
+RESULTS = {  # the names of what a function returns; functions not listed return no arrays
     "linear_forward": "y",
     "linear_backward": "dx dw",
     "softmax_forward": "y",
@@ -77,13 +77,13 @@ RESULTS = {  # what a function returns, by name; the others return nothing, or n
     "probabilities": "p",
 }
 UNDONE = "is not attempted"
-IMPORT = 10  # times the limit of a call: libraries are imported with it
+IMPORT = 10  # times the time limit of a call: a candidate's import imports its libraries too
 GRACE = 2.0  # seconds after the time limit until the process is ended
-DEEPEST = 5000  # calls within calls; a `backward` that recurses along the graph needs many
+DEEPEST = 5000  # Python's recursion limit: a `backward` that recurses along the graph goes deep
 
 
 class Told(BaseException):  # no Exception, so that nothing in the text catches it
-    """What a candidate's function did, in words, and its own line."""
+    """A mistake of a candidate's function that is not a wrong number, in words, with its line."""
 
     def __init__(self, function: str, words: str, line: str = "") -> None:
         super().__init__(words)
@@ -91,33 +91,33 @@ class Told(BaseException):  # no Exception, so that nothing in the text catches 
 
     @property
     def undone(self) -> bool:
-        """Whether the function says itself that it is not written."""
+        """Whether the function raises NotImplementedError."""
         return self.words.startswith(UNDONE)
 
 
 class Late(BaseException):
-    """Raised in a function that has taken too long."""
+    """Raised inside a function that takes too long."""
 
 
 @dataclass
 class Candidate:
-    """A file or package, and what of the text it has."""
+    """A file or package, and which functions of the text it has."""
 
     path: Path
     module: ModuleType
     side: str  # "vectorized" or "scalar", the text that its functions belong to
     functions: dict[str, Any]  # attempted, in the order of the text
-    stubs: list[str]  # there, and not attempted
+    stubs: list[str]  # defined, and not attempted
     absent: list[str]
-    unknown: dict[str, str]  # names that the text does not have, and the nearest that it has
-    seed: int  # of what is drawn: another text, other numbers
+    unknown: dict[str, str]  # names that are not the text's, and for each the nearest name that is
+    seed: int  # of the random inputs, from the candidate's source
     time_limit: float = 5.0
     calls: Counter[str] = field(default_factory=Counter)
     said: dict[str, str] = field(default_factory=dict)  # the first line that a function printed
     parts: dict[str, Any] = field(default_factory=dict)  # the text's functions beside a whole model
-    different: list[str] = field(default_factory=list)  # functions that take other arguments
-    borrowed: dict[str, str] = field(default_factory=dict)  # of ours, that a whole model calls
-    torch: bool = False  # whether it is to be handed tensors of PyTorch
+    different: list[str] = field(default_factory=list)  # those with other arguments than the text's
+    borrowed: dict[str, str] = field(default_factory=dict)  # our functions that a whole model calls
+    torch: bool = False  # whether its functions take tensors of PyTorch
 
     @property
     def whole(self) -> str:
@@ -125,13 +125,12 @@ class Candidate:
         return next((name for name in WHOLE if name in self.functions), "")
 
     def describe(self) -> str:
-        """What was found, what is not attempted, which names the text does not have."""
+        """The functions that the candidate has, has not attempted, has not, or has misspelt."""
         found = [f"{self.path.name} has {', '.join(self.functions) or 'nothing written yet'}"]
         if self.parts:
             found.append(f"and beside it {', '.join(self.parts)}")
         if self.different:
-            verb = "takes" if len(self.different) == 1 else "take"
-            found.append(f"not held to the text, since {verb} other arguments than the text's:"
+            found.append(f"not checked, since the arguments are not the text's:"
                          f" {', '.join(self.different)}")  # fmt: skip
         if self.stubs:
             found.append(f"not attempted: {', '.join(self.stubs)}")
@@ -143,7 +142,7 @@ class Candidate:
         return "; ".join(found)
 
     def line_of(self, name: str, node: ast.AST | None = None) -> str:
-        """A line of the candidate's: "mine.py:7 return dy"; that of the definition by default."""
+        """A line of the candidate, such as "mine.py:7 return dy"; without a node, the def line."""
         function = inspect.unwrap(self.functions.get(name, self.module))
         code = getattr(function, "__code__", None)
         if code is None:
@@ -155,7 +154,7 @@ class Candidate:
         return _line(code.co_filename, number)
 
     def statement(self, name: str, wanted: Callable[[ast.AST], bool]) -> str:
-        """The last line of a function that does something, or else its first."""
+        """The last line of a function that has a wanted node, or else the def line."""
         code = getattr(inspect.unwrap(self.functions[name]), "__code__", None)
         if code is None:
             return self.line_of(name)
@@ -179,9 +178,12 @@ class Candidate:
 
 
 def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
-    """The candidate in a file or package; time_limit: for one call of its functions.
+    """The candidate in a file or package.
 
-    Raises MicrogptError if it cannot be read, or has nothing of the text; Told if it raises.
+    time_limit    seconds for one call of its functions
+
+    Raises MicrogptError if the file cannot be read, or has no function of the text; Told if the
+    file raises, or imports the text's own version of one of its functions.
     """
     file = source_file(path)
     sources = sorted(path.rglob("*.py")) if path.is_dir() else [path]
@@ -197,24 +199,24 @@ def load_candidate(path: Path, time_limit: float = 5.0) -> Candidate:
     whole = [name for name in names if name in WHOLE][-1:]
     beside = [name for name in names if name not in WHOLE] if whole else []
     names = whole or names
-    stubs = [name for name in names if _is_stub(own[name])]
+    stubs = [name for name in names if _is_unwritten(own[name])]
     functions = {name: own[name] for name in names if name not in stubs}
     alike = [name for name in beside if _takes_the_same(own[name], known[name])]
-    _refuse_imported(path, file, module, [*functions, *alike], known, side)
     absent = [name for name in known if name not in {*names, *HELPERS}] if not whole else []
     unknown = {} if whole else _misspelt(module, own, known, absent)
     if not names:
         raise MicrogptError(_nothing(path, own, known, unknown))
     imported = {x.__name__.partition(".")[0] for x in vars(module).values() if inspect.ismodule(x)}
     found = Candidate(path, module, side, functions, stubs, absent, unknown, seed, time_limit)
+    _refuse_imported(found, file, [*functions, *alike])
     found.torch = "torch" in imported and "numpy" not in imported
-    found.parts = {name: own[name] for name in alike if not _is_stub(own[name])}
+    found.parts = {name: own[name] for name in alike if not _is_unwritten(own[name])}
     found.different = [name for name in beside if name not in alike]
     return found
 
 
 def source_file(path: Path) -> Path:
-    """The file that is imported for a candidate: of a package, its __init__.py.
+    """The file that is imported for a candidate; for a package, its __init__.py.
 
     Raises MicrogptError if there is no such file.
     """
@@ -241,30 +243,24 @@ def _takes_the_same(theirs: Any, ours: Any) -> bool:
         return False
 
 
-def _refuse_imported(
-    path: Path,
-    file: Path,
-    module: ModuleType,
-    names: Iterable[str],
-    known: Mapping[str, Any],
-    side: str,
-) -> None:
-    """Raises Told if the text's own function is at hand under any name, where one is written."""
+def _refuse_imported(candidate: Candidate, file: Path, names: Iterable[str]) -> None:
+    """Raise Told if the file imports the text's own version of one of these functions."""
+    held = [x for x in vars(candidate.module).values() if inspect.isfunction(x)]
     for name in names:
-        if name in known and any(x is known[name] for x in vars(module).values()):
-            words = f"has {side}'s own function of that name beside it: {path.name} imports it"
+        if text_functions(candidate.side).get(name) in held:
+            words = f"may be looked up: {candidate.path.name} imports {candidate.side}'s own"
             raise Told(name, words, _line(str(file), _imports(file, name)))
 
 
 def _nothing(
     path: Path, own: Mapping[str, Any], known: Mapping[str, Any], unknown: Mapping[str, str]
 ) -> str:
-    """What to say of a file in which there is nothing to check."""
+    """Why nothing in a file can be checked, and what to do."""
     helpers = [name for name in own if name in known and name in HELPERS]
     if helpers:
         return (
-            f"{path.name} has {', '.join(helpers)}, which the text's functions use and which are"
-            " not checked by themselves; write one of those functions, such as rmsnorm_backward"
+            f"of the text {path.name} has only helpers ({', '.join(helpers)}), which are not"
+            " checked by themselves; write a function that uses them, such as rmsnorm_backward"
         )
     if unknown:
         meant = "; ".join(f"{name}: did you mean {to}?" for name, to in unknown.items())
@@ -278,7 +274,7 @@ def _nothing(
 def _misspelt(
     module: ModuleType, own: Mapping[str, Any], known: Mapping[str, Any], absent: Sequence[str]
 ) -> dict[str, str]:
-    """Names that neither text has, each with the nearest that the text has and the file has not."""
+    """Names that the text does not have, each with the absent name of the text that is nearest."""
     spelt = {_spelt_out(name): name for name in (*absent, *WHOLE)}
     found: dict[str, str] = {}
     for name, x in own.items():
@@ -290,7 +286,7 @@ def _misspelt(
 
 
 def _spelt_out(name: str) -> str:
-    """A name as the text would write it: grad_rms_norm and RMSNormBwd are rmsnormbackward."""
+    """A name in one spelling: grad_rms_norm and RMSNormBwd both become rmsnormbackward."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     words = name.split("_")
     backward = any(word in BACKWARD for word in words)
@@ -313,7 +309,7 @@ def text_functions(side: str) -> dict[str, FunctionType]:
 
 
 def _side(own: Mapping[str, Any]) -> str:
-    """The text that the functions belong to; of names that are in both, vectorized."""
+    """The text that the functions belong to; vectorized, if their names are in both texts."""
     ours, others = (set(text_functions(side)) - HELPERS for side in ("vectorized", "scalar"))
     if set(own) & ((ours - others) | set(WHOLE)):
         return "vectorized"
@@ -352,7 +348,7 @@ def _imported(path: Path, file: Path, time_limit: float) -> ModuleType:
     where = Candidate(path, module, "", {}, [], [], {}, 0, IMPORT * time_limit)
     try:
         with redirect_stdout(io.StringIO()), contained(where, path.name):
-            # compiled anew: what is cached beside it may be of a change within the same second
+            # compiled here, since Python's cached bytecode misses a change within the same second
             exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
         line = f"{Path(error.filename or file).name}:{error.lineno} {(error.text or '').strip()}"
@@ -364,68 +360,66 @@ def _imported(path: Path, file: Path, time_limit: float) -> ModuleType:
     return module
 
 
-def _is_stub(x: Any) -> bool:
-    """Whether a function's body is a docstring and `raise NotImplementedError`, or nothing."""
+def _is_unwritten(x: Any) -> bool:
+    """Whether a function or class of the candidate is a stub."""
     try:
         node = ast.parse(inspect.cleandoc("\n" + inspect.getsource(x))).body[0]
     except (OSError, TypeError, SyntaxError):
         return False
-    body = [one for one in getattr(node, "body", []) if not _is_constant(one)]
-    if isinstance(node, ast.ClassDef) and node.bases:
-        return False
-    if not body or all(isinstance(one, ast.Pass) for one in body):
-        return True
-    return len(body) == 1 and isinstance(body[0], ast.Raise) and _is_undone(body[0].exc)
+    own = isinstance(node, ast.FunctionDef) or (isinstance(node, ast.ClassDef) and not node.bases)
+    return own and is_stub(node)
 
 
-def _is_constant(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _is_undone(raised: ast.expr | None) -> bool:
+def is_stub(node: ast.AST) -> bool:
+    """Whether a body is a docstring and `raise NotImplementedError` or `pass`, or a docstring."""
+    body = [x for x in getattr(node, "body", []) if not isinstance(x, ast.Pass)]
+    body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    raised = body[0].exc if len(body) == 1 and isinstance(body[0], ast.Raise) else None
     raised = raised.func if isinstance(raised, ast.Call) else raised
-    return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
+    return not body or (isinstance(raised, ast.Name) and raised.id == "NotImplementedError")
 
 
-# --- in its place --------------------------------------------------------------------------------
+# --- in the text ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def in_place(candidate: Candidate, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Within this context, these functions of the candidate stand in the text that is watched.
+    """Within this context, these functions of the candidate replace the text's own.
 
-    Gives them as they stand there. The text as it is shipped is back afterwards.
+    Yields the functions by name, each as `guard` makes it. Recorded runs keep the text's own.
     """
     shipped: dict[str, Any] = dict(text_functions(candidate.side))
-    exchanged: dict[str, tuple[Any, Any]]
     guards = {name: guard(candidate, name) for name in names if name != "Value"}
     exchanged = {name: (shipped[name], guards[name]) for name in guards if name in shipped}
-    if "Value" in names:
-        value = import_module("scalar.value")
-        exchanged["Value"] = (value.Value, candidate.functions["Value"])
-        for name, written_out in WRITTEN_OUT.items():
-            exchanged[name] = (getattr(value, name), written_out)
-    before: list[tuple[ModuleType, str, Any]] = []
     deepest = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(deepest, DEEPEST))
     with ExitStack() as stack:
         if "Value" in names:
-            stack.enter_context(_counted(candidate, candidate.functions["Value"]))
-        try:
-            for module in map(import_module, USERS[candidate.side]):
-                for name, (old, new) in exchanged.items():
-                    if vars(module).get(name) is old:
-                        before.append((module, name, old))
-                        setattr(module, name, new)
-            yield guards
-        finally:
-            sys.setrecursionlimit(deepest)
-            for module, name, old in before:
-                setattr(module, name, old)
+            value, own = import_module("scalar.value"), candidate.functions["Value"]
+            stack.enter_context(_counted(candidate, own))
+            for name, new in {"Value": own, **WRITTEN_OUT}.items():
+                exchanged[name] = (getattr(value, name), new)
+        stack.callback(sys.setrecursionlimit, deepest)
+        sys.setrecursionlimit(max(deepest, DEEPEST))
+        stack.enter_context(replaced(candidate.side, exchanged))
+        yield guards
+
+
+@contextmanager
+def replaced(side: str, objects: Mapping[str, tuple[Any, Any]]) -> Iterator[None]:
+    """Within this context, the modules of a text have new objects in the place of old ones.
+
+    objects    by name, the old object and the new one
+    """
+    with ExitStack() as stack:
+        for module in map(import_module, USERS[side]):
+            for name, (old, new) in objects.items():
+                if vars(module).get(name) is old:
+                    stack.enter_context(patch.object(module, name, new))
+        yield
 
 
 def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
-    """A function of the candidate as the text calls it: arrays in, arrays out, told in words."""
+    """A function of the candidate, made to return arrays, and to raise Told for its mistakes."""
     theirs = candidate.functions[name]
     results = RESULTS.get(name)
     signature = None
@@ -437,8 +431,8 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal inside
         if inside:
-            raise Told(name, f"calls {candidate.side}'s function of that name, which it is to"
-                       " take the place of", candidate.line_of(name))  # fmt: skip
+            raise Told(name, f"calls {candidate.side}'s function of that name, which it should"
+                       " replace", candidate.line_of(name))  # fmt: skip
         try:
             if signature:
                 signature.bind(*args, **kwargs)
@@ -468,16 +462,14 @@ def guard(candidate: Candidate, name: str) -> Callable[..., Any]:
 
 
 def guarded_whole(candidate: Candidate, args: list[Any]) -> dict[str, Any]:
-    """What the candidate's own loss_and_grads gives, by name.
+    """The loss and the gradients that the candidate's loss_and_grads returns, by name.
 
-    Raises Told if that is not a loss and gradients by name.
+    Raises Told if it returns anything else.
     """
     name = "loss_and_grads"
     candidate.calls[name] += 1
     theirs = candidate.functions[name]
-    given = list(args)
-    if candidate.torch:
-        given[0] = {k: to_theirs(x) for k, x in given[0].items()}
+    given = to_theirs(args) if candidate.torch else args
     result = watched(candidate, name, lambda: theirs(*given))
     line = candidate.line_of(name)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -496,9 +488,9 @@ def guarded_whole(candidate: Candidate, args: list[Any]) -> dict[str, Any]:
 
 
 def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
-    """What a call of the candidate gives back.
+    """What a call of the candidate returns; the first line that it prints is kept in `said`.
 
-    Raises Told if it raises, or takes longer than the time limit. What it prints is kept.
+    Raises Told if the call raises, or takes longer than the time limit.
     """
     printed = io.StringIO()
     try:
@@ -526,10 +518,10 @@ def watched(candidate: Candidate, name: str, call: Callable[[], Any]) -> Any:
 def contained(candidate: Candidate, name: str) -> Iterator[None]:
     """Within this context, a candidate neither ends the process nor takes longer than its limit.
 
-    What it prints to standard error does not command the terminal. Exit status 0 would say that
-    all is right.
+    A candidate that ended the process with exit status 0 would count as right. What the candidate
+    writes to standard error is shown without the characters that control a terminal.
 
-    Raises Told for what is no Exception.
+    Raises Told in place of exceptions that are not an Exception, such as SystemExit.
     """
     here = os.getpid()
 
@@ -556,13 +548,13 @@ def contained(candidate: Candidate, name: str) -> Iterator[None]:
             words = _late(candidate)
         raise Told(name, words, innermost(candidate, error)) from None
     finally:
-        if os.getpid() != here:  # of a process that the candidate began, and left to the caller
+        if os.getpid() != here:  # a child process that the candidate forked and did not end
             exit_now(0)
 
 
 @contextmanager
 def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
-    """Raises Told if the first call of a function takes its answer from this project."""
+    """Within this context, Told is raised if the first call of a function uses the text's own."""
     if candidate.calls[name] > 1 or name == "Value" or sys.getprofile():
         yield
         return
@@ -574,10 +566,10 @@ def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
             return
         line = _own_line(candidate, frame)
         if home.startswith("crosscheck") and not line:
-            return  # what calls the candidate, and not what the candidate calls
+            return  # this frame has called the candidate, and was not called by the candidate
         called = frame.f_code.co_name
         if _is_answer(candidate, name, home, frame.f_code):
-            words = f"has its answer from {home}.{called}; it is to compute that itself"
+            words = f"has its answer from {home}.{called}; it should compute that itself"
             told.append(Told(name, words, line))
             raise told[0]
         if candidate.whole and home in TEXTS["vectorized"] and called[0] != "<":
@@ -588,12 +580,12 @@ def no_look_up(candidate: Candidate, name: str) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(None)
-    if told:  # and the candidate has caught it
+    if told:  # the candidate has caught the exception
         raise told[0]
 
 
 def _is_answer(candidate: Candidate, name: str, home: str, code: Any) -> bool:
-    """Whether a function of ours gives what a candidate's function of that name should find."""
+    """Whether a function of ours, by its module and code, is what the candidate should write."""
     package = home.partition(".")[0]
     if home == __name__:  # the guards of the candidate's own functions
         return False
@@ -615,20 +607,29 @@ def _late(candidate: Candidate) -> str:
     return f"is not done after {candidate.time_limit:g} seconds (--time-limit)"
 
 
+def last_words(told: Told) -> str:
+    """What is printed of a function that nothing but the end of the process stops."""
+    return f"{told.function} {told.words}\n  your line   {told.line}"
+
+
 @contextmanager
 def limited(candidate: Candidate, name: str) -> Iterator[None]:
-    """Within this context, Late is raised once the time is over; no signals, so on Windows too."""
+    """Within this context, Late is raised at the time limit; by a thread, as Windows has no alarm.
+
+    A call that sleeps, or that catches Late, is ended with the process after GRACE seconds more.
+    """
     caller, done = threading.get_ident(), threading.Event()
 
     def watch() -> None:
         if done.wait(candidate.time_limit):
             return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Late))
-        if not done.wait(GRACE):  # it sleeps, or catches everything
+        if not done.wait(GRACE):
             line = _own_line(candidate, sys._current_frames().get(caller))
-            words = f"{name} {_late(candidate)}\n  your line   {line}"
-            with suppress(Exception):  # of an output that is closed, full or read by no program
-                print(words, file=Plain(sys.__stdout__), flush=True)  # type: ignore[arg-type]
+            told = Told(name, _late(candidate), line)
+            output: Any = Plain(sys.__stdout__)  # type: ignore[arg-type]
+            with suppress(Exception):  # the output may be closed, full, or read by no program
+                print(last_words(told), file=output, flush=True)
             exit_now(1)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -640,7 +641,7 @@ def limited(candidate: Candidate, name: str) -> Iterator[None]:
 
 
 def innermost(candidate: Candidate, error: BaseException) -> str:
-    """The last line of the candidate's that an exception came through."""
+    """The innermost line of the candidate in the traceback of an exception."""
     trace, found = error.__traceback__, ""
     while trace:
         if candidate.own(trace.tb_frame.f_code.co_filename):
@@ -655,16 +656,16 @@ def _line(filename: str, number: int) -> str:
 
 def _words(error: BaseException) -> str:
     first = ""
-    with suppress(Exception):  # an error of the candidate's own may not know its words
+    with suppress(Exception):  # str() of the candidate's own exception class may raise
         first = printable(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
-# --- the border ----------------------------------------------------------------------------------
+# --- arrays of other libraries -------------------------------------------------------------------
 
 
 def as_our_array(x: Any) -> Any:
-    """The array of NumPy's that holds what an array of NumPy, PyTorch or JAX, or a list, holds.
+    """An array of NumPy, PyTorch or JAX, or a list of numbers, as an array of NumPy.
 
     Raises ValueError for anything else.
     """
@@ -672,7 +673,7 @@ def as_our_array(x: Any) -> Any:
         x = x.detach().cpu().numpy()
     try:
         array = np.asarray(x)
-    except (Exception, SystemExit):  # what is no list converts itself, and may do anything
+    except (Exception, SystemExit):  # a class of the candidate may raise anything when converted
         raise ValueError("ragged lists") from None
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{type(x).__name__} {shortened(x)}" if x is not None else "None")
@@ -680,7 +681,7 @@ def as_our_array(x: Any) -> Any:
 
 
 def _results(candidate: Candidate, name: str, found: Any, results: Sequence[str]) -> Any:
-    """What a function gave back, as the arrays that the text expects."""
+    """What a function returned, as the arrays that the text expects."""
 
     def refusal(words: str) -> Told:
         return Told(name, words, candidate.statement(name, lambda x: isinstance(x, ast.Return)))
@@ -688,7 +689,7 @@ def _results(candidate: Candidate, name: str, found: Any, results: Sequence[str]
     if not results:
         if found is not None:
             raise refusal(
-                f"returns {_kind(found)}; it is to write into its arguments, and return nothing"
+                f"returns {_kind(found)}; it should write into its arguments, and return nothing"
             )
         return None
     many: Sequence[Any] = found if len(results) > 1 else [found]
@@ -708,14 +709,14 @@ def _results(candidate: Candidate, name: str, found: Any, results: Sequence[str]
 
 
 def _kind(x: Any) -> str:
-    """What kind of thing something is, in words."""
+    """The type of a result, in words."""
     if isinstance(x, tuple):
         return f"a tuple of {len(x)}"
     return f"an array {x.shape}" if isinstance(x, np.ndarray) else f"{type(x).__name__}"
 
 
 def _as_arrays(tree: Tree) -> None:
-    """Make arrays of what a candidate left in a tree, where that can be done."""
+    """Convert the lists and tensors that a candidate put into a tree to arrays, where possible."""
     for name, x in vars(tree).items():
         if name != "layers" and (isinstance(x, list) or hasattr(x, "detach")):
             setattr(tree, name, _converted(x))
@@ -725,7 +726,7 @@ def _as_arrays(tree: Tree) -> None:
 
 def _converted(x: Any) -> Any:
     if isinstance(x, list) and x and not isinstance(x[0], (int, float, list, np.number)):
-        return x  # Values, of which scalar's trees are made
+        return x  # a list of Values, in a tree of scalar/
     try:
         return as_our_array(x)
     except ValueError:
@@ -736,19 +737,30 @@ def to_theirs(x: Any) -> Any:
     """An argument with tensors of PyTorch in the place of arrays; they share their memory."""
     import torch
 
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(np.require(x, requirements=["W"]))
+    def tensor(y: Any) -> Any:
+        plain = isinstance(y, np.ndarray)
+        return torch.from_numpy(np.require(y, requirements=["W"])) if plain else y
+
+    return each(tensor, x)
+
+
+def each(change: Callable[[Any], Any], x: Any) -> Any:
+    """The argument or result with `change` applied to every array in it."""
     if isinstance(x, Tree):
         tree = Tree()
-        vars(tree).update({name: to_theirs(y) for name, y in vars(x).items()})
+        vars(tree).update({name: each(change, y) for name, y in vars(x).items()})
         return tree
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*map(to_theirs, x))
-    return [to_theirs(y) for y in x] if isinstance(x, list) else x
+        return type(x)(*(each(change, y) for y in x))
+    if isinstance(x, dict):
+        return {name: each(change, y) for name, y in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(each(change, y) for y in x)
+    return change(x)
 
 
 def _back(x: Any, given: Any) -> None:
-    """Put what a candidate wrote into its tree into ours."""
+    """Copy what a candidate wrote into `given`, its own copy of a tree, into the tree x."""
     if isinstance(x, Tree):
         for name, y in vars(given).items():
             if name == "layers":
@@ -758,12 +770,12 @@ def _back(x: Any, given: Any) -> None:
                 setattr(x, name, _converted(y))
 
 
-# --- a Value of one's own ------------------------------------------------------------------------
+# --- the candidate's own Value -------------------------------------------------------------------
 
 
 @contextmanager
 def _counted(candidate: Candidate, value: type) -> Iterator[None]:
-    """Within this context, operations of the candidate's Value are counted, their errors told."""
+    """Within this context, the candidate's Value counts its operations, and raises Told."""
 
     def counted(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any) -> Any:
@@ -780,14 +792,12 @@ def _counted(candidate: Candidate, value: type) -> Iterator[None]:
 
         return call
 
-    before = {name: vars(value)[name] for name in VALUE_METHODS if name in vars(value)}
-    for name, own in before.items():
-        setattr(value, name, counted(name, own))
-    try:
+    with ExitStack() as stack:
+        for name in VALUE_METHODS:
+            if name in vars(value):
+                own = vars(value)[name]
+                stack.enter_context(patch.object(value, name, counted(name, own)))
         yield
-    finally:
-        for name, own in before.items():
-            setattr(value, name, own)
 
 
 VALUE_METHODS = (
@@ -800,7 +810,7 @@ def _total(x: Sequence[Any]) -> Any:
     return sum(x[1:], start=x[0])
 
 
-WRITTEN_OUT = {  # what scalar/value.py makes one Value of, by the operations alone
+WRITTEN_OUT = {  # sums that scalar/value.py computes as one Value, made of single operations here
     "total": _total,
     "mean": lambda x: _total(x) * (1 / len(x)),
     "dot": lambda x, y: _total([a * b for a, b in zip(x, y)]),

@@ -15,7 +15,8 @@ random     the reason why some tensors may happen to be zero, or ReLU inputs on 
 float32    how much more single precision may lose here (`slack`), and the reason (`why`)
 temperature    at which documents are drawn; 2 where it is left out, so that they differ
 
-The parameters are drawn as training draws them, with the configuration's seed.
+The parameters are drawn as training draws them, with the configuration's seed. A parameter that
+training begins with one number is drawn around that number, since layers would be alike otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import add
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,14 +37,16 @@ from microgpt.backend import Tensors
 from microgpt.config import Config
 from microgpt.errors import MicrogptError, shortened
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import mapped, param_shapes, rows
 from microgpt.runs.checkpoint import load_params, save_params
 from microgpt.runs.files import write_whole
 from microgpt.settings import FIXTURES, config_from, on_line, read_yaml
+from microgpt.taps import params as table
 from microgpt.tokenizer import Tokenizer, build_tokenizer
+from microgpt.train import learning_rate
 
 CASES = FIXTURES / "cases"
-KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in words
+KEYS: dict[str, tuple[Any, str]] = {  # the type of each key's value, for _made_of and in words
     "why": (str, "a string"),
     "config": (dict, "a mapping"),
     "chars": (str, "a string"),
@@ -55,12 +60,13 @@ KEYS: dict[str, tuple[Any, str]] = {  # what a value is made of, and that in wor
     "float32": (dict, "a mapping"),
     "temperature": (float, "a number"),
 }
-FLOAT32 = {"slack": float, "why": str}
+APART = 0.3  # standard deviation around the number that training begins a parameter with
+FLOAT32 = {"slack": float, "why": str}  # the keys of `float32`
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a model, its parameters, what it is trained on, and what is expected."""
+    """One comparison: a model, its parameters, its batches, and what is expected of the numbers."""
 
     name: str
     why: str
@@ -90,9 +96,8 @@ class Case:
 
 
 def case_names() -> list[str]:
-    """The cases that there are, the smallest models first."""
-    paths = sorted(CASES.glob("*.yaml"))
-    return [path.stem for path in sorted(paths, key=lambda path: _size(path))]
+    """The names of the cases, the smallest models first."""
+    return [path.stem for path in sorted(sorted(CASES.glob("*.yaml")), key=_size)]
 
 
 def _size(path: Path) -> int:
@@ -101,9 +106,9 @@ def _size(path: Path) -> int:
 
 
 def case_path(name: str) -> Path:
-    """The file of a case that there is.
+    """The file of a case.
 
-    Raises MicrogptError for any other name, and so for one that leads out of the folder.
+    Raises MicrogptError if there is no case of that name; so no name leads out of the folder.
     """
     if name not in case_names():
         raise MicrogptError(f"there is no case {name!r}; the cases are {', '.join(case_names())}")
@@ -113,7 +118,7 @@ def case_path(name: str) -> Path:
 def load_case(name: str) -> Case:
     """A case by its name, or by the path of its YAML file.
 
-    Raises MicrogptError if there is none of that name, or if its file does not say what it should.
+    Raises MicrogptError if there is no such case, or if its file is not as it should be.
     """
     path = case_path(name) if name in case_names() else Path(name)
     if not os.path.isfile(path):
@@ -148,7 +153,7 @@ def read_case(path: Path) -> Case:
 
 
 def _made_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind: a type, a list of a kind, a mapping of a kind to another."""
+    """Whether a value is of a kind: a type, [a kind] for a list, {a kind: a kind} for a mapping."""
     if isinstance(kind, list):
         return isinstance(value, list) and bool(value) and all(_made_of(x, kind[0]) for x in value)
     if isinstance(kind, dict):
@@ -162,21 +167,27 @@ def _made_of(value: Any, kind: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings without the lines on which their keys stood."""
+    """The value with plain mappings, which do not know the lines of their keys."""
     return {k: _plain(x) for k, x in value.items()} if isinstance(value, dict) else value
 
 
 def _check_names(case: Case, path: Path) -> None:
-    """Refuse characters, parameters and rows that the model does not have."""
+    """Raise MicrogptError for characters, parameters or rows that the model does not have."""
     for document in {doc for batch in case.batches for doc in batch}:
         case.tokenizer.encode(document)
     shapes = param_shapes(case.config, case.tokenizer.vocab_size)
     for name in (*case.shift, *case.rows):
         if name not in shapes:
             raise MicrogptError(f"{path}: {shortened(name)} is no parameter of this model")
-    for name, rows in case.rows.items():
-        if not all(0 <= row < shapes[name][0] for row in rows):
+    for name, numbers in case.rows.items():
+        if not all(0 <= row < shapes[name][0] for row in numbers):
             raise MicrogptError(f"{path}: rows: {name} has rows 0 to {shapes[name][0] - 1}")
+    last = len(case.batches)  # counted from 0: a step for each batch, then one with the first again
+    if learning_rate(last, case.config) <= 0:
+        raise MicrogptError(
+            f"{path}: config: steps {case.config.steps}: step {last + 1} of this case would have no"
+            " learning rate left; leave steps out"
+        )
     if case.temperature <= 0:
         raise MicrogptError(f"{path}: temperature: expected more than 0, got {case.temperature}")
     for name, declared in case.zero_rows.items():
@@ -198,10 +209,14 @@ def draw_params(case: Case, seed: int | None = None) -> Tensors:
     rng = Random(case.config.seed if seed is None else seed)
     params = init_params(case.config, case.tokenizer.vocab_size, rng)
     for name, offset in case.shift.items():
-        params[name] = [[x + offset for x in row] for row in params[name]]
-    for name, rows in case.rows.items():
-        for row, number in rows.items():
-            params[name][row] = [number] * len(params[name][row])
+        params[name] = mapped(partial(add, offset), params[name])
+    for name, numbers in case.rows.items():
+        for row, number in numbers.items():
+            matrix = rows(params[name]) is params[name]
+            params[name][row] = [number] * len(params[name][row]) if matrix else number
+    for name, param in table(case.config).items():
+        if not isinstance(param.init, str):  # in training, layers begin with the same numbers
+            params[name] = mapped(lambda x: x + rng.gauss(0, APART), params[name])
     return params
 
 

@@ -1,4 +1,4 @@
-"""What fails in a run, sorted into causes: what came first, what follows, what is shared."""
+"""The findings of a run sorted into causes, and what the cases that fail have in common."""
 
 from __future__ import annotations
 
@@ -13,105 +13,108 @@ from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.report import with_diagnosis
 from crosscheck.sides import REFUSED
 from crosscheck.trace import PHASES, split_key
-from microgpt.config import Config
+from microgpt.config import FIELDS, Config
 from microgpt.settings import config_from
 from microgpt.taps import taps
 
 LAYER = re.compile(r"layer\d+\.")
 OR = ", or "  # between two readings of the same numbers
-ASIDE = re.compile(r" \(here also [^)]*\)|\d+(\.\d+)?(e-?\d+)?")  # what differs from case to case
-VALUE = "Value alone"  # what fails there shows in everything that scalar computes
-CONFIRMING = 3  # cases that are waited for before a report is printed
-STEPS = ("first steps", "steps one by one", "running freely")  # in float64, in one batch
+ASIDE = re.compile(r" \(here also [^)]*\)|\d+(\.\d+)?(e-?\d+)?")  # what differs between cases
+VALUE = "Value alone"  # the comparison of Value: its errors show in all that scalar computes
+CONFIRMING = 3  # other cases that must fail alike before a report is printed during the run
+STEPS = ("first steps", "steps one by one", "running freely")  # the comparisons of whole steps
 
 
 @dataclass(frozen=True)
 class Finding:
     """What a test found: a difference, or a side that stopped."""
 
-    about: str  # the kind of comparison, in words
+    about: str  # the comparison, in words
     case: str
     step: int
     key: str
     headline: str
     diagnosis: str
     report: str
-    stopped: str  # where, and with what error, if a side did
+    stopped: str  # the line and the error with which a side stopped, if one did
     fields: Mapping[str, Any] = field(repr=False)
 
     @property
     def refused(self) -> bool:
-        """Whether only the recorder refused the text; a number that is wrong is told first."""
+        """Whether the recorder refused the text; wrong numbers are reported before that."""
         return f" {REFUSED}: " in self.stopped
 
 
 @dataclass(frozen=True)
 class Run:
-    """How far a test came: the steps that agreed, and the step that did not (0: all did)."""
+    """How far a test came."""
 
     about: str
     case: str
-    agreed: int
-    failed: int
+    agreed: int  # how many steps agreed
+    failed: int  # the step that did not agree; 0: all did
 
 
 @dataclass
 class Cause:
-    """A finding, and those that follow from it."""
+    """A finding, and the later findings that follow from it."""
 
     first: Finding
     others: list[Finding] = field(default_factory=list)
 
     @property
     def diagnosis(self) -> str:
-        """What it looks like, in all cases in which the same kind of tensor is the first to differ.
+        """The readings of the first finding that most other cases share; "" if none is shared.
 
-        A small case allows several readings. Those that most of the other cases do not have are
-        left out; "" where none is left.
+        A small case allows several readings of its numbers. The other cases that count are those
+        in which the same kind of tensor is the first to differ.
         """
-        own = self.first.diagnosis
-        alike = [one for one in self.others if one.about in STEPS and one.case != self.first.case]
-        told = [
-            {_bare(words) for words in one.diagnosis.split(OR)}
-            for one in {one.case: one for one in alike if _kind(one.key) == _kind(self.first.key)
-                        and one.diagnosis}.values()
-        ]  # fmt: skip
-        if not own or not told:
+        own, kind = self.first.diagnosis, _kind(self.first.key)
+        others = {
+            one.case: {_bare(words) for words in one.diagnosis.split(OR)}
+            for one in self.others
+            if one.about in STEPS and one.case != self.first.case
+            and _kind(one.key) == kind and one.diagnosis
+        }  # fmt: skip
+        if not own or not others:
             return own
-        votes = {words: sum(_bare(words) in one for one in told) for words in own.split(OR)}
-        if not any(votes.values()):
-            return own if len(told) == 1 or _is_place(own) else ""
+        votes = {
+            words: sum(_bare(words) in readings for readings in others.values())
+            for words in own.split(OR)
+        }
         most = max(votes.values())
+        if not most:
+            return own if len(others) == 1 or _is_place(own) else ""
         return OR.join(words for words, count in votes.items() if count == most)
 
     @property
     def report(self) -> str:
-        """The report of the first finding, with what is left of its readings."""
+        """The report of the first finding, with the readings that other cases share."""
         return with_diagnosis(self.first.report, self.first.diagnosis, self.diagnosis)
 
     @property
     def confirmed(self) -> bool:
-        """Whether enough other cases show the same for the reading to be told."""
+        """Whether enough other cases have failed to tell which readings they share."""
         return len({one.case for one in self.others} - {self.first.case}) >= CONFIRMING
 
     @property
     def all(self) -> list[Finding]:
-        """All of them."""
+        """The first finding and the others."""
         return [self.first, *self.others]
 
 
 def _bare(words: str) -> str:
-    """A reading without layers and numbers, which differ from case to case."""
+    """A reading without what differs from case to case: layers and numbers."""
     return ASIDE.sub("", LAYER.sub("", words)).partition(", in ")[0]
 
 
 def _is_place(words: str) -> bool:
-    """Whether words say only where numbers are wrong, which is true of its own case."""
+    """Whether a reading says only where numbers are wrong, which other cases need not share."""
     return words.startswith("wrong ")
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
-    """The causes behind findings, which come in the order of the run, the simplest case first."""
+    """The causes of findings that are in the order of the run, the simplest case first."""
     found: list[Cause] = []
     for finding in findings:
         behind = next((one for one in found if _follows(finding, one.first)), None)
@@ -123,25 +126,25 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 
 
 def _follows(finding: Finding, first: Finding) -> bool:
-    """Whether one finding may come of the cause of another."""
-    if first.about == VALUE:
+    """Whether a finding may have the same cause as an earlier one."""
+    if first.about == VALUE:  # all that scalar gets wrong may follow
         return finding.fields.get("at_fault") in ("", first.fields.get("at_fault"))
-    in_place = first.diagnosis.startswith(OF_ANOTHER)
-    if in_place and finding.diagnosis.startswith(OF_ANOTHER) and _kind(first.key)[0] == "forward":
+    exchanged = all(one.diagnosis.startswith(OF_ANOTHER) for one in (first, finding))
+    if exchanged and _kind(first.key)[0] == "forward":  # of the same cause, if with the same tensor
         return LAYER.sub("", first.diagnosis) == LAYER.sub("", finding.diagnosis)
-    if first.stopped or finding.stopped:
+    if first.stopped or finding.stopped:  # after a wrong number, or at the same line
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
     if _kind(first.key) == _kind(finding.key) or not first.key or not finding.key:
         return True
-    another = bool(first.diagnosis and finding.diagnosis) and first.diagnosis != finding.diagnosis
-    if another and finding.about in STEPS:
+    readings = {first.diagnosis, finding.diagnosis} - {""}
+    if len(readings) == 2 and finding.about in STEPS:
         return False
     return _downstream(_kind(finding.key), _kind(first.key))
 
 
 def _kind(key: str) -> tuple[str, str]:
-    """A tensor's phase and name, those of recorded runs as in the text, without the layer."""
+    """A tensor's phase and name without the layer; a recorded run's as if the text had run."""
     phase, name = split_key(key)
     if phase == "eval" or (phase, name) == ("unwatched", "loss"):
         phase = "forward"
@@ -152,16 +155,14 @@ def _kind(key: str) -> tuple[str, str]:
 
 
 def _downstream(later: tuple[str, str], earlier: tuple[str, str]) -> bool:
-    """Whether a tensor is computed from another, in some step."""
+    """Whether a kind of tensor is computed from an earlier kind."""
     phases = list(PHASES)
     (phase, name), (before, source) = later, earlier
     if before in ("eval", "read"):
         return (before, phase) == ("read", "sample")
     if phase != before:
-        return phases.index(before) < phases.index(phase) and (before, phase) != (
-            "adam_m",
-            "adam_v",
-        )
+        ordered = phases.index(before) < phases.index(phase)
+        return ordered and (before, phase) != ("adam_m", "adam_v")
     if phase == "forward":
         return source in _behind().get(name, ())
     if phase == "backward":
@@ -171,7 +172,7 @@ def _downstream(later: tuple[str, str], earlier: tuple[str, str]) -> bool:
 
 @cache
 def _behind() -> dict[str, set[str]]:
-    """For every tap of a layer, all that it is computed from, without the layer's name."""
+    """For every tap, without its layer's name, all taps that it is computed from."""
     found: dict[str, set[str]] = {}
     for tap in taps(config_from({"norm_embedding": True}, "the graph of a layer")).values():
         own = {operand.rpartition(".")[2] for operand in tap.operands}
@@ -181,7 +182,7 @@ def _behind() -> dict[str, set[str]]:
 
 
 def also(cause: Cause) -> str:
-    """What fails as well, in one line; nothing if that is all."""
+    """The other cases and comparisons that fail, in one line; "" if there are none."""
     cases = {one.case for one in cause.others if one.about in STEPS} - {cause.first.case}
     words = [f"{len(cases)} case{'s' * (len(cases) > 1)}"] if cases else []
     abouts = dict.fromkeys(one.about for one in cause.others if one.about not in STEPS)
@@ -192,7 +193,7 @@ def also(cause: Cause) -> str:
 # --- what the failing cases share ----------------------------------------------------------------
 
 
-FEWEST = 10  # cases of which a property says something
+FEWEST = 10  # cases; a property that separates fewer may do so by chance
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,19 @@ Property = tuple[str, Callable[[Moment], bool]]
 
 OF_STEPS: list[Property] = [
     ("from step 2 on", lambda at: at.number > 1),
-    ("where a shape of a batch comes again", _again),
+    ("where the shape of a batch occurs again", _again),
     ("in batches of several documents (B > 1)", lambda at: len(at.docs) > 1),
     ("in batches of one document", lambda at: len(at.docs) == 1),
     ("where documents are of unequal length", lambda at: len(set(map(len, at.docs))) > 1),
     ("at a single position (T = 1)", lambda at: at.shape[1] == 1),
     ("where there is more than one position (T > 1)", lambda at: at.shape[1] > 1),
     ("where a character is repeated", _repeats),
+]
+# fields with choices; the vocabulary and how documents are cropped show in the batches themselves
+CHOSEN = [
+    name
+    for name, field in FIELDS.items()
+    if field.metadata["choices"] and name not in ("vocabulary", "crop", "dtype", "documents")
 ]
 OF_CASES: list[Property] = [
     ("tie_lm_head", lambda at: at.config.tie_lm_head),
@@ -238,6 +245,7 @@ OF_CASES: list[Property] = [
     ("norm_embedding off", lambda at: not at.config.norm_embedding),
     ("grad_clip", lambda at: at.config.grad_clip > 0),
     ("weight_decay", lambda at: at.config.weight_decay > 0),
+    ("warmup_steps", lambda at: at.config.warmup_steps > 0),
     ("n_head = 1", lambda at: at.config.n_head == 1),
     ("n_head > 1", lambda at: at.config.n_head > 1),
     ("one channel to a head", lambda at: at.config.head_dim == 1),
@@ -250,19 +258,19 @@ OF_CASES: list[Property] = [
 
 
 def _with(name: str, value: Any) -> Property:
-    """That a field of the configuration has a value."""
+    """The property that a field of the configuration has this value."""
     return f"{name} {value}", lambda at: bool(getattr(at.config, name) == value)
 
 
 def shared(
     cause: Cause, runs: Sequence[Run], load: Callable[[str], Case], listed: Collection[str]
 ) -> str:
-    """Which cases fail, and the property that tells them from those that do not, if one does.
+    """Which cases fail, and the property that they have and the cases that pass have not, if any.
 
-    No property is told where the comparison did not run on the whole list, or on few cases; nor of
-    a single case, where it is one property of several.
+    No property is given if the comparison ran on few cases or not on all that are listed, nor if
+    only one case fails or passes and several properties would fit.
 
-    runs      of all tests on cases, also those that passed
+    runs      of all tests on cases, also of those that passed
     load      gives a case by its name
     listed    the names of the cases that were to be run
     """
@@ -281,29 +289,14 @@ def shared(
     passed = names - {run.case for run in own if run.failed} - failed
     count = f"all {len(names)} cases" if failed == names else f"{len(failed)} of {len(names)} cases"
     count += " that were run" * (not whole)
-    moments = {pair: _moment(load(pair[0]), pair[1]) for pair in failing | agreed}
-    activations = sorted({moment.config.activation for moment in moments.values()})
-    named = [_with("activation", name) for name in activations]
-    split = [
-        words
-        for words, holds in (*named, *OF_CASES)
-        if passed
-        and all(holds(moments[one]) for one in failing)
-        and not any(holds(_moment(load(name), 1)) for name in passed)
-    ]
-    by_step = [
-        words
-        for words, holds in OF_STEPS
-        if agreed
-        and all(holds(moments[one]) for one in failing)
-        and not any(holds(moments[one]) for one in agreed)
-    ]
-    enough = whole and len(names) >= FEWEST
-    if not enough or (len(split) > 1 and min(len(failed), len(passed)) < 2):
-        split = []
-    if not enough or (len(by_step) > 1 and min(len(failing), len(agreed)) < 2):
-        by_step = []
-    words = [f"those with {' and '.join(split[:2])}"] if split else by_step[:2]
+    words: list[str] = []
+    if whole and len(names) >= FEWEST:
+        wrong, right = ([_moment(load(name), 1) for name in some] for some in (failed, passed))
+        chosen = {(field, getattr(moment.config, field)) for field in CHOSEN for moment in wrong}
+        split = _apart([*(_with(*pair) for pair in sorted(chosen)), *OF_CASES], wrong, right)
+        wrong, right = ([_moment(load(name), n) for name, n in some] for some in (failing, agreed))
+        by_step = _apart(OF_STEPS, wrong, right)
+        words = [f"those with {' and '.join(split[:2])}"] if split else by_step[:2]
     if not words and len(failed) < min(4, len(names)):
         words = [", ".join(sorted(failed))]
     only = _only(cause)
@@ -314,17 +307,29 @@ def shared(
     )
 
 
+def _apart(
+    properties: Iterable[Property], wrong: Sequence[Moment], right: Sequence[Moment]
+) -> list[str]:
+    """The properties that all wrong moments have, and no right one; none if that may be chance."""
+    found = [
+        words
+        for words, holds in properties
+        if right and all(map(holds, wrong)) and not any(map(holds, right))
+    ]
+    return found if len(found) < 2 or min(len(wrong), len(right)) > 1 else []
+
+
 def _moment(case: Case, number: int) -> Moment:
     docs = [case.docs(step) for step in range(max(number, 1))]
     return Moment(case.config, docs[-1], number, docs[:-1])
 
 
 def _only(cause: Cause) -> str:
-    """Where alone it fails, if it does so in one kind of comparison only."""
+    """The one comparison that fails, in words; "" if several fail, or those of whole steps."""
     abouts = {one.about for one in cause.all}
     if len(abouts) == 1 and not abouts & {*STEPS, VALUE}:
         return f"only in: {cause.first.about}"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {"unwatched", "eval"}:
-        return "only as it is recorded for training; the text as it stands agrees"
+        return "only where the text is recorded for training; unrecorded, it agrees"
     return ""

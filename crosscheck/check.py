@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from crosscheck.alone import WHOLE, Wrong, alone
 from crosscheck.candidate import HELPERS, RESULTS, Candidate, Told, load_candidate
@@ -23,33 +24,42 @@ from crosscheck.tolerance import RTOL
 from microgpt.errors import printable
 
 RIGHT, WRONG, CANNOT, INCOMPLETE = 0, 1, 2, 3  # exit status
+# the fields of a disagreement that a learner does not see without asking for hints
 QUIET = {"lines": (), "function": "", "operands": {}, "formula": "", "diagnosis": ""}
 
 
 @dataclass
 class Verdict:
-    """What is said of a candidate."""
+    """What a candidate gets right and wrong."""
 
     status: int
-    first: str  # what was found in it
+    first: str  # which functions it has
     functions: dict[str, str] = field(default_factory=dict)  # right, wrong, not attempted, ..
-    report: list[str] = field(default_factory=list)  # lines
-    fields: dict[str, Any] = field(default_factory=dict)  # the report, for other programs
-    end: list[str] = field(default_factory=list)
+    report: list[str] = field(default_factory=list)  # the lines on the first mistake
+    fields: dict[str, Any] = field(default_factory=dict)  # the report for other programs
+    end: list[str] = field(default_factory=list)  # the lines on what is right, and what is next
     seconds: float = 0.0
 
     def __str__(self) -> str:
         return "\n".join([*wrapped(self.first, "", "  "), *self.report, *self.end])
 
+    def tell(self, told: Told) -> None:
+        """Add what a function did besides computing numbers."""
+        self.functions[told.function] = "not attempted" if told.undone else "wrong"
+        self.status = INCOMPLETE if told.undone else WRONG
+        self.report = report_told(told)
+        self.fields = {"function": told.function, "problem": told.words, "line": told.line}
+
     def as_json(self) -> str:
-        """The same for other programs."""
+        """The verdict for other programs."""
         return json.dumps({**asdict(self), "text": str(self)}, indent=1, default=str)
 
 
 def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     """The verdict on the candidate in a file or package.
 
-    hint    how much is told: 0 where it is wrong, 1 what it looks like, 2 the equation as well
+    hint    how much the report says; 0: where the numbers are wrong, 1: what the mistake looks
+            like as well, 2: the equation as well
 
     Raises MicrogptError if nothing can be checked.
     """
@@ -68,14 +78,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
     try:
         _judge(candidate, verdict, hint)
     except Told as told:
-        if told.undone:
-            verdict.functions[told.function] = "not attempted"
-            verdict.status = INCOMPLETE
-        else:
-            verdict.functions[told.function] = "wrong"
-            verdict.status = WRONG
-        verdict.report = report_told(told)
-        verdict.fields = {"function": told.function, "problem": told.words, "line": told.line}
+        verdict.tell(told)
     for name, line in candidate.said.items():
         verdict.report += ["", f"{name} prints; left out here: {printable(line)}"[:WIDTH]]
     verdict.seconds = time.monotonic() - since
@@ -86,7 +89,7 @@ def check(path: Path, hint: int = 0, time_limit: float = 5.0) -> Verdict:
 
 
 def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
-    """Each function alone, in the order of the text, then the whole model; up to what is wrong."""
+    """Fill in the verdict: each function by itself, then the whole model, up to the first error."""
     if not candidate.functions:
         return
     wrong = _each_alone(candidate, verdict) if candidate.side == "vectorized" else None
@@ -95,7 +98,7 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
     if wrong:
         verdict.functions[wrong.function], verdict.status = "wrong", WRONG
         verdict.report = report_alone(wrong, hints(candidate, wrong, hint))
-        verdict.fields = _plain(wrong)
+        verdict.fields = {k: v for k, v in vars(wrong).items() if k != "evidence"}
         _parts(candidate, verdict, wrong, hint)
         return
     found = in_whole(candidate) if candidate.functions else None
@@ -108,13 +111,13 @@ def _judge(candidate: Candidate, verdict: Verdict, hint: int) -> None:
         return
     for name in candidate.functions:
         if not candidate.calls[name]:
-            raise Told(name, "was never called, so nothing is known of it", candidate.line_of(name))
+            raise Told(name, "was never called, so it was not checked", candidate.line_of(name))
         verdict.functions[name] = "right"
     _parts(candidate, verdict, None, hint)
 
 
 def _each_alone(candidate: Candidate, verdict: Verdict) -> Wrong | None:
-    """The first of the functions that is wrong by itself. What is a stub is taken out."""
+    """The first function that is wrong by itself. Functions not attempted are taken out."""
     names = [name for name in candidate.functions if name in RESULTS or name == WHOLE]
     names = [name for name in names if name != "read"]
     given = inputs(names, candidate.seed)
@@ -126,18 +129,18 @@ def _each_alone(candidate: Candidate, verdict: Verdict) -> Wrong | None:
                 raise
             del candidate.functions[name]
             verdict.functions[name] = "not attempted"
-            continue
-        if wrong:
-            return wrong
-        verdict.functions[name] = "right alone"
+        else:
+            if wrong:
+                return wrong
+            verdict.functions[name] = "right alone"
     return None
 
 
 def _parts(candidate: Candidate, verdict: Verdict, whole: Wrong | None, hint: int) -> None:
-    """What is said of the text's functions in a file that has a whole model.
+    """Add to the verdict on a whole model which other functions of the file differ from the text's.
 
-    They need not do what the text's do, so none of them makes the verdict. Where the whole model is
-    wrong, the first part that is wrong is likely to be the cause.
+    A whole model may divide the work as it likes, so such a difference does not change the status.
+    If the whole model is wrong, the first function that is wrong is likely to be the cause.
     """
     only = replace(candidate, functions=candidate.parts, parts={})
     names = [name for name in only.functions if name in RESULTS]
@@ -154,17 +157,17 @@ def _parts(candidate: Candidate, verdict: Verdict, whole: Wrong | None, hint: in
         if whole and wrong and wrong.numbers and not faulty:
             faulty = wrong
         elif words:
-            others += wrapped(f"{name} {words}, given what the text's is given", "  ", "    ")
+            others += wrapped(f"{name} {words}, on the inputs of the text's", "  ", "    ")
     if faulty:
         verdict.report += report_alone(faulty, hints(only, faulty, hint))
     elif whole and whole.numbers:
         verdict.report += _where_to_look(whole, [*given])
     if others:
-        verdict.report += ["", "beside it, and no part of the verdict:", *others]
+        verdict.report += ["", "besides, without an effect on the verdict:", *others]
 
 
 def _where_to_look(whole: Wrong, known: Sequence[str]) -> list[str]:
-    """Which functions of the text compute what is wrong in a whole model, and how to check them."""
+    """Which functions of the text compute the wrong tensor, and how to check each by itself."""
     suspects = [name for name in parts_of(whole.label) if name not in known]
     if not suspects:
         return []
@@ -178,13 +181,8 @@ def _where_to_look(whole: Wrong, known: Sequence[str]) -> list[str]:
     return ["", *wrapped(words)]
 
 
-def _plain(wrong: Wrong) -> dict[str, Any]:
-    """What is wrong, for other programs."""
-    return {k: v for k, v in vars(wrong).items() if k != "evidence"}
-
-
 def report_told(told: Told) -> list[str]:
-    """The report on what a function did besides computing numbers."""
+    """The report on a mistake that is not a wrong number."""
     first, *rest = told.words.split("\n")
     lines = ["", *wrapped(f"{told.function} {first}")]
     for words in rest:
@@ -193,7 +191,7 @@ def report_told(told: Told) -> list[str]:
 
 
 def report_alone(wrong: Wrong, hints: Sequence[tuple[str, str]] = ()) -> list[str]:
-    """The report on a function by itself."""
+    """The report on a function that is wrong by itself."""
     rows: list[tuple[str, str]] = []
     if wrong.numbers:
         at = f"{wrong.label}[{', '.join(map(str, wrong.index))}]" if wrong.index else wrong.label
@@ -220,13 +218,13 @@ def report_alone(wrong: Wrong, hints: Sequence[tuple[str, str]] = ()) -> list[st
 
 
 def _at_fault(candidate: Candidate, found: Disagreement) -> str:
-    """The function of the candidate that a disagreement points at, where that can be said."""
+    """The candidate's function that a disagreement points at; "" if that is not certain."""
     named, only = found.function.partition(",")[0], [*candidate.functions]
     return named if named in only else only[0] if len(only) == 1 else ""
 
 
 def _shown(found: Disagreement, candidate: Candidate, hint: int) -> str:
-    """The usual report, as far as the hints that were asked for allow; without lines of ours."""
+    """The report on a disagreement, with the hints that were asked for and without our lines."""
     kept: dict[str, Any] = dict(QUIET)
     if hint:
         del kept["diagnosis"]
@@ -243,7 +241,7 @@ def _shown(found: Disagreement, candidate: Candidate, hint: int) -> str:
 
 
 def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[str]:
-    """How far the candidate is, and the next command to type."""
+    """The lines on what is right, and the next command to type."""
     took = f"({verdict.seconds:.1f} s)"
     if verdict.status == WRONG:
         wrong = next((k for k, words in verdict.functions.items() if words == "wrong"), "it")
@@ -251,18 +249,16 @@ def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[
         before = f"right: {', '.join(right)} {took}" if right else took
         there = verdict.fields.get("exceeding") and wrong != "Value"
         more = " --hint" * (hint + 1) if hint < 2 and there else ""
-        words = f"mend {wrong}, and type it again" if not more else f"for a hint about {wrong}"
+        words = f"for a hint about {wrong}" if more else f"mend {wrong}, then type"
         return ["", *wrapped(before), f"{words}:", f"  {again}{more}"]
     done = [name for name, words in verdict.functions.items() if words == "right"]
     lines = wrapped(f"right: {', '.join(done)} {took}") if done else []
     if candidate.borrowed:
         ours = [name for name in candidate.borrowed if name not in HELPERS]
-        lines += wrapped(f"of vectorized/ it uses {', '.join(ours)}, which is not checked here")
+        lines += wrapped(f"it uses {', '.join(ours)} of vectorized/, not checked here")
     if verdict.status == INCOMPLETE:
         left = [name for name, words in verdict.functions.items() if words == "not attempted"]
-        so_far = (
-            "right so far; not complete" if done else "nothing is wrong; nothing is written yet"
-        )
+        so_far = "right so far; not complete" if done else "nothing is written yet"
         lines += wrapped(f"{so_far}. Next is {left[0]}; then type:")
         return ["", *lines, f"  {again}"]
     return ["", *lines, "all right"]
@@ -272,9 +268,18 @@ def _end(candidate: Candidate, verdict: Verdict, again: str, hint: int) -> list[
 
 
 def run(path: Path, hint: int, as_text: bool, time_limit: float) -> int:
-    """Print the verdict; its exit status."""
-    verdict = check(path, hint, time_limit)
-    print(verdict if as_text else verdict.as_json())
+    """The exit status of the verdict, which is printed."""
+    shown = str if as_text else Verdict.as_json
+
+    def last_words(told: Told) -> str:
+        name = printable(path.name)
+        verdict = Verdict(WRONG, f"{name} was ended by force: it sleeps, or catches all errors")
+        verdict.tell(told)
+        return shown(verdict)
+
+    with patch("crosscheck.candidate.last_words", last_words):
+        verdict = check(path, hint, time_limit)
+    print(shown(verdict))
     return verdict.status
 
 
@@ -299,7 +304,7 @@ def watch(path: Path, hint: int, time_limit: float, every: float = 1.0) -> int:
                 changes = [
                     f"{name}: {before[name]} -> {words}"
                     for name, words in states.items()
-                    if name in before and before[name] != words
+                    if before.get(name, words) != words
                 ]
                 print("\n".join([found["text"], *changes, "-" * 80]), flush=True)
                 before = states

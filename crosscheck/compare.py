@@ -31,19 +31,19 @@ from crosscheck.trace import (
     teacher_forced,
 )
 from crosscheck.where import where
+from microgpt.train import learning_rate
 
 SIDES = ("reference", "candidate")
-COUNTED = ("batch", "sample")  # token ids, not measurements; "eval" hands out Python's floats
-WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which they are kept
+COUNTED = ("batch", "sample")  # phases of token ids, which have no precision
+WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which a step keeps them
 TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
-NEAR = 0.5  # of the largest share: such elements count as ties
-CHOICE = "one of the worst"
+NEAR = 0.5  # of the largest share; elements above it are equally good to show
 KINK = 1e-9  # a ReLU input this close to 0 may fall on either side by rounding alone
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """One tensor that is not as it should be, and everything that a report says about it."""
+    """A tensor that is not as it should be, and everything that a report says about it."""
 
     case: str
     step: int  # from 1
@@ -58,17 +58,17 @@ class Disagreement:
     elements: int = 0
     agreed: tuple[str, ...] = ()  # the keys of this step that agreed before it
     formula: str = ""  # the scalar expression behind the element
-    operands: Mapping[str, str] = field(default_factory=dict)  # of the side that is right
-    expected: float = 0.0  # what they come to
-    at_fault: str = ""  # "reference" or "candidate": whose number is not what its operands say
-    recomputed: float = 0.0  # what the operands of the side at fault come to
-    diagnosis: str = ""  # what it looks like, where that is known
-    where: str = ""  # which elements are wrong, where that is a pattern
-    phases: tuple[str, ...] = ()  # all in which this step differs
-    texts: tuple[tuple[str, str], ...] = ()  # of token ids: what they say, label and text
-    lines: tuple[str, ...] = ()  # where both texts compute it
-    function: str = ""  # of the side at fault
-    stop: Stop | None = None  # how a side ended before this step's end
+    operands: Mapping[str, str] = field(default_factory=dict)  # of the formula, on the right side
+    expected: float = 0.0  # the value of the formula with these operands
+    at_fault: str = ""  # the side whose number is not the value of the formula: one of SIDES
+    recomputed: float = 0.0  # the value of the formula with the operands of the side at fault
+    diagnosis: str = ""  # what the mistake looks like, if that is known
+    where: str = ""  # which elements are wrong, if they form a pattern
+    phases: tuple[str, ...] = ()  # all phases in which this step differs
+    texts: tuple[tuple[str, str], ...] = ()  # label and text of token ids
+    lines: tuple[str, ...] = ()  # where both texts compute the tensor
+    function: str = ""  # that computes it on the side at fault
+    stop: Stop | None = None  # where and why a side stopped within this step
 
 
 @dataclass
@@ -80,11 +80,23 @@ class Tally:
     elements: int = 0
     worst: float = 0.0  # the largest share of the allowed error that any element used
     worst_key: str = ""
-    excused: dict[str, int] = field(default_factory=dict)  # elements that rtol alone lets not pass
-    within: int = 0  # tensors that pass by the least noise that there can be; not in `worst`
+    excused: dict[str, int] = field(default_factory=dict)  # elements that pass thanks to atol
+    within: int = 0  # tensors within the least noise that there can be; they are not in `worst`
+
+    def count(self, key: str, elements: int, excused: int, share: float, least: bool) -> None:
+        """Count a tensor that agrees; `least`: within the least noise that there can be."""
+        phase = split_key(key)[0]
+        self.tensors += 1
+        self.elements += elements
+        if excused:
+            self.excused[phase] = self.excused.get(phase, 0) + excused
+        if least:
+            self.within += 1
+        elif share > self.worst:
+            self.worst, self.worst_key = share, key
 
     def add(self, other: Tally) -> None:
-        """Take another tally into this one."""
+        """Add the counts of another tally."""
         self.steps += other.steps
         self.tensors += other.tensors
         self.elements += other.elements
@@ -103,8 +115,8 @@ class Outcome:
     tally: Tally = field(default_factory=Tally)
     found: list[Disagreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out
-    # for the map: the worst share of what is allowed, by step and key; and the shares of the
-    # first tensor that exceeds it
+    # for the map: the largest share of the allowed error by step and key, and the shares of the
+    # elements of the first tensor that disagrees
     shares: dict[int, dict[str, float]] = field(default_factory=dict)
     wrong: Array | None = field(default=None, repr=False)
 
@@ -127,9 +139,9 @@ def compare(
     names: Sequence[str] = (),
     after: int = 0,
 ) -> Outcome:
-    """Hold the steps of two traces against each other, up to the first one that differs.
+    """What two traces show when held against each other, up to the first step that differs.
 
-    names    of the two implementations, if they can be asked for more than their traces say
+    names    of the two implementations, if they can run again for a better explanation
     after    how many steps came before these
     """
     outcome = Outcome(case.name)
@@ -163,11 +175,11 @@ def compare_teacher_forced(
     standard: Standard = FLOAT64,
     reference: str = "",
 ) -> Outcome:
-    """Hold an implementation against a trace, each step from where the trace has it begin."""
+    """What an implementation shows against a trace, each step begun from the trace's state."""
     stops: list[Stop | None] = []
-    kept: list[Step] = []
+    kept: list[Step] = []  # without samples, which teacher forcing does not draw
     for step, stop in _until_stopped(reference_steps):
-        kept.append({key: step[key] for key in step if split_key(key)[0] != "sample"})  # no part
+        kept.append({key: step[key] for key in step if split_key(key)[0] != "sample"})
         stops.append(stop)
 
     def again() -> Iterator[Step]:
@@ -178,13 +190,12 @@ def compare_teacher_forced(
 
     names = (reference, candidate) if reference else ()
     begun = [step for step in kept if "entry/wte" in step]
-    return compare(
-        case, again(), teacher_forced(case, candidate, standard.dtype, begun), standard, names
-    )
+    forced = teacher_forced(case, candidate, standard.dtype, begun)
+    return compare(case, again(), forced, standard, names)
 
 
 def _until_stopped(steps: Iterable[Step]) -> Iterator[tuple[Step, Stop | None]]:
-    """The steps; and where a side stops, what there is of the last one."""
+    """Each step; if the side stops within a step, what the step has so far, and the stop."""
     try:
         for step in steps:
             yield step, None
@@ -201,24 +212,23 @@ def compare_step(
     outcome: Outcome,
     stops: tuple[Stop | None, Stop | None] = (None, None),
 ) -> None:
-    """Hold all tensors of a step against each other; note the first to differ in each phase."""
+    """Add to the outcome the first tensor of each phase that differs in this step, and counts."""
     agreed: list[str] = []
     noted: set[str] = set()
     there = {*reference, *candidate}
     order = [key for key in keys(case.config, case.tokenizer.vocab_size) if key in there]
     passed = passing(step, reference, candidate, standard)
-    stopped_early = [side for side, stop in zip((reference, candidate), stops) if stop]
+    ended_early = [side for side, stop in zip((reference, candidate), stops) if stop]
     for key in order:
-        phase, _ = split_key(key)
-        if any(_not_reached(key, side, order) for side in stopped_early):
+        if any(_not_reached(key, side, order) for side in ended_early):
             continue
         found = _compare_tensor(
             case, step, key, reference, candidate, standard, outcome, passed.get(key)
         )
         if found is None:
             agreed.append(key)
-        elif phase not in noted:
-            noted.add(phase)
+        elif split_key(key)[0] not in noted:
+            noted.add(split_key(key)[0])
             outcome.found.append(replace(found, agreed=tuple(agreed)))
     ended = next((stop for stop in stops if stop), None)
     if ended and not outcome.found:
@@ -231,7 +241,7 @@ def compare_step(
 def stopped(
     case: str, step: int, at_fault: str, stop: Stop, agreed: tuple[str, ...] = ()
 ) -> Disagreement:
-    """What there is to say of a side that has stopped where no number was wrong before."""
+    """The disagreement of a side that stops before any number is wrong."""
     kind, _, words = stop.error.partition(": ")
     problem = f"stops with {kind}"
     if stop.refused:
@@ -247,7 +257,7 @@ def _not_reached(key: str, step: Step, order: Sequence[str]) -> bool:
     phase, _ = split_key(key)
     phases = {split_key(one)[0] for one in step}
     if phase in WATCHED and phases & {*WATCHED[WATCHED.index(phase) + 1 :], "gradient"}:
-        return False  # what follows has been kept, so this phase was at its end
+        return False  # a later phase has tensors, so this phase was complete
     held = [order.index(one) for one in step if split_key(one)[0] == phase]
     return key not in step and order.index(key) > max(held, default=-1)
 
@@ -261,58 +271,67 @@ def explained(
     standard: Standard,
     names: Sequence[str] = (),
 ) -> Disagreement:
-    """The first disagreement of a step, with the expression behind it and a diagnosis.
+    """The first disagreement of a step, with the expression behind its element and a diagnosis.
 
-    The side whose number is not what its own operands come to is the one at fault, and is held
-    against the other. Where a step, or the one before it, is too incomplete for that, without.
+    The side at fault is the one whose number is not what its own operands give. What a step is too
+    incomplete to say is left out.
 
-    before    the two steps before these
-    names     of the two implementations, if they can be asked for more than their traces say
+    before    the steps of both sides before this one
+    names     of the two implementations, if they can run again for a better explanation
     """
     first = replace(found[0], phases=tuple(split_key(one.key)[0] for one in found if one.key))
-    if first.shape is not None:
-        own = [_follows(case, first, step, standard) for step in (ours, theirs)]
-        wrong = [(side, one[0]) for side, one in zip(SIDES, own) if one and not one[1]]
-        if None not in own and len(wrong) == 1:
-            first = replace(first, at_fault=wrong[0][0], recomputed=wrong[0][1])
+    phase, numbers = split_key(first.key)[0], first.shape is not None
+    if numbers:
+        first = _with_side(case, first, ours, theirs, standard)
     sound, faulty = (theirs, ours) if first.at_fault == "reference" else (ours, theirs)
-    incomplete = (KeyError, IndexError, TypeError, ValueError, AttributeError)
-    with suppress(*incomplete):
-        behind = None
-        if first.shape is not None:
-            behind = behind_element(case, first.step, first.key, first.index, sound)
-        if behind:
-            operands = {name: shown(value) for name, value in behind.operands.items()}
-            first = replace(
-                first, formula=behind.formula, operands=operands, expected=float(behind.value)
-            )
     earlier = before[sound is theirs] if before else None
+    incomplete = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+    if numbers:
+        with suppress(*incomplete):
+            first = _with_expression(case, first, sound)
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
-    recorded = split_key(first.key)[0] in ("eval", "unwatched") and "vectorized" in names
+    recorded = phase in ("eval", "unwatched") and "vectorized" in names
     if recorded and (words := leaves_text(case, first.step, theirs)):
         first = replace(first, diagnosis=words)
-    if first.shape is not None and split_key(first.key)[0] not in COUNTED:
-        words = _where(case, first, ours, theirs, standard)
-        first = replace(first, where="" if words in first.diagnosis else words)
-    if first.shape is not None and split_key(first.key)[0] in COUNTED:
+    if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
         if first.diagnosis and words:  # both are true: what was done, and in which function
             words, texts = first.diagnosis, (*texts, ("", words))
         first = replace(first, diagnosis=words or first.diagnosis, texts=texts)
+    elif numbers:
+        words = _where(case, first, ours, theirs, standard)
+        first = replace(first, where="" if words in first.diagnosis else words)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
-        first = replace(
-            first,
-            lines=lines_of(first.key, case.config),
-            function=function_of(first.key, case.config, side),
-        )
+        function = function_of(first.key, case.config, side)
+        first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
 
 
+def _with_side(
+    case: Case, found: Disagreement, ours: Step, theirs: Step, standard: Standard
+) -> Disagreement:
+    """The disagreement with the side at fault, if one side alone contradicts its own operands."""
+    own = [_follows(case, found, step, standard) for step in (ours, theirs)]
+    wrong = [(side, one[0]) for side, one in zip(SIDES, own) if one and not one[1]]
+    if None in own or len(wrong) != 1:
+        return found
+    return replace(found, at_fault=wrong[0][0], recomputed=wrong[0][1])
+
+
+def _with_expression(case: Case, found: Disagreement, sound: Step) -> Disagreement:
+    """The disagreement with the expression behind its element, if there is one."""
+    behind = behind_element(case, found.step, found.key, found.index, sound)
+    if behind is None:
+        return found
+    operands = {name: shown(value) for name, value in behind.operands.items()}
+    return replace(found, formula=behind.formula, operands=operands, expected=float(behind.value))
+
+
 def _where(case: Case, found: Disagreement, ours: Step, theirs: Step, standard: Standard) -> str:
-    """Which elements are wrong, in words, if that is a pattern."""
+    """Which elements are wrong, in words; "" if they form no pattern."""
     a, b, tokens = ours[found.key], theirs[found.key], ours["batch/tokens"]
     there = real(found.key, a.shape, tokens)
     wrong = standard.tolerance(found.step, found.key).shares(a, b) > 1
@@ -322,7 +341,7 @@ def _where(case: Case, found: Disagreement, ours: Step, theirs: Step, standard: 
 def behind_element(
     case: Case, number: int, key: str, index: tuple[int, ...], step: Step
 ) -> Expression | None:
-    """The expression behind an element, or None where there is none."""
+    """The expression behind an element; None if there is none."""
     if key == "read/logits":
         t, i = index
         formula = f"logits[b=0, t={t}, c={i}] of the forward pass, which reads the same tokens"
@@ -333,7 +352,7 @@ def behind_element(
 def _follows(
     case: Case, found: Disagreement, step: Step, standard: Standard
 ) -> tuple[float, bool] | None:
-    """What an element's own operands come to, and whether it is that; None if there are none."""
+    """The value of an element's expression, and whether the element is that; None without one."""
     if split_key(found.key)[0] == "sample":
         with suppress(KeyError, IndexError, ArithmeticError, ValueError):
             again = drawn_again(case, found.key, found.step, step)
@@ -354,7 +373,7 @@ def _follows(
 def _malformed(
     case: Case, step: int, key: str, reference: Step, candidate: Step, standard: Standard
 ) -> Disagreement | None:
-    """What keeps two tensors from being compared: absence, no numbers, shape or precision."""
+    """Why two tensors cannot be compared: absence, no numbers, shape or precision; or None."""
     if key not in reference or key not in candidate:
         side = "candidate" if key in reference else "reference"
         problem = f"was never written by the {side}"
@@ -365,8 +384,8 @@ def _malformed(
             problem, words = f"{tensor[()]}, in the {side}", ""
             if "U" in axes(key) and "ragged" in problem:
                 words = (
-                    "positions look at more than there are up to them: one list takes the keys or"
-                    " values of several layers or documents"
+                    "a position looks at more keys than there are up to it: one list takes the keys"
+                    " or values of several layers or documents"
                 )
             return Disagreement(case.name, step, key, problem, at_fault=side, diagnosis=words)
     if ours.shape != theirs.shape:
@@ -392,11 +411,11 @@ def _compare_tensor(
     outcome: Outcome,
     passed: Passed | None,
 ) -> Disagreement | None:
-    """What is wrong with a tensor, if anything is; it is counted if nothing is.
+    """What is wrong with a tensor of a step; None if it agrees, and then the outcome counts it.
 
-    passed    if it lies within the narrowest tolerance that it has
+    passed    how the tensor lies within the narrowest of its tolerances, if it does
     """
-    tally, seen = outcome.tally, outcome.shares.setdefault(step, {})
+    seen = outcome.shares.setdefault(step, {})
     seen[key] = math.inf
     malformed = _malformed(case, step, key, reference, candidate, standard)
     if malformed:
@@ -423,31 +442,24 @@ def _compare_tensor(
             index=index,
             reference=float(ours[index]),
             candidate=float(theirs[index]),
-            tolerance=tolerance.at(tuple(map(int, index))),
+            tolerance=tolerance.at(index),
             exceeding=int((shares > 1).sum()),
             elements=int(there.sum()),
         )
     seen[key] = passed.share
-    problem = _vacuous(case, key, ours, theirs, there, reference["batch/tokens"])
+    problem = _vacuous(case, step, key, ours, theirs, there, reference["batch/tokens"])
     if problem:
         return Disagreement(case.name, step, key, problem)
-    tally.tensors += 1
-    tally.elements += int(np.count_nonzero(there))
-    if passed.excused:
-        phase, _ = split_key(key)
-        tally.excused[phase] = tally.excused.get(phase, 0) + passed.excused
-    if passed.least:
-        tally.within += 1
-    elif passed.share > tally.worst:
-        tally.worst, tally.worst_key = passed.share, key
+    elements = int(np.count_nonzero(there))
+    outcome.tally.count(key, elements, passed.excused, passed.share, passed.least)
     return None
 
 
 def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
-    """The index of the element that is shown of those that exceed what is allowed.
+    """The index of the wrong element that a report shows.
 
-    The first near the largest share, among typical elements: none that is small by accident, and
-    no weight of a softmax over a single position. Of token ids, the first.
+    It is the first whose share is near the largest among typical elements: not one that is small
+    by accident, nor a weight of a softmax over a single position. Of token ids, the first wrong.
     """
     wrong = shares > 1
     phase, _ = split_key(key)
@@ -464,9 +476,10 @@ def exhibit(key: str, reference: Array, shares: Array) -> tuple[int, ...]:
 
 
 def simplicity(case: Case, step: int) -> tuple[int, ...]:
-    """Layers, documents, positions, heads and channels of a step: the fewer, the simpler.
+    """A key by which to sort steps, the simplest first: by layers, documents, positions, ...
 
-    With a single position, attention has nothing to choose from, and shows little: after the rest.
+    Among models of as many layers, a single position counts as the least simple: its attention has
+    nothing to choose from, so it shows little.
 
     step    counted from 1
     """
@@ -476,7 +489,7 @@ def simplicity(case: Case, step: int) -> tuple[int, ...]:
 
 
 def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:
-    """The rows of wte and wpe that no document reads: nothing flows back to them."""
+    """The rows of wte or wpe that no document reads, so that their gradient is zero."""
     if name == "dwpe":
         return np.arange(rows) >= tokens.shape[1] - 1
     inputs = tokens[:, :-1][tokens[:, 1:] >= 0]
@@ -484,18 +497,29 @@ def _unused_rows(case: Case, name: str, rows: int, tokens: Array) -> Array:
 
 
 def _vacuous(
-    case: Case, key: str, reference: Array, candidate: Array, there: Array, tokens: Array
+    case: Case,
+    step: int,
+    key: str,
+    reference: Array,
+    candidate: Array,
+    there: Array,
+    tokens: Array,
 ) -> str:
-    """Why agreement on this tensor would prove nothing, or is not what the case declares."""
+    """Why agreement on this tensor proves nothing, or contradicts the case; "" if it does not."""
     phase, name = split_key(key)
     if phase in (*COUNTED, "entry_m", "entry_v"):  # not results, or zero at the first step
         return ""
-    # a parameter whose gradient is zero has moments and an update of zero as well
+    # where the gradient of a parameter is zero, the moments and the update are zero as well
     gradient = f"d{name}" if phase in ("adam_m", "adam_v", "update") else name
     if gradient in case.zero:
         if np.any(reference[there]):
-            return "is not zero, and the case declares it to be"
+            return "is not zero, although the case says that it is"
     elif not np.any(reference[there]) and not case.random:
+        if phase == "update" and learning_rate(step - 1, case.config) == 0:
+            return (
+                f"is zero everywhere: microgpt/train.py, learning_rate, is 0 in step {step}, so"
+                " agreement proves nothing"
+            )
         return "is zero everywhere, so agreement proves nothing, and the case does not say why"
     if phase in ("gradient", "unwatched") and name in ("dwte", "dwpe"):
         unused = _unused_rows(case, name, len(reference), tokens)
@@ -504,7 +528,7 @@ def _vacuous(
         if name in case.zero_rows:
             declared = case.tokenizer.encode(case.zero_rows[name]["chars"])
             if not unused[declared].all():
-                return "is said to have unused rows that a document reads"
+                return "has rows that the case calls unused, but a document reads them"
     watched = phase == "forward" and name.endswith(".mlp_pre") and not (case.kink or case.random)
     if watched and np.abs(reference[there]).min() < KINK:
         return f"comes within {KINK:g} of the kink of the ReLU, where rounding decides the slope"

@@ -1,4 +1,4 @@
-"""What `pytest crosscheck` can be told, in which order and processes it runs, and what it says."""
+"""The options of `pytest crosscheck`, the order and processes of its tests, and its summary."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -27,15 +28,15 @@ from crosscheck.report import as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from microgpt.backend import BACKENDS
+from microgpt.cli.shell import page_libraries
 from microgpt.cli.whereabouts import checkout, described, refuse_another_copy
 from microgpt.errors import MicrogptError, printable
 from microgpt.runs.files import check_target, write_whole
 
-SHOWN = 2  # causes of which the full report is printed without -v
-# tests by stage: what is cheap and tells most comes first
-FIRST = ("test_first_step",)
+SHOWN = 2  # causes whose report is printed in full without -v
+FIRST = ("test_first_step",)  # tests that are cheap and find most, so they run first
 SLOW = ("test_a_thousand_steps", "test_random_models")
-NOT_QUICK = (  # for -m quick: what takes long, and what looks once more at what others look at
+NOT_QUICK = (  # left out by -m quick: tests that take long, or look at what others look at, too
     *SLOW,
     "test_later_steps_by_the_table",
     "test_teacher_forced",
@@ -53,7 +54,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Choice:
-    """What is held against what."""
+    """What the command line asks for: which sides are compared, and on what."""
 
     reference: str
     candidate: str
@@ -63,7 +64,7 @@ class Choice:
     save_case: Path | None
 
     def case(self, name: str) -> Case:
-        """A case, with its own parameters, or those of the chosen seed."""
+        """A case with its own parameters, or with those of the seed that was asked for."""
         case = _loaded(name)
         return case if self.seed is None else with_params(case, draw_params(case, self.seed))
 
@@ -72,7 +73,7 @@ class Choice:
         return self.steps or len(case.batches) + 1
 
     def coarse(self, case: Case) -> Standard:
-        """What the candidate is held to, without the noise of each tensor."""
+        """The tolerances of the candidate, without the noise of each tensor."""
         return float32(case) if self.dtype == "float32" else FLOAT64
 
     @property
@@ -97,7 +98,7 @@ class Left:
     runs: list[Run] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)  # of the map; see crosscheck.html
-    order: tuple[int, ...] = ()  # the place of the test in a run, where the run has none
+    order: tuple[int, ...] = ()  # by which findings are sorted if pytest-xdist runs the tests
 
 
 CHOICE = pytest.StashKey[Choice]()
@@ -127,15 +128,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    try:
+    with _usage_errors():
         refuse_another_copy()
         refuse_unknown_names()
-    except MicrogptError as error:
-        raise pytest.UsageError(str(error)) from None
     config.addinivalue_line("markers", "about(words): what a test of the crosscheck compares")
     config.addinivalue_line("markers", "quick: some seconds: first steps, gradients, sources")
     option = config.getoption
-    reference, candidate, dtype = option("--reference"), option("--backend"), option("--dtype")
+    _check_sides(option("--reference"), option("--backend"), option("--dtype"))
+    _check_targets(option)
+    if option("--html"):
+        with _usage_errors(), page_libraries():
+            import_module("crosscheck.html")
+    for name in ("--steps", "--processes"):
+        if option(name) is not None and option(name) < 1:
+            raise pytest.UsageError(f"{name} {option(name)}: expected 1 or more")
+    if (option("--processes") or 1) > 1 and not can_fork():
+        raise pytest.UsageError("--processes: this system cannot fork processes; leave it out")
+    with _usage_errors():
+        for name in option("--case") or []:
+            load_case(name)
+    _import_sides()
+    asked = ("--reference", "--backend", "--dtype", "--steps", "--seed", "--save-case")
+    config.stash[CHOICE] = Choice(*map(option, asked))
+    config.stash[REFERENCE_STEPS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
+    if not checkout(Path.cwd()):  # hypothesis would make a folder in the user's folder
+        set_hypothesis_home_dir(config.stash[REFERENCE_STEPS])
+    atexit.register(shutil.rmtree, config.stash[REFERENCE_STEPS], ignore_errors=True)
+    config.pluginmanager.register(Session(config), "crosscheck-session")
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Within this context, MicrogptError is raised as pytest's UsageError."""
+    try:
+        yield
+    except MicrogptError as error:
+        raise pytest.UsageError(printable(str(error))) from None
+
+
+def _check_sides(reference: str, candidate: str, dtype: str) -> None:
+    """Refuse sides that do not exist, or that prove nothing."""
     for name in (reference, candidate):
         if name not in BACKENDS:
             raise pytest.UsageError(f"unknown backend {name!r}; expected {' or '.join(BACKENDS)}")
@@ -147,55 +179,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"{candidate} against itself proves nothing; choose another --reference, or --dtype"
         )
-    _check_targets(option)
-    if option("--html"):
-        try:
-            import_module("crosscheck.html")
-        except ModuleNotFoundError as error:
-            raise pytest.UsageError(
-                f"--html: the library {error.name} is not there; install what pages need with:"
-                " python -m pip install jinja2 pygments"
-            ) from None
-    if option("--steps") is not None and option("--steps") < 1:
-        raise pytest.UsageError(f"--steps {option('--steps')}: expected 1 or more")
-    if option("--processes") is not None and option("--processes") < 1:
-        raise pytest.UsageError(f"--processes {option('--processes')}: expected 1 or more")
-    if (option("--processes") or 1) > 1 and not can_fork():
-        raise pytest.UsageError("--processes: this system copies no process; leave it out")
-    for name in option("--case") or []:
-        try:
-            load_case(name)
-        except MicrogptError as error:
-            raise pytest.UsageError(printable(str(error))) from None
-    _import_sides()
-    config.stash[CHOICE] = Choice(
-        reference, candidate, dtype, option("--steps"), option("--seed"), option("--save-case")
-    )
-    config.stash[REFERENCE_STEPS] = Path(tempfile.mkdtemp(prefix="crosscheck-"))
-    if not checkout(Path.cwd()):  # of the user's folder, nothing is hypothesis's
-        set_hypothesis_home_dir(config.stash[REFERENCE_STEPS])
-    atexit.register(shutil.rmtree, config.stash[REFERENCE_STEPS], ignore_errors=True)
-    config.pluginmanager.register(Session(config), "crosscheck-session")
 
 
 def _check_targets(option: Any) -> None:
-    """Refuse files that cannot be written, before hours are spent on what is to be in them."""
+    """Refuse files that cannot be written, before the tests run."""
     for name in ("--json", "--html", "--save-case"):
         path = option(name)
         if path is None:
             continue
         if name == "--save-case" and path.suffix != ".yaml":
             raise pytest.UsageError(printable(f"--save-case {path}: expected a name in .yaml"))
-        try:
+        with _usage_errors():
             check_target(path, name)
             if name == "--save-case":
                 check_target(path.with_suffix(".safetensors"), name)
-        except MicrogptError as error:
-            raise pytest.UsageError(printable(str(error))) from None
 
 
 def _import_sides() -> None:
-    """Refuse a side that cannot be imported, in a few lines."""
+    """Refuse a side that cannot be imported."""
     for name in BACKENDS:
         try:
             import_module(f"{name}.backend")
@@ -213,7 +214,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --case, only Value and what runs on a case. Our tests in order, the rest before."""
+    """Mark quick tests, sort all by _order, and with --case keep those of Value and of cases."""
     for item in filter(_ours, items):
         if _name(item) not in NOT_QUICK:
             item.add_marker("quick")
@@ -232,13 +233,19 @@ def _name(item: pytest.Item) -> str:
     return str(getattr(item, "originalname", item.name))
 
 
-def _on_value(item: pytest.Item) -> bool:
+def _about(item: pytest.Item) -> str:
+    """What a test compares, in words."""
     marker = item.get_closest_marker("about")
-    return marker is not None and marker.args[0] == VALUE
+    return str(marker.args[0]) if marker else ""
+
+
+def _on_value(item: pytest.Item) -> bool:
+    return _about(item) == VALUE
 
 
 def _order(item: pytest.Item) -> tuple[int, ...]:
-    """Value; first steps, simple cases first; case by case; the rest; then what takes long."""
+    """A key by which to sort tests: those outside this folder; Value; first steps, simple cases
+    first; the other tests of cases; the rest; those that take long."""
     if not _ours(item):
         return (-1,)
     if _on_value(item):
@@ -252,7 +259,7 @@ def _order(item: pytest.Item) -> tuple[int, ...]:
 
 
 def _case_of(item: pytest.Item) -> str:
-    """The case that a test runs on, if it is one that runs on each."""
+    """The case that a test runs on; "" if the test does not run on every case."""
     callspec = getattr(item, "callspec", None)
     return str(callspec.params.get("case_name", "")) if callspec else ""
 
@@ -265,7 +272,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def graphs_are_not_searched() -> Iterator[None]:
-    """A quarter of scalar's time goes into the search for cycles, and its graphs have none."""
+    """Python does not search for cycles of objects: scalar's graphs have none, and the search takes
+    a quarter of scalar's time."""
     gc.disable()
     yield
     gc.enable()
@@ -279,19 +287,19 @@ def choice(pytestconfig: pytest.Config) -> Choice:
 
 @pytest.fixture
 def case(choice: Choice, case_name: str) -> Case:
-    """A case, as the command line asks for it."""
+    """A case with the parameters that the command line asks for."""
     return choice.case(case_name)
 
 
 @pytest.fixture
 def reference_steps(pytestconfig: pytest.Config, choice: Choice, case_name: str) -> ReferenceSteps:
-    """The steps of the case as the reference computes them, once for all tests."""
+    """The steps of the case by the reference, computed once for all tests."""
     return _reference_steps(choice, case_name, pytestconfig.stash[REFERENCE_STEPS])
 
 
 @pytest.fixture
 def standard(choice: Choice, case: Case, reference_steps: ReferenceSteps) -> Standard:
-    """What the candidate is held to in this case."""
+    """The tolerances of the candidate in this case."""
     if choice.dtype == "float32" or reference_steps.failed.exists():
         return choice.coarse(case)
     return reference_steps.standard
@@ -306,27 +314,27 @@ def _reference_steps(choice: Choice, case_name: str, folder: Path) -> ReferenceS
 @pytest.fixture
 def left(request: pytest.FixtureRequest) -> Left:
     """What this test leaves for the summary."""
-    marker = request.node.get_closest_marker("about")
-    return request.node.stash.setdefault(LEFT, Left(marker.args[0] if marker else ""))
+    return request.node.stash.setdefault(LEFT, Left(_about(request.node)))
 
 
 @pytest.fixture
 def tallies(left: Left) -> list[Tally]:
-    """Where a test leaves the count of what it compared."""
+    """The list to which a test adds the count of what it compared."""
     return left.tallies
 
 
 @pytest.fixture
 def notes(left: Left) -> list[str]:
-    """Where a test leaves a line for the summary."""
+    """The list to which a test adds a line for the summary."""
     return left.notes
 
 
 @pytest.fixture
 def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
-    """Takes an outcome: counts it if all agreed, and fails in one line if not.
+    """A function that takes an outcome: it counts what agreed, or fails the test in one line.
 
-    What is held to other bounds than the rest is not counted with them.
+    counted    False: do not count it, since other bounds hold than in the rest of the run
+    more       lines to add to the report
     """
 
     def settle(
@@ -369,12 +377,11 @@ def _finding(found: Disagreement, labels: tuple[str, str], about: str, more: str
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What a side raises where nothing else takes it is a finding too; findings go with reports."""
+    """The report on a test, with what it leaves; an exception of a side becomes a finding, too."""
     report = yield
     if not _ours(item) or (call.when == "setup" and report.passed):
         return report
-    marker = item.get_closest_marker("about")
-    left = item.stash.setdefault(LEFT, Left(marker.args[0] if marker else item.name))
+    left = item.stash.setdefault(LEFT, Left(_about(item) or item.name))
     stop = stop_of(call.excinfo.value) if report.failed and call.excinfo else None
     if stop and not left.findings:
         name = "" if _on_value(item) else _case_of(item) or item.name
@@ -396,10 +403,10 @@ class Session:
         self.config = config
         self.choice = config.stash[CHOICE]
         self.left = Left("")
-        self.findings: dict[str, list[Finding]] = {}  # by the test's name, in order of the run
-        self.order: dict[str, Any] = {}  # the place of each test
+        self.findings: dict[str, list[Finding]] = {}  # by the test's name
+        self.order: dict[str, Any] = {}  # by the test's name, what findings are sorted by
         self.announced = ""  # the report that was printed while tests were still running
-        self.undone: set[str] | None = set()  # tests that may still find something simpler
+        self.undone: set[str] | None = set()  # tests not done in other processes; None: unknown
 
     @property
     def terminal(self) -> Any:
@@ -407,7 +414,7 @@ class Session:
 
     @property
     def in_order(self) -> list[Finding]:
-        """All findings, the simplest first; what the recorder refuses after what is wrong."""
+        """All findings, the simplest first; those of the recorder's refusals last."""
         names = sorted(self.findings, key=lambda name: self.order[name])
         found = [finding for name in names for finding in self.findings[name]]
         return sorted(found, key=lambda finding: finding.refused)
@@ -423,13 +430,13 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Run the crosscheck's tests in several processes, after all others and Value's."""
+        """Run the tests of other folders and of Value, then the rest in several processes."""
         option = self.config.getoption
         count = option("--processes") or cores()
         alone = option("usepdb", False) or option("capture") == "no" or option("collectonly")
         ours = [item for item in session.items if _ours(item) and not _on_value(item)]
         if self.config.pluginmanager.hasplugin("dsession") or hasattr(self.config, "workerinput"):
-            self.undone = None  # pytest-xdist deals out the tests, in an order of its own
+            self.undone = None  # pytest-xdist runs the tests in an order of its own
             return None
         if alone or count < 2 or len(ours) < 2 or session.testsfailed:
             return None
@@ -443,10 +450,8 @@ class Session:
             item, hook = ours[done], ours[done].ihook
             hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for plain in reports:
-                report = self.config.hook.pytest_report_from_serializable(
-                    config=self.config, data=plain
-                )
-                hook.pytest_runtest_logreport(report=report)
+                read = self.config.hook.pytest_report_from_serializable
+                hook.pytest_runtest_logreport(report=read(config=self.config, data=plain))
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
             self.announce()
             _stop_if_asked(session)
@@ -465,11 +470,11 @@ class Session:
             self.findings[report.nodeid] = [Finding(**one) for one in plain["findings"]]
 
     def pytest_runtest_logfinish(self) -> None:
-        if self.undone == set():  # all in this process, in order
+        if self.undone == set():  # all tests run in this process, in order
             self.announce()
 
     def announce(self) -> None:
-        """Print the first report, if no test that is not done could have a simpler one."""
+        """Print the first report, once no unfinished test can have a simpler one."""
         wrong = [name for name, found in self.findings.items() if not found[0].refused]
         if self.announced or not wrong or self.undone is None:
             return
@@ -488,13 +493,11 @@ class Session:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self) -> Generator[None, None, None]:
-        """The summary in the place of pytest's report on every test that found something."""
+        """Print our summary, and not pytest's report on every test that found something."""
         stats = self.terminal.stats
-        kept = stats.get("failed", [])
-        if kept:
-            stats["failed"] = [one for one in kept if one.nodeid not in self.findings]
-            if not stats["failed"]:
-                del stats["failed"]
+        kept = stats.pop("failed", [])
+        if others := [one for one in kept if one.nodeid not in self.findings]:
+            stats["failed"] = others
         try:
             yield
             self._summarize()
@@ -523,7 +526,7 @@ class Session:
                     write(finding.report)
 
     def _lines(self, cause: Cause, number: int, of: int) -> list[str]:
-        """A cause in the summary."""
+        """The lines on a cause in the summary."""
         first = cause.first
         at = place(first.case, first.step, first.key)
         if number >= SHOWN:
@@ -542,7 +545,7 @@ class Session:
 
     def _consequences(self, cause: Cause) -> tuple[str, str]:
         files = {Path(name).stem: name for name in self.config.getoption("--case") or case_names()}
-        runs = [run for run in self.left.runs if run.case in files]  # others have no file
+        runs = [run for run in self.left.runs if run.case in files]  # not those of random models
         return shared(cause, runs, lambda name: _loaded(files[name]), files), also(cause)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -590,8 +593,8 @@ def _stop_if_asked(session: pytest.Session) -> None:
 
 
 def _chooser(items: list[pytest.Item]) -> Any:
-    """Says which test is next: in order, no case in two processes at once where that can be
-    helped, and what takes long as soon as the first steps are through."""
+    """A function that picks the next test: in order, if possible of a case that no other process
+    runs, and one that takes long as soon as all first steps have begun."""
     slow = [_name(item) in SLOW for item in items]
     first = [_name(item) in FIRST for item in items]
     cases = [_case_of(item) for item in items]

@@ -1,6 +1,6 @@
-"""Named defects: classic bugs, planted one at a time to see the crosscheck catch them.
+"""Named defects: classic bugs, planted one at a time to test that the crosscheck catches them.
 
-They are listed, with the story behind each, in fixtures/defects.yaml.
+fixtures/defects.yaml lists the defects, and tells of each what goes wrong and why.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from microgpt.settings import FIXTURES
 from microgpt.strict_yaml import Loader
 
 ROOT = FIXTURES.parent
-# between them, these cases reach every line that a defect is planted in
+# every line in which a defect is planted runs in at least one of these cases
 PANEL = (
     "ragged-batch",
     "micro-batches",
@@ -45,12 +45,12 @@ PANEL = (
     "on-the-kink",
     "large-attention-logits",
 )
-STEPS = 3
+STEPS = 4
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A piece of source text and what takes its place."""
+    """A piece of source text and its replacement."""
 
     file: str
     old: str
@@ -59,29 +59,29 @@ class Patch:
 
 @dataclass(frozen=True)
 class Defect:
-    """A bug: the patches that plant it, and what the crosscheck must say to it."""
+    """A bug: the patches that plant it, and what the crosscheck must say."""
 
     name: str
     story: str
     patches: tuple[Patch, ...]
-    first: str  # a regular expression for the first tensor to differ
-    says: str = ""  # and one for the diagnosis, where it promises one
+    first: str  # a regular expression for the key of the first tensor to differ
+    says: str = ""  # a regular expression for the diagnosis; "" if none is promised
     case: str = ""  # the case to try first
 
     @property
     def package(self) -> str:
-        """The implementation it is planted in."""
+        """The implementation in which the defect is planted."""
         return self.patches[0].file.partition("/")[0]
 
 
 @dataclass
 class Verdict:
-    """What the crosscheck made of a defect."""
+    """What the crosscheck says of a defect."""
 
     defect: Defect
     first: Disagreement | None = None
     caught_by: set[str] = field(default_factory=set)  # the phases that differ
-    caught_alone: set[str] = field(default_factory=set)  # and those with the reference's state
+    caught_alone: set[str] = field(default_factory=set)  # those that differ with teacher forcing
 
     @property
     def located(self) -> bool:
@@ -95,12 +95,12 @@ class Verdict:
 
     @property
     def diagnosis(self) -> str:
-        """What the report says that it looks like."""
+        """The diagnosis in the report."""
         return self.first.diagnosis if self.first else ""
 
 
 def load_defects() -> list[Defect]:
-    """All of them."""
+    """All defects, in the order of the file."""
     with open(FIXTURES / "defects.yaml", encoding="utf-8") as file:
         entries: list[dict[str, Any]] = yaml.load(file.read(), Loader)
     return [
@@ -120,12 +120,13 @@ def load_defects() -> list[Defect]:
 
 
 def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
-    """Plant a defect and run the panel, up to the first case that catches it.
+    """What the crosscheck says of a defect, in the first case of the panel that catches it.
 
-    As for a user, scalar is the reference and vectorized the candidate, whichever has the defect.
+    scalar is the reference and vectorized the candidate, as for a user, in either of which the
+    defect may be.
     """
     names = dict.fromkeys([*filter(None, [defect.case]), *panel])
-    allowed = {name: standard(name) for name in names}  # by scalar/ as it is without the defect
+    allowed = {name: standard(name) for name in names}  # measured before the defect is planted
     with planted(defect.patches), np.errstate(all="ignore"):
         for name in names:
             case = load_case(name)
@@ -151,6 +152,7 @@ def judge(defect: Defect, panel: Sequence[str] = PANEL) -> Verdict:
 
 
 def _recorded(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:
+    """The steps, each of which is also added to the record."""
     for step in steps:
         record.append(step)
         yield step
@@ -158,20 +160,20 @@ def _recorded(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:
 
 @cache
 def reference_steps(case_name: str, backend: str) -> tuple[Step, ...]:
-    """The trace of the implementation without the defect."""
+    """The trace of an implementation without a defect."""
     case = load_case(case_name)
     return tuple(trace(case, backend, "float64", STEPS))
 
 
 @cache
 def standard(case_name: str) -> Standard:
-    """What is allowed in a case, by the noise of scalar/ without the defect."""
+    """What is allowed in a case, by the noise of scalar/ without a defect."""
     return float64(noise(load_case(case_name), reference_steps(case_name, "scalar")))
 
 
 @contextmanager
 def planted(patches: Sequence[Patch]) -> Iterator[None]:
-    """Within this context, importing a patched package gives it with the patches."""
+    """Within this context, a patched package is imported anew, with the patches."""
     sources: dict[str, str] = {}
     for patch in patches:
         source = sources.get(patch.file) or (ROOT / patch.file).read_text(encoding="utf-8")
@@ -194,13 +196,13 @@ def planted(patches: Sequence[Patch]) -> Iterator[None]:
 
 
 def _shelve(packages: set[str]) -> dict[str, ModuleType]:
-    """Take the modules of these packages off the shelf of what has been imported."""
+    """The imported modules of these packages, which are taken out of sys.modules."""
     names = [name for name in sys.modules if name.partition(".")[0] in packages]
     return {name: sys.modules.pop(name) for name in names}
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Finds the patched modules, and leaves all others to those who come after it."""
+    """Finds the patched modules; Python's own finders find all others."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.sources = sources
@@ -227,8 +229,8 @@ def _path(fullname: str) -> str:
 LEGEND = """\
 Caught by  F forward taps and loss, B backward taps, G parameter gradients,
            T training unwatched, M Adam's m, V Adam's v, U update,
-           S samples drawn; lower case: also from the reference's gradients,
-           so that the fault is Adam's own
+           S samples drawn; lower case: also with the gradients of the
+           reference, so that the defect is in Adam
 """
 MARKS = {
     "F": "forward",
@@ -243,7 +245,7 @@ MARKS = {
 
 
 def row(verdict: Verdict) -> str:
-    """By which comparison a defect was caught, where it was seen first, and what was said."""
+    """The lines on a defect: what caught it, the first tensor that differs, and the diagnosis."""
     seen = ""
     for letter, phase in MARKS.items():
         alone = phase in verdict.caught_alone and letter in "MVU"

@@ -1,10 +1,10 @@
-"""What a disagreement looks like: the reading of the wrong numbers with the fewest changes.
+"""The diagnosis of a disagreement: the reading of the wrong numbers with the fewest changes.
 
-A reading is a sentence and the numbers to which it leads. It is given only if it reproduces the
-faulty numbers from the sound ones, all of them, or all that are wrong, and then with the region in
-which they are. Readings are made from the table: each operation by another formula, with one
-argument exchanged, with one contribution or term missing, twice, turned or scaled. What no reading
-reproduces is described by where it is wrong, or not at all.
+A reading is a sentence on a mistake, and the numbers that this mistake would give. It is told only
+if these are the faulty numbers: all of them, or all that are wrong, and then with their region.
+Readings are made from the table of operations: an operation by another formula, with an argument
+exchanged, or with a contribution or term that is missing, there twice, negated or scaled. Numbers
+that no reading gives are described by their region, or not at all.
 """
 
 from __future__ import annotations
@@ -34,89 +34,90 @@ from crosscheck.variants import (
 from crosscheck.where import where
 from microgpt.train import learning_rate
 
-NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: differences that say nothing
-ENOUGH = 8  # wrong elements that a guess gives, of many that it cannot know
-MOST_PARTS = 40  # of a sum, whose coefficients are found together
+NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: differences by rounding
+ENOUGH = 8  # wrong elements that a guess must know, if it does not know half of them
+MOST_PARTS = 40  # of a sum, for a least-squares fit of all their coefficients
 OF_ANOTHER = "these are the numbers of"
 ALL_OF_THEM, THE_WRONG_ONES = "all", "wrong"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A sound tensor and the faulty one in its place, with everything around them."""
+    """A sound tensor and the faulty one in its place, with the steps that they belong to."""
 
     case: Case
     number: int  # of the step, from 1
     key: str
-    step: Step  # of the sound side
-    before: Step | None  # the step before it
-    faulty: Step  # the step of the other side
-    ours: Array
-    theirs: Array
-    there: Array  # which elements there are
+    sound_step: Step
+    before: Step | None  # the sound side's step before
+    faulty_step: Step
+    sound: Array  # the tensor in the sound step
+    faulty: Array  # the tensor in the faulty step
+    there: Array  # which elements are no padding
     noise: float
 
     @property
     def phase(self) -> str:
-        """What kind of tensor it is."""
+        """The phase of the tensor."""
         return split_key(self.key)[0]
 
     @property
     def name(self) -> str:
-        """Its name, without the d of derivatives."""
+        """The name of the tensor, without the d of a derivative."""
         name = split_key(self.key)[1]
         return name.removeprefix("d") if self.phase in DERIVED else name
 
     @cached_property
     def around(self) -> Around:
-        """The step as the operations see it."""
-        return Around(self.case.config, self.step)
+        """The sound step in the form that the table's operations take."""
+        return Around(self.case.config, self.sound_step)
 
     @cached_property
     def calls(self) -> list[Call]:
-        """The operations that it is the sum of."""
+        """The operations whose results add up to the tensor."""
         return calls(self.around, self.key)
 
     @cached_property
     def size(self) -> float:
         """The largest number of either side."""
-        sound = float(np.abs(self.ours[self.there]).max(initial=0.0))
-        return max(sound, float(np.abs(self.theirs[self.there]).max(initial=0.0)))
+        sound = float(np.abs(self.sound[self.there]).max(initial=0.0))
+        return max(sound, float(np.abs(self.faulty[self.there]).max(initial=0.0)))
 
     @cached_property
     def wrong(self) -> Array:
         """Which elements differ by more than noise."""
-        floor = self.noise * (1e3 * np.abs(self.ours) + self.size)
-        return (np.abs(self.theirs - self.ours) > floor) & self.there
+        floor = self.noise * (1e3 * np.abs(self.sound) + self.size)
+        return (np.abs(self.faulty - self.sound) > floor) & self.there
 
     @cached_property
     def moved(self) -> float:
         """The largest difference."""
-        return float(np.abs(self.theirs - self.ours)[self.there].max(initial=0.0))
+        return float(np.abs(self.faulty - self.sound)[self.there].max(initial=0.0))
 
     @cached_property
     def where(self) -> str:
         """The region of the wrong elements, in words."""
-        live = self.there & ((self.ours != 0) | (self.theirs != 0))
+        live = self.there & ((self.sound != 0) | (self.faulty != 0))
         return where(self.case, self.key, self.wrong, live, self.around.tokens)
 
     def fits(self, guess: Array) -> str:
-        """Whether these numbers are the faulty ones: all of them, the wrong ones, or neither.
+        """Whether a guess gives the faulty numbers: all of them, only the wrong ones, or neither.
 
-        NaN stands for what a guess cannot know; it must know half of what is wrong, or enough.
+        NaN in a guess stands for an unknown element. At least half of the wrong elements, or
+        ENOUGH, must be known.
         """
         guess = np.asarray(guess)
-        if guess.shape != self.theirs.shape:
+        if guess.shape != self.faulty.shape:
             return ""
         known = np.isfinite(guess) & self.there
         wanted = min(ENOUGH, np.count_nonzero(self.wrong) / 2)
         if np.count_nonzero(known & self.wrong) < max(1, wanted):
             return ""
-        error = np.abs(self.theirs - guess)
+        error = np.abs(self.faulty - guess)
         loose = 1e6 * self.noise
         allowed = np.minimum(
             loose * self.moved + self.noise * self.size,
-            loose * (np.abs(self.theirs) + 1e-3 * self.size),
+            loose * (np.abs(self.faulty) + 1e-3 * self.size),
         )
         good = (error <= allowed) | ~known
         if good.all():
@@ -124,7 +125,7 @@ class Pair:
         return THE_WRONG_ONES if good[self.wrong].all() else ""
 
 
-# what ranks compute together; they take the rest from the text as it stands, or from one rank
+# the phases that ranks compute together; one rank, or the text without ranks, gives the others
 OF_SHARES = "shares of the ranks, if one rank agrees: "
 ON_RANKS = ("entry", "entry_m", "entry_v", "unwatched", "adam_m", "adam_v", "update", "params")
 
@@ -133,38 +134,36 @@ def diagnose(
     case: Case,
     number: int,
     key: str,
-    reference: Step,
-    candidate: Step,
+    sound_step: Step,
+    faulty_step: Step,
     before: Step | None,
     promised: str = "float64",
 ) -> str:
-    """A sentence on what went wrong, or nothing where there is no reading.
+    """A sentence on the mistake; "" if nothing can be said.
 
-    number       which step it is, from 1
-    before       the reference's step before it
-    promised     the candidate's precision
+    number      of the step, from 1
+    before      the sound side's step before
+    promised    the candidate's precision
     """
-    if key not in reference or key not in candidate:
+    if key not in sound_step or key not in faulty_step:
         return ""
-    ours, theirs = reference[key], candidate[key]
-    if ours.shape != theirs.shape:
-        return "transposed" if ours.shape == theirs.shape[::-1] else ""
-    if theirs.dtype == "float32" and promised == "float64" and ours.dtype == "float64":
+    sound, faulty = sound_step[key], faulty_step[key]
+    if sound.shape != faulty.shape:
+        return "transposed" if sound.shape == faulty.shape[::-1] else ""
+    if faulty.dtype == "float32" and promised == "float64" and sound.dtype == "float64":
         return "float32 where float64 was promised"
     if split_key(key)[0] == "batch":
         return ""
     if split_key(key)[0] == "sample":
-        drawn = other_draws(case, key, number, reference)
-        same = [words for words, guess in drawn if np.array_equal(guess, theirs)]
+        drawn = other_draws(case, key, number, sound_step)
+        same = [words for words, guess in drawn if np.array_equal(guess, faulty)]
         return ", or ".join(same[:2])
-    there = real(key, ours.shape, reference["batch/tokens"])
-    theirs = theirs.astype("float64")
-    pair = Pair(
-        case, number, key, reference, before, candidate, ours, theirs, there, NOISE[promised]
-    )
+    there, noise = real(key, sound.shape, sound_step["batch/tokens"]), NOISE[promised]
+    faulty = faulty.astype("float64")
+    pair = Pair(case, number, key, sound_step, before, faulty_step, sound, faulty, there, noise)
     shared = case.config.cores > 1 and pair.phase in ON_RANKS
     with np.errstate(all="ignore"):
-        if shared and np.isnan(theirs[there]).any():  # see crosscheck.ranks.Together
+        if shared and np.isnan(faulty[there]).any():  # see crosscheck.ranks.Together
             return "shares of the ranks: the ranks have different numbers"
         said = not_finite(pair) or lost(pair)
         if not said and not pair.wrong.any():
@@ -174,19 +173,19 @@ def diagnose(
 
 
 def reading(pair: Pair) -> str:
-    """The first reading that gives all elements; else the first that gives the wrong ones.
+    """The first reading, by kind, that gives all elements; or else the first for the wrong ones.
 
-    Of readings of one kind the closest counts; where two come as close, both are named.
+    Of the readings of one kind the closest is told; if two are equally close, both are.
     """
     partly = ""
     for kind in KINDS:
         whole: dict[str, float] = {}
         for words, guess in kind(pair):
             if isinstance(words, Mechanical) and any(type(one) is str for one in whole):
-                continue  # the same numbers have a name
+                continue  # a reading with a name of its own gives the same numbers
             fit = pair.fits(guess)
             if fit == ALL_OF_THEM and words not in whole:
-                whole[words] = float(np.nanmax(np.abs(pair.theirs - guess)[pair.there]))
+                whole[words] = float(np.nanmax(np.abs(pair.faulty - guess)[pair.there]))
                 if kind in ONE_IS_ENOUGH:
                     break
             elif fit == THE_WRONG_ONES and not partly:
@@ -201,47 +200,48 @@ def reading(pair: Pair) -> str:
 
 
 def _told(closest: list[str]) -> list[str]:
-    """Two readings of the same numbers at most; no slip of a formula beside what has a name."""
+    """At most two readings; mechanical slips only if no reading has a name of its own."""
     named = [words for words in closest if not isinstance(words, Mechanical)]
     return (named or closest)[:2]
 
 
-# --- plain cases ---------------------------------------------------------------------------------
+# --- without the table ---------------------------------------------------------------------------
 
 
 def not_finite(pair: Pair) -> str:
-    """Infinities or NaN."""
-    theirs = pair.theirs[pair.there]
-    bad = ~np.isfinite(theirs)
+    """What infinities or NaN say; "" if there are none."""
+    faulty = pair.faulty[pair.there]
+    bad = ~np.isfinite(faulty)
     if not bad.any():
         return ""
-    own = np.eye(pair.theirs.shape[-1], dtype=bool) if "U" in axes(pair.key) else None
-    if own is not None and np.isneginf(theirs).any():
-        hidden = np.isneginf(pair.theirs) & pair.there
-        if not hidden[..., ~own].any():
+    if "U" in axes(pair.key) and np.isneginf(faulty).any():
+        hidden = np.isneginf(pair.faulty) & pair.there
+        if not hidden[..., ~np.eye(hidden.shape[-1], dtype=bool)].any():
             return "the mask hides each position from itself"
-        return f"-inf at {bad.sum():,} places that a position may look at: the mask hides too much"
+        return f"-inf at {bad.sum():,} positions that may be looked at: the mask hides too much"
     return f"not a finite number in {bad.sum():,} of {bad.size:,} elements"
 
 
 def lost(pair: Pair) -> str:
-    """Zero everywhere."""
-    largest = np.abs(pair.theirs[pair.there]).max(initial=0.0)
+    """What a tensor of zeros says; "" if it is none."""
+    largest = np.abs(pair.faulty[pair.there]).max(initial=0.0)
     if largest < 1e-100 * pair.size:
         return "never written, or lost: zero everywhere"
-    return "zero but for rounding: what is summed cancels" if largest < 1e-13 * pair.size else ""
+    if largest < 1e-13 * pair.size:
+        return "zero but for rounding: the terms of the sum cancel"
+    return ""
 
 
 def logarithm(pair: Pair) -> str:
-    """-log(p + something), whose difference may be as small as noise is elsewhere."""
+    """Whether the loss is -log(p + eps), whose difference may be as small as NOISE; or ""."""
     if pair.key not in ("forward/loss_t", "eval/loss_t"):
         return ""
-    p = np.exp(-pair.ours)
+    p = np.exp(-pair.sound)
     for eps in (1e-15, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         guess = -np.log(p + eps)
-        allowed = 1e-3 * np.abs(guess - pair.ours) + 1e-12 * (1 + np.abs(pair.ours))
-        fits = (np.abs(pair.theirs - guess) <= allowed)[pair.there].all()
-        if fits and np.abs(guess - pair.ours)[pair.there].max() > 1e-12:
+        allowed = 1e-3 * np.abs(guess - pair.sound) + 1e-12 * (1 + np.abs(pair.sound))
+        fits = (np.abs(pair.faulty - guess) <= allowed)[pair.there].all()
+        if fits and np.abs(guess - pair.sound)[pair.there].max() > 1e-12:
             return f"a constant inside the logarithm: -log(p + {eps:g})"
     return ""
 
@@ -250,18 +250,18 @@ def logarithm(pair: Pair) -> str:
 
 
 def other_forms(pair: Pair) -> Iterator[Guess]:
-    """One of the operations by another formula."""
-    if pair.key in ("forward/loss_t", "eval/loss_t") and (words := logarithm(pair)):
-        yield words, pair.theirs
+    """One of the operations by another formula that has a name."""
+    if words := logarithm(pair):
+        yield words, pair.faulty
     for call in pair.calls:
-        rest = pair.ours - call.total()
+        rest = pair.sound - call.total()
         for words, guess in OTHER_FORMS.get(call.function.__name__, lambda _: ())(call):
             yield words, rest + guess
     if pair.key == "unwatched/loss":
         for words, weights in micro_batch_weights(pair.around):
-            yield words, np.asarray((pair.step["forward/loss_t"] * weights).sum())
+            yield words, np.asarray((pair.sound_step["forward/loss_t"] * weights).sum())
     tied = len(pair.calls) > 1 and pair.name == "wte"
-    if tied:  # rows that a token has are assigned where they should be added to
+    if tied:  # the embedding's rows are assigned to the gradient, and not added
         embedding, head = pair.calls
         for words, guess in OTHER_FORMS["d_wte"](embedding):
             rows = np.isin(np.arange(len(guess)), pair.around.token)[:, None]
@@ -270,21 +270,21 @@ def other_forms(pair: Pair) -> Iterator[Guess]:
 
 
 def repeated_tokens(pair: Pair) -> Iterator[Guess]:
-    """One occurrence of every token counts, whichever it is."""
+    """One occurrence of every token counts: for each row, the one that fits best."""
     if pair.phase not in DERIVED or pair.name != "wte":
         return
     embedding = pair.calls[0]
     dy, a = embedding.slots["dy"].value, pair.around
-    rest = pair.ours - embedding.total()
-    guess = pair.ours.copy()
+    rest = pair.sound - embedding.total()
+    guess = pair.sound.copy()
     for row in np.unique(a.token[a.real]):
         each = rest[row] + np.array([*dy[a.real & (a.token == row)], np.zeros(dy.shape[-1])])
-        guess[row] = each[np.abs(each - pair.theirs[row]).max(axis=1).argmin()]
+        guess[row] = each[np.abs(each - pair.faulty[row]).max(axis=1).argmin()]
     yield "repeated tokens accumulated once: one occurrence counts, the others are lost", guess
 
 
 def parts_of(pair: Pair) -> list[Guess]:
-    """What the tensor is the sum of: the contributions of its consumers, and their terms."""
+    """What the tensor is a sum of: the contributions of its consumers, and their terms."""
     whole = [(call.label, call.total()) for call in pair.calls] if len(pair.calls) > 1 else []
     terms = [
         (name or call.label, term)
@@ -292,24 +292,25 @@ def parts_of(pair: Pair) -> list[Guess]:
         for name, term in call.terms().items()
         if len(call.terms()) > 1
     ]
-    return [*whole, *terms]
+    # a term may be one number for a whole row
+    return [(label, np.broadcast_to(part, pair.faulty.shape)) for label, part in (*whole, *terms)]
 
 
 def changed_parts(pair: Pair) -> Iterator[Guess]:
-    """One part of the sum missing, there twice, turned, or times something that has a name."""
+    """One part of the sum missing, there twice, negated, or times a factor; or two parts."""
     parts = parts_of(pair)
     scaled: list[Guess] = []
     for label, part in parts:
-        change = _coefficient(pair.theirs - pair.ours, part, pair.wrong)
+        change = _coefficient(pair.faulty - pair.sound, part, pair.wrong)
         if change is None:
             continue
-        times, guess = 1 + change, pair.ours + change * part
+        times, guess = 1 + change, pair.sound + change * part
         if abs(times) < 1e-6:
-            yield f"missing: {label}", pair.ours - part
+            yield f"missing: {label}", pair.sound - part
         elif abs(times - 2) < 1e-6:
-            yield f"there twice: {label}", pair.ours + part
+            yield f"there twice: {label}", pair.sound + part
         elif abs(times + 1) < 1e-6:
-            yield f"the sign of {label}", pair.ours - 2 * part
+            yield f"the sign of {label}", pair.sound - 2 * part
         elif name := factor_name(pair, times):
             yield f"{label} is multiplied by {name}", guess
         else:
@@ -318,8 +319,8 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
         yield f"only {label} is there", part
     contributions = [one for one in parts if any(one[0] == call.label for call in pair.calls)]
     for (first, a), (second, b) in combinations(contributions or parts, 2):
-        yield f"missing: {first} and {second}", pair.ours - a - b
-        yield f"the sign of {first} and of {second}", pair.ours - 2 * a - 2 * b
+        yield f"missing: {first} and {second}", pair.sound - a - b
+        yield f"the sign of {first} and of {second}", pair.sound - 2 * a - 2 * b
         yield f"multiplied, not added: {first} and {second}", a * b
     if len(pair.calls) == 2:
         yield from _added_before(pair)
@@ -327,7 +328,7 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
 
 
 def _added_before(pair: Pair) -> Iterator[Guess]:
-    """What comes around an operation is added to what goes into its derivative."""
+    """One consumer's contribution is added to the gradient that enters the other's derivative."""
     for call, other in (pair.calls, pair.calls[::-1]):
         dy = call.slots["dy"].value
         around = other.total()
@@ -338,19 +339,18 @@ def _added_before(pair: Pair) -> Iterator[Guess]:
 
 
 def known(pair: Pair) -> list[str]:
-    """The tensors that the step has computed by then: those before, and gradients beside it."""
-    keys = list(pair.step)
-    before = keys[: keys.index(pair.key)]
-    beside = [key for key in keys if key.startswith(f"{pair.phase}/") and key not in before]
-    return [*before, *[key for key in beside if pair.phase in ("gradient", "unwatched")
-                       and key != pair.key]]  # fmt: skip
+    """The tensors that a mistake may use: those before, and of a gradient, the other gradients."""
+    keys = list(pair.sound_step)
+    at = keys.index(pair.key)
+    own = f"{pair.phase}/" if pair.phase in ("gradient", "unwatched") else None
+    return [*keys[:at], *(key for key in keys[at + 1 :] if own and key.startswith(own))]
 
 
 def exchanged(pair: Pair) -> Iterator[Guess]:
     """One argument of one operation exchanged for something else."""
-    earlier = {key: pair.step[key] for key in known(pair)}
+    earlier = {key: pair.sound_step[key] for key in known(pair)}
     for call in pair.calls:
-        rest = pair.ours - call.total()
+        rest = pair.sound - call.total()
         tensors = {name: slot for name, slot in call.slots.items() if slot.is_tensor}
         for (a, one), (b, two) in combinations(tensors.items(), 2):
             if np.shape(one.value) == np.shape(two.value):
@@ -365,22 +365,20 @@ def exchanged(pair: Pair) -> Iterator[Guess]:
 
 
 def added(pair: Pair) -> Iterator[Guess]:
-    """Something that has no place in the sum is added, or subtracted."""
+    """A tensor that is no part of the sum is added, or subtracted."""
     for key in known(pair):
-        tensor, (phase, name) = pair.step[key], split_key(key)
-        if tensor.shape != pair.ours.shape or tensor.size < 3 or phase in ("batch", "sample"):
+        tensor, (phase, name) = pair.sound_step[key], split_key(key)
+        if tensor.shape != pair.sound.shape or tensor.size < 3 or phase in ("batch", "sample"):
             continue
-        times = _coefficient(pair.theirs - pair.ours, tensor, pair.wrong)
+        times = _coefficient(pair.faulty - pair.sound, tensor, pair.wrong)
         for k, words in ((1, "added"), (-1, "subtracted"), (2, "added twice")):
             if times is not None and abs(times - k) < 1e-6:
-                yield (
-                    f"{name} ({PHASES[phase]}) is {words}, and has no part in it",
-                    (pair.ours + k * tensor),
-                )
+                words = f"{name} ({PHASES[phase]}) is {words}, and has no part in it"
+                yield words, pair.sound + k * tensor
 
 
 def formulas(pair: Pair) -> Iterator[Guess]:
-    """Another formula; where an operand exchanged gives the same numbers, that as well."""
+    """Another formula; if one fits, also exchanged arguments, which may give the same numbers."""
     found = False
     for words, guess in other_forms(pair):
         found = found or pair.fits(guess) == ALL_OF_THEM
@@ -390,41 +388,41 @@ def formulas(pair: Pair) -> Iterator[Guess]:
 
 
 def read_again(pair: Pair) -> Iterator[Guess]:
-    """The first document read again, with a cache or a position that is at fault."""
+    """Sampling that reads the first document with a wrong cache or position."""
     if pair.phase == "read":
         yield from other_readings(pair.around)
 
 
 def moved_about(pair: Pair) -> Iterator[Guess]:
-    """The right numbers in another place, or the numbers of something else."""
-    ours, a = pair.ours, pair.around
-    if ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2] and axes(pair.key)[0] != "T":
-        yield "transposed", ours.swapaxes(-1, -2)
+    """The right numbers at other indices, or the numbers of another tensor."""
+    sound, a = pair.sound, pair.around
+    if sound.ndim >= 2 and sound.shape[-1] == sound.shape[-2] and axes(pair.key)[0] != "T":
+        yield "transposed", sound.swapaxes(-1, -2)
     order = _order(pair)
     if order:
-        yield order, pair.theirs
+        yield order, pair.faulty
     own = split_key(pair.key)[1]
     if axes(pair.key)[:1] == ("B",):
-        yield from rearranged(a, own, ours, axes(pair.key))
-    if pair.phase == "backward" and ours.ndim:
-        yield f"{pair.name} in place of its derivative", pair.step[f"forward/{pair.name}"]
+        yield from rearranged(a, own, sound, axes(pair.key))
+    if pair.phase == "backward" and sound.ndim:
+        yield f"{pair.name} in place of its derivative", pair.sound_step[f"forward/{pair.name}"]
     for words in other_layer(pair):
-        yield words, pair.theirs
-    for key, tensor in pair.step.items():
-        if tensor.shape == ours.shape and key != pair.key and ours.size > 1:
+        yield words, pair.faulty
+    for key, tensor in pair.sound_step.items():
+        if tensor.shape == sound.shape and key != pair.key and sound.size > 1:
             phase, name = split_key(key)
             yield f"{OF_ANOTHER} {name} ({PHASES[phase]})", tensor
 
 
 def other_layer(pair: Pair) -> Iterator[str]:
-    """Whether the faulty side has the right numbers of this layer in another one."""
+    """The reading that the faulty side has this layer's numbers in another layer, if it has."""
     layer, dot, last = split_key(pair.key)[1].rpartition(".")
     prefix = pair.key.split("/")[0] + "/" + layer.rstrip("0123456789")
     for i in range(pair.case.config.n_layer if dot else 0):
         key = f"{prefix}{i}.{last}"
-        other = pair.faulty.get(key) if key != pair.key else None
-        if other is not None and other.shape == pair.ours.shape:
-            apart = np.abs(np.asarray(other, "float64") - pair.ours)[pair.there]
+        other = pair.faulty_step.get(key) if key != pair.key else None
+        if other is not None and other.shape == pair.sound.shape:
+            apart = np.abs(np.asarray(other, "float64") - pair.sound)[pair.there]
             if apart.size > 1 and apart.max() <= 1e3 * pair.noise * pair.size:
                 yield (
                     f"the layers run in another order: what belongs here is in {split_key(key)[1]}"
@@ -432,22 +430,22 @@ def other_layer(pair: Pair) -> Iterator[str]:
 
 
 def _order(pair: Pair) -> str:
-    """Whether along one axis every index has the numbers of another, and of which."""
+    """The reading that along one axis indices have the numbers of others; "" if they have not."""
     names = {"H": "head", "B": "document", "V": "token", "block_size": "position", "C": "channel"}
     letters, config = axes(pair.key), pair.case.config
-    views = [(letter, pair.ours, pair.theirs, i) for i, letter in enumerate(letters)]
+    views = [(letter, pair.sound, pair.faulty, i) for i, letter in enumerate(letters)]
     if letters[-1:] == ("C",) and letters[0] == "B" and config.n_head > 1:
-        ours, theirs = (pair.around.heads(x) for x in (pair.ours, pair.theirs))
-        views.insert(0, ("H", ours, theirs, ours.ndim - 2))
-    for letter, ours, theirs, axis in views:
-        if letter not in names or ours.shape[axis] < 2 or ours.ndim < 2:
+        sound, faulty = (pair.around.heads(x) for x in (pair.sound, pair.faulty))
+        views.insert(0, ("H", sound, faulty, sound.ndim - 2))
+    for letter, sound, faulty, axis in views:
+        if letter not in names or sound.shape[axis] < 2 or sound.ndim < 2:
             continue
-        a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (ours, theirs))
+        a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (sound, faulty))
         close = 1e6 * pair.noise * pair.moved + pair.noise * pair.size
         if a.size * len(a) > 1e7 or not (np.abs(a) > close).any():
             continue
         apart = np.abs(b[:, None] - a[None])
-        if letter == "B":  # documents of unlike length have the shorter one's positions in common
+        if letter == "B":  # compare the positions that both documents have
             there = np.moveaxis(pair.there, axis, 0).reshape(len(a), -1)
             apart = np.where(there[:, None] & there[None], apart, 0.0)
         apart = apart.max(axis=2)
@@ -461,42 +459,38 @@ def _order(pair: Pair) -> str:
                     f"{word}s in another order: {word} {changed[0]} has that of"
                     f" {source[changed[0]]}, and so on"
                 )
-            listed = ", ".join(map(str, source)) if letter == "H" else ""
-            if listed:
-                return f"heads permuted: in the order {listed}"
+            if letter == "H":
+                return f"heads permuted: in the order {', '.join(map(str, source))}"
             pairs = ", ".join(f"{i} has that of {source[i]}" for i in changed)
             return f"{word}s exchanged: {word} {pairs}"
     return ""
 
 
 def remembered(pair: Pair) -> Iterator[Guess]:
-    """What the step before has left."""
+    """What the step before has left behind."""
     earlier = pair.before.get(pair.key) if pair.before else None
-    if earlier is None or earlier.shape != pair.ours.shape:
+    if earlier is None or earlier.shape != pair.sound.shape:
         return
     what = "gradient" if pair.phase in DERIVED else "tensor"
     yield f"stale: the {what} of the step before", earlier
-    yield f"the {what} of the step before has not been cleared", pair.ours + earlier
-    zero = pair.ours == 0
-    yield (
-        "stale: what the step before left where this one has zeros",
-        np.where(zero, earlier, pair.ours),
-    )
+    yield f"the {what} of the step before has not been cleared", pair.sound + earlier
+    words = "stale: what the step before left where this one has zeros"
+    yield words, np.where(pair.sound == 0, earlier, pair.sound)
 
 
 def scaled(pair: Pair) -> Iterator[Guess]:
-    """The whole tensor, or that of every position, times a number that has a name."""
-    times = _coefficient(pair.theirs, pair.ours, pair.wrong)
+    """Every element times one number that has a name, or times a number of its position."""
+    times = _coefficient(pair.faulty, pair.sound, pair.wrong)
     name = factor_name(pair, times) if times is not None and abs(times - 1) > 1e-9 else ""
     if times is not None and name:
         plain = {
             "2": "doubled: every element is twice what it should be",
             "-1": "the sign of every element is turned",
         }.get(name.partition(" (here")[0])
-        yield plain or f"every element is multiplied by {name}", times * pair.ours
+        yield plain or f"every element is multiplied by {name}", times * pair.sound
     if axes(pair.key)[:1] == ("B",) and "T" in axes(pair.key):
         a = pair.around
-        n, t, p = a.n[:, None], a.position + 1, np.exp(-pair.step["forward/loss_t"])
+        n, t, p = a.n[:, None], a.position + 1, np.exp(-pair.sound_step["forward/loss_t"])
         own = {"n, the positions of its document": n + 0 * t, "1/n of its document": 1 / n + 0 * t,
                "t + 1, the positions so far": t, "1/(t + 1), of the positions so far": 1 / t,
                "its loss": -np.log(p), "its target's probability": p,
@@ -507,14 +501,14 @@ def scaled(pair: Pair) -> Iterator[Guess]:
             shaped = (
                 factor[:, None, :, None]
                 if "H" in axes(pair.key)
-                else factor.reshape(*factor.shape, *[1] * (pair.ours.ndim - 2))
+                else factor.reshape(*factor.shape, *[1] * (pair.sound.ndim - 2))
             )
-            yield f"every position is multiplied by {what}", pair.ours * shaped
+            yield f"every position is multiplied by {what}", pair.sound * shaped
 
 
 def parts_of_sums(pair: Pair) -> Iterator[Guess]:
-    """Several parts changed at once, or some of the documents and positions that are summed over:
-    the coefficients that give the faulty numbers, where they are telling."""
+    """Several parts of the sum with other coefficients; or a sum over documents or positions in
+    which some do not count as they should."""
     parts = parts_of(pair)
     if 1 < len(parts) <= MOST_PARTS:
         found = _coefficients(pair, [part for _, part in parts])
@@ -532,7 +526,7 @@ def parts_of_sums(pair: Pair) -> Iterator[Guess]:
 
 
 def _by_index(pair: Pair, letter: str) -> list[Array]:
-    """What each document, or position, adds to a sum over them; nothing if it is no such sum."""
+    """What each document (B) or position (T) adds to a tensor; [] if it is no sum over them."""
     totals: list[Array] = []
     if letter in axes(pair.key) or not pair.calls:
         return totals
@@ -551,14 +545,14 @@ def _by_index(pair: Pair, letter: str) -> list[Array]:
 
 
 def _only(x: Array, axis: int, index: int) -> Array:
-    """The array with zeros but for one index of an axis."""
+    """The array with zeros at every other index of an axis."""
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
     return x * (np.arange(x.shape[axis]) == index).reshape(shape)
 
 
 def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
-    """The sum over documents or positions with some left out, or with other weights than 1."""
+    """The sum over documents or positions with some left out, counted twice, or scaled."""
     count = len(parts)
     if not count:
         return
@@ -566,13 +560,13 @@ def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
     sums = [np.zeros_like(parts[0])]
     for i in order:
         sums.append(sums[-1] + parts[i])
+    why = ""
+    if pair.phase == "unwatched" and word == "document":
+        why = "the gradients of micro-batches, or of ranks, are not added up: "
     for start, stop in combinations(range(count + 1), 2):
         if stop - start == count:
             continue
         listed = _and(word, sorted(order[start:stop].tolist()), count)
-        why = ""
-        if pair.phase == "unwatched" and word == "document":
-            why = "the gradients of micro-batches, or of ranks, are not added up: "
         some = sums[stop] - sums[start]
         if 2 * (stop - start) <= count:
             yield f"{why}only {listed} of {count} counted", some
@@ -593,7 +587,7 @@ def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
 
 
 def _and(word: str, numbers: list[int], count: int) -> str:
-    """Documents 1 and 2; the last position."""
+    """The numbers in words: "documents 1 and 2", "the last position"."""
     if len(numbers) == 1:
         name = {0: "the first", count - 1: "the last"}.get(numbers[0])
         return f"{name} {word}" if name else f"{word} {numbers[0]}"
@@ -614,21 +608,21 @@ def _times(pair: Pair, k: float) -> str:
 
 
 def _coefficient(target: Array, part: Array, where: Array) -> float | None:
-    """The number that makes the part the target, by least squares where elements are wrong."""
+    """The factor by which a part becomes the target, by least squares over the elements `where`."""
     x, y = part[where], target[where]
     square = float((x * x).sum())
     return float((x * y).sum()) / square if square > 0 else None
 
 
 def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
-    """The numbers with which the parts give the faulty tensor; None if there are none, or many."""
+    """The factors with which the parts add up to the faulty tensor; None if not determined."""
     there = pair.there
-    matrix = np.array([np.broadcast_to(part, pair.ours.shape)[there] for part in parts]).T
+    matrix = np.array([np.broadcast_to(part, pair.sound.shape)[there] for part in parts]).T
     live = np.abs(matrix).max(axis=0) > 0
     if not live.any() or np.count_nonzero(np.abs(matrix).max(axis=1)) < live.sum() + 3:
         return None
     sizes = np.sqrt((matrix[:, live] ** 2).sum(axis=0))
-    target = pair.theirs[there]
+    target = pair.faulty[there]
     found, _, rank, singular = np.linalg.lstsq(matrix[:, live] / sizes, target, rcond=1e-9)
     if rank < live.sum() or singular[-1] < 1e-6 * singular[0]:
         return None
@@ -638,8 +632,7 @@ def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
 
 
 def factor_name(pair: Pair, factor: float) -> str:
-    """What the configuration and the step call this number, the likeliest name first; "" if they
-    have no name for it."""
+    """The names of a number in the configuration and the step, the likeliest first; "" if none."""
     tolerance = max(1e-7, 1e6 * pair.noise) * abs(factor)
     named = factors(pair)
     close = [name for name, value in named.items() if abs(factor - value) <= tolerance]
@@ -648,7 +641,7 @@ def factor_name(pair: Pair, factor: float) -> str:
 
 
 def factors(pair: Pair) -> Mapping[str, float]:
-    """The numbers that have a name here, the likeliest first."""
+    """The numbers of the configuration and the step by name, the likeliest first."""
     config, (B, T) = pair.case.config, pair.around.real.shape
     D, C, H, V = config.head_dim, config.n_embd, config.n_head, pair.case.tokenizer.vocab_size
     sizes = {"D": D, "n_head": H, "C": C, "B": B, "T": T, "V": V, "n_layer": config.n_layer,
@@ -656,7 +649,7 @@ def factors(pair: Pair) -> Mapping[str, float]:
              "3": 3, "B T": B * T, "B - 1": B - 1, "T - 1": T - 1, "T + 1": T + 1}  # fmt: skip
     named: dict[str, float] = {"2": 2.0, "-1": -1.0, "1/2": 0.5}
     for name, size in sizes.items():
-        if size > 1 and float(size) not in (1.0,):
+        if size > 1:
             base = f"({name})" if " " in name and "(" not in name else name
             named |= {f"sqrt({name})": sqrt(size), f"1/sqrt({name})": 1 / sqrt(size)}
             named |= {base: size, f"1/{base}": 1 / size}
@@ -674,7 +667,7 @@ def factors(pair: Pair) -> Mapping[str, float]:
             "1/(the correction of m)": 1 / (1 - b1**n), "1/(the correction of v)": 1 / (1 - b2**n),
             "the square root of the correction of v": sqrt(1 - b2**n),
         }  # fmt: skip
-    factor = clipping(config, pair.step)
+    factor = clipping(config, pair.sound_step)
     if factor < 1:
         named |= {"the clip factor": factor, "the clip factor squared": factor**2,
                   "1/(the clip factor)": 1 / factor, "the root of the clip factor": sqrt(factor),
@@ -684,9 +677,9 @@ def factors(pair: Pair) -> Mapping[str, float]:
 
 
 def adam(pair: Pair) -> Iterator[Guess]:
-    """Adam by another rule."""
-    known = pair.number, pair.case.config, pair.step, pair.before
-    yield from of_adam(pair.phase, pair.name, *known)
+    """Adam by a wrong form of its rule."""
+    config, step = pair.case.config, pair.sound_step
+    yield from of_adam(pair.phase, pair.name, pair.number, config, step, pair.before)
 
 
 # the kinds of readings, those with the fewest changes first
@@ -705,30 +698,26 @@ KINDS = [
 ]
 
 
-ONE_IS_ENOUGH = (
-    changed_parts,
-    moved_about,
-    added,
-    parts_of_sums,
-)  # the same in other words would follow
+# kinds of which only the first reading is told; later ones would say the same in other words
+ONE_IS_ENOUGH = (changed_parts, moved_about, added, parts_of_sums)
 
 
 # --- where no reading fits -----------------------------------------------------------------------
 
 
 def description(pair: Pair, promised: str) -> str:
-    """What can be said of the numbers that no reading gives: their precision, factor or place."""
-    ours, theirs = pair.ours[pair.there], pair.theirs[pair.there]
-    if promised == "float64" and (words := single_precision(ours, theirs)):
+    """What can be said of numbers that no reading gives: their precision, factor or region."""
+    sound, faulty = pair.sound[pair.there], pair.faulty[pair.there]
+    if promised == "float64" and (words := single_precision(sound, faulty)):
         return words
-    if np.count_nonzero(ours) >= 3:
-        times = _coefficient(pair.theirs, pair.ours, pair.there)
-        if times is not None and pair.fits(times * pair.ours) == ALL_OF_THEM:
+    if np.count_nonzero(sound) >= 3:
+        times = _coefficient(pair.faulty, pair.sound, pair.there)
+        if times is not None and pair.fits(times * pair.sound) == ALL_OF_THEM:
             return f"every element is {times:.9g} times the reference's; no name for this factor"
-        more = float(np.median(theirs - ours))
-        if more and pair.fits(pair.ours + more) == ALL_OF_THEM:
+        more = float(np.median(faulty - sound))
+        if more and pair.fits(pair.sound + more) == ALL_OF_THEM:
             return f"every element is {more:.9g} more than it should be"
-    sums = np.where(pair.there, pair.theirs, 0.0).sum(axis=-1) if pair.theirs.ndim else 0.0
+    sums = np.where(pair.there, pair.faulty, 0.0).sum(axis=-1) if pair.faulty.ndim else 0.0
     if pair.name.endswith("attn_weights"):
         rows = np.asarray(sums)[pair.there.any(axis=-1)]
         if (rows < 1 - 1e-6).any():
@@ -739,19 +728,19 @@ def description(pair: Pair, promised: str) -> str:
     if pair.phase in ("eval", "unwatched"):
         added = len(pair.around.n) > 1 and pair.phase == "unwatched"
         return (
-            "agrees where the text runs as it stands: the recording is not the text, or a result"
+            "agrees where the text runs unrecorded: the recording is not the text, or a result"
             f" is overwritten too early{', or micro-batches are not added up' if added else ''}"
             f"{'; ' + place if place else ''}"
         )
     return place
 
 
-def single_precision(ours: Array, theirs: Array) -> str:
-    """Rounded to float32, or computed from what was."""
-    scale = np.abs(ours).max()
-    error = theirs - ours
-    rounded = np.array_equal(theirs, theirs.astype("float32")) and theirs.size > 2
-    both_ways = 0.1 < (error > 0).mean() < 0.9 and theirs.size >= 16
+def single_precision(sound: Array, faulty: Array) -> str:
+    """The reading that numbers were rounded to float32 on the way; "" if they were not."""
+    scale = np.abs(sound).max()
+    error = faulty - sound
+    rounded = np.array_equal(faulty, faulty.astype("float32")) and faulty.size > 2
+    both_ways = 0.1 < (error > 0).mean() < 0.9 and faulty.size >= 16
     if (rounded and np.abs(error).max() < 1e-5 * scale) or (
         both_ways and 1e-9 * scale < np.abs(error).max() < 3e-7 * scale
     ):

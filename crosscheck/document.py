@@ -1,4 +1,4 @@
-"""A document computed by both implementations, with every += of scalar's backward pass."""
+"""One document computed by both implementations, with the terms of scalar's derivatives."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MOST = 1_000_000  # products in scalar's graph: weights times positions
 class Document:
     """The tensors of a model on the first document of a case, forward and backward.
 
-    update        compute the document a second time, after an update
+    update        update the model, and compute the document a second time
 
-    scalar        every tensor by its key, as in a trace
-    vectorized    the same
-    after         the same of vectorized after the update, if there is one
-    chain         the element of every tensor that is followed
-    additions     what scalar adds to these elements
+    scalar        scalar's tensors by their keys, as in a trace
+    vectorized    vectorized's tensors by their keys
+    after         vectorized's tensors after the update, if there is one
+    chain         the element that is followed, of every tensor
+    additions     the terms that scalar adds to these elements
 
-    Raises MicrogptError if the graph would be too large, FloatingPointError if a number is not
-    finite.
+    Raises MicrogptError if scalar's graph would be too large, FloatingPointError if a number is
+    not finite.
     """
 
     def __init__(self, case: Case, state: State, update: bool) -> None:
@@ -58,8 +58,8 @@ class Document:
             )
 
     def _compute(self, state: State, update: bool) -> None:
-        """Run both implementations: vectorized first, since its numbers say which elements are
-        followed through scalar's graph."""
+        """Run both implementations; vectorized first, since the elements that are followed through
+        scalar's graph are chosen by its numbers."""
         config = replace(suited(self.config, "vectorized", "float64"), cores=1)
         theirs, ours = load_backend("vectorized", config, state, True), Scalar(config, state)
         self.vectorized = self._traced("vectorized", theirs, theirs.backward)
@@ -76,7 +76,7 @@ class Document:
             self.after = self._traced("vectorized, after the update,", theirs, theirs.backward)
 
     def _traced(self, name: str, backend: Backend, backward: Callable[[], None]) -> Step:
-        """The tensors of a step without its update."""
+        """The tensors of a forward and a backward pass."""
         try:
             backend.forward(self.docs)
             backward()
@@ -98,8 +98,8 @@ class Document:
         return step
 
     def _chain(self) -> dict[str, Place]:
-        """One element of every tensor, chosen from the loss backwards: the one that contributes
-        most to the chosen element of the first tensor computed from it."""
+        """One element of every tensor: from the loss backwards, the one that contributes most to
+        the chosen element of the tensor's first consumer."""
         found: dict[str, Place] = {}
         for name in (*reversed(self.table), *self.params):
             users = consumers(self.config)[name]
@@ -114,7 +114,7 @@ class Document:
             for name in tap.operands
         )
         D = self.config.head_dim
-        if tap.operation == "mean":  # of positions that look back and are looked at, if there are
+        if tap.operation == "mean":  # at a position neither first nor last, if there are three
             T = x.shape[1]
             return 0, max(range(1, T - 1) if T > 2 else range(T), key=lambda t: float(x[0, t]))
         b, t, c = at[0], at[-2], at[-1]
@@ -136,12 +136,12 @@ class Document:
         return at
 
     def token(self, i: int) -> str:
-        """A token as it is written beside a row."""
+        """The label of a token."""
         tokenizer = self.case.tokenizer
         if i in (tokenizer.bos, tokenizer.eos):
             return "BOS" if i == tokenizer.bos else "EOS"
         return label(tokenizer.decode([i]))
 
     def letters(self) -> list[str]:
-        """The document's tokens."""
+        """The labels of the document's tokens."""
         return [self.token(i) for i in self.tokens]

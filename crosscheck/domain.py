@@ -1,7 +1,7 @@
-"""Domain mutants: what people get wrong in a model, tried on every line of both texts.
+"""Domain mutants: sources with one mistake that people make in models, at each place in turn.
 
 A factor or a term is dropped, two tensors of equal shape are exchanged, a matrix or the axes of a
-product are transposed, a sum runs over another axis or is a mean.
+product are transposed, a sum runs over another axis or becomes a mean.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ CALLS = {"total": "mean", "mean": "total", "sum": "mean", "max": "min", "min": "
 
 
 def mutations(source: str, lists: bool) -> Iterator[tuple[str, str]]:
-    """Each mutant of a source, after what was done to it; in `lists`, a matrix is a list of rows.
+    """The mistake in words and the source with it, for every mutant of a source.
 
-    All of them can be compiled; some are equal to the source in what they compute.
+    All mutants can be compiled; some compute the same as the source.
+
+    lists    whether the source has matrices as lists of rows, and not as arrays
     """
     transposed = "list(zip(*{}))" if lists else "{}.T"
     tree = ast.parse(source)
@@ -42,7 +44,7 @@ def mutations(source: str, lists: bool) -> Iterator[tuple[str, str]]:
 
 
 def _changes(node: ast.AST, shapes: dict[str, str], transposed: str) -> Iterator[tuple[str, str]]:
-    """What may take the place of a node, as text, and why."""
+    """The mistake in words and the text that replaces a node, for every mistake at the node."""
     match node:
         case ast.BinOp(left, ast.Mult() | ast.Div() | ast.Pow() | ast.MatMult() as op, right):
             yield "a factor dropped", ast.unparse(left)
@@ -61,14 +63,13 @@ def _changes(node: ast.AST, shapes: dict[str, str], transposed: str) -> Iterator
                 if isinstance(a, plain) and isinstance(b, plain):
                     order = [*arguments[:i], b, a, *arguments[i + 2 :]]
                     yield "tensors exchanged", ast.unparse(ast.Call(function, order, node.keywords))
-            called = function.attr if isinstance(function, ast.Attribute) else ""
-            called = function.id if isinstance(function, ast.Name) else called
+            called = getattr(function, "attr", getattr(function, "id", ""))
             if called in CALLS:
                 text = ast.unparse(node)
                 yield "another sum", re.sub(rf"\b{called}\(", f"{CALLS[called]}(", text, count=1)
         case ast.keyword("axis", value):
-            for axis in {"-1", "-2", "0", "1"} - {ast.unparse(value)}:
-                yield "another axis", f"axis={axis}"
+            others = [axis for axis in ("-2", "-1", "0", "1") if axis != ast.unparse(value)]
+            yield from (("another axis", f"axis={axis}") for axis in others)
         case ast.Constant(str(letters)) if re.fullmatch(r"[a-z]+(,[a-z]+)*->[a-z]*", letters):
             for i, (one, two) in enumerate(pairwise(letters)):
                 if one.isalpha() and two.isalpha():
@@ -89,7 +90,7 @@ def _changes(node: ast.AST, shapes: dict[str, str], transposed: str) -> Iterator
 
 
 def _shapes_of_locals(source: str) -> dict[str, dict[str, str]]:
-    """The shape at the end of the line, for each name that a line of a function is given to."""
+    """By function, the local names and the shape that the comment on their line gives."""
     shapes: dict[str, dict[str, str]] = {}
     function = ""
     for line in source.splitlines():
@@ -103,7 +104,7 @@ def _shapes_of_locals(source: str) -> dict[str, dict[str, str]]:
 
 
 def _replaced(source: str, node: ast.AST, new: str) -> str:
-    """The source with another text, in brackets if it is an expression, in a node's place."""
+    """The source with another text in the place of a node, in brackets for an expression."""
     old = ast.get_source_segment(source, node)
     assert old is not None
     before = source.splitlines(keepends=True)[: node.lineno - 1]  # type: ignore[attr-defined]

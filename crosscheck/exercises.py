@@ -1,8 +1,8 @@
 """The exercises: the two texts with bodies taken out, in the order in which they were built.
 
-An exercise is one file. It is made from the source of scalar/ or vectorized/, so that it cannot
-drift from it: signatures, docstrings, equations, block comments and shapes stay, and the rest of a
-body becomes `raise NotImplementedError`. The last exercises are whole sources with a named defect.
+An exercise is one file, made from the source of scalar/ or vectorized/, so that the two cannot
+differ: signatures, docstrings, equations, block comments and shapes stay, and the rest of a body
+becomes `raise NotImplementedError`. The last exercises are whole sources with a named defect.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import cache
 from textwrap import fill
 from typing import NamedTuple
 
+from crosscheck.candidate import is_stub
 from crosscheck.defects import ROOT, Defect, load_defects
 
-DEF = (ast.FunctionDef, ast.ClassDef)
-LIBRARIES = (  # what an exercise may import beside what it is given
+LIBRARIES = (  # what an exercise may import besides the imports of its file
     *("__future__", "collections", "dataclasses", "functools", "itertools", "math", "numpy"),
     *("random", "typing"),
 )
-# the ways by which Python reaches what was not imported
+# names and attributes by which Python reaches objects that were not imported
 DOORS = (
     *("__import__", "__builtins__", "compile", "eval", "exec", "getattr", "globals", "locals"),
     *("open", "vars"),
@@ -31,18 +31,16 @@ INNER = (
     *("__globals__", "__builtins__", "__dict__", "__subclasses__", "__code__", "__closure__"),
     *("__wrapped__", "__module__", "f_globals", "gi_frame", "modules", "sys", "os", "_sys", "_os"),
 )
-
-
 NUMPY = "import numpy as np"
-HELPERS = {"Value._topological_order": "Value.backward"}  # taken out with what calls them
+HELPERS = {"Value._topological_order": "Value.backward"}  # taken out with the method that calls it
 
 
 class Exercise(NamedTuple):
-    """What is taken out of a source, and what to say about it."""
+    """What is taken out of a source, and the task in words."""
 
     name: str
     source: str  # such as vectorized/model.py
-    functions: tuple[str, ...]  # taken out; Value.exp is a method. None: a defect is planted
+    functions: tuple[str, ...]  # taken out, methods as Value.exp; empty where a defect is planted
     task: str
     defect: str = ""  # its name in fixtures/defects.yaml
 
@@ -57,12 +55,12 @@ class Exercise(NamedTuple):
         return self.source.removesuffix(".py").replace("/", ".")
 
 
-def _scalar(name: str, file: str, functions: str, task: str) -> Exercise:
-    return Exercise(name, f"scalar/{file}.py", tuple(functions.split()), task)
+def _scalar(name: str, task: str, functions: str = "", file: str = "model") -> Exercise:
+    return Exercise(name, f"scalar/{file}.py", tuple((functions or name).split()), task)
 
 
-def _tensors(name: str, file: str, functions: str, task: str) -> Exercise:
-    return Exercise(name, f"vectorized/{file}.py", tuple(functions.split()), task)
+def _tensors(name: str, task: str, functions: str = "", file: str = "model") -> Exercise:
+    return Exercise(name, f"vectorized/{file}.py", tuple((functions or name).split()), task)
 
 
 def _wrong(number: int, defect: str) -> Exercise:
@@ -83,151 +81,120 @@ OPERATIONS = "Value.__add__ Value.__mul__ Value.__pow__ Value.log Value.exp Valu
 SCALAR = (
     _scalar(
         "value",
-        "value",
+        "A number that remembers how it was made. Each operation returns a new Value: the number,"
+        " the Values that it was made from, and the derivative with respect to each of them.",
         OPERATIONS,
-        "A number that remembers how it was made. Each operation returns a new Value: what it"
-        " comes to, what it was made from, and the derivative with respect to each of those.",
+        file="value",
     ),
     _scalar(
         "sums",
-        "value",
+        "Sums as one Value, so that a product of two vectors is one node of the graph, and not two"
+        " nodes for every element.",
         "total mean dot",
-        "Sums as one Value, so that a product of two vectors is one node of the graph and not"
-        " twice as many as they have numbers.",
+        file="value",
     ),
     _scalar(
         "backward",
-        "value",
+        "The chain rule: from the last value that was made to the first, each value adds a term to"
+        " the derivatives of the values that it was made from. A value used twice receives two.",
         "Value.backward",
-        "The chain rule: from the last value that was made to the first, each one hands its"
-        " derivative on to what it was made from. A value that is used twice is handed two.",
+        file="value",
     ),
-    _scalar("linear", "model", "linear", "A matrix times a vector."),
-    _scalar("softmax", "model", "softmax", "Numbers of any size become shares of 1."),
-    _scalar("rmsnorm", "model", "rmsnorm", "A vector is brought to a mean square of 1."),
-    _scalar("activation", "model", "activation", "What makes an MLP more than a product."),
+    _scalar("linear", "A matrix times a vector."),
+    _scalar("softmax", "Numbers of any size become positive ones whose sum is 1."),
+    _scalar("rmsnorm", "A vector is brought to a mean square of 1."),
+    _scalar("activation", "The function between the two products of an MLP."),
     _scalar(
         "attention",
-        "model",
-        "attention",
-        "A position looks back: its query meets the keys of all positions so far, and it takes"
-        " their values in these shares. The lists `keys` and `values` grow by one a position.",
+        "A position looks back: the products of its query with the keys of all positions so far"
+        " become weights, and the values are added with these weights. The lists `keys` and"
+        " `values` grow by one entry with every position.",
     ),
-    _scalar("mlp", "model", "mlp", "What each position works out for itself."),
-    _scalar("gpt", "model", "gpt", "One token in, a number for every token that may follow."),
+    _scalar("mlp", "Two products for each position by itself."),
+    _scalar("gpt", "One token in; out, a logit for every token that may follow."),
     _scalar(
         "loss",
-        "model",
+        "How improbable the model finds the next tokens: a mean over the positions of a document,"
+        " and a mean of that over the documents.",
         "cross_entropy loss",
-        "How surprised the model is by what follows: a mean over positions, and of that a mean"
-        " over documents.",
     ),
-    _scalar("adam", "adam", "clip adam", "One step downhill, with a memory of earlier ones."),
+    _scalar("adam", "One step downhill, with means over earlier steps.", "clip adam", file="adam"),
     _scalar(
         "sampling",
-        "sample",
-        "probabilities sample",
         "Write a document: read a token, draw the next one, and read that.",
+        "probabilities sample",
+        file="sample",
     ),
 )
 TENSORS = (
-    _tensors("linear_forward", "model", "linear_forward", "The product for all positions."),
-    _tensors("softmax_forward", "model", "softmax_forward", "Each row along the last axis."),
-    _tensors("rmsnorm_forward", "model", "rmsnorm_forward", "Each vector of the last axis."),
-    _tensors("activation_forward", "model", "activation_forward", "Each number by itself."),
+    _tensors("linear_forward", "A matrix times the vectors of all positions."),
+    _tensors("softmax_forward", "The softmax of each row along the last axis."),
+    _tensors("rmsnorm_forward", "The norm of each vector along the last axis."),
+    _tensors("activation_forward", "The activation of each number by itself."),
     _tensors(
         "heads",
-        "model",
-        "split_heads merge_heads causal_mask",
         "What attention needs: the channels cut into heads and put together again, and the mask"
         " that hides what comes later.",
+        "split_heads merge_heads causal_mask",
     ),
     _tensors(
         "attention_forward",
-        "model",
-        "attention_forward",
-        "All positions look back at once. The growing lists become an axis U, and the mask"
-        " stands for what a position cannot see.",
+        "All positions look back at once. The lists that grow become an axis U, and the mask"
+        " hides from each position those that come later.",
     ),
-    _tensors("mlp_forward", "model", "mlp_forward", "The MLP of all positions."),
+    _tensors("mlp_forward", "The MLP of all positions."),
     _tensors(
-        "gpt_forward",
-        "model",
         "gpt_forward",
         "The embedding is a look-up with two axes; the layers follow; tied weights read wte"
         " once more, as lm_head.",
     ),
     _tensors(
         "loss_forward",
-        "model",
-        "cross_entropy_forward loss_forward",
         "The loss of a batch. `weights` makes it the mean over documents of the mean over"
         " positions, and leaves padding out.",
+        "cross_entropy_forward loss_forward",
     ),
     _tensors(
         "ragged_batches",
-        "batch",
-        "fill",
         "Documents of different lengths side by side: tokens, targets, and the weight of every"
         " position. Padding is token 0 with a weight of 0.",
+        "fill",
+        file="batch",
     ),
+    _tensors("cross_entropy_backward", "The first derivative on the way back."),
     _tensors(
-        "cross_entropy_backward",
-        "model",
-        "cross_entropy_backward",
-        "The first derivative on the way back.",
-    ),
-    _tensors(
-        "linear_backward",
-        "model",
         "linear_backward",
         "The derivatives with respect to both factors. A weight is used at every position.",
     ),
+    _tensors("softmax_backward", "When one output rises, the others fall."),
     _tensors(
-        "softmax_backward",
-        "model",
-        "softmax_backward",
-        "When one share rises, the others fall.",
+        "rmsnorm_backward", "Each number is used twice: as a factor, and in the scale of all."
     ),
-    _tensors(
-        "rmsnorm_backward",
-        "model",
-        "rmsnorm_backward",
-        "Each number is used twice: as a factor, and in the scale of all.",
-    ),
-    _tensors(
-        "activation_backward",
-        "model",
-        "activation_backward",
-        "The slope of the forward function, number by number.",
-    ),
-    _tensors("mlp_backward", "model", "mlp_backward", "The MLP read upside down."),
+    _tensors("activation_backward", "The slope of the forward function, number by number."),
+    _tensors("mlp_backward", "The MLP read upside down."),
     _tensors(
         "attention_backward",
-        "model",
-        "attention_backward",
-        "Attention read upside down: three paths lead back to its input, and a fourth around.",
+        "Attention read upside down: three paths lead back to its input, through q, k and v, and"
+        " the residual is a fourth.",
     ),
     _tensors(
-        "gpt_backward",
-        "model",
         "gpt_backward",
         "The model read upside down, to the embedding: a token that occurs twice adds twice,"
         " wpe is shared by all documents, and tied weights have two gradients to add.",
     ),
-    _tensors("loss_backward", "model", "loss_backward", "Where the backward pass begins."),
+    _tensors("loss_backward", "The backward pass begins here."),
     _tensors(
         "adam_in_one_buffer",
-        "adam",
+        "All parameters are one array, and so are the gradients, m, and v.",
         "clip adam",
-        "All parameters are one array, and so are the gradients and both memories.",
+        file="adam",
     ),
     _tensors(
         "sampling_with_a_cache",
-        "sample",
-        "Cache.extend read probabilities sample",
         "Write a document without reading its beginning again for every token: the keys and"
         " values of what has been read are kept.",
+        "Cache.extend read probabilities sample",
+        file="sample",
     ),
 )
 DEFECTS = (
@@ -246,7 +213,7 @@ DEFECTS = (
 
 @cache
 def exercises() -> tuple[Exercise, ...]:
-    """All of them, in order."""
+    """All exercises, in order."""
     return (*SCALAR, *TENSORS, *(_wrong(i, name) for i, name in enumerate(DEFECTS, 1)))
 
 
@@ -269,7 +236,7 @@ def exercise_about(function: str) -> Exercise | None:
 
 
 def filename(exercise: Exercise) -> str:
-    """Of the file that a learner gets."""
+    """The name of an exercise's file."""
     return f"{exercises().index(exercise) + 1:02}_{exercise.name}.py"
 
 
@@ -279,7 +246,7 @@ def source_text(file: str) -> str:
     return (ROOT / file).read_text(encoding="utf-8")
 
 
-# --- making them ---------------------------------------------------------------------------------
+# --- making the files ----------------------------------------------------------------------------
 
 
 @cache
@@ -311,27 +278,31 @@ def _heading(exercise: Exercise, about: str) -> str:
 
 
 def _homes(exercise: Exercise) -> list[str]:
-    """The functions and classes at the top level that an exercise is about, in its order."""
+    """The functions of an exercise, a class in the place of its methods, without repeats."""
     return list(dict.fromkeys(name.partition(".")[0] for name in exercise.functions))
 
 
-def _top(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.ClassDef]:
-    """The functions and classes of a module, by name."""
-    return {node.name: node for node in tree.body if isinstance(node, DEF)}
-
-
-def _methods(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:
-    return {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
+def _by_name(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    """The functions and classes of a module, and their methods as Value.exp."""
+    found: dict[str, ast.FunctionDef | ast.ClassDef] = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+            inner = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{one.name}": one for one in inner}
+    return found
 
 
 def _part(exercise: Exercise, tree: ast.Module, source: str, name: str) -> str:
-    """A function or class of the source, with what is to be written taken out."""
-    node, lines = _top(tree)[name], source.splitlines()
+    """A function or class of the source, without the bodies that the learner should write."""
+    nodes, lines = _by_name(tree), source.splitlines()
+    node = nodes[name]
     if isinstance(node, ast.FunctionDef):
         return _stub(node, source)
-    parts = ["\n".join(lines[node.lineno - 1 : next(iter(_methods(node).values())).lineno - 1])]
-    for method in _methods(node).values():
-        full = f"{name}.{method.name}"
+    methods = {full: one for full, one in nodes.items() if full.startswith(f"{name}.")}
+    parts = ["\n".join(lines[node.lineno - 1 : next(iter(methods.values())).lineno - 1])]
+    for full, method in methods.items():
         if full in exercise.functions:
             parts.append(_stub(method, source))
         elif full not in taken_out():
@@ -346,8 +317,8 @@ def taken_out() -> frozenset[str]:
     return frozenset({*names, *HELPERS})
 
 
-def _stub(node: ast.FunctionDef, source: str) -> str:
-    """A function with the comments and shapes of its body, and no more of it."""
+def _stub(node: ast.FunctionDef | ast.ClassDef, source: str) -> str:
+    """A function with only the comments and shapes of its body."""
     lines = source.splitlines()
     indent = " " * (node.col_offset + 4)
     documented = ast.get_docstring(node) is not None
@@ -372,20 +343,14 @@ def _stub(node: ast.FunctionDef, source: str) -> str:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a body that are one line of thought each, those within others too."""
+    """The statements of a body; those within a loop or condition in place of that statement."""
     for statement in body:
-        inner = [
-            *getattr(statement, "body", []),
-            *getattr(statement, "orelse", []),
-        ]
-        if inner:
-            yield from _statements(inner)
-        else:
-            yield statement
+        inner = [*getattr(statement, "body", []), *getattr(statement, "orelse", [])]
+        yield from _statements(inner) if inner else [statement]
 
 
 def _left(statement: ast.stmt) -> str:
-    """What stands before the value of a statement."""
+    """The text before the value of a statement: `y = ` or `return `."""
     if isinstance(statement, ast.Assign):
         return "".join(f"{ast.unparse(target).strip('(),')} = " for target in statement.targets)
     if isinstance(statement, ast.AugAssign):
@@ -401,7 +366,7 @@ def _comments(source: str) -> dict[int, str]:
 
 
 def _imports(exercise: Exercise, tree: ast.Module) -> str:
-    """The imports of the source that are needed here, and one of what the source itself defines."""
+    """The imports that an exercise needs: those of the source, and one from the source itself."""
     used = _used(exercise, tree)
     found = ["from __future__ import annotations\n"]
     libraries: list[str] = []
@@ -417,7 +382,7 @@ def _imports(exercise: Exercise, tree: ast.Module) -> str:
                     ast.unparse(node)
                 )
     if exercise.package == "vectorized" and NUMPY not in libraries:
-        libraries.append(NUMPY)  # to write it in another way
+        libraries.append(NUMPY)  # the learner may need NumPy where the text does not
     own = sorted(used & _defined(tree) - {*_homes(exercise)}, key=str.lower)
     if own:
         line = f"from {exercise.module} import {', '.join(own)}"
@@ -430,7 +395,7 @@ def _imports(exercise: Exercise, tree: ast.Module) -> str:
 
 def _defined(tree: ast.Module) -> set[str]:
     """The names that a module defines."""
-    names = set(_top(tree))
+    names = set(_by_name(tree))
     for node in tree.body:
         if isinstance(node, ast.Assign):
             names |= {x.id for x in node.targets if isinstance(x, ast.Name)}
@@ -438,22 +403,19 @@ def _defined(tree: ast.Module) -> set[str]:
 
 
 def _used(exercise: Exercise, tree: ast.Module) -> set[str]:
-    """The names that the functions of an exercise mention, as they were before."""
-    top = _top(tree)
-    nodes: list[ast.AST] = []
-    for name in exercise.functions:
-        home, _, method = name.partition(".")
-        node = top[home]
-        nodes.append(_methods(node)[method] if isinstance(node, ast.ClassDef) else node)
-    for home in _homes(exercise):
-        node = top[home]
-        if isinstance(node, ast.ClassDef):
-            nodes += [m for n, m in _methods(node).items() if f"{home}.{n}" not in taken_out()]
+    """The names that the functions of an exercise mention in the source."""
+    homes = _homes(exercise)
+    nodes = [
+        node
+        for name, node in _by_name(tree).items()
+        if name in exercise.functions
+        or ("." in name and name.partition(".")[0] in homes and name not in taken_out())
+    ]
     return {x.id for node in nodes for x in ast.walk(node) if isinstance(x, ast.Name)}
 
 
 def solution(exercise: Exercise) -> str:
-    """What was taken out, or which words the defect has changed."""
+    """The source that was taken out, or what the defect changed."""
     if exercise.defect:
         defect = _defect(exercise.defect)
         rows = [defect.story]
@@ -461,53 +423,27 @@ def solution(exercise: Exercise) -> str:
             rows += ["", "it says", f"    {patch.new}", "and should say", f"    {patch.old}"]
         return "\n".join(rows)
     source = source_text(exercise.source)
-    top, lines = _top(ast.parse(source)), source.splitlines()
-    parts = []
-    for name in [*exercise.functions, *(x for x, y in HELPERS.items() if y in exercise.functions)]:
-        home, _, method = name.partition(".")
-        node = top[home]
-        if isinstance(node, ast.ClassDef):
-            node = _methods(node)[method]
-        parts.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-    return "\n\n".join(parts)
+    helpers = [name for name, caller in HELPERS.items() if caller in exercise.functions]
+    nodes, lines = _by_name(ast.parse(source)), source.splitlines()
+    taken = [nodes[name] for name in (*exercise.functions, *helpers)]
+    return "\n\n".join("\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in taken)
 
 
-# --- reading what was made of them ---------------------------------------------------------------
-
-
-def is_stub(node: ast.FunctionDef) -> bool:
-    """Whether a body is nothing but a docstring and `raise NotImplementedError`."""
-    body = [x for x in node.body if not (isinstance(x, ast.Expr) and _constant(x.value))]
-    if not body:
-        return True
-    last = body[0].exc if len(body) == 1 and isinstance(body[0], ast.Raise) else None
-    last = last.func if isinstance(last, ast.Call) else last
-    return isinstance(last, ast.Name) and last.id == "NotImplementedError"
-
-
-def _constant(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant)
+# --- reading the learner's files -----------------------------------------------------------------
 
 
 def attempted(exercise: Exercise, tree: ast.Module) -> list[str]:
     """The functions of an exercise that a learner has begun to write."""
-    top = _top(tree)
+    nodes = _by_name(tree)
     if exercise.defect:
         same = ast.dump(tree) == ast.dump(ast.parse(made(exercise)))
-        return [] if same else [*top]
-    found = []
-    for name in exercise.functions:
-        home, _, method = name.partition(".")
-        node: ast.AST | None = top.get(home)
-        if isinstance(node, ast.ClassDef):
-            node = _methods(node).get(method)
-        if isinstance(node, ast.FunctionDef) and not is_stub(node):
-            found.append(name)
-    return found
+        return [] if same else [name for name in nodes if "." not in name]
+    own = {name: node for name, node in nodes.items() if isinstance(node, ast.FunctionDef)}
+    return [name for name in exercise.functions if name in own and not is_stub(own[name])]
 
 
 def refused(exercise: Exercise, tree: ast.Module) -> tuple[int, str] | None:
-    """The line, and in words why an exercise must not do that; None if there is nothing."""
+    """A line that imports or reaches what it must not, and why; None if there is none."""
     given = _imported(ast.parse(made(exercise)))
     for node in ast.walk(tree):
         number = getattr(node, "lineno", 0)
@@ -516,7 +452,7 @@ def refused(exercise: Exercise, tree: ast.Module) -> tuple[int, str] | None:
                 home, last = name.partition(".")[0], name.rpartition(".")[2]
                 if home in ("scalar", "vectorized", "microgpt", "crosscheck", "fixtures"):
                     return number, (
-                        f"imports {name}, which the exercise was not given: it is to be solved"
+                        f"imports {name}, which is not among the imports of the exercise: solve it"
                         " without the text's own answer. Write it yourself, and leave that import"
                         " out"
                     )
@@ -535,7 +471,7 @@ def refused(exercise: Exercise, tree: ast.Module) -> tuple[int, str] | None:
 
 
 def _imported(tree: ast.Module) -> set[str]:
-    """What a module imports, with the names of modules written out."""
+    """The full names of what a module imports."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

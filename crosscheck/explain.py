@@ -1,7 +1,7 @@
-"""The scalar expression behind an element of a tensor, with the numbers that went into it.
+"""The scalar expression behind an element of a tensor, with its operands and its value.
 
-The table says which operations and operands a tensor comes from. Here stands how each operation is
-written for one element; what it comes to is the arithmetic of crosscheck.operations.
+The table says which operations and operands give a tensor. This module writes each operation as a
+formula for one element; crosscheck.operations computes the value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from microgpt.train import learning_rate
 
 @dataclass(frozen=True)
 class Expression:
-    """A formula for one element, what its letters stand for, and what it comes to."""
+    """A formula for one element, the operands that its names stand for, and its value."""
 
     formula: str
     operands: dict[str, Any]
@@ -34,9 +34,9 @@ class Expression:
 def expression(
     case: Case, number: int, key: str, index: tuple[int, ...], step: Step
 ) -> Expression | None:
-    """The expression of an element, or None where there is none (the batch, the state at entry).
+    """The expression of an element; None if there is none (of the batch, of the state at entry).
 
-    number    which step it is, from 1
+    number    of the step, from 1
     step      the tensors from which the operands are taken
     """
     phase, name = split_key(key)
@@ -55,7 +55,7 @@ def expression(
     own = name.removeprefix("d").rpartition(".")[0] + "."
 
     def short(words: str) -> str:
-        """Names of the same layer without the layer."""
+        """The words with the names of the same layer without the layer."""
         return words.replace(own, "") if own != "." else words
 
     clauses = [written[i].clause for i in range(len(written)) if written[i].clause]
@@ -67,11 +67,11 @@ def expression(
 
 @dataclass(frozen=True)
 class Written:
-    """An operation for one element: the formula, what it says about its letters, the numbers."""
+    """An operation as a formula for one element."""
 
     formula: str
     operands: dict[str, Any]
-    clause: str = ""
+    clause: str = ""  # what the letters of the formula stand for: "x = emb"
     value: float = 0.0
 
 
@@ -81,7 +81,7 @@ def _written(call: Call, index: tuple[int, ...]) -> Written:
 
 
 def _by_name(call: Call, index: tuple[int, ...]) -> Written:
-    """An operation that is in the table and has no words of its own yet."""
+    """An operation of the table for which WORDS has no function."""
     tensors = {slot.name: slot.value for slot in call.slots.values() if slot.is_tensor}
     return Written(f"{call.function.__name__}({', '.join(tensors)})", tensors)
 
@@ -163,18 +163,22 @@ def _scores(call: Call, index: tuple[int, ...]) -> Written:
 
 
 def _over_positions(call: Call, index: tuple[int, ...], at: str, other: str, late: bool) -> Written:
-    """A sum over positions: u = 0..t of a query, or t = u.. of a key or value."""
+    """A sum over positions.
+
+    at, other    the names of the operands: one with the axes T and U, and one with channels
+    late         sum over the later positions, t = u.., and not over the earlier ones, u = 0..t
+    """
     b, here, c = index
     D, n = call.around.config.head_dim, int(call.around.n[b])
-    dy, x = call.slots[at], call.slots[other]
+    of_pairs, x = call.slots[at], call.slots[other]
     seen = slice(here, n) if late else slice(0, here + 1)
     h = c // D
-    rows = dy.value[b, h, seen, here] if late else dy.value[b, h, here, seen]
+    pairs = of_pairs.value[b, h, seen, here] if late else of_pairs.value[b, h, here, seen]
     over = f"t={here}..{n - 1}" if late else f"u=0..{here}"
     scale = f" / sqrt({D})" if "scale" in call.slots else ""
     fixed = f"u={here}" if late else f"t={here}"
-    formula = f"{dy.name}[h={h}, {fixed}] . {x.name}[c={c}]{scale}, over {over}"
-    return Written(formula, {dy.name: rows, x.name: x.value[b, seen, c]})
+    formula = f"{of_pairs.name}[h={h}, {fixed}] . {x.name}[c={c}]{scale}, over {over}"
+    return Written(formula, {of_pairs.name: pairs, x.name: x.value[b, seen, c]})
 
 
 def _softmax(call: Call, index: tuple[int, ...]) -> Written:
@@ -201,15 +205,6 @@ def _d_weights(call: Call, index: tuple[int, ...]) -> Written:
         f"{v.name}[u={u}]": call.around.heads(v.value)[b, u, h],
     }
     return Written(f"{dy.name} . {v.name}, channels {h * D} to {h * D + D - 1}", numbers)
-
-
-def _d_value(call: Call, index: tuple[int, ...]) -> Written:
-    b, u, c = index
-    h, n = c // call.around.config.head_dim, int(call.around.n[b])
-    dy, weights = (call.slots[name] for name in ("dy", "weights"))
-    formula = f"{weights.name}[h={h}, u={u}] . {dy.name}[c={c}], over t={u}..{n - 1}"
-    numbers = {weights.name: weights.value[b, h, u:n, u], dy.name: dy.value[b, u:n, c]}
-    return Written(formula, numbers)
 
 
 def _activation(call: Call, index: tuple[int, ...]) -> Written:
@@ -268,7 +263,7 @@ WORDS: dict[str, Callable[[Call, tuple[int, ...]], Written]] = {
     "d_softmax": _d_softmax,
     "weighted_sum": lambda call, index: _over_positions(call, index, "weights", "v", late=False),
     "d_weights": _d_weights,
-    "d_value": _d_value,
+    "d_value": lambda call, index: _over_positions(call, index, "weights", "dy", late=True),
     "activation": _activation,
     "d_activation": _d_activation,
     "cross_entropy": _cross_entropy,
@@ -279,7 +274,7 @@ WORDS: dict[str, Callable[[Call, tuple[int, ...]], Written]] = {
 
 
 def clipping(config: Config, step: Step) -> float:
-    """What Adam multiplies the gradients with."""
+    """The factor by which Adam multiplies the gradients to clip them."""
     squares = sum(float((step[key] ** 2).sum()) for key in step if key.startswith("gradient/"))
     if not config.grad_clip or not squares:
         return 1.0
@@ -326,18 +321,17 @@ def _params(config: Config, n: int, name: str, index: Index, step: Step) -> Expr
 
 
 def _clipped(config: Config, name: str, index: Index, step: Step) -> tuple[float, str]:
-    """The element's gradient as Adam takes it, and how it is written."""
+    """The element's gradient after clipping, and the text for it."""
     factor = clipping(config, step)
-    return factor * float(step[f"gradient/d{name}"][index]), "g" if factor == 1 else (
-        f"({factor:.6g} g)"
-    )
+    text = "g" if factor == 1 else f"({factor:.6g} g)"
+    return factor * float(step[f"gradient/d{name}"][index]), text
 
 
 ADAM = {"adam_m": _m, "adam_v": _v, "update": _update, "params": _params}
 
 
 def shown(operand: Any, longest: int = 4) -> str:
-    """Numbers, the first few of them."""
+    """An operand as text: the first few of its numbers, and how many there are."""
     if not np.ndim(operand):
         return f"{float(operand):.6g}"
     numbers: Array = np.asarray(operand).reshape(-1)

@@ -1,8 +1,8 @@
-"""Formulas as Python writes them: what they come to, and what they become by one slip of the pen.
+"""Formulas as Python expressions: their values, and their slips.
 
-A slip is mechanical: a term, factor or power left out, an operation or function exchanged for its
-counterpart, a bracket that closes elsewhere, one name for another, another number. So a formula
-that enters the table brings its wrong forms along.
+A slip is a formula with one small change: a term, factor or power left out, an operation or
+function exchanged for its counterpart, a bracket moved, another name, another number. Slips are
+made from the formula alone, so that every formula of the table has wrong forms to be compared with.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from crosscheck.trace import Array
 
 Tree = TypeVar("Tree", bound=ast.AST)
-Slip = tuple[str, str]  # in words, and the formula that it leads to
+Slip = tuple[str, str]  # in words, and the wrong formula
 
 
 class Mechanical(str):
-    """Words for a slip, which say less than those of a form that has a name."""
+    """The words for a slip; a wrong form with a name of its own says more."""
 
     __slots__ = ()
 
 
-LONGEST_PART = 32  # characters of a part of a formula that are quoted
+LONGEST_PART = 32  # characters of a part of a formula that is quoted
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
 }  # fmt: skip
@@ -41,13 +41,13 @@ def _compiled(formula: str) -> CodeType:
 
 
 def value(formula: str, names: Mapping[str, Any]) -> Array:
-    """What a formula comes to where its names stand for these numbers and functions."""
+    """The value of a formula whose names stand for these numbers and functions."""
     result: Array = np.asarray(eval(_compiled(formula), {"__builtins__": {}}, dict(names)))
     return result
 
 
 def values(forms: Mapping[str, str], names: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
-    """The words and the numbers of each formula."""
+    """The words and the value of each formula."""
     for words, formula in forms.items():
         yield words, value(formula, names)
 
@@ -55,7 +55,7 @@ def values(forms: Mapping[str, str], names: Mapping[str, Any]) -> Iterator[tuple
 def slipped(
     formula: str, names: Mapping[str, Any], others: Mapping[str, Sequence[str]] | None = None
 ) -> Iterator[tuple[str, Array]]:
-    """The words and the numbers of a formula with each of its slips."""
+    """The words and the value of each slip of a formula; `others` as in `slips`."""
     for words, wrong in slips(formula, others or {}):
         try:
             yield Mechanical(words), value(wrong, names)
@@ -64,9 +64,9 @@ def slipped(
 
 
 def slips(formula: str, others: Mapping[str, Sequence[str]] | None = None) -> list[Slip]:
-    """A formula with one thing changed, and what that is.
+    """The slips of a formula.
 
-    others    for a name, what is likely to be written in its place
+    others    for a name, the names and formulas that are likely to be written in its place
     """
     tree = ast.parse(formula, mode="eval").body
     found: dict[str, str] = {}
@@ -83,7 +83,7 @@ def slips(formula: str, others: Mapping[str, Sequence[str]] | None = None) -> li
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """What may stand in the place of a part of a formula."""
+    """The slips at one part of a formula, in words and as the new part."""
     if isinstance(node, ast.BinOp):
         yield from _without_a_side(node)
         if type(node.op) in SWAPS:
@@ -112,6 +112,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _without_a_side(node: ast.BinOp) -> Iterator[tuple[str, ast.expr]]:
+    """The operation with one of its operands left out."""
     kinds: dict[type, str] = {ast.Mult: "factor", ast.Div: "factor", ast.Pow: "power"}
     word = kinds.get(type(node.op), "term")
     if word != "power":
@@ -123,7 +124,7 @@ def _without_a_side(node: ast.BinOp) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _regrouped(node: ast.BinOp) -> Iterator[tuple[str, ast.expr]]:
-    """The same operands, with the brackets around others of them."""
+    """Two operations in a row, with the brackets around another pair of their operands."""
     made = []
     if isinstance(node.left, ast.BinOp):  # (a . b) : c
         a, b, c, own = node.left.left, node.left.right, node.right, node.left.op
@@ -139,7 +140,7 @@ def _regrouped(node: ast.BinOp) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _other_numbers(number: float) -> list[float]:
-    """Numbers that are likely to be written for another: rounded, cut, a small factor apart."""
+    """Numbers that are likely to be written for a number: rounded, cut off, or multiples of it."""
     others = {round(number, places) for places in range(1, 6)}
     others |= {int(number * 10**places) / 10**places for places in range(1, 6)}
     others |= {number / 3, number * 3, number * 2, number / 2, number + 1, number * 10, -number}
@@ -147,7 +148,7 @@ def _other_numbers(number: float) -> list[float]:
 
 
 def _numbers_everywhere(tree: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    """A number that occurs more than once, changed wherever it occurs."""
+    """The formula with a number that occurs more than once changed wherever it occurs."""
     numbers = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     for number in {x for x in numbers if isinstance(x, (int, float)) and numbers.count(x) > 1}:
         for other in (number - 1, number + 1, number / 2, number * 2):
@@ -159,22 +160,18 @@ def _numbers_everywhere(tree: ast.expr) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _replaced(tree: Tree, node: ast.AST, by: ast.expr) -> Tree:
-    """The formula with one of its parts exchanged; the formula itself stays as it is."""
+    """A copy of the formula in which one part is exchanged."""
     return deepcopy(tree, {id(node): by})
 
 
 def _short(node: ast.AST) -> str:
-    """The source of a part of a formula, with dots for whole parts of it if it is long."""
-    text = ast.unparse(node)
-    while len(text) > LONGEST_PART:
-        parts = [
-            x for x in ast.walk(node) if isinstance(x, (ast.BinOp, ast.Call)) and x is not node
-        ]
-        if not parts:
-            return text
-        cut = [_replaced(node, part, ast.Name("..")) for part in parts]
+    """The source of a part of a formula; in a long one, inner parts are replaced by dots."""
+    while len(ast.unparse(node)) > LONGEST_PART:
+        parts = [x for x in ast.walk(node) if isinstance(x, (ast.BinOp, ast.Call))]
+        cut = [_replaced(node, part, ast.Name("..")) for part in parts if part is not node]
+        if not cut:
+            break
         by_length = sorted(cut, key=lambda x: len(ast.unparse(x)))
         fits = [x for x in by_length if len(ast.unparse(x)) <= LONGEST_PART]
         node = (fits or by_length[:1])[-1]
-        text = ast.unparse(node)
-    return text
+    return ast.unparse(node)

@@ -1,7 +1,7 @@
-"""The inputs on which a function is checked by itself, and what the shipped one gives for them.
+"""The inputs on which a candidate's function is checked by itself, with the results it should give.
 
-Inputs are recorded while the text computes the cases, and models drawn at random whose axes differ
-in size. For functions that work on rows, more inputs are drawn directly.
+The calls of the text's own functions are recorded while the text computes the cases, and models
+drawn at random whose axes differ in size. For functions of rows, more inputs are drawn directly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import product
 from random import Random
 from typing import Any
@@ -20,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from crosscheck.candidate import RESULTS, TEXTS, text_functions
+from crosscheck.candidate import RESULTS, replaced, text_functions
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
 from crosscheck.compare import simplicity
 from crosscheck.trace import backward_order
@@ -31,33 +30,35 @@ from microgpt.taps import ACTIVATIONS
 from vectorized.batch import pad
 
 Array = Any
-OUTPUTS = {"forward": ("tap",), "backward": ("dtap", "dw", "dparams")}  # trees that are filled
-IN_PLACE = {"adam": ("m", "v", "params")}
-MOST = 40  # inputs of a function
+OUTPUTS = {"forward": ("tap",), "backward": ("dtap", "dw", "dparams")}  # arguments to be filled
+IN_PLACE = {"adam": ("m", "v", "params")}  # arguments to be updated
+MOST = 40  # recorded inputs of a function
 LAYER = re.compile(r"layer(\d+)\.")
-UNUSUAL = ("impossible-padding",)  # holds infinities in padding, which nothing depends on
+UNUSUAL = ("impossible-padding",)  # has infinities in its padding
 LARGEST_LOSS = 30.0  # of a position in a model drawn at random
 
 
 @dataclass(eq=False)
 class Input:
-    """What a function is called with, and what it should make of that."""
+    """The arguments of a call, and the results that it should give."""
 
     function: str
-    origin: str  # where it comes from, in words
+    origin: str  # where the arguments come from, in words
     args: list[Any]
     wanted: dict[str, Array] = field(default_factory=dict)
     case: Case | None = None
-    traits: tuple[str, ...] = ()  # what is special about it
+    traits: tuple[str, ...] = ()  # properties by which inputs that fail are told from others
     noise: dict[str, Array] = field(default_factory=dict)  # of each result, once it is measured
 
     @property
     def names(self) -> list[str]:
-        """What the arguments are called."""
+        """The names of the arguments."""
         return ARGUMENTS[self.function]
 
 
 class _Arguments(dict[str, list[str]]):
+    """The names of a function's arguments, by the function's name."""
+
     def __missing__(self, name: str) -> list[str]:
         function = text_functions("vectorized")[name]
         self[name] = list(inspect.signature(function).parameters)
@@ -71,10 +72,9 @@ ARGUMENTS = _Arguments({"loss_and_grads": ["params", "docs", "config"]})
 
 
 def inputs(names: list[str], seed: int) -> dict[str, list[Input]]:
-    """The inputs of each of these functions of vectorized/, with what it should make of them."""
+    """The inputs of each of these functions of vectorized/, by the function's name."""
     found: dict[str, list[Input]] = {name: [] for name in names}
-    models = [*stored_cases(), *drawn_cases(seed)]
-    for case in models:
+    for case in (*stored_cases(), *drawn_cases(seed)):
         for one in recorded(case, names):
             found[one.function].append(one)
     shipped = text_functions("vectorized")
@@ -94,14 +94,14 @@ def inputs(names: list[str], seed: int) -> dict[str, list[Input]]:
 
 
 def stored_cases() -> list[Case]:
-    """The cases with finite numbers, the smallest models first."""
+    """The cases, the simplest first, without UNUSUAL."""
     cases = [load_case(name) for name in case_names() if name not in UNUSUAL]
     return sorted(cases, key=lambda case: simplicity(case, 1))
 
 
 def drawn_cases(seed: int, count: int = 14) -> list[Case]:
-    """Models drawn at random, no two axes of one size; among them one position, one document, one
-    head, one channel a head, three layers, tied weights, rows of zeros."""
+    """Models drawn at random, their axes of different sizes. Among them are models with a single
+    position, document or head, one channel to a head, three layers, tied weights, rows of zeros."""
     rng, found = Random(seed), []
     for number in range(count):
         H, D, L = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 3])
@@ -150,7 +150,7 @@ def drawn_cases(seed: int, count: int = 14) -> list[Case]:
 
 
 def _tame(case: Case) -> Case:
-    """The case with weights so small that every probability is a number, not 0."""
+    """The case with weights so small that no probability is rounded to 0."""
     while not _losses(case).max() < LARGEST_LOSS:
         case = with_params(case, {name: x / 2 for name, x in case.params.items()})
     return case
@@ -170,7 +170,7 @@ def recorded(case: Case, names: list[str]) -> Iterator[Input]:
         def record(*args: Any) -> Any:
             kept = copied(args)
             result = shipped[name](*args)
-            before = outputs(name, None, kept)  # what the calls before this one have written
+            before = outputs(name, None, kept)  # written by earlier calls into the same trees
             found = outputs(name, result, args)
             wanted = {k: x for k, x in found.items() if "." not in k or k not in before}
             number = 1 + sum(one.function == name for one in calls)
@@ -185,72 +185,63 @@ def recorded(case: Case, names: list[str]) -> Iterator[Input]:
         args = [params, case.docs(0), case.config]
         wanted = text_loss_and_grads(args, shipped)
         calls.append(Input("loss_and_grads", f"case {case.name}", args, wanted, case, traits(case)))
-    modules = [import_module(name) for name in (*TEXTS["vectorized"], "vectorized.backend")]
-    before = [(module, name, vars(module)[name]) for module in modules for name in names
-              if vars(module).get(name) is shipped.get(name) is not None]  # fmt: skip
-    for module, name, _ in before:
-        setattr(module, name, recorder(name))
-    try:
+    own = {name: (shipped[name], recorder(name)) for name in names if name in shipped}
+    with replaced("vectorized", own), np.errstate(all="ignore"):
         backend = watched_backend(case)
-        with np.errstate(all="ignore"):
-            backend.forward(case.docs(0))
-            backend.backward()
-            if {"adam", "clip"} & set(names):
-                backend.update(0.01)
-                backend.update(0.01)
-            if "probabilities" in names and not case.name.startswith("drawn"):
-                with patch("vectorized.backend.most_walkers", lambda _: 1):  # on plain arrays
-                    backend.sample(case.tokenizer, Random(0), 1, case.temperature, [], 2)
-                    backend.sample(case.tokenizer, Random(0), 1, 0.0, [])
-    finally:
-        for module, name, function in before:
-            setattr(module, name, function)
+        backend.forward(case.docs(0))
+        backend.backward()
+        if {"adam", "clip"} & set(names):
+            backend.update(0.01)
+            backend.update(0.01)
+        if "probabilities" in names and not case.name.startswith("drawn"):
+            with patch("vectorized.backend.most_walkers", lambda _: 1):  # on plain arrays
+                backend.sample(case.tokenizer, Random(0), 1, case.temperature, [], 2)
+                backend.sample(case.tokenizer, Random(0), 1, 0.0, [])
     yield from (one for one in calls if one.function in names)
 
 
 def watched_backend(case: Case, start: State | None = None) -> Any:
-    """vectorized/ as it stands, for this case."""
+    """The backend of vectorized/ for a case, which runs the text without a recording."""
     from vectorized.backend import Backend
 
     return Backend(case.config, start or fresh_state(case.params), watch=True)
 
 
 def traits(case: Case) -> tuple[str, ...]:
-    """What is special about a case's first batch and model, in words."""
+    """The properties of a case's model and first batch, in words."""
     docs, config = case.docs(0), case.config
     B, T = len(docs), max(map(len, docs)) - 1
-    lengths = {len(doc) for doc in docs}
-    return tuple(
-        words
-        for words, holds in (
-            ("T = 1", T == 1),
-            ("T > 1", T > 1),
-            ("B = 1", B == 1),
-            ("B > 1", B > 1),
-            ("documents of different length", len(lengths) > 1),
-            ("a token that occurs again", any(len({*doc[:-1]}) < len(doc) - 1 for doc in docs)),
-            ("one layer", config.n_layer == 1),
-            ("n_layer >= 2", config.n_layer >= 2),
-            ("n_layer >= 3", config.n_layer >= 3),
-            ("n_head = 1", config.n_head == 1),
-            ("n_head > 1", config.n_head > 1),
-            ("B other than T", T != B),
-            ("an lm_head of its own", not config.tie_lm_head),
-            ("tie_lm_head", config.tie_lm_head),
-            ("norm_embedding off", not config.norm_embedding),
-            *((f"activation {kind}", config.activation == kind) for kind in ACTIVATIONS),
-        )
-        if holds
+    return _that_hold(
+        ("T = 1", T == 1),
+        ("T > 1", T > 1),
+        ("B = 1", B == 1),
+        ("B > 1", B > 1),
+        ("documents of different length", len({len(doc) for doc in docs}) > 1),
+        ("a token that occurs again", any(len({*doc[:-1]}) < len(doc) - 1 for doc in docs)),
+        ("one layer", config.n_layer == 1),
+        ("n_layer >= 2", config.n_layer >= 2),
+        ("n_layer >= 3", config.n_layer >= 3),
+        ("n_head = 1", config.n_head == 1),
+        ("n_head > 1", config.n_head > 1),
+        ("B other than T", T != B),
+        ("an lm_head of its own", not config.tie_lm_head),
+        ("tie_lm_head", config.tie_lm_head),
+        ("norm_embedding off", not config.norm_embedding),
+        (f"activation {config.activation}", True),
     )
 
 
-Drawn = tuple[str, tuple[str, ...], list[Any]]
+def _that_hold(*properties: tuple[str, bool]) -> tuple[str, ...]:
+    return tuple(words for words, holds in properties if holds)
+
+
+Drawn = tuple[str, tuple[str, ...], list[Any]]  # words, traits, arguments
 SHAPES = [(2, 3, 5), (1, 1, 1), (1, 1, 4), (3, 1, 2), (1, 4, 3), (4, 2, 1), (5, 4, 7), (2, 2, 2)]
 SIZES = [(1.0, ""), (1e8, "and large"), (1e-8, "and tiny"), (0.0, "and some zero")]
 
 
 def _drawn(seed: int) -> Iterator[tuple[str, tuple[str, ...], np.random.Generator, Any, Any]]:
-    """Shapes and sizes: words, traits, a generator, a function that draws, the shape."""
+    """For each shape and size: words, traits, a generator, a function that draws, the shape."""
     rng = np.random.default_rng(seed)
     for shape, (size, words) in product(SHAPES, SIZES):
 
@@ -259,21 +250,17 @@ def _drawn(seed: int) -> Iterator[tuple[str, tuple[str, ...], np.random.Generato
             return x * rng.integers(0, 2, shape) if size == 0.0 else x
 
         B, T, n = shape
-        about = tuple(
-            words
-            for words, holds in (
-                ("T = 1", T == 1),
-                ("T > 1", T > 1),
-                ("B = 1", B == 1),
-                ("B > 1", B > 1),
-                ("one channel", n == 1),
-                ("an odd number of channels", n % 2 == 1),
-                ("axes of different size", len({*shape}) == 3),
-                ("large numbers", size > 1),
-                ("tiny numbers", 0 < size < 1),
-                ("zeros", size == 0),
-            )
-            if holds
+        about = _that_hold(
+            ("T = 1", T == 1),
+            ("T > 1", T > 1),
+            ("B = 1", B == 1),
+            ("B > 1", B > 1),
+            ("one channel", n == 1),
+            ("an odd number of channels", n % 2 == 1),
+            ("axes of different size", len({*shape}) == 3),
+            ("large numbers", size > 1),
+            ("tiny numbers", 0 < size < 1),
+            ("zeros", size == 0),
         )
         yield words or "at random", about, rng, numbers, shape
 
@@ -305,8 +292,8 @@ def _activations(seed: int, backward: bool) -> Iterator[Drawn]:
     for i, (words, about, rng, draw, shape) in enumerate(_drawn(seed)):
         kind = kinds[i // len(SIZES) % len(kinds)]
         x = np.clip(draw(shape), -1e3, 1e3)
-        about = (*about, f"activation {kind}")
-        yield words, about, [*([rng.standard_normal(shape)] if backward else []), x, kind]
+        dy = [rng.standard_normal(shape)] if backward else []
+        yield words, (*about, f"activation {kind}"), [*dy, x, kind]
 
 
 def _cross_entropies(seed: int, backward: bool) -> Iterator[Drawn]:
@@ -348,7 +335,7 @@ DIRECT: dict[str, Callable[[int], Any]] = {
 }
 
 
-# --- what a call gives ---------------------------------------------------------------------------
+# --- the results of a call -----------------------------------------------------------------------
 
 
 def call(function: Callable[..., Any], args: list[Any]) -> Any:
@@ -358,10 +345,10 @@ def call(function: Callable[..., Any], args: list[Any]) -> Any:
 
 
 def text_loss_and_grads(args: Sequence[Any], text: Mapping[str, Any]) -> dict[str, Array]:
-    """The loss and the gradients, by name, as the functions of a text compute them.
+    """The loss and the gradients by name, computed by the functions of a text.
 
     args    parameters by name, documents, configuration
-    text    its functions by name
+    text    the functions of the text by name
     """
     params, docs, config = args
     tree, dparams = grow(params, config.n_layer), Tree(config.n_layer)
@@ -373,12 +360,12 @@ def text_loss_and_grads(args: Sequence[Any], text: Mapping[str, Any]) -> dict[st
 
 
 def copied(x: Any) -> Any:
-    """A copy that shares no numbers."""
+    """A copy that shares no memory."""
     return copy.deepcopy(x)
 
 
 def outputs(name: str, result: Any, args: Any) -> dict[str, Array]:
-    """What a call wrote and gave back, by name, in the order of computation: dw.attn_wq, dx."""
+    """What a call wrote and returned, by name (dw.attn_wq, dx), in the order of computation."""
     given = dict(zip(ARGUMENTS[name], args))
     found: dict[str, Array] = {}
     for argument in filled(name):
@@ -412,5 +399,5 @@ def leaves(tree: Tree, prefix: str) -> dict[str, Array]:
 
 
 def filled(name: str) -> tuple[str, ...]:
-    """The arguments that a function fills."""
+    """The names of the arguments that a function fills."""
     return OUTPUTS["backward" if name.endswith("_backward") else "forward"]

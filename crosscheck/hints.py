@@ -1,4 +1,4 @@
-"""What a wrong function looks like, and the equation of the element that is shown."""
+"""What --hint adds to the report on a function: the likely cause, and the equation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from crosscheck.functions import Input
 from crosscheck.likeness import likeness
 from crosscheck.placed import PANEL, compared, reference_steps
 from crosscheck.tolerance import FLOAT64
-from microgpt.config import Config
 
 Rows = list[tuple[str, str]]
-NOTHING = "nothing that has a name here"
-AGREEING = 4  # cases that are read; a cause has to explain each of them
-FEW = 5  # numbers, whose signs say nothing
-# readings that say where, or how far; single precision is looked at on its own
+NOTHING = "no mistake that has a name here"
+AGREEING = 4  # how many failing cases are diagnosed; a cause has to explain all of them
+FEW = 5  # the least count of numbers whose signs are telling
+# how a diagnosis begins that is no cause; single precision is asked for separately
 NOT_FINITE = "not a finite number"
 NO_CAUSE = ("wrong ", "float32 ", NOT_FINITE)
 
 
 def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
-    """Rows for the report on a function by itself.
+    """The rows that a hint adds to the report on a function.
 
-    hint    1 for the cause, 2 for the equation with its numbers as well
+    hint    0 for no rows, 1 for the cause, 2 for the equation with its numbers as well
     """
     if not hint or not wrong.numbers or not wrong.evidence:
         return []
@@ -43,7 +42,7 @@ def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:
 
 
 def cause(candidate: Candidate, wrong: Wrong) -> str:
-    """What explains all of the inputs that were looked at; "" if nothing does."""
+    """The cause that explains the wrong numbers of all failing cases; "" if there is none."""
     known = dict(_readings(candidate, wrong))
     first, *others = known.values() or [[]]
     common = [words for words in first if all(_bare(words) in map(_bare, one) for one in others)]
@@ -60,17 +59,17 @@ def cause(candidate: Candidate, wrong: Wrong) -> str:
 
 
 def _bare(words: str) -> str:
-    """The words without the names of layers."""
+    """A diagnosis without the names of layers."""
     return re.sub(r"layer\d+\.", "", words)
 
 
 def _plain(words: str) -> str:
-    """The words without the names of layers, and without their numbers."""
+    """A diagnosis without the names of layers and with # for every number."""
     return re.sub(r"[-\d./^e]*\d", "#", _bare(words))
 
 
 def single_precision(wrong: Wrong) -> bool:
-    """Whether the numbers are off by about the last place of float32, up as often as down."""
+    """Whether the errors are of the size of float32's last place, up about as often as down."""
     parts = []
     for one, found in wrong.evidence:
         for label in (wrong.label, *wrong.wrong):
@@ -86,7 +85,7 @@ def single_precision(wrong: Wrong) -> bool:
 
 
 def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[str]]]:
-    """For some of the cases that fail, by name, what the model's numbers look like there."""
+    """The names of failing cases, each with the diagnoses of the model's wrong numbers."""
     own = [one.case for one, _ in wrong.evidence if one.case]
     cases = {case.name: case for case in own}
     if len(cases) < AGREEING and wrong.function != WHOLE:
@@ -100,9 +99,9 @@ def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[st
 
 
 def _parts(words: str) -> list[str]:
-    """The readings that a sentence names.
+    """The diagnoses that a sentence names, one for each name of a factor.
 
-    Each of these is three: "x, or multiplied by 2 (here also n)", "divided by D = H = 2, not by 1".
+    "x, or multiplied by 2 (here also n)" names three, as does "divided by D = H = 2, not by 1".
     """
     found = []
     for one in filter(None, words.split(", or ")):
@@ -112,7 +111,7 @@ def _parts(words: str) -> list[str]:
         if match:
             factors = [match[2], *match[3].split(", ")] if also else match[2].split(" = ")
             found += [f"{match[1]}{factor}{match[4]}" for factor in factors]
-        else:  # how many elements of the case are not finite says nothing of the input shown
+        else:  # the count of elements that are not finite differs from case to case
             found.append(NOT_FINITE if one.startswith(NOT_FINITE) else one)
     return found
 
@@ -133,13 +132,13 @@ def equation(wrong: Wrong) -> Rows:
 
 
 def equation_of(name: str) -> str:
-    """The first line of the docstring of the text's function of that name."""
+    """The equation of a function: the first line of its docstring in vectorized/."""
     function = text_functions("vectorized").get(name)
     return (function.__doc__ or "").partition("\n")[0] if function else ""
 
 
 def _operand(wrong: Wrong, name: str, x: Any) -> Rows:
-    """The numbers of an argument that go into the element: its row, column, or the same element."""
+    """A row of the numbers of an argument that go into the element that is shown."""
     *lead, last = wrong.index or (0,)
     at = ", ".join(map(str, lead))
     if wrong.label == "dw" and name in ("dy", "x"):  # a sum over positions
@@ -156,7 +155,7 @@ def _operand(wrong: Wrong, name: str, x: Any) -> Rows:
 
 
 def _from_the_model(wrong: Wrong, one: Input) -> Rows:
-    """The equation where the result is a tensor of the case's trace."""
+    """The equation of the element by the case's trace; [] if the result is no tensor of a trace."""
     key = _key(wrong, one) if one.case else ""
     if not key or not one.case:
         return []
@@ -173,7 +172,7 @@ def _from_the_model(wrong: Wrong, one: Input) -> Rows:
 
 
 def _key(wrong: Wrong, one: Input) -> str:
-    """The key in a trace of a function's result; "" if it has none."""
+    """The key of a function's result in a trace; "" if a trace does not hold the result."""
     name, label = wrong.function, wrong.label
     assert one.case is not None
     if name == WHOLE:
@@ -198,14 +197,12 @@ def _key(wrong: Wrong, one: Input) -> str:
 
 def _before(case: Case, layer: int) -> str:
     """The tap that goes into a layer."""
-    config: Config = case.config
-    first = "emb_norm" if config.norm_embedding else "emb"
+    first = "emb_norm" if case.config.norm_embedding else "emb"
     return f"layer{layer - 1}.mlp_res" if layer else first
 
 
 def parts_of(first_wrong: str) -> Sequence[str]:
-    """The functions of the text in which the fault may lie if this result of a model is wrong, and
-    all that the backward pass computes before it is right."""
+    """The functions that may be wrong if this is the first wrong result of the backward pass."""
     return SUSPECTS.get(first_wrong.rpartition(".")[2].removeprefix("d"), ())
 
 

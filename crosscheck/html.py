@@ -1,7 +1,7 @@
-"""The map of a crosscheck: how close each tensor of each step came to what is allowed.
+"""The map of a crosscheck, a page: how much of the tolerance each tensor of each step used.
 
-Columns are steps, case by case; rows are tensors in the order of computation. The part of the map
-that a comparison makes is numbers and texts alone, so that one process can send it to another.
+Columns are steps, case by case; rows are tensors in the order of computation. Each comparison makes
+a part of the map, of numbers and texts alone, which one process can send to another.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from crosscheck.causes import Cause, Finding, causes
 from crosscheck.compare import Outcome, Tally
 from crosscheck.report import as_json, axes, headline, summary
 from crosscheck.report import render as render_text
-from crosscheck.trace import PHASES, Array, split_key
+from crosscheck.trace import GIVEN, PHASES, Array, split_key
 from microgpt.pages.page import render, write
 from microgpt.pages.pictures import png
 from microgpt.pages.sources import highlighted
 
 __all__ = ["Part", "of_outcomes", "page", "part", "write"]
 
-GIVEN = ("batch", "entry", "entry_m", "entry_v")
-DECADES = 8  # below what is allowed, in which shares are told apart
-LEVELS = 16
-ABSENT, FOLLOWS, FIRST = LEVELS, LEVELS + 1, LEVELS + 2
+DECADES = 8  # powers of ten below the tolerance that have colours of their own
+LEVELS = 16  # colours for what is within the tolerance
+ABSENT, FOLLOWS, FIRST = LEVELS, LEVELS + 1, LEVELS + 2  # no tensor; beyond; beyond, and first
 PALETTE = np.array(
     [
         *[(13, 122, 132, 10 + 220 * i // (LEVELS - 1)) for i in range(LEVELS)],
@@ -38,8 +37,8 @@ PALETTE = np.array(
     ],
     np.uint8,
 )
-REDS = 12  # shades of elements that are beyond what is allowed
-FARTHEST = 1e15  # times what is allowed; what is not finite counts as this
+REDS = 12  # shades of elements beyond the tolerance
+FARTHEST = 1e15  # times the tolerance: where the shades end
 ERRORS = np.array(
     [
         (13, 122, 132, 40),
@@ -48,14 +47,14 @@ ERRORS = np.array(
     ],
     np.uint8,
 )
-COLUMNS = {  # what a column stands for, by kind of comparison; a step in all others
+COLUMNS = {  # what a column stands for, by kind of comparison; in all others, a step
     "random models": "a random model, with the worst of its steps",
     "a thousand steps": "the worst of 50 steps of the long run; parameters, after every fifth",
-    "the witness": "an implementation, scalar before vectorized, beside derivatives that no"
+    "the witness": "an implementation, scalar before vectorized, compared with derivatives that no"
     " backward pass has computed",
 }
-MATRICES = 24  # that are drawn of the tensor that differs first
-PIXELS = 128  # across each of these matrices
+MATRICES = 24  # how many matrices are drawn of the tensor that differs first
+PIXELS = 128  # how many of its rows and columns a matrix shows
 
 
 @dataclass
@@ -64,14 +63,14 @@ class Part:
 
     about: str  # the kind of comparison, in words
     case: str
-    steps: dict[str, dict[str, float]]  # the worst share of each tensor, by step
+    steps: dict[str, dict[str, float]]  # by step, the worst share of the tolerance of each tensor
     first: list[Any]  # the step and key that differed first, or nothing
-    errors: list[dict[str, Any]] = field(default_factory=list)  # of that tensor: matrices as PNG
+    errors: list[dict[str, Any]] = field(default_factory=list)  # the first tensor's matrices as PNG
 
 
 @dataclass(frozen=True)
 class Column:
-    """A case: one picture, a column for each step."""
+    """The columns of a case: one picture."""
 
     case: str
     image: str
@@ -94,14 +93,14 @@ class Sheet:
     """A kind of comparison."""
 
     about: str
-    column: str  # what one stands for
+    column: str  # what a column stands for
     bands: list[Band]
     columns: list[Column]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A cause, and where in its tensor it shows."""
+    """A cause, with pictures of the errors in the tensor that differs first."""
 
     cause: Cause
     headline: str
@@ -122,7 +121,7 @@ def part(outcome: Outcome, about: str) -> Part:
 
 
 def matrices(outcome: Outcome) -> list[dict[str, Any]]:
-    """Pictures of the tensor that differs first: how far each element is off."""
+    """Pictures of the errors in the tensor that differs first, for a template."""
     shares, key = outcome.wrong, outcome.found[0].key
     if shares is None or not shares.ndim:
         return []
@@ -148,7 +147,7 @@ def matrices(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def levels(shares: Array) -> Array:
-    """The colour of each share: by its logarithm up to what is allowed, then that of a failure."""
+    """The colour of each share of the tolerance: by its logarithm up to 1, beyond that FOLLOWS."""
     with np.errstate(divide="ignore", invalid="ignore"):
         decades = np.log10(np.maximum(shares, 0.0)) + DECADES
         within = np.clip(np.rint(decades / DECADES * (LEVELS - 1)), 0, LEVELS - 1)
@@ -159,7 +158,7 @@ def levels(shares: Array) -> Array:
 def page(
     parts: Sequence[Part], causes: Sequence[Cause], compared: str, labels: tuple[str, str]
 ) -> str:
-    """The page: the first divergence, the map, and what else failed."""
+    """The page as HTML: the differences by cause, and the map."""
     abouts = list(dict.fromkeys(one.about for one in parts if one.steps))
     return render(
         "map.html.j2",
@@ -174,7 +173,7 @@ def page(
 
 
 def of_outcomes(about: str, outcomes: Sequence[Outcome], reference: str, candidate: str) -> str:
-    """The page for comparisons of one kind."""
+    """The page as HTML, for comparisons of one kind."""
     labels, tally = (reference, candidate), Tally()
     findings = []
     for outcome in outcomes:
@@ -189,7 +188,7 @@ def of_outcomes(about: str, outcomes: Sequence[Outcome], reference: str, candida
 
 
 def difference(cause: Cause, parts: Iterable[Part]) -> Difference:
-    """A cause with the pictures of its part of the map."""
+    """A cause with its lines, operands and pictures."""
     first = cause.first
     at = [first.step, first.key]
     place = first.about, first.case
@@ -231,9 +230,9 @@ def sheet(about: str, parts: Sequence[Part]) -> Sheet:
 
 
 def rows(parts: Sequence[Part]) -> list[str]:
-    """Every tensor once: those of the deepest model, and the rest each after its predecessor.
+    """The keys of the rows: those of the deepest model, any other behind the key before it.
 
-    A tensor that both sides are given has a row only where the two differ.
+    A tensor that both sides are given has a row only if the two differ in it.
     """
     steps = [shares for one in parts for shares in one.steps.values()]
     off = {key for shares in steps for key, share in shares.items() if share}

@@ -1,4 +1,4 @@
-"""The verdict on one exercise: its functions by themselves, then in their place in the model."""
+"""The verdict on one exercise: its functions each by itself, then the model with all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -42,14 +41,19 @@ from crosscheck.compare import Disagreement, compare
 from crosscheck.exercises import Exercise, attempted, refused
 from crosscheck.functions import drawn_cases, inputs
 from crosscheck.hints import hints
-from crosscheck.report import render, wrapped
-from crosscheck.sides import IncompleteError
-from crosscheck.trace import Step, drawn, part, stopping, suited, trace_step
+from crosscheck.report import in_rows, render
+from crosscheck.sides import IncompleteError, then_stopped
+from crosscheck.trace import (
+    Step,
+    WatchedAndTrained,
+    part,
+    steps_by,
+    suited,
+)
 from microgpt.backend import fresh_state
-from microgpt.train import learning_rate
 
 DONE, RIGHT_SO_FAR, WRONG, UNTRIED = "done", "right so far", "wrong", "not attempted"
-# small models that between them reach every line of the text; the first shows most
+# cases that together run every line of the text; the first case finds most mistakes
 PANEL = {
     "scalar": (
         *("cold-samples", "repeated-token", "microgpt-243", "single-character", "one-position"),
@@ -61,26 +65,27 @@ PANEL = {
         *("longer-than-context", "large-logits", "large-attention-logits", "on-the-kink"),
     ),
 }
-STEPS = 3
-SECONDS = 10.0  # for the steps of a case; what takes longer is taken never to end
-DRAWN = 6  # models drawn at random, of other numbers whenever the text is another
-FILLED = 40  # batches of drawn documents
+STEPS = 3  # of a case
+SECONDS = 10.0  # for the steps of a case; a learner's code that takes longer is stopped
+DRAWN = 6  # how many random models run, drawn anew whenever the learner's file changes
+LABEL = 10  # characters of the labels of rows
+FILLED = 40  # how many batches `fill` is tried on
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of an exercise."""
+    """The state of an exercise, and the report if it is wrong."""
 
     state: str
-    written: tuple[str, ...] = ()  # the functions that have been begun
-    function: str = ""  # the one that is wrong
+    written: tuple[str, ...] = ()  # the functions that the learner has begun
+    function: str = ""  # the function that is wrong
     report: tuple[str, ...] = ()  # lines
 
 
 def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
     """The verdict on the file of an exercise.
 
-    hint    how much is told: 0 where it is wrong, 1 what it looks like, 2 the equation as well
+    hint    what the report tells: 0 where it is wrong, 1 the likely cause too, 2 the equation too
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
@@ -88,7 +93,7 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
     except (SyntaxError, ValueError) as error:
         line = f"{path.name}:{getattr(error, 'lineno', 1)} {(getattr(error, 'text', '') or '')}"
         words = f"cannot be read: {getattr(error, 'msg', error)}"
-        return _wrong((), Told(path.name, words, line.strip()))
+        return as_wrong((), Told(path.name, words, line.strip()))
     written = attempted(exercise, tree)
     if not written:
         return Verdict(UNTRIED)
@@ -96,7 +101,7 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
     if door:
         number, words = door
         line = f"{path.name}:{number} {text.splitlines()[number - 1].strip()}"
-        return _wrong(written, Told(path.name, words, line))
+        return as_wrong(written, Told(path.name, words, line))
     try:
         learner = _loaded(exercise, path, text, written)
         found = _judged(exercise, learner, text, written, hint)
@@ -104,22 +109,26 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
         if told.undone:
             rest = tuple(name for name in written if name != told.function)
             return Verdict(RIGHT_SO_FAR if rest else UNTRIED, rest)
-        return _wrong(written, told)
+        return as_wrong(written, told)
     if found:
         return replace(found, written=tuple(written))
     whole = exercise.defect or len(written) == len(exercise.functions)
     return Verdict(DONE if whole else RIGHT_SO_FAR, tuple(written))
 
 
-def _wrong(written: Sequence[str], told: Told) -> Verdict:
+def as_wrong(written: Sequence[str], told: Told) -> Verdict:
+    """The verdict on a file of which this was told."""
     return Verdict(WRONG, tuple(written), told.function, tuple(report_told(told)))
 
 
 def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -> Candidate:
-    """What a learner has written, as a candidate. A class has the text's methods for the rest."""
+    """A learner's file as a candidate; functions and methods not yet written are the text's.
+
+    Raises Told if the file cannot be run, or hands on the text's own functions.
+    """
     module = types.ModuleType(f"exercise_{exercise.name}")
     name, seed = module.__name__, _seed(text)
-    import_module(f"{exercise.package}.backend")  # with all that it uses, before anything is placed
+    import_module(f"{exercise.package}.backend")  # and what it imports: _placed looks through them
     learner = Candidate(path, module, exercise.package, {}, [], [], {}, seed, SECONDS)
     linecache.checkcache(str(path))
     sys.modules[name] = module  # where dataclasses look for the module of a class
@@ -141,18 +150,18 @@ def _loaded(exercise: Exercise, path: Path, text: str, written: Sequence[str]) -
         if not callable(theirs):
             raise Told(home, f"is {type(theirs).__name__}; expected a function")
         if theirs is getattr(shipped, home):
-            raise Told(home, "hands on the text's own function of that name")
+            raise Told(home, "is the text's own function of that name")
         learner.functions[home] = theirs
     return learner
 
 
 def _seed(text: str) -> int:
-    """Of what is drawn: another text gets other numbers, so that none can be looked up."""
+    """The seed of random inputs; another text has another, so that no answer can be looked up."""
     return zlib.crc32(text.encode())
 
 
 def _completed(theirs: type, ours: type, written: Sequence[str]) -> None:
-    """Give a learner's class the methods that the learner has not written, as the text has them."""
+    """Give a learner's class the text's methods in place of those that are not written yet."""
     own = {name.partition(".")[2] for name in written}
     names = {**vars(import_module(ours.__module__)), ours.__name__: theirs}
     for name, method in vars(ours).items():
@@ -167,7 +176,7 @@ def _completed(theirs: type, ours: type, written: Sequence[str]) -> None:
 def _judged(
     exercise: Exercise, learner: Candidate, text: str, written: Sequence[str], hint: int
 ) -> Verdict | None:
-    """What is wrong, if something is."""
+    """The verdict on a learner's functions if one is wrong; None if all are right."""
     own = [name for name in written if name in RESULTS] if not exercise.defect else []
     if exercise.package == "vectorized":
         for name in own:
@@ -196,20 +205,21 @@ def _judged(
 
 
 def _headed(name: str, found: Disagreement, hint: int) -> tuple[str, ...]:
-    """The report, under the name of the function that is wrong."""
+    """The report on a disagreement, headed by the function that is wrong."""
     first = f"{name} is wrong, as the model shows with it in its place:"
     return ("", *([first] if name else []), *shown(found, hint).splitlines())
 
 
 @cache
 def _inputs(name: str, seed: int) -> list[Any]:
+    """The inputs on which a function is tried by itself."""
     return inputs([name], seed)[name]
 
 
 def shown(found: Disagreement, hint: int) -> str:
-    """The report on a disagreement: where; with a hint the diagnosis; with two the equation."""
+    """The report on a disagreement, with the diagnosis from hint 1 on, the equation from 2 on."""
     quiet: dict[str, Any] = {"lines": (), "function": "", "phases": (), "at_fault": ""}
-    if found.key:  # what stopped after a wrong number stopped because of it
+    if found.key:  # a stop after a wrong number follows from that number
         quiet["stop"] = None
     if hint < 1:
         quiet["diagnosis"] = ""
@@ -222,16 +232,16 @@ def shown(found: Disagreement, hint: int) -> str:
 
 
 class Expression(NamedTuple):
-    """A small expression that shows whether an operation is right."""
+    """A small expression to try an operation on."""
 
     function: str
     words: str
     numbers: list[float]
-    of: Callable[..., Any]  # the functions by name, then a Value for each number
+    of: Callable[..., Any]  # takes the functions by name, and a Value for each number
 
 
 def _expressions(seed: int) -> Iterator[Expression]:
-    """Expressions of drawn numbers, each for the function that it needs."""
+    """Expressions of random numbers, each with the function that it tries."""
     rng = Random(seed)
 
     def some(count: int, least: float = -2.0) -> list[float]:
@@ -268,7 +278,7 @@ def _expressions(seed: int) -> Iterator[Expression]:
 def _operations(
     exercise: Exercise, learner: Candidate, written: Sequence[str], hint: int
 ) -> Verdict | None:
-    """What an operation gets wrong by itself: its value, or the derivatives."""
+    """The verdict on the first operation that is wrong; None if all are right."""
     shipped = {**vars(import_module("scalar.value"))}
     for one in _expressions(learner.seed):
         if one.function not in written:
@@ -284,9 +294,9 @@ def _operations(
 
 
 def _operated(exercise: Exercise, learner: Candidate, one: Expression) -> dict[str, float]:
-    """What an expression comes to by the learner's operations, and its derivatives.
+    """The value of an expression by the learner's operations, and its derivatives.
 
-    Raises Told if it comes to nothing, or to no number.
+    Raises Told if the operation raises an exception, does not end, or gives no number.
     """
     with _placed(exercise, learner), contained(learner, one.function):
         try:
@@ -313,7 +323,7 @@ def _of_operation(
     found: Mapping[str, float],
     hint: int,
 ) -> tuple[str, ...]:
-    """The report on an operation: which number is wrong, what it is, and what it should be."""
+    """The report on an operation: which number is wrong, and what it should be."""
     value = name == one.words
     rows = [
         ("of", name),
@@ -330,17 +340,13 @@ def _of_operation(
         where = f"; {', '.join(others)}" if others else ""
         rows.append(("equation", f"{operation}: value {comes_to}, derivatives {slopes}{where}"))
     first = f"{one.function} gives a wrong {'value' if value else 'derivative'}, by itself:"
-    return (
-        "",
-        first,
-        *(line for label, x in rows for line in wrapped(x, f"  {label:10}  ", " " * 14)),
-    )
+    return "", first, *in_rows(rows, LABEL)
 
 
 def _slip(
     one: Expression, name: str, wanted: Mapping[str, float], found: Mapping[str, float]
 ) -> str:
-    """What a wrong number of an operation is, where it is one that has a name."""
+    """What a wrong value or derivative looks like: the sign turned, the inverse, .."""
     right, theirs = wanted[name], found[name]
     if name == one.words:
         words = "the value is wrong"
@@ -361,13 +367,13 @@ def _slip(
 
 
 def _row(one: Expression) -> str:
-    """How the row of an operation begins in the table at the head of scalar/value.py."""
+    """How the operation's row in the table at the head of scalar/value.py begins."""
     name = one.function.removeprefix("Value.")
     return {"__add__": "a + b", "__mul__": "a * b", "__pow__": "a **"}.get(name, f"{name}(")
 
 
 def _values(functions: Mapping[str, Any], one: Expression) -> dict[str, Any]:
-    """What an expression comes to, and its derivatives, by the words for each."""
+    """The value of an expression and its derivatives, each by how a report names it."""
     operands = [functions["Value"](x) for x in one.numbers]
     result = one.of(functions, *operands)
     if not hasattr(result, "backward"):
@@ -381,7 +387,7 @@ def _values(functions: Mapping[str, Any], one: Expression) -> dict[str, Any]:
 
 
 def _filling(learner: Candidate) -> Verdict | None:
-    """What `fill` gets wrong in arrays that have held other documents, and have room for more."""
+    """The verdict on `fill` if it leaves wrong numbers in arrays that held other documents."""
     rng = Random(learner.seed)
     shipped = import_module("vectorized.batch")
     for _ in range(FILLED):
@@ -389,7 +395,7 @@ def _filling(learner: Candidate) -> Verdict | None:
         docs = [[rng.randrange(9) for _ in range(rng.randint(2, T + 1))] for _ in range(B)]
         docs = rng.choice([docs, [doc[:2] for doc in docs]])
         right, theirs = (shipped.empty_batch(B, T, np.dtype("float64")) for _ in range(2))
-        for array in theirs:
+        for array in theirs[:3]:
             array[:] = 7  # of the documents before
         shipped.fill(right, docs, B + 1)
         given = [list(doc) for doc in docs]
@@ -407,10 +413,8 @@ def _filling(learner: Candidate) -> Verdict | None:
                     ("should be", repr(x[b, t].item())),
                     ("yours", repr(y[b, t].item())),
                 ]  # fmt: skip
-                lines = [
-                    line for label, x in rows for line in wrapped(x, f"  {label:10}  ", " " * 14)
-                ]
-                return Verdict(WRONG, (), "fill", ("", "fill is wrong, by itself:", *lines))
+                lines = ("", "fill is wrong, by itself:", *in_rows(rows, LABEL))
+                return Verdict(WRONG, (), "fill", lines)
     return None
 
 
@@ -418,9 +422,9 @@ def _filling(learner: Candidate) -> Verdict | None:
 
 
 def _in_model(exercise: Exercise, learner: Candidate, only: str = "") -> Disagreement | None:
-    """The first disagreement of the model with the learner's functions in their place.
+    """The first disagreement of the model that has the learner's functions with the reference.
 
-    only    the name of the one case to look at
+    only    the name of the one case that is run; "" for all
     """
     panel = map(_case, PANEL[exercise.package])
     for case in [*panel, *drawn_cases(learner.seed, DRAWN)]:
@@ -440,7 +444,7 @@ def _case(name: str) -> Case:
     return load_case(name)
 
 
-# by case, and whether documents are drawn; of models that are drawn, none are kept
+# the reference's steps by case, and whether documents are drawn; none of random models
 _known: dict[tuple[str, bool], list[Step]] = {}
 
 
@@ -456,16 +460,16 @@ def _reference(case: Case, draws: bool) -> list[Step]:
 
 
 def _draws(exercise: Exercise, case: Case) -> bool:
-    """Whether documents are drawn from the model, which takes longer than all else."""
+    """Whether documents are drawn from the model: only for sample.py, since drawing takes long."""
     return exercise.source.endswith("sample.py") and not case.random
 
 
 def _theirs(
     exercise: Exercise, learner: Candidate, case: Case, reference: Sequence[Step]
 ) -> tuple[list[Step], IncompleteError | None]:
-    """The steps with the learner's functions in place, and how they ended early.
+    """The steps of the model that has the learner's functions, and the error that ended them.
 
-    Raises Told where a line of the learner's ended them.
+    Raises Told if a line of the learner's raised that error.
     """
     steps: list[Step] = []
     try:
@@ -483,7 +487,7 @@ def _theirs(
             words = f"{type(cause).__name__}: {cause}".partition("\n")[0][:200]
             raise Told(exercise.name, f"raises {words}", line) from None
         return [*steps, error.step], error
-    except Exception as error:  # what a function gave back is of no use to those who call it
+    except Exception as error:  # the text cannot go on with what a function returned
         if "inhomogeneous" in str(error) and exercise.source.endswith("sample.py"):
             words = "returns documents longer than the context: BOS is no part of what it returns"
             raise Told("sample", words) from None
@@ -495,39 +499,29 @@ def _theirs(
 def _compared(
     case: Case, reference: list[Step], theirs: list[Step], stopped: IncompleteError | None
 ) -> Disagreement | None:
-    def stepped() -> Iterator[Step]:
-        yield from theirs[: len(theirs) - bool(stopped)]
-        if stopped:
-            raise stopped
-
+    """The first disagreement of the learner's steps with the reference's."""
     with np.errstate(all="ignore"):
-        outcome = compare(case, reference[: len(theirs)], stepped())
+        outcome = compare(case, reference[: len(theirs)], then_stopped(theirs, stopped))
     return outcome.found[0] if outcome.found else None
 
 
 def _steps(case: Case, package: str, draws: bool, reference: Sequence[Step] = ()) -> Iterator[Step]:
-    """The steps of a case by a text as it stands; in a model drawn at random one, and its update
-    from the gradients of the reference, since rounding may grow there."""
+    """The steps of a case by a text, not recorded; one step of a random model.
+
+    A random model is updated by the reference's gradients, since Adam may amplify rounding there.
+    """
     config = suited(case.config, package, "float64")
     backend: Any = import_module(f"{package}.backend").Backend(
         config, fresh_state(case.params), watch=True
     )
-    pair: Any = SimpleNamespace(
-        name=package, config=config, watched=backend, trained=backend, begun=math.inf
-    )
-    count = 1 if case.random else STEPS
-    for step in range(count):
-        grads = part(reference[step], "gradient", "d") if case.random and reference else None
-        record = trace_step(pair, case.docs(step), learning_rate(step, config), grads)
-        if draws and step in (0, count - 1):
-            alone = patch("vectorized.backend.most_walkers", lambda _: 1)
-            with alone, stopping(record, package, config):
-                record = {**record, **drawn(case, backend, step)}
-        yield record
+    pair = WatchedAndTrained(package, config, backend, backend, math.inf)
+    grads = part(reference[0], "gradient", "d") if case.random and reference else None
+    with patch("vectorized.backend.most_walkers", lambda _: 1):  # one document after another
+        yield from steps_by(pair, case, range(1 if case.random else STEPS), draws, grads)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, with arrays for what it returns as lists of numbers."""
+    """The function, but with arrays for lists of numbers in what it returns."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         found = function(*args, **kwargs)
@@ -539,6 +533,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _numbers(x: Any) -> bool:
+    """Whether the first element of nested lists is a number."""
     while isinstance(x, list) and x:
         x = x[0]
     return isinstance(x, (int, float))
@@ -546,10 +541,7 @@ def _numbers(x: Any) -> bool:
 
 @contextmanager
 def _placed(exercise: Exercise, learner: Candidate) -> Iterator[None]:
-    """Within this context, the learner's functions and classes stand in the place of the text's.
-
-    What they print is left out.
-    """
+    """Within this context, the text has the learner's functions and classes; they print nothing."""
     shipped = vars(import_module(exercise.module))
     plain = exercise.package == "vectorized"
     exchanged = [

@@ -1,6 +1,6 @@
-"""The kit for a port: the inputs of the cases as files, the guide, and the answers on request.
+"""The kit for a port: the inputs of the cases as files, the guide, and if asked the answers.
 
-GUIDE.md beside this file says what a port reads, computes and writes.
+GUIDE.md in this folder says what a port reads, computes and writes.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import numpy as np
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import simplicity
 from crosscheck.sides import IncompleteError
-from crosscheck.trace import Array, Step, keys, part, split_key, trace
+from crosscheck.trace import ENTRY, Array, Step, keys, part, split_key, trace
+from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError
 from microgpt.runs.checkpoint import write_tensors
 from microgpt.runs.files import write_whole
-from microgpt.taps import ACTIVATIONS
 from microgpt.train import learning_rate
 
 GUIDE = Path(__file__).with_name("GUIDE.md")
 TOKENS = "batch/tokens"
-STEPS = 3  # of every case
-LATER = {"decay-and-clip": 2}  # the first step, if not 1: Adam's moments at entry are not zero
-REQUIRED = ("forward", "backward", "gradient", "adam_m", "adam_v", "params")  # of a whole port
+STEPS = 3  # how many steps of every case a port computes
+LATER = {"decay-and-clip": 2}  # the number of the first step, if not 1: Adam's moments are not 0
+# phases that a complete port writes
+REQUIRED = ("forward", "backward", "gradient", "adam_m", "adam_v", "params")
 STAGES = (
     "embedding",
     "norm",
@@ -39,7 +40,14 @@ STAGES = (
     "Adam",
     "several steps",
 )
-PHASES = {  # the stages of what is no tap of the forward pass
+# fields that a port has no use for: batches hold token ids, steps their learning rate
+NOT_FOR_PORTS = (
+    *("vocabulary", "crop", "init_std", "init_std_residual", "batch_size", "learning_rate"),
+    *("schedule", "warmup_steps", "dtype", "seed", "dataset", "documents", "held_out", "cores"),
+    *("max_seconds", "checkpoint_every", "eval_every", "num_samples", "temperature", "top_k"),
+    "steps",  # config/steps are those of the file
+)
+PHASES = {  # the stage of a phase, of all phases but the forward pass
     "eval": "loss",
     "read": "loss",
     "backward": "backward",
@@ -50,7 +58,7 @@ PHASES = {  # the stages of what is no tap of the forward pass
     "update": "Adam",
     "params": "Adam",
 }
-TAPS = {  # the stages of the taps outside the layers; of layer 0, by their last name
+TAPS = {  # the stage of a tap outside the layers or in layer 0, if its name does not tell
     "emb": "embedding",
     "emb_norm": "norm",
     "attn_norm": "norm",
@@ -62,7 +70,7 @@ TAPS = {  # the stages of the taps outside the layers; of layer 0, by their last
 
 
 def stage(key: str) -> str:
-    """The stage of a tensor of the first step; none for batch, state at entry and samples."""
+    """The stage of a tensor of the first step; "" for the batch, the state at entry and samples."""
     phase, name = split_key(key)
     if phase != "forward":
         return PHASES.get(phase, "")
@@ -73,7 +81,7 @@ def stage(key: str) -> str:
 
 
 def kit_cases() -> list[str]:
-    """The cases in the order in which a port meets them, the simplest first."""
+    """The names of the cases, the simplest first."""
     return sorted(case_names(), key=lambda name: simplicity(load_case(name), 1))
 
 
@@ -84,9 +92,9 @@ def expected_keys(case: Case) -> list[str]:
 
 
 def reference_steps(case: Case, reference: str) -> dict[int, Step]:
-    """The steps that a port is asked for, by number, as an implementation of ours computes them.
+    """The steps that a port is asked for, by number, as scalar/ or vectorized/ computes them.
 
-    Raises MicrogptError if it stops, as at numbers that are not finite.
+    Raises MicrogptError if the reference stops, as at numbers that are not finite.
     """
     first = LATER.get(case.name, 1)
     last = first + STEPS - 1
@@ -99,20 +107,20 @@ def reference_steps(case: Case, reference: str) -> dict[int, Step]:
         ) from None
 
 
+def _number(name: str, config: Config) -> float:
+    """A field as a number: of choices, the index."""
+    value, choices = getattr(config, name), FIELDS[name].metadata["choices"]
+    return choices.index(value) if choices else value
+
+
 def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
-    """What a port reads: the configuration, the batches, and the state before the first step."""
+    """The tensors that a port reads: configuration, batches, the state before the first step."""
     config, tokenizer, first = case.config, case.tokenizer, min(steps)
     numbers = {
-        **{name: getattr(config, name) for name in ("n_layer", "n_embd", "n_head", "block_size")},
+        **{name: _number(name, config) for name in FIELDS if name not in NOT_FOR_PORTS},
         "vocab_size": tokenizer.vocab_size,
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
-        "norm_embedding": config.norm_embedding,
-        "tie_lm_head": config.tie_lm_head,
-        "activation": list(ACTIVATIONS).index(config.activation),
-        **{name: getattr(config, name) for name in ("norm_eps", "beta1", "beta2", "adam_eps")},
-        "weight_decay": config.weight_decay,
-        "grad_clip": config.grad_clip,
         "first_step": first,
         "steps": len(steps),
     }
@@ -120,14 +128,14 @@ def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
     for number, step in steps.items():
         tensors[f"step{number}/learning_rate"] = np.array(learning_rate(number - 1, config))
         tensors[f"step{number}/{TOKENS}"] = step[TOKENS].astype("int64")
-    for phase in ("entry", "entry_m", "entry_v"):
+    for phase in ENTRY:
         for name, tensor in part(steps[first], phase).items():
             tensors[f"step{first}/{phase}/{name}"] = tensor.astype("float64")
     return tensors
 
 
 def write_kit(folder: Path, names: Sequence[str], answers: bool) -> list[Path]:
-    """Write the guide, and of every case the input and if asked the answers; the files' paths."""
+    """The paths of the files that are written: guides, each case's input, and if asked answers."""
     cases = [load_case(name) for name in names]
     write_whole(folder / GUIDE.name, GUIDE.read_bytes())
     rows = [f"| `{case.name}` | {' '.join(case.why.split())} |\n" for case in cases]

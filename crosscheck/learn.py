@@ -1,7 +1,7 @@
-"""A folder of exercises: written, checked, and how far one is.
+"""A folder of exercises: writing the files, checking them, and the learner's progress.
 
-Progress is the file progress.json in that folder. What is done counts for as long as neither the
-learner's file nor the exercise has changed; otherwise it is judged again.
+The file progress.json in the folder holds the state of each exercise. An exercise is judged again
+when the learner's file or the exercise itself has changed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from crosscheck.candidate import Told
 from crosscheck.exercises import (
     Exercise,
     exercise_about,
@@ -26,7 +28,7 @@ from crosscheck.exercises import (
     solution,
     source_text,
 )
-from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, judge
+from crosscheck.judge import DONE, RIGHT_SO_FAR, UNTRIED, WRONG, Verdict, as_wrong, judge
 from crosscheck.report import wrapped
 from microgpt.errors import MicrogptError, as_typed, printable
 from microgpt.runs.files import check_target, write_whole
@@ -34,15 +36,6 @@ from microgpt.runs.files import check_target, write_whole
 DIRECTORY = Path("exercises")
 PROGRESS = "progress.json"
 FORMAT = 1
-KINDS = {  # of what is kept of an exercise
-    "file": str,
-    "stub": str,
-    "state": str,
-    "written": list,
-    "judged": str,
-    "attempts": int,
-    "asked": bool,
-}
 
 
 @dataclass
@@ -50,19 +43,25 @@ class Kept:
     """What progress.json holds of an exercise."""
 
     file: str = ""
-    stub: str = ""  # a hash of the file as it was written for the learner
+    stub: str = ""  # a hash of the file before the learner changed it
     state: str = UNTRIED
     written: list[str] = field(default_factory=list)
-    judged: str = ""  # a hash of what the state is about: the learner's file and the exercise
+    judged: str = ""  # a hash of the learner's file and the exercise that the state belongs to
     attempts: int = 0
-    asked: bool = False  # for the solution
+    asked: bool = False  # whether the learner has asked for the solution
+
+
+KINDS = {name: type(value) for name, value in vars(Kept()).items()}  # what progress.json must have
 
 
 # --- the folder ----------------------------------------------------------------------------------
 
 
 def write_exercises(folder: Path) -> list[Path]:
-    """The files that were written. What a learner has changed is left as it is."""
+    """The paths of the exercises that were written; files that a learner has changed are kept.
+
+    Raises MicrogptError if the folder is a file, or has Python files that are no exercises.
+    """
     if folder.exists() and not folder.is_dir():
         raise MicrogptError(f"{printable(str(folder))} is a file; name a folder for the exercises")
     check_target(folder / PROGRESS)
@@ -88,9 +87,9 @@ def write_exercises(folder: Path) -> list[Path]:
 
 
 def place(folder: Path, exercise: Exercise) -> Path:
-    """The file of an exercise: the one that is there, whatever its number, or a new one.
+    """The path of an exercise: that of an existing file, whatever its number, or a new path.
 
-    Raises MicrogptError if it is a folder, a device or a pipe.
+    Raises MicrogptError if the path is a folder, a device or a pipe.
     """
     form = re.compile(rf"\d+_{exercise.name}\.py")
     there = sorted(path for path in folder.glob("*.py") if form.fullmatch(path.name))
@@ -100,9 +99,9 @@ def place(folder: Path, exercise: Exercise) -> Path:
 
 
 def found_folder(folder: Path | None) -> Path:
-    """The folder that is meant where none is named: this one, or exercises in it.
+    """The folder of the exercises; if none is named, the current folder or `exercises` in it.
 
-    Raises MicrogptError if no exercises were written to it.
+    Raises MicrogptError if the folder has no exercises.
     """
     tried = [folder] if folder else [Path(), DIRECTORY]
     for one in tried:
@@ -114,9 +113,9 @@ def found_folder(folder: Path | None) -> Path:
 
 
 def read_progress(folder: Path) -> dict[str, Kept]:
-    """What is kept of each exercise, by name; of those that are no longer there as well.
+    """What progress.json holds of each exercise, by name.
 
-    Raises MicrogptError if the file is damaged.
+    Raises MicrogptError if progress.json is damaged.
     """
     path = folder / PROGRESS
     try:
@@ -137,7 +136,7 @@ def read_progress(folder: Path) -> dict[str, Kept]:
 
 
 def write_progress(folder: Path, progress: Mapping[str, Kept]) -> None:
-    """Put it into the folder, whole or not at all."""
+    """Write progress.json, whole or not at all."""
     kept = {"format": FORMAT, "exercises": {name: vars(one) for name, one in progress.items()}}
     write_whole(folder / PROGRESS, (json.dumps(kept, indent=1) + "\n").encode())
 
@@ -151,7 +150,7 @@ def _hash(content: bytes) -> str:
 
 @dataclass
 class Check:
-    """Where a learner stands."""
+    """The verdicts on all exercises of a folder."""
 
     folder: Path
     verdicts: dict[str, Verdict]
@@ -185,11 +184,11 @@ class Check:
         return lines
 
     def _report(self) -> list[str]:
-        """On the first exercise that is not done."""
+        """The report on the first exercise that is not done."""
         return [*self.verdicts[self.first.name].report] if self.first else []
 
     def _end(self) -> list[str]:
-        """How far one is, and the next thing to do."""
+        """How many exercises are done, and what to do next."""
         first, done = self.first, self.done
         if not first:
             return [f"All {done} exercises are done."]
@@ -218,7 +217,7 @@ class Check:
 
     @property
     def again(self) -> str:
-        """The command that checks once more."""
+        """The command that checks this folder."""
         here = self.folder in (Path(), DIRECTORY)
         return (
             "microgpt check" if here else f"microgpt check {as_typed(printable(str(self.folder)))}"
@@ -226,11 +225,11 @@ class Check:
 
     @property
     def done(self) -> int:
-        """How many are."""
+        """How many exercises are done."""
         return sum(verdict.state == DONE for verdict in self.verdicts.values())
 
     def as_json(self) -> dict[str, Any]:
-        """The same for other programs."""
+        """The verdicts for JSON."""
         return {
             "done": self.done,
             "first": self.first.name if self.first else None,
@@ -246,12 +245,21 @@ class Check:
         }
 
 
-def check(folder: Path, hint: int = 0) -> Check:
-    """Where a learner stands; what has not changed since it was judged is not judged again."""
+def check(folder: Path, hint: int = 0, text: Callable[[Check], str] = str) -> Check:
+    """The verdicts on all exercises; an exercise that has not changed is not judged again.
+
+    text    what is printed of them if a function has to be ended together with the process
+    """
     progress = read_progress(folder)
     before = json.dumps([vars(one) for one in progress.values()])
     verdicts: dict[str, Verdict] = {}
-    shown = False  # whether there is a report: only the first is shown, and wants its lines
+    shown = False  # whether an exercise before has a report: only the first report is shown
+
+    def last_words(told: Told) -> str:
+        left = [(one.name, progress.get(one.name, Kept())) for one in exercises()]
+        states = {name: Verdict(kept.state, tuple(kept.written)) for name, kept in left}
+        return text(Check(folder, {**states, **verdicts, exercise.name: as_wrong((), told)}, hint))
+
     for exercise in exercises():
         kept = progress.setdefault(exercise.name, Kept())
         path = place(folder, exercise)
@@ -262,7 +270,8 @@ def check(folder: Path, hint: int = 0) -> Check:
         if now == kept.judged and (kept.state != WRONG or shown):
             verdicts[exercise.name] = Verdict(kept.state, tuple(kept.written))
         else:
-            verdict = judge(exercise, path, hint)
+            with patch("crosscheck.candidate.last_words", last_words):
+                verdict = judge(exercise, path, hint)
             verdicts[exercise.name] = verdict
             if now != kept.judged:
                 kept.attempts += verdict.state != UNTRIED
@@ -275,7 +284,7 @@ def check(folder: Path, hint: int = 0) -> Check:
 
 
 def shown_solution(folder: Path, name: str) -> str:
-    """The solution of an exercise. Before a first attempt, a warning; asked again, the solution.
+    """The solution of an exercise; before a first attempt a warning, and the solution if repeated.
 
     Raises MicrogptError if there is no exercise of that name or number.
     """
@@ -308,7 +317,7 @@ def shown_solution(folder: Path, name: str) -> str:
 
 
 def watch(folder: Path, hint: int = 0, every: float = 1.0) -> None:
-    """Print the check again whenever a file has changed, until interrupted."""
+    """Check the folder and print the result whenever a file has changed, until interrupted."""
     seen: list[tuple[str, int, int]] = []
     before: Mapping[str, Verdict] = {}
     while True:

@@ -1,7 +1,8 @@
-"""What a wrong function of the text computes instead: a named defect, or a change of one place.
+"""A defect of the text under which a function gives the same wrong results as a learner's.
 
-The shipped function with the defect in it, or with a defect in a function that it calls, is given
-the same inputs. If it gives back the same wrong numbers for all of them, that is what was found.
+The defect is a frequent slip, a named defect, or a change in one place (crosscheck.domain), in the
+function itself or in a function that it calls. The text with that defect is run on the same inputs;
+if it gives the same wrong results for all inputs, the defect is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from crosscheck.functions import Input, call, copied, outputs, text_loss_and_gra
 CLOSE = 1e-9
 FIRST = "from __future__ import annotations\n"
 Space = dict[str, Any]
-# what is often written instead: in words, what the text says, what is said instead
+# frequent slips: in words, a part of the text, and what is often written in its place
 SLIPS = (
     ("exp overflows: the maximum is not subtracted first", "exp(x - largest)", "exp(x)"),
     (
@@ -56,9 +57,9 @@ SLIPS = (
 
 
 def likeness(name: str, evidence: Sequence[tuple[Input, Mapping[str, Any]]]) -> str:
-    """The first defect under which the shipped function gives these results, in words; or "".
+    """The first defect under which the text's function gives these results, in words; or "".
 
-    evidence    inputs, and what was found for each
+    evidence    inputs, each with the results that a learner's function gave
     """
     ordered = sorted(evidence, key=lambda one: sum(np.size(x) for x in one[1].values()))
     for words, space in _faulty(name):
@@ -70,30 +71,33 @@ def likeness(name: str, evidence: Sequence[tuple[Input, Mapping[str, Any]]]) -> 
 
 
 def _gives(space: Space, one: Input, found: Mapping[str, Any]) -> bool:
-    """Whether the function in this namespace gives these results."""
+    """Whether the function of a text with a defect gives these results.
+
+    space    the names of that text
+    """
     args = copied(one.args)
     try:
         if one.function == WHOLE:
             results = [text_loss_and_grads(args, space), _one_by_one(args, space)]
         else:
             results = [outputs(one.function, call(space[one.function], args), args)]
-    except Exception:  # a defect that this input does not get through
+    except Exception:  # the text with this defect stops on this input
         return False
     return any(_same(result, found, one.wanted) for result in results)
 
 
 def _one_by_one(args: Sequence[Any], space: Space) -> Mapping[str, Any]:
-    """The loss and the gradients as the means of those of each document, without any padding."""
+    """The mean of each document's loss and gradients, which needs no padding."""
     params, docs, config = args
     each = [text_loss_and_grads((params, [doc], config), space) for doc in docs]
     return {label: sum(one[label] for one in each) / len(docs) for label in each[0]}
 
 
 def _same(result: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether all results are those that were found, and not all of them right."""
+    """Whether the results are those that were found, and at least one of them is wrong."""
     differs = False
     for label, x in found.items():
-        if label not in wanted:  # it was there before the call
+        if label not in wanted:  # no result, but a tensor that was there before the call
             continue
         ours = np.asarray(result.get(label, np.nan))
         theirs = np.asarray(x)
@@ -112,7 +116,7 @@ def _same(result: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[s
 
 
 def _faulty(name: str) -> Iterator[tuple[Callable[[], str], Space]]:
-    """The text with a defect in it, after what says which that is; slips first."""
+    """Each defect: a function that says it in words, and the names of a text that has it."""
     home = "vectorized.model" if name == WHOLE else text_functions("vectorized")[name].__module__
     called = _called(name, _codes(home))
     sources = {one: getsource(text_functions("vectorized")[one]) for one in called}
@@ -128,7 +132,7 @@ def _faulty(name: str) -> Iterator[tuple[Callable[[], str], Space]]:
 
 
 def _named(home: str, sources: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """The named defects of some functions: in words, the functions as they are, and with it."""
+    """The named defects of these functions: the name, the functions' source, the same with it."""
     file = home.replace(".", "/") + ".py"
     for defect in load_defects():
         faulty = dict(sources)
@@ -144,7 +148,7 @@ def _named(home: str, sources: Mapping[str, str]) -> Iterator[tuple[str, str, st
 
 
 def _with(home: str, changed: str) -> Space:
-    """The names of a module in which some functions are others, also for those that call them."""
+    """The names of a module in which some functions are replaced, for their callers too."""
     space = dict(vars(import_module(home)))
     for code in _codes(home).values():
         exec(code, space)
@@ -154,7 +158,7 @@ def _with(home: str, changed: str) -> Space:
 
 @cache
 def _codes(home: str) -> dict[str, CodeType]:
-    """The definition of each function of a module, compiled."""
+    """The compiled definition of each function of a module."""
     return {
         name: compile(FIRST + getsource(x), home, "exec")
         for name, x in text_functions("vectorized").items()
@@ -163,7 +167,7 @@ def _codes(home: str) -> dict[str, CodeType]:
 
 
 def _called(name: str, codes: Mapping[str, CodeType]) -> list[str]:
-    """A function of a module, and all of the module's that it calls, directly or not."""
+    """A function, and all functions of its module that it calls, directly or not."""
     functions = text_functions("vectorized")
     found: list[str] = []
     left = ["loss_backward", "loss_forward"] if name == WHOLE else [name]
@@ -176,7 +180,7 @@ def _called(name: str, codes: Mapping[str, CodeType]) -> list[str]:
 
 
 def _told(what: str, old: str, new: str) -> str:
-    """What was done to a source, and the line in which it differs from the old one."""
+    """A defect in words, and the line that it changes."""
     lines = [
         line[2:].partition("  # ")[0].strip()
         for line in difflib.ndiff(old.splitlines(), new.splitlines())

@@ -1,8 +1,9 @@
-"""The lines of both texts that compute a tensor, found by the names that they give it."""
+"""The lines of both texts that compute a tensor, found by the tensor's name in their source."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,9 @@ from typing import NamedTuple
 from crosscheck.trace import split_key
 from microgpt.cli.whereabouts import IMPLEMENTATIONS, imported_from
 from microgpt.config import Config
+from microgpt.taps import consumers
 
+# by phase: the names in `adam` that hold a tensor, and the trees of taps or gradients that hold it
 ADAM = {"adam_m": ("m",), "adam_v": ("v",), "update": ("p", "params"), "params": ("p", "params")}
 TREES = {"forward": ("tap",), "backward": ("dtap",), "gradient": ("dw", "dparams")}
 LONGEST_LINE = 100  # characters of a line that are quoted
@@ -35,7 +38,7 @@ def lines_of(key: str, config: Config) -> tuple[str, ...]:
 
 
 def function_of(key: str, config: Config, side: str) -> str:
-    """The function of a side that computes a tensor, or nothing if that cannot be said."""
+    """The function of a side that computes a tensor, and its place; "" if it is not found."""
     found = _find(side, key, config) if side in IMPLEMENTATIONS else None
     if not found:
         return ""
@@ -44,23 +47,25 @@ def function_of(key: str, config: Config, side: str) -> str:
     if side == "scalar" and split_key(key)[0] in ("backward", "gradient", "unwatched"):
         return "the local derivatives in scalar/value.py"
     functions = _functions(found.file)
-    called = [
-        node.func.id
-        for node in ast.walk(found.statement)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
+    called = _called(found.statement)
     name = next((name for name in called if name in functions), found.function.name)
     return f"{name}, {found.file}:{functions[name].lineno}"
 
 
 def place_of(file: str, name: str) -> str:
-    """Where a function stands, or nothing if the file has none of that name."""
+    """A function and its place, "relu, scalar/value.py:60"; "" if the file does not have it."""
     function = _functions(file).get(name)
     return f"{name}, {file}:{function.lineno}" if function else ""
 
 
 def statement_in(file: str, name: str, number: int, attribute: str = "") -> tuple[str, ...]:
-    """File, line and text of one of a function's returns, or of what changes an attribute."""
+    """A statement of a function, as a tuple of one: a return, or one that changes an attribute.
+
+    number       which of the statements, counted as Python counts indices
+    attribute    the attribute; "" for a return
+
+    Returns () if the file does not have the function or the statement.
+    """
     function = _functions(file).get(name)
     found = [
         one
@@ -75,7 +80,7 @@ def statement_in(file: str, name: str, number: int, attribute: str = "") -> tupl
 
 
 def _find(side: str, key: str, config: Config) -> Found | None:
-    """The statement of a side that computes a tensor."""
+    """The statement of a side that computes a tensor; None if it is not found."""
     phase, name = split_key(key)
     if phase == "unwatched":
         phase = "forward" if name == "loss" else "gradient"
@@ -83,27 +88,30 @@ def _find(side: str, key: str, config: Config) -> Found | None:
     if phase in ADAM:
         return _changed(f"{side}/adam.py", ADAM[phase])
     if phase in ("read", "sample"):
-        file = f"{side}/sample.py" if (phase, side) != ("read", "scalar") else "scalar/model.py"
-        return _last_line(file, {"read": ("read", "gpt")}.get(phase, ("sample",)))
+        file = "backend" if (phase, side) == ("read", "scalar") else "sample"
+        return _last_line(f"{side}/{file}.py", (phase,))
     if phase not in TREES:
         return None
     file, tap = f"{side}/model.py", name.rpartition(".")[2]
     if phase != "forward":
         tap = name.removeprefix("d").rpartition(".")[2]
-    if side == "scalar":  # a derivative is that of the line which computes the tap, or reads w
+    if side == "scalar":  # the line of the tap or parameter, whose derivative the graph computes
         return _assigned(file, ("tap",), tap) or _read(file, tap) or _last_line(file, (tap,))
     found = _assigned(file, TREES[phase], tap)
-    return _followed(found, tap, name, config) if found else None
+    if found is None or phase != "backward":
+        return _followed(found, tap, name, config) if found else None
+    return _of_the_table(_followed(found, tap, name, config), name.removeprefix("d"), config)
 
 
 @cache
 def _source(file: str) -> str:
+    """The text of a file of the product."""
     return Path(imported_from(file.partition("/")[0]), file).read_text(encoding="utf-8")
 
 
 @cache
 def _functions(file: str) -> dict[str, ast.FunctionDef]:
-    """The functions of a file, by name; none if it cannot be read."""
+    """The functions of a file, by name; {} if the file cannot be read."""
     try:
         module = ast.parse(_source(file))
     except (OSError, SyntaxError, UnicodeDecodeError):
@@ -112,13 +120,14 @@ def _functions(file: str) -> dict[str, ast.FunctionDef]:
 
 
 def _statements(function: ast.FunctionDef) -> list[ast.stmt]:
+    """The simple statements of a function, by line."""
     simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Return)
     found = [node for node in ast.walk(function) if isinstance(node, simple)]
     return sorted(found, key=lambda node: node.lineno)
 
 
 def _targets(statement: ast.stmt) -> list[ast.expr]:
-    """What a statement assigns to, one by one."""
+    """The targets that a statement assigns to."""
     if isinstance(statement, ast.Assign):
         targets = statement.targets
     elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
@@ -129,26 +138,25 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
 
 
 def _assigned(file: str, trees: tuple[str, ...], tap: str) -> Found | None:
-    """The statement that puts a tap into a tree of that name."""
-    for function in _functions(file).values():
-        for statement in _statements(function):
-            for target in _targets(statement):
-                if (
-                    isinstance(target, ast.Attribute)
-                    and target.attr == tap
-                    and isinstance(target.value, ast.Name)
-                    and target.value.id.removesuffix("_i") in trees
-                ):
-                    return Found(file, function, statement)
-    return None
+    """The first statement that puts a tap into one of these trees."""
+
+    def is_tap(x: ast.expr) -> bool:
+        tree = x.value if isinstance(x, ast.Attribute) and x.attr == tap else None
+        return isinstance(tree, ast.Name) and tree.id.removesuffix("_i") in trees
+
+    return _first(file, lambda statement: any(map(is_tap, _targets(statement))))
 
 
 def _read(file: str, name: str) -> Found | None:
     """The first statement that reads a parameter."""
+    return _first(file, lambda one: any(getattr(x, "attr", "") == name for x in ast.walk(one)))
+
+
+def _first(file: str, wanted: Callable[[ast.stmt], bool]) -> Found | None:
+    """The first statement in the functions of a file that is wanted."""
     for function in _functions(file).values():
-        for statement in _statements(function):
-            if any(isinstance(x, ast.Attribute) and x.attr == name for x in ast.walk(statement)):
-                return Found(file, function, statement)
+        for statement in filter(wanted, _statements(function)):
+            return Found(file, function, statement)
     return None
 
 
@@ -162,14 +170,14 @@ def _last_line(file: str, names: tuple[str, ...]) -> Found | None:
 
 
 def _changed(file: str, names: tuple[str, ...]) -> Found | None:
-    """The last statement of `adam` that changes one of these."""
+    """The last statement of `adam` that changes one of these names."""
     function = _functions(file).get("adam")
     found = [one for one in _statements(function) if _changes(one, names)] if function else []
     return Found(file, function, found[-1]) if function and found else None
 
 
 def _changes(statement: ast.stmt, names: tuple[str, ...]) -> bool:
-    """Whether a statement gives one of these names a value, or changes what it stands for."""
+    """Whether a statement assigns to one of these names, or passes it to a call as the first."""
     for target in _targets(statement):
         while isinstance(target, (ast.Subscript, ast.Attribute)):
             target = target.value
@@ -185,7 +193,7 @@ def _changes(statement: ast.stmt, names: tuple[str, ...]) -> bool:
 
 
 def _followed(found: Found, tap: str, full: str, config: Config) -> Found:
-    """The statement behind one that only gives a name: `dtap.emb = demb`."""
+    """The statement that computes a tensor, followed through names: `dtap.emb = demb`."""
     for _ in range(9):
         value = _value(found.statement, tap)
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
@@ -203,8 +211,25 @@ def _followed(found: Found, tap: str, full: str, config: Config) -> Found:
     return found
 
 
+def _of_the_table(found: Found, tap: str, config: Config) -> Found:
+    """Where a function chooses between operations, the statement with the one of the table."""
+    own = {f"{user.function}_backward" for user, _ in consumers(config)[tap] if user.function}
+    calls = {name for name in _called(found.statement) if name.endswith("_backward")}
+    chosen = [one for one in _statements(found.function) if own.intersection(_called(one))]
+    within = {f"{user.within}_backward" for user, _ in consumers(config)[tap]}
+    if not own or not calls or calls & (own | within) or not chosen:
+        return found
+    return Found(found.file, found.function, chosen[-1])
+
+
+def _called(statement: ast.stmt) -> list[str]:
+    """The functions that a statement calls by name."""
+    calls = [node.func for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    return [called.id for called in calls if isinstance(called, ast.Name)]
+
+
 def _value(statement: ast.stmt, name: str) -> ast.expr | None:
-    """What a statement gives to a name or attribute."""
+    """The expression that a statement assigns to a name or attribute; None if there is none."""
     value = getattr(statement, "value", None)
     if isinstance(statement, ast.Assign) and isinstance(value, ast.Tuple):
         (targets,) = statement.targets
@@ -215,8 +240,10 @@ def _value(statement: ast.stmt, name: str) -> ast.expr | None:
 
 
 def _before(found: Found, name: str, full: str, config: Config) -> Found | None:
-    """The last statement before another that changes a name; in a loop over layers, that of the
-    layer before, except in the first turn."""
+    """The last statement that changes a name before another statement reads it.
+
+    In a loop over layers, the last statement of the loop's body, except for the first layer.
+    """
     line = found.statement.lineno
     changing = [
         one

@@ -1,4 +1,4 @@
-"""Whole models and batches, drawn by hypothesis, from every corner of the configuration."""
+"""Random models: configurations and batches that hypothesis draws."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ REASON = "drawn at random"
 def cases(draw: Any) -> Case:
     """A case without its parameters: layers, heads, widths, context, switches, documents.
 
-    The simplest comes first in every choice, so that what shrinks becomes a model that can be
-    worked out on paper.
+    The simplest value comes first in every choice, since hypothesis shrinks a failing model towards
+    first values: what is left can be worked out on paper.
     """
     taken: set[int] = set()
 
     def size(name: str, most: int, times: int = 1) -> int:
-        """A size unlike those before, since axes of equal size hide that one is taken for another;
-        1, which broadcasts, may come again."""
+        """A size that no other axis has, since between equal axes an exchange is not seen.
+
+        1, which broadcasts, may occur more than once.
+        """
         free = [n for n in range(1, most + 1) if n == 1 or not taken & {n, n * times}]
         n: int = draw(st.sampled_from(free), label=name)
         taken.update({n, n * times} - {1})
@@ -65,7 +67,7 @@ def cases(draw: Any) -> Case:
     special = {"chars-bos": 1, "bos-eos-chars": 2}[config.vocabulary]
     counts = [n for n in range(1, 8) if n + special not in taken]
     chars = "abcdefg"[: draw(st.sampled_from(counts), label="characters")]
-    most = max(1, positions - 1)  # characters, which have a position more than there are of them
+    most = max(1, positions - 1)  # characters of a document, which has one position more
     full = st.text(st.sampled_from(chars), min_size=most, max_size=most)
     text = st.text(st.sampled_from(chars), min_size=1, max_size=most + 2)
     first = [draw(full), *draw(st.lists(text, min_size=documents - 1, max_size=documents - 1))]
@@ -75,7 +77,7 @@ def cases(draw: Any) -> Case:
 
 
 def described(case: Case) -> str:
-    """A case in a few lines: what differs from the default, and the documents."""
+    """A case in two lines: the settings that differ from the default, and the documents."""
     default = dataclasses.asdict(config_from({}, REASON))
     differs = {
         name: value

@@ -1,11 +1,11 @@
 """Mutants: the sources changed at one place at a time, to see what the crosscheck does not notice.
 
-mechanical    every operator, number and condition of vectorized/, by the operators of cosmic-ray
+mechanical    every operator, number and condition of vectorized/, changed by cosmic-ray
               (an extra: `pip install '.[mutants]'`)
 domain        what people get wrong in a model, in both texts: see crosscheck/domain.py
 
-Each is planted as a named defect is, and put before all cases in a process of its own, since it may
-never end. crosscheck/MUTANTS.md says of the survivors why they change nothing.
+Each mutant is planted as a named defect is. All cases run on the mutant, in a process of its own,
+since a mutant may never end. crosscheck/MUTANTS.md says why those that survive change no number.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
 from crosscheck.defects import ROOT, Defect, Patch, judge, planted, reference_steps, standard
 from crosscheck.processes import can_fork
+from crosscheck.recorded import CUTS, in_micro_batches
 from crosscheck.trace import trace
 from microgpt.errors import MicrogptError
 
@@ -39,13 +41,13 @@ FILES = (
     "vectorized/sample.py",
     "vectorized/ranks.py",
 )
-TIMEOUT = 300  # seconds; what takes longer is a loop without an end, and is noticed
-SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that tries a mutant
-# where a change is one of memory, speed or refusals, and not of numbers
+TIMEOUT = 300  # seconds; a mutant that takes longer counts as stopped
+SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that runs the cases on a mutant
+# functions, classes and constants that decide on memory, speed or refusals, and on no number
 MEMORY = {
-    "vectorized/batch.py": ("micro_batches", "_cut", "rounded", "PADDING"),
+    "vectorized/batch.py": ("micro_batches", "rounded", "few", "ROW", "PRICE"),
     "vectorized/record.py": (
-        "placed", "ALIGN", "without_copies", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
+        "placed", "fits_over", "alike", "ALIGN", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
     ),
     "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
 }  # fmt: skip
@@ -53,14 +55,14 @@ MEMORY = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one source."""
+    """A source with one change."""
 
     file: str
     line: int
     operator: str
-    before: str  # the line, and what became of it
-    after: str
-    source: str
+    before: str  # the line as it was
+    after: str  # and as it is
+    source: str  # the whole file, changed
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}: {self.operator}"
@@ -69,10 +71,10 @@ class Mutant:
 
 @dataclass
 class Score:
-    """What became of the mutants of each file."""
+    """How many mutants of each file survive, differ and stop."""
 
     found: dict[str, Counter[int]] = field(default_factory=dict)
-    of_numbers: dict[str, Counter[int]] = field(default_factory=dict)  # without those in MEMORY
+    of_numbers: dict[str, Counter[int]] = field(default_factory=dict)  # without the lines of MEMORY
 
     def add(self, mutant: Mutant, outcome: int) -> None:
         """Count a mutant."""
@@ -91,11 +93,12 @@ class Score:
                 f"{file:24}{counts.total():9,}{counts[DIFFERS]:9,}{counts[STOPS]:7,}"
                 f"{counts[SURVIVES]:9,}{_rate(counts):>9}  {_rate(numbers or Counter()):>7}"
             )
-        lines.append("numbers: without the lines that change memory or speed and not numbers")
+        lines.append("numbers: caught, without the lines that change memory or speed alone")
         return "\n".join(lines)
 
 
 def _rate(counts: Counter[int]) -> str:
+    """The share of mutants that do not survive."""
     whole = counts.total()
     return f"{(whole - counts[SURVIVES]) / whole:.1%}" if whole else "-"
 
@@ -112,14 +115,19 @@ def _changes_memory(mutant: Mutant) -> bool:
     return not names.isdisjoint(MEMORY.get(mutant.file, ()))
 
 
-def mechanical_mutants() -> Iterator[Mutant]:
-    """Every mutant that is a different program: annotations and docstrings are left alone."""
+def mechanical_mutants(files: Sequence[str] = ()) -> Iterator[Mutant]:
+    """Every mechanical mutant that is another program; annotations are left as they are.
+
+    files    those of FILES that are changed; all if none of them is named
+
+    Raises MicrogptError if cosmic-ray is not installed.
+    """
     try:
         from cosmic_ray.mutating import mutate_code
         from cosmic_ray.plugins import get_operator, operator_names
     except ImportError:
         raise MicrogptError("cosmic-ray is not installed: pip install '.[mutants]'") from None
-    for file in FILES:
+    for file in [file for file in FILES if file in files] or FILES:
         source = (ROOT / file).read_text(encoding="utf-8")
         same = ast.dump(_without_annotations(source))
         for name in operator_names():
@@ -129,13 +137,13 @@ def mechanical_mutants() -> Iterator[Mutant]:
                 mutated = mutate_code(source, get_operator(name)(), occurrence)
                 if mutated is None:
                     break
-                with suppress(SyntaxError):  # not a program at all
+                with suppress(SyntaxError):  # the mutant is no program
                     if ast.dump(_without_annotations(mutated)) != same:
                         yield _mutant(file, name, source, mutated)
 
 
 def domain_mutants() -> Iterator[Mutant]:
-    """Every domain mutant that is a different program, once."""
+    """Every domain mutant that is another program, once."""
     for file in domain.FILES:
         source = (ROOT / file).read_text(encoding="utf-8")
         seen = {ast.dump(_without_annotations(source))}
@@ -147,12 +155,15 @@ def domain_mutants() -> Iterator[Mutant]:
 
 
 def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
-    """Each mutant and what became of it, as they are tried."""
+    """Each mutant and its outcome: SURVIVES, DIFFERS or STOPS.
+
+    Raises MicrogptError on a system that cannot copy a process.
+    """
     if not can_fork():
-        raise MicrogptError("mutants are tried in copies of a process, which this system has not")
+        raise MicrogptError("mutants run in copies of a process, which this system cannot make")
     for name in case_names():
         for backend in ("scalar", "vectorized"):
-            reference_steps(name, backend)  # before the processes are forked, once for all
+            reference_steps(name, backend)  # computed once, before the process is copied
         standard(name)
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -162,6 +173,7 @@ def tried(mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, int]]:
 
 
 def _outcome(mutant: Mutant) -> int:
+    """SURVIVES, DIFFERS or STOPS, from a process of the mutant's own."""
     child = multiprocessing.get_context("fork").Process(target=_try, args=(mutant,))
     child.start()
     child.join(TIMEOUT)
@@ -172,7 +184,7 @@ def _outcome(mutant: Mutant) -> int:
 
 
 def _try(mutant: Mutant) -> None:
-    """Exit status SURVIVES if no case catches it; anything that goes wrong is noticed."""
+    """End the process with the exit status SURVIVES, DIFFERS or STOPS; any other means STOPS."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     original = (ROOT / mutant.file).read_text(encoding="utf-8")
     defect = Defect(str(mutant), "", (Patch(mutant.file, original, mutant.source),), first="")
@@ -186,16 +198,11 @@ def _try(mutant: Mutant) -> None:
 
 
 def _differs_in_micro_batches(defect: Defect) -> bool:
-    """Whether a batch cut into micro-batches tells the mutant from the original, with and without
-    the recorder's tricks for small arrays."""
-    for columns, padding, lowered in ((1, 0, False), (32, 100, True)):
-        with planted(defect.patches):
-            from vectorized import backend, batch, record
-
-            vars(batch).update(COLUMNS=columns, PADDING=padding)
-            if not lowered:
-                vars(record).update(EQUAL_ROWS=0, ONE_HOT=0)
-                vars(backend).update(most_walkers=lambda config: 1)  # one document after another
+    """Whether a mutant gives other numbers for batches that are cut into micro-batches."""
+    alone = patch("vectorized.backend.most_walkers", lambda config: 1)  # one document at a time
+    for way in CUTS.values():
+        drawing = nullcontext() if way == CUTS["cut"] else alone
+        with planted(defect.patches), in_micro_batches(*way), drawing:
             for name in ("ragged-batch", "three-layers", "impossible-padding"):
                 case, steps = load_case(name), reference_steps(name, "scalar")
                 found = trace(case, "vectorized", "float64", len(steps))
@@ -205,7 +212,7 @@ def _differs_in_micro_batches(defect: Defect) -> bool:
 
 
 def _differs_on_ranks(defect: Defect) -> bool:
-    """Whether a batch that three ranks share tells the mutant from the original."""
+    """Whether a mutant gives other numbers for a batch that three ranks share."""
     with planted(defect.patches):
         case, steps = load_case("ragged-batch"), reference_steps("ragged-batch", "scalar")
         shared = replace(case, config=replace(case.config, cores=3))
@@ -214,13 +221,14 @@ def _differs_on_ranks(defect: Defect) -> bool:
 
 
 def _mutant(file: str, operator: str, source: str, mutated: str) -> Mutant:
+    """The mutant, with the first line that differs."""
     pairs = enumerate(zip(source.splitlines(), mutated.splitlines()), 1)
     line, (before, after) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
     return Mutant(file, line, operator, before, after, mutated)
 
 
 def _without_annotations(source: str) -> ast.AST:
-    """The program without what has no effect when it runs."""
+    """The program without annotations, which have no effect when it runs."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -1,14 +1,16 @@
-"""What rounding may do to each tensor of a case, measured on the reference.
+"""The noise of each tensor of a case: how far rounding may move it, measured on the reference.
 
-scalar/ runs once more, and every number that it is given or computes, forward and backward, is
-moved by one unit in the last place, up or down at random. How far a tensor moves by that is its
-noise. Sums in another order, or another exp, move it about as far.
+scalar/ runs once more, and every number that scalar/ is given or computes, forward and backward, is
+moved by one unit in the last place, up or down at random. How far a tensor moves is its noise. Sums
+in another order, or another exp, move a tensor about as far.
 
-One run may leave an element where it was by accident, so an element's noise is no less than the
-root mean square of its row, and than a tenth of that of the tensor, and than its own last place,
-and than a sixteenth of the last place of the tensor's root mean square: what lies within that needs
-no measurement. Nor is it less than what the noise of the tensor's operands makes of it, by the
-table: where errors of scalar/ cancel, those of another text need not.
+One run may leave an element unmoved by accident. So the noise of an element is at least each of:
+the root mean square of the moves of its row; a tenth of the root mean square of the moves of the
+tensor; one unit in the element's last place; a sixteenth of a unit in the last place of the
+tensor's root mean square. The last two need no measurement. The noise is also at least what the
+noise of the tensor's operands makes of the element, by the table: errors that cancel in scalar/
+need not cancel in another text.
+
 Adam's v is a square and spans many orders of magnitude: its noise is that of its root.
 
 Source: Parker, "Monte Carlo arithmetic: exploiting randomness in floating-point arithmetic" (1997).
@@ -27,23 +29,23 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.operations import Around, Slot, calls
-from crosscheck.trace import Array, Step, part, real, split_key, suited
+from crosscheck.trace import ENTRY, Array, Step, part, real, split_key, state_of, suited
 from microgpt.backend import State, load_backend
 from microgpt.config import Config
 from microgpt.train import learning_rate
 
-Noise = Mapping[str, Array]  # by key
+Noise = Mapping[str, Array]  # the noise of every element, by key
 ULP = 2.0**-52
-SHARE = 0.1  # of the tensor's root mean square, when it moves
-LEAST = 1 / 16  # of the tensor's root mean square, in units of the last place
-SQUARES = ("entry_v", "adam_v")
-FACTORS = 99_991  # random ones, which are used again and again; a prime number
+SHARE = 0.1  # of the root mean square of a tensor's moves: the least move of an element
+LEAST = 1 / 16  # of a unit in the last place of a tensor's root mean square: the least noise
+SQUARES = ("entry_v", "adam_v")  # phases of Adam's v
+FACTORS = 99_991  # how many random factors are used in turn; a prime number
 
 
 def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
     """The noise of each tensor of a trace that scalar/ has run freely, a mapping for every step.
 
-    Shorter where a step lacks what it began with, or scalar/ does not get through.
+    The list ends before the first step that lacks its state at entry, or in which scalar/ stops.
     """
     rng = np.random.default_rng(seed)
 
@@ -54,8 +56,7 @@ def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
     config = suited(case.config, "scalar", "float64")
     found: list[Noise] = []
     with suppress(Exception), np.errstate(all="ignore"):
-        params, m, v = (part(steps[0], phase) for phase in ("entry", "entry_m", "entry_v"))
-        state = State(params, m, v, 0)
+        state = state_of(steps[0], ENTRY, 0)
         for number, step in enumerate(steps):
             start = State(moved(state.params), moved(state.m), moved(state.v), number)
             backend = load_backend("scalar", config, start, watch=True)
@@ -69,7 +70,7 @@ def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
             now = _moves(step, again)
             now |= {key: np.fmax(now[key], x) for key, x in of_operands(config, step).items()
                     if key in now}  # fmt: skip
-            # Adam takes a gradient no element of which has stayed where it was by accident
+            # Adam is given a gradient of which every element has moved by its noise
             for name, grad in part(step, "gradient", "d").items():
                 key = f"gradient/d{name}"
                 again[key] = grad + np.copysign(now[key], again[key] - grad)
@@ -88,7 +89,7 @@ def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
 def _rounding_at_random(rng: np.random.Generator) -> Iterator[None]:
     """Within this context, every Value and local derivative is moved by one unit, up or down.
 
-    A graph that was built here has moved derivatives when it runs backward later.
+    A graph that was built in this context keeps its moved derivatives for backward().
     """
     Value = import_module("scalar.value").Value
     factors = cycle((1 + ULP * rng.choice((-1, 1), FACTORS)).tolist())
@@ -108,13 +109,13 @@ def _rounding_at_random(rng: np.random.Generator) -> Iterator[None]:
 
 
 def of_operands(config: Config, step: Step) -> Noise:
-    """What one unit in the last place of every operand makes of each tensor, by the table.
+    """How far each tensor moves, by the table, if every operand moves by a unit in the last place.
 
-    The noise of a tensor is no less: scalar/ may compute operands whose errors cancel, and another
-    text of the same model others whose errors do not.
+    The noise of a tensor is at least this, since another text may compute the operands in a way in
+    which their errors do not cancel.
     """
     around, rng = Around(config, step), np.random.default_rng(0)
-    own: Step = {}  # the move of each tensor, element by element
+    own: Step = {}  # how far each element of a tensor has moved
 
     def moved(slot: Slot) -> Any:
         if not slot.is_tensor:
@@ -143,11 +144,12 @@ def of_operands(config: Config, step: Step) -> Noise:
 
 
 def _keyed(prefix: str, tensors: Mapping[str, Any]) -> Step:
+    """Copies of tensors, by their keys."""
     return {f"{prefix}{name}": np.array(tensor) for name, tensor in tensors.items()}
 
 
 def _moves(step: Step, again: Step) -> Step:
-    """The noise of tensors of a step, from what they are with every number moved."""
+    """The noise of the tensors of a step, from the same tensors after every number was moved."""
     found = {}
     for key in again.keys() & step.keys():
         phase, name = split_key(key)
@@ -162,7 +164,7 @@ def _moves(step: Step, again: Step) -> Step:
 
 
 def least_noise(step: Step, key: str) -> Array:
-    """What the noise of a tensor of a step is at least, without a measurement."""
+    """The least that the noise of a tensor can be, which needs no measurement."""
     phase, name = split_key(key)
     numbers = np.asarray(step[f"params/{name}" if phase == "update" else key], "float64")
     sizes = np.abs(numbers) ** 0.5 if phase in SQUARES else np.abs(numbers)
@@ -172,7 +174,7 @@ def least_noise(step: Step, key: str) -> Array:
 
 
 def _with_second_ways(found: Step, step: Step) -> Noise:
-    """The noise, also of what is computed a second time in another way."""
+    """The noise, and that of what a step computes a second time: eval, read and unwatched."""
     second = {f"unwatched/d{name}": x for name, x in part(found, "gradient", "d").items()}
     for key, same in {"eval/loss_t": "forward/loss_t", "unwatched/loss": "forward/loss"}.items():
         if same in found:
@@ -185,7 +187,7 @@ def _with_second_ways(found: Step, step: Step) -> Noise:
 
 
 def smoothed(moves: Array, there: Array) -> Array:
-    """The size of each move, no less than that of its row and a share of that of the tensor."""
+    """The size of each move: at least the root mean square of its row, and SHARE of the whole."""
     sizes = np.where(there, np.abs(moves), 0.0)
     if not sizes.ndim:
         return sizes

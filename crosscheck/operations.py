@@ -1,18 +1,19 @@
-"""The arithmetic of each operation of the table, once: the arbiter where two sides disagree.
+"""The arithmetic of each operation of the table (microgpt.taps), and of its derivatives.
 
-An operation is a function of whole tensors, and gives back the terms of which its result is the
-sum, by what they are called. Its derivatives are one such function for each operand. What else it
-goes by (a scale, an epsilon, which token) is an argument like the operands, so that a diagnosis can
-put something else in the place of any one of them.
+Where two sides disagree, this arithmetic says which side is right. An operation is a function of
+whole tensors. It returns terms by name, whose sum is the result. A derivative is one such function
+for each operand. Constants and indices (a scale, an epsilon, token ids) are arguments like the
+operands, so that a diagnosis can exchange any argument for something else.
 
-Arrays are as in a trace: (B, T, ..), zero in padding and for positions to come.
+Arrays are as in a trace: (B, T, ..), 0 in padding and for positions to come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from math import sqrt
 from typing import Any
 
@@ -22,14 +23,23 @@ from crosscheck.formulas import value
 from crosscheck.trace import DERIVED, Array, Step, split_key
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
-from microgpt.taps import ACTIVATIONS, Tap, axes_of, consumers, taps
+from microgpt.taps import (
+    ACTIVATIONS,
+    EMBEDDING,
+    LAYER,
+    OUTPUT,
+    Tap,
+    axes_of,
+    consumers,
+    taps,
+)
 
 Terms = dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Around:
-    """A step and its model, as the operations see them."""
+    """A step of a trace and the model's configuration, with what operations take from them."""
 
     config: Config
     step: Step
@@ -41,18 +51,18 @@ class Around:
 
     @cached_property
     def real(self) -> Array:
-        """(B, T): where there is a position."""
+        """(B, T): whether a document has that position, or padding stands there."""
         return self.tokens[:, 1:] >= 0
 
     @cached_property
     def looked_at(self) -> Array:
-        """(B, 1, T, U): which positions each position may look at."""
+        """(B, 1, T, U): whether position t may look at position u."""
         T = self.real.shape[1]
         return self.real[:, None, :, None] & np.tril(np.ones((T, T), bool))
 
     @cached_property
     def n(self) -> Array:
-        """(B,): the positions of each document."""
+        """(B,): how many positions each document has."""
         return self.real.sum(axis=1)
 
     @cached_property
@@ -62,7 +72,7 @@ class Around:
 
     @cached_property
     def target(self) -> Array:
-        """(B, T): the token after it, 0 in padding."""
+        """(B, T): the token after each position, 0 in padding."""
         return np.where(self.real, self.tokens[:, 1:], 0)
 
     @cached_property
@@ -72,7 +82,7 @@ class Around:
 
     @cached_property
     def weights(self) -> Array:
-        """(B, T): what the loss of each position counts for."""
+        """(B, T): the weight of each position's loss in the mean."""
         return self.real / (len(self.n) * self.n[:, None])
 
     def heads(self, x: Array) -> Array:
@@ -80,7 +90,7 @@ class Around:
         return x.reshape(*x.shape[:-1], self.config.n_head, -1)
 
     def __getitem__(self, name: str) -> Array:
-        """A tap, or a parameter before the step, by its full name."""
+        """The tap of that full name, or the parameter before the step."""
         key = f"forward/{name}"
         return self.step[key if key in self.step else f"entry/{name}"]
 
@@ -100,7 +110,7 @@ def merge(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-# what formulas of the table may name beside x; their slips exchange exp and log, mean and sum
+# the functions and numbers that a formula of the table may use
 ELEMENTARY: dict[str, Any] = {
     "relu": lambda x: np.maximum(x, 0.0), "tanh": np.tanh, "exp": np.exp, "log": np.log,
     "mean": row_mean, "sum": row_sum, "pi": np.pi,
@@ -108,9 +118,9 @@ ELEMENTARY: dict[str, Any] = {
 
 
 def elementwise(formula: str, x: Array) -> Array:
-    """An activation as the table writes it.
+    """The value of an activation's formula, or of its slope's, as the table has it.
 
-    Raises MicrogptError if the formula cannot be read, or has a name that is not known here.
+    Raises MicrogptError if the formula is no Python, or has a name that ELEMENTARY has not.
     """
     try:
         return value(formula, {**ELEMENTARY, "x": x})
@@ -125,10 +135,18 @@ def elementwise(formula: str, x: Array) -> Array:
 
 
 def refuse_unknown_names() -> None:
-    """Raise MicrogptError if a formula of the table cannot be evaluated."""
+    """Raise MicrogptError if a formula or an operation of the table cannot be computed."""
     for activation in ACTIVATIONS.values():
         for formula in activation:
             elementwise(formula, np.ones(1))
+    for tap in (*EMBEDDING, *LAYER, *OUTPUT):
+        known, wanted = len(FUNCTIONS.get(tap.operation, ())), len(tap.operands) + 1
+        if known != wanted:
+            raise MicrogptError(
+                f'microgpt/taps.py: Tap("{tap.name}"): the operation {tap.operation!r} needs'
+                f" {wanted} functions in crosscheck/operations.py (FUNCTIONS), its value and a"
+                f" derivative for each operand, and has {known or 'none'}"
+            )
 
 
 def embedding(a: Around, wte: Array, wpe: Array, token: Array, position: Array) -> Terms:
@@ -140,6 +158,7 @@ def embedding(a: Around, wte: Array, wpe: Array, token: Array, position: Array) 
 
 
 def _scattered(rows: Array, dy: Array, like: Array) -> Array:
+    """A table of the shape of `like`, to whose rows dy is added, each vector at its index."""
     total = np.zeros_like(like)
     np.add.at(total, np.clip(rows, 0, len(like) - 1), dy)
     return total
@@ -232,12 +251,13 @@ def d_activation(a: Around, dy: Array, x: Array, kind: str) -> Terms:
 
 
 def _probabilities(logits: Array) -> Array:
+    """softmax(logits)"""
     exps = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exps / row_sum(exps)
 
 
 def _at(target: Array, like: Array) -> Array:
-    """1 at the target, else 0."""
+    """One-hot rows: 1 at the target, else 0."""
     return (np.arange(like.shape[-1]) == target[..., None]).astype("float64")
 
 
@@ -264,15 +284,15 @@ def d_mean(a: Around, dy: Array, weights: Array) -> Terms:
 
 @dataclass(frozen=True)
 class Slot:
-    """An argument of an operation: what it is called, and what it is."""
+    """An argument of an operation: its name in the model, and its value."""
 
-    name: str  # the full name of a tap or parameter, d before it for a derivative; or what it is
+    name: str  # of a tap or parameter in full, with d before it for a derivative; or in words
     value: Any
     axes: tuple[str, ...] = ()
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it is an array of the trace, or made from one."""
+        """Whether the argument is a tensor of the trace, or computed from one."""
         return bool(self.axes)
 
 
@@ -281,50 +301,47 @@ class Call:
     """An operation with its arguments: one contribution to a tensor."""
 
     operation: str
-    label: str  # the contribution in words, where there are several
+    label: str  # what a diagnosis calls the contribution
     function: Callable[..., Terms]
     around: Around
     slots: Mapping[str, Slot] = field(default_factory=dict)
 
     def terms(self, **exchanged: Any) -> Terms:
-        """The terms, with some arguments exchanged for others."""
+        """The terms of the result, with some arguments exchanged for others."""
         return self.function(
             self.around, **{name: slot.value for name, slot in self.slots.items()} | exchanged
         )
 
     def total(self, **exchanged: Any) -> Array:
-        """Their sum."""
+        """The result: the sum of its terms, with some arguments exchanged for others."""
         total: Array = sum(self.terms(**exchanged).values(), start=np.float64(0.0))
         return total
 
 
-# for each operation, the function and its arguments, then the same for the derivative with respect
-# to each operand. Operands go by the names they have here, their own derivative by `dy`.
-ARGUMENTS: dict[str, list[tuple[Callable[..., Terms], str]]] = {
-    "embedding": [
-        (embedding, "wte wpe token position"),
-        (d_wte, "dy wte wpe token position"),
-        (d_wpe, "dy wte wpe token position"),
-    ],
-    "rmsnorm": [(rmsnorm, "x eps"), (d_rmsnorm, "dy y scale")],
-    "linear": [(linear, "x w"), (d_input, "dy w"), (d_weight, "dy x")],
-    "linear_residual": [
-        (linear_residual, "x w res"),
-        (d_input, "dy w"),
-        (d_weight, "dy x"),
-        (d_residual, "dy"),
-    ],
-    "scores": [(scores, "q k scale"), (d_query, "dy k scale"), (d_key, "dy q scale")],
-    "softmax": [(softmax, "x"), (d_softmax, "dy y")],
-    "weighted_sum": [(weighted_sum, "weights v"), (d_weights, "dy v"), (d_value, "dy weights")],
-    "activation": [(activation, "x kind"), (d_activation, "dy x kind")],
-    "cross_entropy": [(cross_entropy, "logits target"), (d_cross_entropy, "dy logits target")],
-    "mean": [(mean, "loss_t weights"), (d_mean, "dy weights")],
+# for each operation, its function, and that of the derivative with respect to each operand;
+# their arguments have the names of operands, and dy for the derivative with respect to the result
+FUNCTIONS: dict[str, list[Callable[..., Terms]]] = {
+    "embedding": [embedding, d_wte, d_wpe],
+    "rmsnorm": [rmsnorm, d_rmsnorm],
+    "linear": [linear, d_input, d_weight],
+    "linear_residual": [linear_residual, d_input, d_weight, d_residual],
+    "scores": [scores, d_query, d_key],
+    "softmax": [softmax, d_softmax],
+    "weighted_sum": [weighted_sum, d_weights, d_value],
+    "activation": [activation, d_activation],
+    "cross_entropy": [cross_entropy, d_cross_entropy],
+    "mean": [mean, d_mean],
 }
 
 
+@cache
+def _arguments(function: Callable[..., Terms]) -> list[str]:
+    """The names of a function's arguments after the first, which is an Around."""
+    return list(signature(function).parameters)[1:]
+
+
 def calls(around: Around, key: str) -> list[Call]:
-    """The operations of which a tap, a derivative or a gradient is the sum; none for the rest."""
+    """The operations whose results add up to a tap, a derivative or a gradient; [] for the rest."""
     phase, name = split_key(key)
     if phase in ("forward", "eval") or key == "unwatched/loss":
         return [_call(around, taps(around.config)[name], None)]
@@ -335,10 +352,10 @@ def calls(around: Around, key: str) -> list[Call]:
 
 
 def _call(around: Around, tap: Tap, operand: int | None) -> Call:
-    """The operation of a tap, or its derivative with respect to an operand."""
-    function, names = ARGUMENTS[tap.operation][0 if operand is None else operand + 1]
-    own = ARGUMENTS[tap.operation][0][1].split()  # what the operands are called in the function
-    slots = {name: _slot(around, tap, own, name) for name in names.split()}
+    """The operation of a tap, or the operation's derivative with respect to one of its operands."""
+    functions = FUNCTIONS[tap.operation]
+    function, own = functions[0 if operand is None else operand + 1], _arguments(functions[0])
+    slots = {name: _slot(around, tap, own, name) for name in _arguments(function)}
     label = f"the contribution of {tap.name}"
     if function is d_residual:
         label = f"the residual's contribution, d{tap.name}"
@@ -352,6 +369,7 @@ def _call(around: Around, tap: Tap, operand: int | None) -> Call:
 
 
 def _slot(a: Around, tap: Tap, own: list[str], name: str) -> Slot:
+    """The argument of that name; own: the arguments of the operation's own function."""
     if name in own and own.index(name) < len(tap.operands):
         operand = tap.operands[own.index(name)]
         return Slot(operand, a[operand], axes_of(operand))
@@ -375,7 +393,7 @@ def _slot(a: Around, tap: Tap, own: list[str], name: str) -> Slot:
 
 
 def total(around: Around, key: str) -> Array | None:
-    """What a tensor should be, by its own operands; None where the table has no operation."""
+    """A tensor computed from its own operands; None if the table has no operation for it."""
     if key == "backward/dloss":
         return np.ones(())
     parts = [call.total() for call in calls(around, key)]

@@ -1,4 +1,4 @@
-"""A candidate's Value by itself: every operation, its number, its derivatives by a complex step."""
+"""The check of a candidate's Value: each operation's value, and its derivatives by complex step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from crosscheck.alone import Wrong
 from crosscheck.candidate import Candidate, watched
 from crosscheck.witness import STEP
 
+# by formula: the number of operands, and the operation on Values and on complex numbers
 OPERATIONS: dict[str, tuple[int, Callable[..., Any], Callable[..., Any]]] = {
     "a + b": (2, lambda a, b: a + b, lambda a, b: a + b),
     "a * b": (2, lambda a, b: a * b, lambda a, b: a * b),
@@ -35,24 +36,24 @@ NEEDED_BY_GELU = "a.tanh()"
 
 
 def value_alone(candidate: Candidate) -> Wrong | None:
-    """The first operation of a Value whose number or derivative is wrong, by a complex step."""
+    """The first operation of a candidate's Value whose value or derivative is wrong, or None."""
     rng, value = Random(candidate.seed), candidate.functions["Value"]
     for formula, (count, theirs, ours) in OPERATIONS.items():
         if formula == NEEDED_BY_GELU and not hasattr(value, "tanh"):
             continue
         for _ in range(3):
             numbers = [rng.uniform(0.2, 3.0) for _ in range(count)]
-            leaves_ = [value(x) for x in numbers]
+            leaves = [value(x) for x in numbers]
 
-            def call(leaves_: list[Any] = leaves_, theirs: Callable[..., Any] = theirs) -> Any:
-                result = theirs(*leaves_)
+            def call(leaves: list[Any] = leaves, theirs: Callable[..., Any] = theirs) -> Any:
+                result = theirs(*leaves)
                 result.backward()
                 return result
 
             result = watched(candidate, "Value", call)
             candidate.calls["Value"] += 1
             wanted = {"the value": (complex(ours(*numbers)).real, result.data)}
-            for i, (letter, leaf) in enumerate(zip("ab", leaves_)):
+            for i, (letter, leaf) in enumerate(zip("ab", leaves)):
                 moved = [x + 1j * STEP * (i == j) for j, x in enumerate(numbers)]
                 wanted[f"d{letter}"] = complex(ours(*moved)).imag / STEP, leaf.grad
             for label, (right, found) in wanted.items():

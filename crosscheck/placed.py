@@ -1,4 +1,4 @@
-"""The model with a candidate's functions in their place, or a whole model of the candidate's."""
+"""The check of a candidate in the model: with its functions in the text, or as a whole model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from inspect import signature
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,27 +16,26 @@ from crosscheck.cases import Case, load_case
 from crosscheck.compare import Disagreement, compare, explained
 from crosscheck.functions import drawn_cases, stored_cases
 from crosscheck.noise import noise
-from crosscheck.sides import IncompleteError
+from crosscheck.sides import IncompleteError, then_stopped
 from crosscheck.tolerance import FLOAT64, float64
 from crosscheck.trace import (
     Step,
+    WatchedAndTrained,
     backward_order,
-    drawn,
     in_order,
     padded_tokens,
     split_key,
+    steps_by,
     suited,
     trace,
-    trace_step,
 )
 from microgpt.backend import fresh_state
-from microgpt.config import Config
 from microgpt.runs.memory import most_walkers
 from microgpt.train import learning_rate
 from scalar.backend import Backend as Scalar
 from vectorized.backend import Backend as Watched
 
-# small models that between them reach every line of the text, and how many steps of each
+# cases that together run every line of the text, and how many steps of each are run
 PANEL = {
     "cold-samples": 3,
     "single-character": 2,
@@ -45,17 +43,17 @@ PANEL = {
     "microgpt-243": 1,
     "two-layers": 1,
 }
-SLOW = {"single-character": 2, "microgpt-243": 1}  # the same where numbers are a Value each
-ONE_BY_ONE = "single-character"  # where documents are drawn by `sample`, not by `sample_many`
+SLOW = {"single-character": 2, "microgpt-243": 1}  # the same for a candidate's own Value
+ONE_BY_ONE = "single-character"  # the case in which `sample` draws documents, not `sample_many`
 
 
 def in_whole(candidate: Candidate) -> Disagreement | None:
-    """The first disagreement of the model with all functions in their place, over several steps.
+    """The first disagreement of the model that has all the candidate's functions, or None.
 
     The reference is the other text: scalar for functions of vectorized, and the other way round.
     """
     names = [*candidate.functions]
-    slow = "Value" in names  # each of its operations is a node of the graph
+    slow = "Value" in names  # each operation on a Value makes a node of the graph
     for name, steps in (SLOW if slow else PANEL).items():
         case = load_case(name)
         draws = bool({"sample", "probabilities", "sample_many"} & set(names))
@@ -79,12 +77,13 @@ def in_whole(candidate: Candidate) -> Disagreement | None:
 def reference_steps(case: Case, steps: int = 1) -> list[Step]:
     """The first steps of a case as vectorized/ computes them."""
     config = suited(case.config, "vectorized", "float64")
-    return list(_traced("vectorized", Watched(config, fresh_state(case.params), watch=True),
-                        config, case, steps, False))  # fmt: skip
+    backend: Any = Watched(config, fresh_state(case.params), watch=True)
+    pair = WatchedAndTrained("vectorized", config, backend, backend, math.inf)
+    return list(steps_by(pair, case, range(steps), draws=False))
 
 
 def _work(case: Case) -> int:
-    """Numbers that a step computes, more or less."""
+    """About how many multiplications a step takes, up to a factor."""
     return case.config.n_layer * case.config.n_embd**2 * sum(map(len, case.docs(0)))
 
 
@@ -97,7 +96,7 @@ def compared(
     standard: Any,
     draws: bool = False,
 ) -> Disagreement | None:
-    """The first disagreement of a case; what a candidate need not write is not compared."""
+    """The first disagreement on a case, over the tensors that the candidate has; or None."""
     theirs: list[Step] = []
     stopped: IncompleteError | None = None
     try:
@@ -115,17 +114,14 @@ def compared(
             for a, b in zip(ours, theirs)
         ]
 
-    def stepped() -> Iterator[Step]:
-        yield from theirs[: len(theirs) - bool(stopped)]
-        if stopped:
-            raise stopped
-
     sides = ("scalar", "vectorized")
     names_of_sides = sides if candidate.side == "vectorized" else sides[::-1]
     with np.errstate(all="ignore"):
-        found = compare(case, ours[: len(theirs)], stepped(), standard, names_of_sides).found
+        found = compare(
+            case, ours[: len(theirs)], then_stopped(theirs, stopped), standard, names_of_sides
+        ).found
         if found and found[0].shape is not None and not found[0].stop:
-            at = found[0].step - 1  # once more, with all that the reference has of this step
+            at = found[0].step - 1  # explained again with all tensors of the reference's step
             before = (whole[at - 1], theirs[at - 1]) if at else None
             found = [
                 explained(case, found, whole[at], theirs[at], before, standard, names_of_sides)
@@ -136,7 +132,7 @@ def compared(
 def steps_of(
     candidate: Candidate, case: Case, steps: int, names: Sequence[str], draws: bool = False
 ) -> Iterator[Step]:
-    """The steps of a case with these functions in their place; without any, vectorized's own."""
+    """The steps of a case by the text with these functions of the candidate's in their place."""
     side = candidate.side if names else "vectorized"
     config = suited(case.config, side, "float64")
     many = "sample_many" in names and case.name != ONE_BY_ONE
@@ -149,35 +145,13 @@ def steps_of(
             return
         make = Scalar if side == "scalar" else Watched
         backend: Any = make(config, fresh_state(case.params), watch=True)
-        once = 0 if "Value" in names else math.inf
-        yield from _traced(side, backend, config, case, steps, draws, once)
-
-
-def _traced(
-    side: str,
-    backend: Any,
-    config: Config,
-    case: Case,
-    steps: int,
-    draws: bool,
-    once: float = math.inf,
-) -> Iterator[Step]:
-    """The steps of a backend.
-
-    once    the step after which evaluation and reading are taken from the forward pass
-    """
-    pair: Any = SimpleNamespace(
-        name=side, config=config, watched=backend, trained=backend, begun=once
-    )
-    for step in range(steps):
-        record = trace_step(pair, case.docs(step), learning_rate(step, config))
-        if draws and step in (0, steps - 1):
-            record = {**record, **drawn(case, backend, step)}
-        yield record
+        begun = 0 if "Value" in names else math.inf  # Value is slow: later steps copy what they can
+        pair = WatchedAndTrained(side, config, backend, backend, begun)
+        yield from steps_by(pair, case, range(steps), draws)
 
 
 class Own:
-    """A whole model of the candidate's: its loss and gradients, and its update or else ours."""
+    """A whole model of the candidate's: its loss, its gradients, and its update or vectorized's."""
 
     def __init__(self, candidate: Candidate, config: Any, case: Case) -> None:
         self.candidate, self.config = candidate, config
@@ -189,10 +163,11 @@ class Own:
         self.backend: Any = self._asked(lambda: make(config, state, *watch))
 
     def _asked(self, call: Callable[[], Any]) -> Any:
+        """What a call of the candidate's code returns. Raises Told if the call fails."""
         return watched(self.candidate, self.candidate.whole, call)
 
     def step(self, docs: Any, lr_t: float) -> Step:
-        """A step as far as the candidate computes it."""
+        """The tensors of a step that the candidate computes."""
         record: Step = {"batch/tokens": padded_tokens(docs)}
         record |= {f"entry/{name}": x for name, x in self.params.items()}
         if self.updating:
@@ -206,7 +181,7 @@ class Own:
             loss = found.pop("loss")
             grads = {name.removeprefix("d"): x for name, x in found.items()}
             if any(k not in grads or grads[k].shape != x.shape for k, x in self.params.items()):
-                return self._record(record, loss, grads)  # there is nothing to update from
+                return self._record(record, loss, grads)  # an update needs all gradients
             self.backend.set_grads(grads)
         record = self._record(record, loss, grads)
         self._asked(lambda: self.backend.update(lr_t))
@@ -223,7 +198,10 @@ class Own:
         return {**record, "forward/loss": np.array(loss, "float64"), **found}
 
     def _arrays(self, what: str, found: Any) -> dict[str, Any]:
-        """Copies of tensors by name, all that there should be."""
+        """Copies of the candidate's tensors by name, one for each parameter.
+
+        Raises Told if there is none of a name, or one that is no array.
+        """
         try:
             return {name: np.array(as_our_array(found[name])) for name in self.params}
         except (KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
-"""For pytest, wherever this package is installed: `pytest crosscheck`, and `--candidate mine.py`.
+"""The plugin of pytest for `pytest crosscheck` and `--candidate mine.py`.
 
-Runs that ask for neither are not touched, and import nothing of the crosscheck.
+pytest loads the plugin wherever this package is installed. A run with neither of the two is not
+changed, and imports no other module of this package.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
-    """Let `pytest crosscheck` mean the installed one where there is no file of that name.
+    """Let `pytest crosscheck` run the installed tests if there is no file or folder of that name.
 
-    The tests of another copy are refused before pytest imports them.
+    The tests of another copy of this package are refused before pytest imports them.
     """
     for given in (".", *args, *early_config.known_args_namespace.file_or_dir):
         _refuse_another_copy(Path(given.partition("::")[0]).resolve())
@@ -34,6 +35,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
 
 
 def _refuse_another_copy(path: Path) -> None:
+    """Raise pytest.UsageError if the path lies in another copy of this package."""
     if not any(
         (folder / "crosscheck" / "__init__.py").exists() for folder in (path, *path.parents)
     ):
@@ -49,7 +51,7 @@ def _refuse_another_copy(path: Path) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """With --candidate, the verdict on it takes the place of the run."""
+    """The exit status of the verdict on a candidate; None without --candidate: pytest goes on."""
     path: Path | None = config.getoption("--candidate")
     if path is None:
         return None

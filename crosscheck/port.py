@@ -1,8 +1,8 @@
-"""A program in any language, climbing the ladder of stages: files in, files out.
+"""The check of a port: a program in any language that reads a file and writes a file.
 
-GUIDE.md beside this file is what the program's author goes by. The program is run once for a case,
-or in single precision once for a step. Nothing is taken for granted: neither that the program ends,
-nor that its file is what the header says.
+The author of the program goes by GUIDE.md in this folder. The program runs once for a case, or once
+for a step in single precision. Its results are compared stage by stage: the stages are a ladder,
+and each is a rung. The program may not end, and its file may not be what its header says.
 """
 
 from __future__ import annotations
@@ -31,27 +31,25 @@ from crosscheck.compare import Disagreement, Outcome, compare_step, explained
 from crosscheck.kit import STAGES, TOKENS, expected_keys, inputs, reference_steps, stage
 from crosscheck.report import as_json, render
 from crosscheck.tolerance import FLOAT64, Standard, float32
-from crosscheck.trace import Step, keys, part, split_key, suited
-from microgpt.backend import State, load_backend
+from crosscheck.trace import AFTER, ENTRY, Step, keys, part, split_key, state_of, suited
+from microgpt.backend import load_backend
 from microgpt.errors import MicrogptError, printable, shortened
 from microgpt.runs.checkpoint import LARGEST_HEADER, TensorFile, write_tensors
 from microgpt.train import learning_rate
 
-ENTRY = ("entry", "entry_m", "entry_v")
-AFTER = ("params", "adam_m", "adam_v")  # what the next step finds there
-SEVERAL = STAGES[-1]
+SEVERAL = STAGES[-1]  # the stage of all steps after the first
 ITEM_BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4}
 TAPS = ("forward", "backward")
 CLIMB = (
-    "the mistake may be anywhere before this tensor: write the names of step1/forward/ and"
-    " step1/backward/ as well, and the first that is wrong is where it is"
+    "the mistake may be anywhere before this tensor: write the tensors of step1/forward/ and"
+    " step1/backward/ as well; the mistake is at the first that is wrong"
 )
-CAUSE = re.compile("error|exception|panic", re.IGNORECASE)  # in what a program says at its end
-LAST_WORDS = 4096  # bytes of what a program said before it failed
+CAUSE = re.compile("error|exception|panic", re.IGNORECASE)  # a line that says why a program failed
+LAST_WORDS = 4096  # how many bytes at the end of a failed program's output are searched for CAUSE
 
 
 class PortError(Exception):
-    """What a program did instead of writing a trace, in one line."""
+    """A program wrote no trace; the message says in one line what the program did."""
 
 
 @dataclass
@@ -59,15 +57,15 @@ class Rung:
     """One stage of the ladder, over all cases."""
 
     stage: str
-    expected: int = 0  # tensors that a complete port writes
-    agreed: int = 0  # of these, those that the program wrote and that are right
-    cases: set[str] = field(default_factory=set)  # that have tensors of this stage
+    expected: int = 0  # how many tensors a complete port writes
+    agreed: int = 0  # how many of these the program wrote rightly
+    cases: set[str] = field(default_factory=set)  # the cases that have tensors of this stage
     wrong: dict[str, Disagreement] = field(default_factory=dict)  # the first of each case
-    reached: bool = True
+    reached: bool = True  # whether all stages before this one are right
 
     @property
     def status(self) -> str:
-        """What there is to say in a word or two."""
+        """The state of the stage, in one to three words."""
         if not self.reached:
             return "not reached"
         if self.wrong:
@@ -90,10 +88,10 @@ class Rung:
 
 @dataclass
 class Climb:
-    """How far a program has come."""
+    """The result of a check: the state of every stage."""
 
     rungs: list[Rung]
-    problems: list[str] = field(default_factory=list)  # where it wrote no trace: a line each
+    problems: list[str] = field(default_factory=list)  # a line for each case without a trace
     outcomes: list[Outcome] = field(default_factory=list)  # of each case as a whole, for the map
 
     @property
@@ -120,7 +118,7 @@ class Climb:
         return any(rung.expected for rung in self.rungs)
 
     def as_json(self) -> dict[str, Any]:
-        """The same for other programs."""
+        """The result for JSON."""
         return {
             "exit_status": self.exit_status,
             "problems": self.problems,
@@ -139,13 +137,13 @@ class Climb:
 
 @dataclass(frozen=True)
 class Taken:
-    """A step as it should be and as the program has it."""
+    """A step by the reference and by the program."""
 
-    number: int  # from 1
-    first: bool  # of the steps that the program was asked for
+    number: int  # of the step, from 1
+    first: bool  # whether it is the first step that the program was asked for
     ours: Step
     theirs: Step
-    before: tuple[Step, Step] | None  # the same of the step before it
+    before: tuple[Step, Step] | None  # ours and theirs of the step before
 
 
 def command_line(program: str) -> list[str]:
@@ -157,13 +155,13 @@ def command_line(program: str) -> list[str]:
         words = shlex.split(program, posix=os.name != "nt")
     except ValueError as error:
         raise MicrogptError(f"--program: {shortened(program)}: {error}") from None
-    if os.name == "nt":  # where a backslash is a part of a path, and quotes stay on
+    if os.name == "nt":  # on Windows shlex keeps backslashes, as paths need, but quotes too
         words = [word.strip("\"'") for word in words]
     for mark in ("{in}", "{out}"):
         if not any(mark in word for word in words[1:]):
             raise MicrogptError(
                 f"--program: {shortened(program)} has no {mark}; expected such as"
-                " './mine {in} {out}', where the names of the two files are put"
+                " './mine {in} {out}', in which {in} and {out} become the names of two files"
             )
     if shutil.which(words[0]) is None:
         raise MicrogptError(f"--program: {shortened(words[0])} is no program that can be run")
@@ -179,12 +177,12 @@ def climb(
     time_limit: float,
     go_on: bool,
 ) -> Climb:
-    """Run a program on the cases, and hold what it wrote to the reference, stage by stage.
+    """How far a program agrees with the reference on the cases, stage by stage.
 
-    Unless told to go on, stop at the first failure of the program, or else at the first stage that
-    is wrong in any case.
+    go_on    whether stages after the first wrong stage are compared, and cases after a case on
+             which the program failed
 
-    Raises MicrogptError if the cases have none of the stages, so that nothing would be compared.
+    Raises MicrogptError if no case has tensors of these stages.
     """
     rungs = {name: Rung(name) for name in STAGES if name in stages}
     result = Climb(list(rungs.values()))
@@ -201,7 +199,7 @@ def climb(
             if not go_on:
                 return replace(result, rungs=result.rungs if result.climbed else [])
     if not result.climbed and not result.problems:
-        raise MicrogptError(f"no case of these has tensors of the stage {', '.join(rungs)}")
+        raise MicrogptError(f"none of these cases has tensors of the stage {', '.join(rungs)}")
     wrong = [i for i, rung in enumerate(result.rungs) if rung.wrong]
     if wrong and not go_on:
         for rung in result.rungs[wrong[0] + 1 :]:
@@ -212,10 +210,10 @@ def climb(
 def _steps(
     case: Case, program: Sequence[str], dtype: str, reference: str, time_limit: float
 ) -> Iterator[Taken]:
-    """The steps of a case, as they should be and as the program has them.
+    """The steps of a case by the reference and by the program.
 
-    In single precision each step is run by itself from the reference's state, since what one step
-    loses would be enlarged by the next.
+    In single precision the program runs once for each step, from the reference's state, since the
+    next step would amplify the errors of a step.
     """
     steps, single = reference_steps(case, reference), dtype == "float32"
     for run in [{number: step} for number, step in steps.items()] if single else [steps]:
@@ -238,7 +236,7 @@ def _steps(
 
 
 def _differences(step: Step) -> Step:
-    """What a step added to each parameter, where both ends are known."""
+    """What a step added to each parameter that is known before and after it."""
     entry, after = part(step, "entry"), part(step, "params")
     with np.errstate(all="ignore"):
         return {
@@ -251,19 +249,17 @@ def _differences(step: Step) -> Step:
 def _with_their_gradients(
     case: Case, number: int, ours: Step, theirs: Step, reference: str
 ) -> Step:
-    """A step of ours, but updated by the program's gradients, whose errors are not Adam's.
+    """The reference's step, updated by the program's gradients: a wrong update is Adam's mistake.
 
-    If these are not all there, the step has no update.
+    If the program has not written all gradients, the step has no update.
     """
     ours = {key: x for key, x in ours.items() if split_key(key)[0] not in (*AFTER, "update")}
-    params, m, v = (part(ours, phase) for phase in ENTRY)
-    grads = part(theirs, "gradient", "d")
-    if any(name not in grads or grads[name].shape != params[name].shape for name in params):
+    start, grads = state_of(ours, ENTRY, number - 1), part(theirs, "gradient", "d")
+    if any(k not in grads or grads[k].shape != np.shape(x) for k, x in start.params.items()):
         return ours
-    config = suited(case.config, reference, "float64")
-    backend = load_backend(reference, config, State(params, m, v, number - 1))
-    backend.set_grads({name: grads[name].astype("float64") for name in params})
-    backend.update(learning_rate(number - 1, config))
+    backend = load_backend(reference, suited(case.config, reference, "float64"), start)
+    backend.set_grads({name: grads[name].astype("float64") for name in start.params})
+    backend.update(learning_rate(number - 1, case.config))
     after = backend.state()
     for phase, tensors in zip(AFTER, (after.params, after.m, after.v)):
         ours |= {f"{phase}/{name}": np.array(tensor) for name, tensor in tensors.items()}
@@ -271,7 +267,7 @@ def _with_their_gradients(
 
 
 def _judge(case: Case, taken: Taken, standard: Standard, rungs: Mapping[str, Rung]) -> None:
-    """Count what agrees at each stage, and note the first tensor that does not."""
+    """Count the tensors that agree at each stage, and keep the first that does not."""
     expected = set(expected_keys(case))
     by_stage: dict[str, list[str]] = {name: [] for name in rungs}
     for key in keys(case.config, case.tokenizer.vocab_size):
@@ -292,7 +288,7 @@ def _judge(case: Case, taken: Taken, standard: Standard, rungs: Mapping[str, Run
 
 
 def _compare_whole(case: Case, taken: Taken, standard: Standard, outcome: Outcome) -> None:
-    """Take a step into the outcome of its case, if the steps before it agreed."""
+    """Add a step to the outcome of its case, if the steps before agreed."""
     if outcome.found:
         return
     _compare(case, taken, _shared(taken), standard, outcome)
@@ -305,7 +301,7 @@ def _compare_whole(case: Case, taken: Taken, standard: Standard, outcome: Outcom
 def _first_difference(
     case: Case, taken: Taken, written: list[str], standard: Standard
 ) -> Disagreement | None:
-    """The first of these tensors that is not as it should be, explained."""
+    """The first of these tensors that disagrees, explained; None if all agree."""
     found = _compare(case, taken, written, standard, Outcome(case.name))
     if not found:
         return None
@@ -323,10 +319,10 @@ def _shared(taken: Taken) -> list[str]:
 def _compare(
     case: Case, taken: Taken, some: list[str], standard: Standard, outcome: Outcome
 ) -> list[Disagreement]:
-    """Hold these tensors of a step against each other: what differs, noted in the outcome."""
+    """The disagreements of some tensors of a step, which are added to the outcome."""
     theirs = {TOKENS: taken.ours[TOKENS], **taken.theirs}
     a, b = ({key: step[key] for key in [TOKENS, *some]} for step in (taken.ours, theirs))
-    with np.errstate(all="ignore"):  # what is not finite differs, and that says it all
+    with np.errstate(all="ignore"):  # a number that is not finite counts as a difference
         compare_step(case, taken.number, a, b, standard, outcome)
     return outcome.found
 
@@ -334,9 +330,9 @@ def _compare(
 def _explained(
     case: Case, taken: Taken, found: list[Disagreement], standard: Standard
 ) -> Disagreement:
-    """The first of these disagreements, with what is behind it."""
+    """The first of these disagreements, with its diagnosis."""
     ours = taken.ours
-    sound = {  # of what is not of the right kind no explanation can be made
+    sound = {  # a tensor of another shape or kind of numbers explains nothing
         key: x
         for key, x in {TOKENS: ours[TOKENS], **taken.theirs}.items()
         if key == found[0].key
@@ -352,9 +348,9 @@ def _explained(
 def _written(
     case: Case, steps: Mapping[int, Step], program: Sequence[str], dtype: str, time_limit: float
 ) -> dict[int, Step]:
-    """What the program writes for the steps of a case, by their numbers.
+    """The steps that the program writes for a case, by number.
 
-    Raises PortError if that is no trace of these steps.
+    Raises PortError if the program fails, or what it writes is no trace of these steps.
     """
     with tempfile.TemporaryDirectory(prefix="crosscheck-", ignore_cleanup_errors=True) as folder:
         given = Path(folder) / f"{case.name}.in.safetensors"
@@ -375,14 +371,14 @@ def _written(
         written[number][key] = tensor
     kinds = {tensor.dtype.name for tensor in tensors.values()}
     if kinds == {"float32"} and dtype != "float32":
-        raise PortError("its file holds float32 numbers; hold them to that with --dtype float32")
+        raise PortError("its file holds float32 numbers; to compare them, add --dtype float32")
     return written
 
 
 def _run(words: Sequence[str], time_limit: float, said: Path) -> None:
-    """Run a program to its end, in a group of its own so that its children end with it.
+    """Run a program to its end, in a process group of its own, so that its children end too.
 
-    Raises PortError if it fails or takes too long, MicrogptError if it cannot be started.
+    Raises PortError if the program fails or takes too long, MicrogptError if it cannot be started.
     """
     with open(said, "w+b") as file:
         try:
@@ -414,11 +410,11 @@ def _run(words: Sequence[str], time_limit: float, said: Path) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program that runs yet, and what it has started."""
+    """End a program that still runs, and its children."""
     if os.name == "nt":
         process.kill()
     else:
-        # where there is none, all of them have ended; macOS says that it is not permitted
+        # ProcessLookupError: all have ended; on macOS the error is PermissionError
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -427,7 +423,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def read_output(path: Path) -> Step:
     """The tensors of a file that a program has written.
 
-    Raises PortError, which says what of the safetensors format the file does not keep.
+    Raises PortError, which says how the file departs from the safetensors format.
     """
     if not os.path.isfile(path):
         raise PortError("the program ended well, and wrote no file {out}")
@@ -439,7 +435,7 @@ def read_output(path: Path) -> Step:
 
 
 def _check_format(path: Path) -> None:
-    """Refuse what is no safetensors file, in words for the person who wrote the writer."""
+    """Raise PortError if a file is no safetensors file, in words for the author of the program."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -459,7 +455,7 @@ def _check_format(path: Path) -> None:
     for begin, stop, name in spans:
         if begin != end:
             raise PortError(
-                f"its file has {shortened(name)} begin at {begin:,}, and should at {end:,}"
+                f"in its file, {shortened(name)} begins at byte {begin:,}; expected {end:,}"
             )
         end = stop
     if end != size - 8 - length:
@@ -470,7 +466,7 @@ def _check_format(path: Path) -> None:
 
 
 def _span(name: str, described: Any) -> tuple[int, int]:
-    """Where a tensor's numbers begin and end."""
+    """The offsets of a tensor's first byte and of the byte behind its last, from the header."""
     try:
         dtype, shape = described["dtype"], described["shape"]
         begin, end = described["data_offsets"]
@@ -483,11 +479,12 @@ def _span(name: str, described: Any) -> tuple[int, int]:
         raise PortError(f"its file has {shortened(name)} of {dtype!r}; expected F64 or F32")
     if not whole or end - begin != ITEM_BYTES[dtype] * math.prod(shape):
         raise PortError(
-            f"its file has {shortened(name)} of shape {shape} and {dtype} in the bytes"
-            f" {begin} to {end}, which is not as many as that takes"
+            f"in its file, {shortened(name)} lies at the bytes {begin} to {end}; that is not the"
+            f" size of a tensor of shape {shape} and {dtype}"
         )
     return begin, end
 
 
 def _counted(count: int, thing: str) -> str:
+    """A count with its noun, in the singular or plural."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

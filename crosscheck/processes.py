@@ -1,4 +1,4 @@
-"""The tests of the crosscheck in several processes, each of which takes one test after another."""
+"""The tests of the crosscheck in several processes; each process runs one test after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-MOST = 8  # processes; there are some twenty cases to share
+MOST = 8  # processes; about twenty cases are shared among them
 
 
 def can_fork() -> bool:
@@ -24,8 +24,8 @@ def can_fork() -> bool:
 
 
 def cores() -> int:
-    """How many processes are of use on this machine."""
-    if not can_fork() or sys.platform == "darwin":  # whose BLAS does not survive a fork
+    """How many processes make the tests faster on this machine."""
+    if not can_fork() or sys.platform == "darwin":  # the BLAS of macOS does not survive a fork
         return 1
     able = getattr(os, "sched_getaffinity", None)
     return min(MOST, len(able(0)) if able else os.cpu_count() or 1)
@@ -33,7 +33,7 @@ def cores() -> int:
 
 @dataclass
 class Worker:
-    """A process that runs tests, and the test that it is at."""
+    """A process that runs tests, and the number of the test that runs in it; -1 for none."""
 
     process: Any
     pipe: Connection
@@ -43,11 +43,11 @@ class Worker:
 def in_processes(
     items: Sequence[pytest.Item], count: int, choose: Callable[[list[int], list[int]], int]
 ) -> Iterator[tuple[int, list[Any], list[int]]]:
-    """The number of each test, its reports as they come in, and the tests that are not done.
+    """The number of each test that is done, its reports, and the numbers of those not yet done.
 
-    A test whose process has ended has a report that says so; another process takes its place.
+    choose    gives the next test, from those that wait and those that run
 
-    choose    says which test is next, given those that wait and those that are running
+    If the process of a test ends, a report of that test says so, and another process is started.
     """
     waiting = list(range(len(items)))
     workers = [_started(items) for _ in range(min(count, len(items)))]
@@ -86,10 +86,11 @@ def in_processes(
 
 
 def _started(items: Sequence[pytest.Item]) -> Worker:
+    """A new process, which waits for the number of a test."""
     context = get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, items))
-    with warnings.catch_warnings():  # threads of libraries are idle here
+    with warnings.catch_warnings():  # a fork beside threads is warned of; the libraries' are idle
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     theirs.close()
@@ -97,7 +98,7 @@ def _started(items: Sequence[pytest.Item]) -> Worker:
 
 
 def _ended(item: pytest.Item, code: int) -> Any:
-    """The report of a test whose process has ended, as plain data."""
+    """The report of a test whose process has ended, as a mapping."""
     words = (
         f"the process that ran this test has ended, with exit code {code};\n"
         "--processes 1 runs all tests in this one"
@@ -107,7 +108,7 @@ def _ended(item: pytest.Item, code: int) -> Any:
 
 
 class _Reports:
-    """A plugin that keeps the reports of the test that is run."""
+    """A plugin that keeps the reports of the test that runs."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
@@ -117,17 +118,17 @@ class _Reports:
 
 
 def _serve(pipe: Connection, items: Sequence[pytest.Item]) -> None:
-    """Runs in another process: a test for each number that comes, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    """Run a test for each number that comes through the pipe, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends this process
     config = items[0].config
     capture = config.pluginmanager.getplugin("capturemanager")
-    if capture:  # files of its own for what tests print
+    if capture:  # what tests print goes into files of this process
         capture.stop_global_capturing()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         capture.start_global_capturing()
-    for name in ("terminalreporter", "crosscheck-session"):  # the parent's
+    for name in ("terminalreporter", "crosscheck-session"):  # they report in the parent alone
         config.pluginmanager.unregister(name=name)
     reports = _Reports()
     config.pluginmanager.register(reports)

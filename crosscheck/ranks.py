@@ -1,4 +1,4 @@
-"""Ranks in the threads of one process, so that their shares are checked where there is no MPI."""
+"""Ranks in the threads of one process, so that batches are shared without MPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS = 60  # after which a rank that waits for the others gives up
 
 
 class Thread:
-    """What a rank needs of MPI (microgpt.runs.ranks.Comm), among threads."""
+    """The communication of a rank (microgpt.runs.ranks.Comm), between threads."""
 
     def __init__(self, rank: int, rows: list[Any], barrier: Barrier) -> None:
         self.rank, self.size = rank, len(rows)
@@ -32,6 +32,7 @@ class Thread:
         out[:] = self._of_all(row)
 
     def _of_all(self, array: Any) -> list[Any]:
+        """The arrays that all ranks have brought, in the order of the ranks."""
         self.rows[self.rank] = np.array(array)
         self.barrier.wait(SECONDS)
         found = list(self.rows)
@@ -40,9 +41,9 @@ class Thread:
 
 
 class Together:
-    """A Backend (microgpt.backend) on several ranks; its numbers are NaN where the ranks differ.
+    """A Backend (microgpt.backend) on several ranks; a number is NaN where the ranks differ.
 
-    Only rank 0 begins with the state that is given: it has to send the state to the others.
+    Only rank 0 begins with the given state, and has to send the state to the other ranks.
     """
 
     def __init__(self, name: str, config: Config, state: State) -> None:
@@ -86,7 +87,10 @@ class Together:
         return getattr(self.ranks[0], name)
 
     def _all(self, do: Callable[[Any], Any], ranks: Iterable[Any]) -> list[Any]:
-        """What each rank returns. Raises what the first rank raises that does not wait for one."""
+        """The result of each rank.
+
+        If ranks raise exceptions, one is raised again; not one of a rank that waited for another.
+        """
         self.barrier.reset()
 
         def guarded(rank: Any) -> Any:
@@ -105,15 +109,17 @@ class Together:
 
 
 def _alike(several: Sequence[Tensors]) -> Tensors:
+    """The tensors of the first rank, with NaN where another rank has other numbers."""
     return {name: _where_alike([tensors[name] for tensors in several]) for name in several[0]}
 
 
 def _where_alike(arrays: Sequence[Any]) -> Any:
-    """The first array, with NaN where another has not the same number."""
+    """The first array, with NaN where another array has another number."""
     first, *others = map(np.asarray, arrays)
     same = np.all([first == other for other in others], axis=0)
     return np.where(same, first, np.nan)
 
 
 def _another(tensors: Tensors) -> Tensors:
+    """Tensors of other numbers."""
     return {name: np.asarray(tensor) + 1.0 for name, tensor in tensors.items()}

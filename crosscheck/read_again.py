@@ -1,7 +1,7 @@
-"""Reading and drawing token by token, by the table: as it should be, and with one fault.
+"""Logits read, and documents drawn, token by token: by the table, and with one fault.
 
-A fault is in the cache of keys and values, in the position, in what is made of the logits, or in
-where a document ends. What a fault leads to is computed from the parameters.
+A fault lies in the KV cache, in the position, in the probabilities that are computed from logits,
+or in where a document ends. The logits and documents of a fault are computed from the parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosscheck.variants import Guess
 from microgpt.config import Config
 from microgpt.taps import ACTIVATIONS, taps
 
-Order = Callable[[int], list[int]]  # of n keys in a cache: which are looked at, in which order
+Order = Callable[[int], list[int]]  # which of n cached keys are looked at, and in which order
 
 
 def _all(n: int) -> list[int]:
@@ -38,15 +38,15 @@ def _newest_first(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Fault:
-    """How a cache is filled and read; by default, as it should be."""
+    """How a KV cache is filled and read; the defaults are right."""
 
     position: Callable[[int], int] = int
     keys: Order = _all
     values: Order = _all
     key: str = "k"  # the tap that goes into the cache as a key
-    value: str = "v"
-    key_layers: bool = True  # whether every layer has a list of its own
-    value_layers: bool = True
+    value: str = "v"  # the tap that goes into the cache as a value
+    key_layers: bool = True  # whether every layer has a list of keys of its own
+    value_layers: bool = True  # whether every layer has a list of values of its own
 
 
 LOST = "of earlier positions are lost: the latest stands for all"
@@ -80,7 +80,7 @@ for _other in ("q", "k", "attn_norm"):
 
 
 class Reader:
-    """Reads one document, a token at a time."""
+    """A model that reads one document, a token at a time."""
 
     def __init__(self, config: Config, params: Step, fault: Fault) -> None:
         self.config, self.params, self.fault = config, params, fault
@@ -114,7 +114,7 @@ class Reader:
                 values = self.values[layer * fault.value_layers]
                 values.append(known[f"{layer}.{fault.value}"])
                 seen = self._seen(values, fault.values)
-                n = min(x[0].shape[1], len(seen))  # of lists of unlike length, what both have
+                n = min(x[0].shape[1], len(seen))  # keys and values, if there are more of one
                 out = np.einsum("hu,uhd->hd", x[0][:, :n], seen[:n]).reshape(-1)
             elif tap.operation == "activation":
                 out = elementwise(ACTIVATIONS[config.activation].value, x[0])
@@ -132,7 +132,7 @@ class Reader:
 
 
 def read(a: Around, fault: Fault | None = None) -> Array:
-    """(n, V): the logits of the first document."""
+    """(n, V): the logits of the first document, read with a fault or without."""
     reader = Reader(a.config, part(a.step, "entry"), fault or Fault())
     return np.array([reader.read(token) for token in a.token[0, : int(a.n[0])].tolist()])
 
@@ -148,15 +148,15 @@ def other_readings(a: Around) -> Iterator[Guess]:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a document is drawn; by default, as it should be."""
+    """How a document is drawn; the defaults are right."""
 
     scaled: Callable[[Array, float], Array] = lambda logits, temperature: logits / temperature
-    kept: Callable[[int], int] = int  # of top_k, how many are kept
-    greedy: bool = True  # whether temperature 0 is top_k = 1, and is wrong with it
+    kept: Callable[[int], int] = int  # how many logits are kept for a top_k
+    greedy: bool = True  # whether temperature 0, which is top_k = 1, has the fault of `kept` too
     smallest: bool = False  # whether the smallest logits are kept, not the largest
     end: str = "eos"  # the token that closes a document; "" for none
-    longest: int = 0  # added to the number of positions
-    lost: int = 0  # draws that are lost at the beginning of each document
+    longest: int = 0  # how many positions too many a document may have
+    lost: int = 0  # draws lost at the beginning of each document; -1 for one for each prompt token
     likeliest: bool = False  # whether the likeliest token is taken, whatever the temperature is
     prompt: bool = True  # whether the prompt is read
 
@@ -182,7 +182,7 @@ DRAWS = {
 
 
 def other_draws(case: Case, key: str, number: int, step: Step) -> Iterator[Guess]:
-    """The token ids of the drawn documents, with each fault of drawing or reading.
+    """The token ids of the drawn documents, for each fault of drawing or reading.
 
     number    which step it is, from 1
     """
@@ -194,12 +194,12 @@ def other_draws(case: Case, key: str, number: int, step: Step) -> Iterator[Guess
 
 
 def drawn_again(case: Case, key: str, number: int, step: Step) -> Array:
-    """The token ids of the drawn documents as they should be."""
+    """The token ids of the documents, drawn without a fault."""
     return _drawn(case, key, number, part(step, "params"), Draw(), Fault())
 
 
 def _drawn(case: Case, key: str, number: int, params: Step, draw: Draw, fault: Fault) -> Array:
-    """What crosscheck.trace.drawn would record, as far as its first tensor goes."""
+    """The token ids of the documents that crosscheck.trace.drawn draws, with a fault."""
     rng, tokenizer = Random(number - 1), case.tokenizer
     prompt = tokenizer.encode(case.chars[:2])[: case.config.block_size - 1]
     none: list[int] = []
@@ -223,6 +223,7 @@ def _document(
     temperature: float,
     top_k: int,
 ) -> list[int]:
+    """The token ids of one document, drawn with a fault."""
     tokenizer, V = case.tokenizer, case.tokenizer.vocab_size
     reader = Reader(case.config, params, fault)
     tokens = [tokenizer.bos, *prompt]

@@ -1,4 +1,4 @@
-"""The steps of a case as the reference computes them: once for all tests, and for all processes."""
+"""The steps of a case by the reference, computed once for all tests and all processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from crosscheck.cases import Case
 from crosscheck.noise import Noise, noise
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import float64
-from crosscheck.trace import Step, part, trace
+from crosscheck.trace import AFTER, Step, state_of, trace
 from microgpt.backend import State
 from microgpt.runs.files import write_whole
 
 
 class ReferenceSteps:
-    """Iterable; each step is computed when it is first asked for.
+    """An iterable of steps; each step is computed when it is first asked for.
 
-    folder    where steps are kept for other processes
-    name      of the files in it
+    folder    where steps are kept as files for other processes
+    name      how the names of these files begin
     """
 
     def __init__(self, case: Case, reference: str, steps: int, folder: Path, name: str) -> None:
@@ -29,8 +29,8 @@ class ReferenceSteps:
         self.folder, self.name = folder, name
         self.known: list[tuple[Step, Stop | None]] = []
         self.measured: Sequence[Noise] | None = None
-        self.standard = float64(self.noise, case.config)  # and what it keeps of each step
-        self.rest: Iterator[Step] | None = None  # computes the step after those that are known
+        self.standard = float64(self.noise, case.config)  # with what it keeps for each step
+        self.rest: Iterator[Step] | None = None  # computes the steps after those that are known
 
     def __iter__(self) -> Iterator[Step]:
         for number in range(self.steps):
@@ -42,7 +42,7 @@ class ReferenceSteps:
             yield step
 
     def first(self, steps: int) -> Iterator[Step]:
-        """The first so many steps."""
+        """The first steps, so many of them."""
         return islice(self, steps)
 
     def later(self) -> Iterator[Step]:
@@ -54,11 +54,11 @@ class ReferenceSteps:
 
     @property
     def failed(self) -> Path:
-        """A file that is there once the first step has failed."""
+        """The file whose existence says that the test of the first step has failed."""
         return self.folder / f"{self.name}-failed"
 
     def noise(self) -> Sequence[Noise]:
-        """The noise of each step, if the reference is scalar."""
+        """The noise of each step; [] if the reference is not scalar."""
         path = self.folder / f"{self.name}-noise"
         if self.measured is None and path.exists():
             self.measured = pickle.loads(path.read_bytes())
@@ -71,6 +71,7 @@ class ReferenceSteps:
         return self.measured
 
     def _next(self) -> tuple[Step, Stop | None]:
+        """The step after those that are known, and how the reference stopped in it, if it did."""
         path = self.folder / f"{self.name}-{len(self.known)}"
         if path.exists():
             self.rest = None
@@ -89,8 +90,5 @@ class ReferenceSteps:
         return found
 
     def _state(self) -> State | None:
-        """The state after the steps that are known."""
-        if not self.known:
-            return None
-        params, m, v = (part(self.known[-1][0], phase) for phase in ("params", "adam_m", "adam_v"))
-        return State(params, m, v, len(self.known))
+        """The state after the last known step; None before the first step."""
+        return state_of(self.known[-1][0], AFTER, len(self.known)) if self.known else None

@@ -1,4 +1,4 @@
-"""A disagreement in words, for eyes at 80 columns."""
+"""A disagreement in words, in lines of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import re
 import struct
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from crosscheck import trace
-from crosscheck.compare import CHOICE, Disagreement, Tally
+from crosscheck.compare import Disagreement, Tally
 from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.sides import is_marked
 from crosscheck.tolerance import RTOL
@@ -18,10 +19,10 @@ from crosscheck.trace import PHASES, split_key
 from microgpt.backend import BACKENDS
 
 WIDTH = 80
-CALLERS = 3  # that are shown of a function that raises
+CALLERS = 3  # how many calls are shown that led to an exception
 INSTEAD = (
-    "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis; what is known:"
-    " vectorized/record.py"
+    "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis;"
+    " vectorized/record.py has the operations that it knows"
 )
 DRAWN = {
     "sample/documents": "the drawn documents differ",
@@ -30,7 +31,7 @@ DRAWN = {
 
 
 def render(found: Disagreement, reference: str, candidate: str) -> str:
-    """A disagreement in a few lines: what, where, by how much, what is behind it, what agreed."""
+    """The report on a disagreement: where, what, by how much, the cause, and what agreed before."""
     names = {"reference": reference, "candidate": candidate}
     rows = _numbers(found, reference, candidate) if found.shape is not None else []
     if found.diagnosis and (found.key or not found.stop):
@@ -41,15 +42,15 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
     if found.function:
         rows.append(("look at", found.function))
     if found.formula:
-        number = f"{found.expected:.6g}"
-        is_number = found.formula == number
+        number = _told_apart(found.expected, _at_fault(found))
+        is_number = found.formula == f"{found.expected:.6g}"
         rows.append(("should be", number if is_number else f"{found.formula} = {number}"))
         rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
     if found.shape is not None and not found.texts:
         rows += _difference(found, reference, candidate)
     if found.where:
         rows.append(("wrong", found.where))
-    if found.shape is None:  # what follows from a wrong number says nothing of its own
+    if found.shape is None:  # a stop after a wrong number follows from that number
         rows += _stop(found)
     if len(found.phases) > 1:
         rows.append(("differs in", ", ".join(PHASES[phase] for phase in found.phases)))
@@ -62,18 +63,25 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
         *wrapped(headline(found, reference, candidate)),
     ]
     width = max((len(label) for label, _ in rows), default=0)
-    for label, text in rows:
-        lines += wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
-    return "\n".join(lines)
+    return "\n".join([*lines, *in_rows(rows, width)])
+
+
+def in_rows(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
+    """The lines of rows of label and text; texts begin in one column."""
+    return [
+        line
+        for label, text in rows
+        for line in wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
+    ]
 
 
 def _compared(found: Disagreement) -> list[str]:
-    """The tensors of the text that agreed before."""
+    """The tensors that agreed before, of the forward and the backward pass."""
     return [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
 
 
 def place(case: str, step: int, key: str) -> str:
-    """Where in a run something was found."""
+    """Where a disagreement is: case, step and phase."""
     if not case:
         return "before any case"
     phase = PHASES.get(split_key(key)[0], "")
@@ -81,7 +89,7 @@ def place(case: str, step: int, key: str) -> str:
 
 
 def headline(found: Disagreement, reference: str, candidate: str) -> str:
-    """What is wrong, in a few words."""
+    """The tensor and what is wrong with it, with the names of the sides."""
     if found.texts and found.key in DRAWN:
         return DRAWN[found.key]
     names = {"reference": reference, "candidate": candidate}
@@ -93,7 +101,7 @@ def headline(found: Disagreement, reference: str, candidate: str) -> str:
 
 
 def _numbers(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:
-    """Rows on the element that is shown, or on the texts that token ids stand for."""
+    """Rows on the element that is shown, or on the documents that token ids stand for."""
     if found.texts:
         return list(found.texts)
     _, name = split_key(found.key)
@@ -106,7 +114,7 @@ def _numbers(found: Disagreement, reference: str, candidate: str) -> list[tuple[
 
 
 def _reason(found: Disagreement, names: dict[str, str]) -> str:
-    """Why a side is at fault."""
+    """Why a side is at fault, as a sentence."""
     phase, name = split_key(found.key)
     other = found.diagnosis.removeprefix(OF_ANOTHER).strip().partition(" ")[0]
     of_another = phase == "forward" and found.diagnosis.startswith(OF_ANOTHER)
@@ -118,11 +126,23 @@ def _reason(found: Disagreement, names: dict[str, str]) -> str:
     if found.texts:
         return f"drawn again from {names[found.at_fault]}'s own parameters, they are others"
     own = f"{names[found.at_fault]}'s own inputs"
-    return f"recomputed from {own}, it should be {found.recomputed:.6g}"
+    number = _told_apart(found.recomputed, _at_fault(found))
+    return f"recomputed from {own}, it should be {number}"
+
+
+def _at_fault(found: Disagreement) -> float:
+    """The number of the side at fault; of the candidate where that is not known."""
+    return found.reference if found.at_fault == "reference" else found.candidate
+
+
+def _told_apart(number: float, other: float) -> str:
+    """A number with six digits, or as many as it takes to be seen to be another number."""
+    digits = (n for n in range(6, 17) if f"{number:.{n}g}" != f"{other:.{n}g}")
+    return f"{number:.{next(digits, 6)}g}"
 
 
 def _difference(found: Disagreement, reference: str, candidate: str) -> list[tuple[str, str]]:
-    """Rows on how far apart the two numbers are, and how many elements are."""
+    """Rows on how far apart the two numbers are, and how many elements exceed the tolerance."""
     difference = abs(found.candidate - found.reference)
     relative = difference / abs(found.reference) if found.reference else math.inf
     exceeding = f"{found.exceeding:,} of {found.elements:,} elements"
@@ -130,16 +150,18 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
     rows = [
         ("difference", f"{sizes}, {ulps(found.reference, found.candidate)} ulp"),
         ("allowed", str(found.tolerance)),
-        ("exceeded by", exceeding + (f"; shown is {CHOICE}" if found.exceeding > 1 else "")),
+        ("exceeded by", exceeding + "; shown is one of the worst" * (found.exceeding > 1)),
     ]
-    ours = reference in BACKENDS and candidate in BACKENDS  # a port has no such memory
+    ours = reference in BACKENDS and candidate in BACKENDS  # a port has no marked memory
     if ours and is_marked(found.candidate) != is_marked(found.reference):
-        rows.append(("nan", "memory that is never written holds nan here, so that it shows"))
+        rows.append(
+            ("nan", "the check fills new memory with nan: an element that is never written is nan")
+        )
     return rows
 
 
 def _stop(found: Disagreement) -> list[tuple[str, str]]:
-    """Rows on how a side ended the step."""
+    """Rows on how a side stopped in the step."""
     stop = found.stop
     if not stop:
         return []
@@ -174,7 +196,7 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
 
 
 def with_diagnosis(report: str, old: str, new: str) -> str:
-    """A report with other words after "looks like"; without that row, if there are none."""
+    """A report with another diagnosis in its row "looks like"; without that row if `new` is ""."""
     row = re.search(r"^  looks like +", report, re.MULTILINE)
     if not row or old == new:
         return report
@@ -185,14 +207,14 @@ def with_diagnosis(report: str, old: str, new: str) -> str:
 
 
 def wrapped(text: str, first: str = "", then: str = "") -> list[str]:
-    """The text in lines of at most WIDTH."""
+    """The lines of a text, each of at most WIDTH characters."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=then, break_on_hyphens=False
     )
 
 
 def as_json(found: Disagreement) -> dict[str, Any]:
-    """The same for other programs. Numbers that JSON has no name for are given as text."""
+    """The fields of a disagreement for JSON; nan and inf, which JSON lacks, become texts."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -205,7 +227,7 @@ def as_json(found: Disagreement) -> dict[str, Any]:
 
 
 def axes(key: str) -> tuple[str, ...]:
-    """What the indices of a tensor are called."""
+    """The names of a tensor's axes in a report: letters, or row and column for a parameter."""
     letters = trace.axes(key)
     if len(letters) < 2 or letters[0] in ("B", "T"):
         return tuple("c" if letter in "CFV" else letter.lower() for letter in letters)
@@ -213,7 +235,7 @@ def axes(key: str) -> tuple[str, ...]:
 
 
 def ulps(a: float, b: float) -> str:
-    """How many float64 numbers lie between two of them, in words."""
+    """The distance of two numbers in units in the last place, in words."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return "no number of"
     distance = abs(_ordinal(a) - _ordinal(b))
@@ -221,13 +243,13 @@ def ulps(a: float, b: float) -> str:
 
 
 def _ordinal(x: float) -> int:
-    """The place of a float among all floats, counted from 0."""
+    """The number of a float64 among all float64 numbers in order; that of 0.0 is 0."""
     bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
     return bits if bits >= 0 else -(bits & 0x7FFF_FFFF_FFFF_FFFF)
 
 
 def summary(tally: Tally, comparisons: int) -> str:
-    """What was compared."""
+    """The lines that say how much was compared, and how close the numbers came."""
     counted = [f"{count:,} {PHASES[phase]}" for phase, count in tally.excused.items()]
     within = [f"{tally.within:,} lie within the least noise that there can be"]
     worst = [f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})"]

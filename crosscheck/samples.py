@@ -1,4 +1,4 @@
-"""Token ids as texts: what two sides drew, and how probable each draw was where they part."""
+"""Drawn documents that differ, as texts, with the probability of each side's first other draw."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from microgpt.tokenizer import Tokenizer
 def parted(
     case: Case, number: int, key: str, ours: Step, theirs: Step, names: Sequence[str]
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """What it looks like, and rows of label and text: the first two documents that differ.
+    """The diagnosis of drawn documents that differ, and rows of label and text on the first two.
 
     number   which step it is, from 1
-    names    of the two implementations, which are then asked for logits and probabilities
+    names    the names of the implementations, which are asked for logits and probabilities; or ()
     """
     tokenizer = case.tokenizer
     a, b = ours[key], theirs[key]
@@ -42,7 +42,7 @@ def parted(
     said: list[Array] = []
     settings = _settings(case, key, row)
     for name, step in zip(names, (ours, theirs)):
-        with suppress(Exception):  # a side that cannot say is reported all the same
+        with suppress(Exception):  # a side may fail here, too; the texts are reported all the same
             read.append(_logits(case, name, step, a[row, :at]))
             said.append(_said(name, read[0], *settings))
             numbers = ", ".join(
@@ -81,14 +81,14 @@ def _right_one_by_one(case: Case, number: int, key: str, step: Step, right: Arra
 
 
 def _settings(case: Case, key: str, row: int) -> tuple[float, int]:
-    """The temperature and top_k of a drawn document; see crosscheck.trace.drawn."""
+    """The temperature and top_k with which a document was drawn (see crosscheck.trace.drawn)."""
     if key != "sample/likeliest":
         return case.temperature, 0
     return (0.0, 0) if row else (case.temperature, TOP_K)
 
 
 def _logits(case: Case, name: str, step: Step, tokens: Array) -> Array:
-    """The logits of the token that follows these, (V,)."""
+    """(V,): the logits of the token after these tokens, by an implementation."""
     if name not in BACKENDS:
         raise ValueError(name)
     backend = load_backend(name, replace(case.config, cores=1), fresh_state(part(step, "params")))
@@ -97,7 +97,7 @@ def _logits(case: Case, name: str, step: Step, tokens: Array) -> Array:
 
 
 def _said(name: str, logits: Array, temperature: float, top_k: int) -> Array:
-    """What a side's own `probabilities` makes of logits, (V,)."""
+    """(V,): the probabilities of logits, by an implementation's own function."""
     probabilities = import_module(f"{name}.sample").probabilities
     if name == "vectorized":
         return np.asarray(probabilities(logits[None], temperature, top_k)[0])
@@ -106,7 +106,7 @@ def _said(name: str, logits: Array, temperature: float, top_k: int) -> Array:
 
 
 def _probabilities(logits: Array, temperature: float, top_k: int) -> Array:
-    """What it should be: softmax(logits / temperature) over the top_k largest, (V,)."""
+    """(V,): the right probabilities, softmax(logits / temperature) over the top_k largest."""
     most = 1 if temperature == 0 else top_k or len(logits)
     kept = np.argsort(-logits, kind="stable")[:most]
     chances = np.zeros_like(logits)
@@ -122,6 +122,7 @@ def _text(tokens: Array, tokenizer: Tokenizer) -> str:
 
 
 def _letter(token: int, tokenizer: Tokenizer) -> str:
+    """A token as text; (BOS) and (EOS) for those without a character."""
     if token in (-1, tokenizer.eos):
         return "(EOS)"
     if token == tokenizer.bos:

@@ -1,11 +1,14 @@
-"""How a side ends a step early: what it raised, in which of its lines, after which tap."""
+"""How a side stops in a step: what it raised, in which of its lines, after which tap.
+
+A side is one of the two implementations that are compared.
+"""
 
 from __future__ import annotations
 
 import linecache
 import struct
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,27 +23,27 @@ from microgpt.config import Config
 from microgpt.layout import Tree, tap_names, written
 
 REFUSED = "RecordingError"  # see vectorized/record.py
-# a NaN that no computation gives; copies, sums and float32 keep the bits that tell it
+# a NaN that no computation gives; copies, sums and float32 keep the bits that it is known by
 MARK: float = struct.unpack("<d", struct.pack("<Q", 0x7FF8_5EED_0000_0000))[0]
 LONGEST_MESSAGE = 200  # characters of an error's message that a report quotes
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Where and why a side did not go on."""
+    """Where and why a side stopped."""
 
     side: str  # "scalar" or "vectorized"
     error: str  # the exception and its message, in one line
     line: str = ""  # "vectorized/model.py:52", the side's innermost line
-    text: str = ""  # what stands there
+    text: str = ""  # the source of that line
     function: str = ""
     last: str = ""  # the last tap or derivative that it wrote
-    empty: bool = False  # whether that is None: a function that returned nothing
-    callers: tuple[str, ...] = ()  # the lines of the text that led there, the innermost first
+    empty: bool = False  # whether `last` is None, since a function returned nothing
+    callers: tuple[str, ...] = ()  # the calls of the text that led to the line, the innermost first
 
     @property
     def refused(self) -> bool:
-        """Whether only vectorized/record.py refused the text, which may be right."""
+        """Whether vectorized/record.py could not record the text, whose numbers may be right."""
         return self.error.startswith(REFUSED)
 
     @property
@@ -50,23 +53,30 @@ class Stop:
 
 
 class IncompleteError(Exception):
-    """A side has stopped in a step; `step` holds what there is of it."""
+    """A side has stopped in a step; `step` holds the tensors that the side computed before."""
 
     def __init__(self, step: dict[str, Any], stop: Stop) -> None:
         super().__init__(f"{stop.side} stops: {stop.error}")
         self.step, self.stop = step, stop
 
 
-def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
-    """What an exception says about the side that raised it; None if none of its lines has a part.
+def then_stopped(steps: Sequence[Any], stopped: IncompleteError | None) -> Iterator[Any]:
+    """The steps of a side again; if it stopped in the last, the error in place of that step."""
+    yield from steps[: len(steps) - bool(stopped)]
+    if stopped:
+        raise stopped
 
-    config    of the model, for the names of its taps
+
+def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
+    """Where a side raised an exception; None if the exception passed through no line of a side.
+
+    config    the configuration of the model, for the names of its taps
     """
     if isinstance(error, IncompleteError):
         return error.stop
     first = str(error).strip().partition("\n")[0]
     refused = type(error).__name__ == REFUSED
-    if refused:  # the place is told apart
+    if refused:  # the message begins with the line, which is reported by itself
         first = first.partition(": ")[2] or first
     words = f"{type(error).__name__}: {first[:LONGEST_MESSAGE]}" if first else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
@@ -90,17 +100,18 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
 
 
 def _of_backend(frame: FrameType) -> bool:
-    """Whether a frame only hands the text its numbers."""
+    """Whether a frame is of the code that calls the text, and not of the text."""
     return Path(frame.f_code.co_filename).name in ("backend.py", "replay.py", "ranks.py")
 
 
 def _caller(frame: FrameType, line: int) -> str:
+    """A call as a report shows it: "attention, scalar/model.py:52"."""
     _, file = _own(frame.f_code.co_filename) or ("", "")
     return f"{frame.f_code.co_name}, {file}:{line}"
 
 
 def _own(filename: str) -> tuple[str, str] | None:
-    """The side that a file belongs to, and the file's name from the checkout on."""
+    """The side that a file belongs to, and the file's path within the checkout."""
     path = Path(filename)
     for side in IMPLEMENTATIONS:
         root = imported_from(side)
@@ -110,7 +121,7 @@ def _own(filename: str) -> tuple[str, str] | None:
 
 
 def _last_written(frames: list[FrameType], config: Config) -> tuple[str, bool]:
-    """The last derivative, or else the last tap, in the trees that these frames hold."""
+    """The last derivative or else tap that these frames wrote, and whether that tensor is None."""
     for tree_name, d in (("dtap", "d"), ("tap", "")):
         trees = [frame.f_locals.get(tree_name) for frame in frames]
         for tree in trees:
@@ -123,7 +134,7 @@ def _last_written(frames: list[FrameType], config: Config) -> tuple[str, bool]:
 
 @contextmanager
 def marked_memory() -> Iterator[None]:
-    """Within this context np.empty gives arrays of MARK, so that what is never written shows."""
+    """Within this context, np.empty fills its arrays with MARK, so that unwritten memory shows."""
     empty, empty_like = np.empty, np.empty_like
 
     def marked(made: Any) -> Any:
@@ -140,13 +151,13 @@ def marked_memory() -> Iterator[None]:
 
 
 def is_marked(number: float) -> bool:
-    """Whether a number comes of memory that was never written, within marked_memory."""
+    """Whether a number comes from memory that was never written (see marked_memory)."""
     bits: int = struct.unpack("<Q", struct.pack("<d", number))[0]
     return bits >> 32 & 0x7FFF_FFFF == 0x7FF8_5EED  # whatever its sign
 
 
 def as_array(tensor: Any) -> Any:
-    """An array of numbers; or one object, which says in words what was handed back instead."""
+    """A tensor as an array; what is no array of numbers becomes a sentence that says so."""
     if tensor is None:
         return np.array("is None: a function returned nothing", object)
     try:
@@ -160,7 +171,7 @@ def as_array(tensor: Any) -> Any:
 
 
 def _lengths(tensor: Any) -> str:
-    """How long the lists are that are not all of one length."""
+    """The lengths of lists side by side that differ in length, in words."""
     for item in tensor:
         if isinstance(item, (list, tuple)) and _is_ragged(item):
             return _lengths(item)
@@ -169,6 +180,7 @@ def _lengths(tensor: Any) -> str:
 
 
 def _is_ragged(item: Any) -> bool:
+    """Whether lists within a list differ in length."""
     try:
         np.shape(item)
     except ValueError:

@@ -1,9 +1,9 @@
-"""The stops of the atlas: every named tensor of one document, in both implementations.
+"""The stops of the atlas: a stop is one named tensor of a document, in both implementations.
 
-The stops follow each other as the model computes: the taps from the token to the loss, their
-derivatives back to the embedding, and behind each derivative the gradients of the parameters that
-are computed from it. What is shown is what ran: lines come from the sources, numbers from both
-backends, and the terms of a derivative from the backward pass in scalar's graph.
+The stops are in the order of computation: the taps from the token to the loss, their derivatives
+back to the embedding, and after each derivative the gradients of the parameters that are computed
+from that derivative. Lines come from the sources, numbers from runs of both backends, and the terms
+of a derivative from the backward pass in scalar's graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from microgpt.pages.pictures import LARGEST, heat
 from microgpt.pages.sources import Line, Source, Text, texts
 from microgpt.taps import EMBEDDING, LAYER, OUTPUT, axes_of, consumers, sizes
 
-LETTERS = {  # what an axis counts: one, and several
+LETTERS = {  # what an axis counts, in the singular and the plural
     "B": ("document", "documents"),
     "T": ("position", "positions"),
     "U": ("position looked at", "positions looked at"),
@@ -37,12 +37,12 @@ LETTERS = {  # what an axis counts: one, and several
     "V": ("token of the vocabulary", "tokens of the vocabulary"),
     "block_size": ("position of the context", "positions of the context"),
 }
-MORE = {  # that the legend says of a letter
+MORE = {  # what the legend says of a letter besides
     "U": ": position t looks at positions u = 0 .. t; k[u] is the k computed at position u",
     "D": ": channel c belongs to head h = c // {D} and is its channel d = c % {D}",
 }
 LABELS = {letter: letter.lower() for letter in LETTERS} | {"block_size": "t"}
-# by operation, what `value` is where the operand goes into a value that is not the tap itself
+# by operation: what `value` is if the operand goes into a Value that is not an element of the tap
 INSIDE = {
     "scores": "{x} goes into the dot product q . k. That is divided by sqrt({D}) = {root:g} to give"
     " attn_logits, so value.grad is dattn_logits / {root:g}.",
@@ -57,21 +57,21 @@ INSIDE = {
     "mean": "{x} goes into the sum over positions. That is divided by their number, {T}, to give"
     " the loss, so value.grad is dloss / {T}.",
 }
-ROWS = 20  # of a tensor that stand above the fold
-RESIDUAL = 2  # the operand of a linear map that is added to its result
+ROWS = 20  # how many rows of a tensor are shown before the rest is unfolded
+RESIDUAL = 2  # the index of the operand that is added to the result of a linear map
 GENERAL = {tap.name: tap.operands for tap in (*EMBEDDING, *LAYER, *OUTPUT)}
 
 
 class Detail(NamedTuple):
-    """How much is shown of what could be."""
+    """How much the page shows."""
 
-    numbers: int  # of all taps and parameters that are written out; of more, the first rows
-    additions: int  # to an element that are listed; of more, the largest
-    pixels: int  # across a picture
+    numbers: int  # how many numbers of all taps and parameters; of each tensor, the first rows
+    additions: int  # how many additions to an element, the largest
+    pixels: int  # how many pixels across a picture
 
 
 class Link(NamedTuple):
-    """A place on the page, and its name as the stop that links to it writes it."""
+    """A place on the page, and the text of the link to that place."""
 
     to: str
     text: str
@@ -102,45 +102,45 @@ class Side:
 
 @dataclass(frozen=True)
 class Term:
-    """An addition in words and numbers."""
+    """An addition to a derivative, in words and numbers."""
 
-    source: str  # the derivative that it comes from
-    gradient: float | None  # its number; None where it comes from several elements
+    source: str  # the derivative that the addition comes from
+    gradient: float | None  # the number of that derivative; None if there are several elements
     looks: str  # in attention: which token looks at which
-    factor: str  # what local_grad is, where it is the other factor of a product
-    followed: bool  # whether it comes from the number that is followed
+    factor: str  # what local_grad is, if it is the other factor of a product
+    followed: bool  # whether the addition comes from the number that is followed
     addition: Addition
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one element of attn_weights sends back to a logit."""
+    """What one element of attn_weights adds to the derivative with respect to a logit."""
 
     source: str
     gradient: float
-    slope: str  # its derivative with respect to the logit, in letters
-    factor: float  # and as a number
+    slope: str  # the element's derivative with respect to the logit, in letters
+    factor: float  # the same derivative, as a number
 
     @property
     def product(self) -> float:
-        """What it adds to value.grad."""
+        """What the element adds to value.grad."""
         return self.gradient * self.factor
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one consumer contributes to a derivative."""
+    """What one consumer of a tensor contributes to the tensor's derivative."""
 
     link: Link
     pictures: list[Picture]
-    count: int  # additions to the element that is followed
-    value: float  # what they come to there
-    largest: float
+    count: int  # how many additions to the element that is followed
+    value: float  # the sum of these additions
+    largest: float  # the largest number of the contribution
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What a backward pass says about itself."""
+    """What the source of a backward function says about it."""
 
     function: str
     equation: str
@@ -161,9 +161,9 @@ class Element:
 
 @dataclass(frozen=True)
 class Shown:
-    """A tensor that stands beside that of a stop."""
+    """Another tensor that is shown at a stop."""
 
-    id: str  # where links to it lead, or nothing
+    id: str  # the name that links lead to, or ""
     title: str
     pictures: list[Picture]
     scale: float
@@ -172,11 +172,11 @@ class Shown:
 
 @dataclass(frozen=True)
 class Stop:
-    """A tensor in its place on the way from token to loss, or back."""
+    """One tensor of the atlas and all that is shown of it."""
 
     id: str
-    kind: str  # "forward", "backward" or "home"
-    layer: str  # "layer 0", or nothing
+    kind: str  # "forward", "backward", or "home" for a parameter's gradient
+    layer: str  # "layer 0", or ""
     name: str
     of: str  # the name without the d of a derivative
     words: str
@@ -185,25 +185,25 @@ class Stop:
     shape: str
     sides: list[Side]
     scale: float
-    apart: float
+    apart: float  # the largest difference between the two implementations
     element: Element
-    before: list[Link]  # what it is computed from
-    after: list[Link]  # what is computed from it
+    before: list[Link]  # to the tensors that this tensor is computed from
+    after: list[Link]  # to the tensors that are computed from this tensor
     beside: list[Shown]
-    used_in: list[str] = field(default_factory=list)  # of a derivative: equations with its tensor
+    used_in: list[str] = field(default_factory=list)  # of a derivative: equations with its tap
     parts: list[Part] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
-    left_out: int = 0  # smaller additions
-    rest: float = 0.0  # what they come to
-    zeros: int = 0  # additions of 0
-    notes: list[str] = field(default_factory=list)  # what `value` is where it is not a tap
-    shares: list[Share] = field(default_factory=list)  # of which its gradient is the sum
+    left_out: int = 0  # how many smaller additions are not listed
+    rest: float = 0.0  # the sum of the smaller additions
+    zeros: int = 0  # how many additions are 0
+    notes: list[str] = field(default_factory=list)  # what `value` is if it is not a tap
+    shares: list[Share] = field(default_factory=list)  # whose sum is the gradient of a logit
     why: list[Reason] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One element of dk as a sum in both implementations, and dk of its head as a product."""
+    """One element of dk as a sum in both implementations, and the dk of a head as a product."""
 
     stop: Stop
     head: int
@@ -214,9 +214,9 @@ class Example:
 
 
 class Stops:
-    """All stops of a document, in the order of the way.
+    """All stops of a document, in the order of computation.
 
-    detail    how much is shown
+    detail    how much the page shows
     """
 
     def __init__(self, document: Document) -> None:
@@ -242,7 +242,7 @@ class Stops:
         self.detail = Detail(self.count, 16, LARGEST)
 
     def __iter__(self) -> Iterator[Stop]:
-        """The way from the token to the loss, and back again to the parameters."""
+        """The stops from the token to the loss, and from the loss back to the parameters."""
         for name in self.table:
             yield self._forward(name)
         for name in reversed(self.table):
@@ -251,7 +251,7 @@ class Stops:
                 yield self._home(param)
 
     def _settled(self, tap: str) -> list[str]:
-        """The parameters whose gradient is whole once that of a tap is known."""
+        """The parameters whose first consumer is this tap: their gradients are then complete."""
         return [name for name in reversed(self.params) if self.users[name][0] == tap]
 
     # --- the three kinds of stops ---
@@ -307,7 +307,7 @@ class Stops:
         after: Sequence[Link] = (),
         beside: Sequence[Shown] = (),
     ) -> Stop:
-        """A stop; that of a derivative with all that it comes from."""
+        """The stop of a tensor; that of a derivative with its terms."""
         tensors, d = (self.scalar[key], self.vectorized[key]), "" if kind == "forward" else "d"
         scale = max(float(np.abs(tensor).max()) for tensor in tensors)
         numbers, codes = self._lines(name, ours, theirs), self._codes(name, kind)
@@ -342,13 +342,13 @@ class Stops:
         return self._with_terms(stop, key, name) if d else stop
 
     def _with_terms(self, stop: Stop, key: str, name: str) -> Stop:
-        """The stop of a derivative, with the additions that it is made of."""
+        """The stop of a derivative, with the additions whose sum is the derivative."""
         users, place = self.users[name], stop.element.place
         found = self.document.additions.one[place]
         by_size = sorted((one for one in found if one.product), key=lambda one: -abs(one.product))
         by_size[1:] = sorted(by_size[1:], key=lambda one: not self._follows(one, users[0]))
         most = self.detail.additions
-        most -= len(by_size) > most  # a row for the others
+        most -= len(by_size) > most  # the last row stands for the others
         rest, listed = by_size[most:], {id(one) for one in by_size[:most]}
         parts = [
             Part(
@@ -379,7 +379,7 @@ class Stops:
         return self.document.chain[user] in one.towards
 
     def _notes(self, place: Place, found: Sequence[Addition]) -> list[str]:
-        """What `value` is in the additions to an element, where it is not an element of a tap."""
+        """Sentences on what `value` is in additions to an element, if it is not of a tap."""
         inside = [one for one in found if one.share != 1]
         operations = dict.fromkeys(self.table[one.source.name].operation for one in inside)
         hit = 0
@@ -395,7 +395,7 @@ class Stops:
         return [INSIDE[one].format_map(numbers) for one in operations if one in INSIDE]
 
     def _shares(self, place: Place, found: Sequence[Addition]) -> list[Share]:
-        """Of a logit in attention, what each weight sends back."""
+        """What each attention weight adds to the derivative with respect to a logit."""
         u = place.at[-1] if place.at else 0
         return [
             Share(
@@ -410,6 +410,7 @@ class Stops:
         ]
 
     def _term(self, one: Addition, name: str, first: str) -> Term:
+        """An addition to the derivative of a tensor; first: the tensor's first consumer."""
         name_of, at = one.source
         letters, looks = self.document.letters(), ""
         if "U" in axes_of(name_of) and ALL not in at:
@@ -426,22 +427,25 @@ class Stops:
         )
 
     def _words(self, name: str, d: str) -> str:
-        """What the sources say about a tap: the comment above it, as a sentence."""
+        """The comment above a tap in scalar/model.py, as a sentence."""
         place = self.sources[0].keeping("tap", short(name))
         words = self.sources[0].comment_above(*place) if place else ""
         words = f"derivative of: {words}" if d and words else words
         return f"{words[0].upper()}{words[1:]}." if words else ""
 
     def _equation(self, name: str) -> str:
-        """How a tap is computed, with its operands by their names in this model."""
+        """The equation of a tap, with the names of its operands in this model."""
         equation = self.table[name].equation
         for operand, general in zip(self.table[name].operands, GENERAL.get(short(name), ())):
             equation = re.sub(rf"\b{general}\b", self._link(operand, name).text, equation)
         return equation.replace("activation(", f"{self.config.activation}(")
 
     def _why(self, name: str) -> list[Reason]:
-        """What the backward passes say of themselves that make a derivative: those of the functions
-        that its tensor goes into, or the one in which it is kept."""
+        """What the sources of the backward functions say that compute a derivative.
+
+        These are the backward functions of the tap's consumers, or the function that keeps the
+        derivative.
+        """
         right = self.sources[1]
         uses = [(user.function, i) for user, i in consumers(self.config)[name]]
         found = [f"{function}_backward" for function, i in uses if function and i != RESIDUAL]
@@ -454,7 +458,7 @@ class Stops:
         ]
 
     def _lines(self, name: str, ours: str, theirs: str) -> tuple[list[int], list[int]]:
-        """The lines of both texts; for a derivative, those of scalar that use the tap."""
+        """The numbers of the lines of both texts; of a derivative, scalar's lines use the tap."""
         left, right = self._behind
         users = {short(user) for user in self.users[name]} if ours == "uses" else set()
         numbers = {n for user in users or {short(name)} for n in left("tap", user, self.short)}
@@ -462,7 +466,7 @@ class Stops:
         return sorted(numbers), right(theirs, short(name), self.short, first)
 
     def _codes(self, name: str, kind: str) -> tuple[str, str]:
-        """How to get at a tensor in each text."""
+        """The Python expressions for a tensor in each text."""
         layer = layer_of(name).removeprefix("layer").removesuffix(".")
         tree = "params" if kind == "home" else "tap"
         path = f"{tree}.layers[{layer}].{short(name)}" if layer else f"{tree}.{short(name)}"
@@ -497,12 +501,12 @@ class Stops:
         return d + place.written(self.document.token, self._unsaid(place.name, of))
 
     def _unsaid(self, name: str, of: str) -> str:
-        """The layer in a name, where it is the same layer, or the only one."""
+        """The layer in a name if it need not be said: it is the same layer, or the only one."""
         layer = layer_of(name)
         return layer if self.config.n_layer == 1 or layer == layer_of(of) else ""
 
     def _named(self, words: str) -> str:
-        """A formula with the token behind an id; without its layer, where there is only one."""
+        """A formula with the token beside each id, and without the layer if there is only one."""
         words = re.sub(r"\b(wpe\[)(\d)", r"\1t=\2", words)
         words = re.sub(
             r"((?:wte|lm_head|logits\)?)\[|token is )(\d+)",
@@ -512,7 +516,7 @@ class Stops:
         return words.replace("layer0.", "") if self.config.n_layer == 1 else words
 
     def chain(self) -> list[tuple[Link, float]]:
-        """The number that is followed: its name and size at every stop from the token on."""
+        """The number that is followed: its name and value at every stop from the token on."""
         places = [self.document.chain[name] for name in ("wte", *self.table)]
         keys = ["entry/wte", *(f"forward/{name}" for name in self.table)]
         return [
@@ -521,7 +525,7 @@ class Stops:
         ]
 
     def legend(self) -> list[tuple[str, str, int]]:
-        """The letters of shapes, what each counts, and how many of them there are here."""
+        """The letters of shapes, what each counts, and its size in this model."""
         n = sizes(self.config, len(self.scalar["entry/wte"]), 1, len(self.document.tokens) - 1)
         n["D"] = self.config.head_dim
         return [
@@ -550,7 +554,7 @@ class Stops:
         return ticks if letter in ("C", "D", "F") else []
 
     def _pictures(self, key: str, tensor: Array, scale: float) -> list[Picture]:
-        """One matrix, or one for each head; what has no rows is one row."""
+        """The pictures of a tensor: one matrix, or one for each head; a vector is one row."""
         axes = axes_of_key(key)
         if not axes:
             return []
@@ -583,7 +587,7 @@ class Stops:
         return Picture(heat(matrix, scale, there, self.detail.pixels), *size, *labels, title)
 
     def _numbers(self, name: str, tensor: Array, lists: bool) -> Numbers:
-        """The numbers in rows; of a parameter, those that the document uses first."""
+        """The rows of a tensor; of a parameter, first the rows that the document uses."""
         axes, tokens = axes_of(name), self.document.tokens
         letter = axes[-2] if name in self.params else "T"
         ids = range(len(tensor)) if name in self.params else tokens[:-1]
@@ -619,7 +623,7 @@ class Stops:
     def _factor(
         self, title: str, matrix: Array, axes: Sequence[str], there: Array | None = None
     ) -> Shown:
-        """A factor of the product, or the product."""
+        """A factor of the product, or the product, as a picture and numbers."""
         down, across = (LABELS[letter] for letter in axes)
         title, scale = f"{title}: {down} down, {across} across", float(np.abs(matrix).max())
         lines = rows(matrix, axes, [f"{down}={i}" for i in range(len(matrix))], lists=False)
@@ -629,8 +633,10 @@ class Stops:
     # --- the map of the way, and the texts ---
 
     def groups(self) -> list[tuple[str, list[tuple[Link, Link, list[Link]]]]]:
-        """The taps by the function that computes them: each with its derivative, and with the
-        gradients of parameters that are computed from the derivative."""
+        """Links to each tap, its derivative and the gradients of parameters behind the derivative.
+
+        They are grouped by the function that computes the tap.
+        """
         found: dict[str, list[tuple[Link, Link, list[Link]]]] = {}
         place = "embedding"
         for name, tap in self.table.items():
@@ -642,7 +648,7 @@ class Stops:
         return list(found.items())
 
     def texts(self) -> list[Text]:
-        """Both models function by function, with links from names to their stops."""
+        """The sources of both models, function by function, with links from names to stops."""
         links = dict(self.links)
         for name in (*self.table, *self.params):
             if layer_of(name) in ("", "layer0."):
@@ -659,19 +665,19 @@ def short(name: str) -> str:
 
 
 def layer_of(name: str) -> str:
-    """The layer in a name, `layer0.`, or nothing."""
+    """The layer in a name, as `layer0.`; "" if it has none."""
     return "".join(name.rpartition(".")[:2])
 
 
 def in_words(name: str, shape: Sequence[int]) -> str:
-    """A shape as how many there are of what."""
+    """A shape in words: "5 positions x 16 channels"."""
     words = [(n, *LETTERS[letter]) for letter, n in zip(axes_of(name), shape)]
     parts = [f"{n:,} {one if n == 1 else several}" for n, one, several in words]
     return " x ".join(parts) or "a single number"
 
 
 def _operand(numbers: Any) -> str:
-    """The numbers that an expression takes, up to 16 of them."""
+    """The numbers of an operand as text, up to 16 of them."""
     if not np.ndim(numbers):
         return f"{float(numbers):.5g}"
     flat = np.asarray(numbers).reshape(-1)

@@ -1,6 +1,6 @@
-"""A trace held to the table: each tensor computed again from its own operands.
+"""A trace compared with the table (microgpt/taps.py): each tensor computed from its operands.
 
-Two texts that make the same mistake agree with each other. microgpt/taps.py is the third opinion.
+Two texts with the same mistake agree with each other, but not with the table.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from microgpt.config import Config
 from microgpt.taps import consumers, taps
 
 NAME = "the table"
-HELD = ("forward", "backward", "gradient")
+HELD = ("forward", "backward", "gradient")  # phases that the table computes
 
 
 def held_to_table(
     case: Case, steps: Callable[[], Iterable[Step]], reference: str, after: int = 0
 ) -> Outcome:
-    """Hold the steps of a text against what the table makes of the operands in the same trace.
+    """The outcome of comparing each tensor of a text with the table's operation on its operands.
 
-    steps        gives them, each time from the first
-    reference    the text whose steps they are
+    steps        returns the steps of the text; it is called twice
+    reference    the name of the text
     after        how many steps came before these
     """
     by_table = map(partial(computed, case.config), steps())
@@ -53,10 +53,10 @@ def held_to_table(
 
 
 def computed(config: Config, step: Step) -> Step:
-    """The step with every tensor that the table has an operation for computed by that operation."""
+    """The step, with every tensor of HELD computed by the table from operands of the same step."""
     around, found = Around(config, step), dict(step)
     for key in step:
-        # a function that returned nothing leaves operands that are no numbers
+        # the operands are no numbers if a function of the text returned nothing
         with np.errstate(all="ignore"), suppress(KeyError, IndexError, TypeError, ValueError):
             by_table = total(around, key) if split_key(key)[0] in HELD else None
             found[key] = step[key] if by_table is None else by_table
@@ -64,7 +64,7 @@ def computed(config: Config, step: Step) -> Step:
 
 
 def table_line(config: Config, key: str) -> str:
-    """The line of the table that says how a tensor is computed: its place and its text."""
+    """The line of the table that says how a tensor is computed, with its file and number."""
     phase, name = split_key(key)
     tap = taps(config)[name] if phase == "forward" else consumers(config)[name[1:]][0][0]
     own = f'Tap("{tap.name.rpartition(".")[2]}",'

@@ -1,4 +1,4 @@
-"""Every case, step by step: two implementations compute the same."""
+"""Two implementations compute the same: every case, step by step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.conftest import Choice
+from crosscheck.recorded import CUTS, in_micro_batches
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.table import NAME, held_to_table
 from crosscheck.tolerance import FLOAT64, Standard, float32
@@ -26,17 +27,17 @@ from microgpt.layout import param_shapes, tap_names
 from microgpt.settings import load_config
 from microgpt.train import learning_rate
 
-CHECKPOINT = 5  # steps of the long run between two states from which it can be repeated
-COLUMN = 50  # steps of the long run that are one column of the map
-FREE_LOSS = 1e-12  # 1e-14 is exceeded by no run we know of
-FREE_PARAMS = 1e-10
+CHECKPOINT = 5  # every so many steps the long run keeps a state, from which it can be repeated
+COLUMN = 50  # steps of the long run for each column of the map
+FREE_LOSS = 1e-12  # how far losses of the long run may lie apart; in all known runs, within 1e-14
+FREE_PARAMS = 1e-10  # how far parameters of the long run may lie apart
 
 
 @pytest.mark.about("first steps")
 def test_first_step(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
-    """The first step of every case, before all that takes longer; it is counted later."""
+    """The first step of every case comes before the longer tests, which count it in the summary."""
     if choice.dtype == "float64":
         outcome = _free(case, reference_steps, choice, choice.coarse(case), 1)
     else:
@@ -50,7 +51,7 @@ def test_first_step(
 def test_by_the_table(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
-    """Each tensor is what the table makes of its operands; two texts may share a mistake."""
+    """Each tensor is the table's operation on its operands: two texts may share a mistake."""
     outcome = held_to_table(case, partial(reference_steps.first, 1), choice.reference)
     settle(outcome, counted=False, labels=(choice.reference, NAME))
 
@@ -59,7 +60,7 @@ def test_by_the_table(
 def test_later_steps_by_the_table(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
-    """The same for the steps after the first, on other numbers."""
+    """Each tensor of the steps after the first is the table's operation on its operands."""
     if next(reference_steps.later(), None) is None:
         pytest.skip("there is no later step")
     outcome = held_to_table(case, reference_steps.later, choice.reference, after=1)
@@ -70,7 +71,7 @@ def test_later_steps_by_the_table(
 def test_teacher_forced(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, settle: Any
 ) -> None:
-    """Each step starts from the reference's state, and Adam is handed the reference's gradients."""
+    """Each step starts from the reference's state, and Adam is given the reference's gradients."""
     settle(_teacher_forced(case, reference_steps, choice, standard))
 
 
@@ -78,9 +79,9 @@ def test_teacher_forced(
 def test_free_running(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, settle: Any
 ) -> None:
-    """Each goes its own way: what one step gets wrong, the next ones build on."""
+    """Each side continues from its own state, so errors of a step reach the steps after it."""
     if choice.dtype == "float32":
-        pytest.skip("single precision goes its own way; see test_teacher_forced")
+        pytest.skip("errors of single precision grow from step to step; see test_teacher_forced")
     settle(_free(case, reference_steps, choice, standard, choice.steps_of(case)))
 
 
@@ -88,7 +89,7 @@ def test_free_running(
 def test_in_single_precision(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
-    """Two steps with what is checked in float32; --dtype float32 does so with all of them."""
+    """Two steps of every case in float32; --dtype float32 compares all steps so."""
     if choice.candidate == "scalar":
         pytest.skip("scalar has double precision only")
     if choice.dtype == "float32":
@@ -97,30 +98,17 @@ def test_in_single_precision(
 
 
 @pytest.mark.about("micro-batches")
-@pytest.mark.parametrize(
-    ("columns", "padding", "lowered"), [(1, 0, False), (32, 100, True)], ids=["alone", "cut"]
-)
+@pytest.mark.parametrize("way", CUTS)
 def test_in_micro_batches(
     case: Case,
-    columns: int,
-    padding: int,
-    lowered: bool,
+    way: str,
     reference_steps: ReferenceSteps,
     choice: Choice,
     standard: Standard,
     settle: Any,
 ) -> None:
-    """A batch cut into micro-batches is the same batch, with and without the recorder's tricks for
-    small arrays."""
-    from vectorized import batch, record, replay  # here, since a defect may be planted in them
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "COLUMNS", columns)
-        patch.setattr(batch, "PADDING", padding)
-        if not lowered:
-            patch.setattr(replay, "CHUNK", 100)  # parameters that Adam updates at a time
-            for trick in ("EQUAL_ROWS", "ONE_HOT"):
-                patch.setattr(record, trick, 0)
+    """A batch that is cut into micro-batches has the same loss and gradients."""
+    with in_micro_batches(*CUTS[way]):
         if choice.dtype == "float64":  # from the second step on, in memory that was used before
             settle(_free(case, reference_steps, choice, standard, min(3, choice.steps_of(case))))
         else:
@@ -131,7 +119,7 @@ def test_in_micro_batches(
 def test_on_two_ranks(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, settle: Any
 ) -> None:
-    """A batch that two ranks share is the same batch (see crosscheck.ranks)."""
+    """A batch that two ranks share gives the same numbers (see crosscheck.ranks)."""
     shared = replace(case, config=replace(case.config, cores=2))
     if choice.dtype == "float64":
         settle(_free(shared, reference_steps, choice, standard, min(3, choice.steps_of(case))))
@@ -142,7 +130,7 @@ def test_on_two_ranks(
 def _free(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, standard: Standard, steps: int
 ) -> Outcome:
-    """The first steps, each side from where its own step before ended."""
+    """The outcome of the first steps, where each side continues from its own state."""
     theirs = islice(trace(case, choice.candidate, "float64", choice.steps_of(case)), steps)
     names = choice.reference, choice.candidate
     return compare(case, reference_steps.first(steps), theirs, standard, names)
@@ -151,7 +139,7 @@ def _free(
 def _teacher_forced(
     case: Case, reference_steps: Iterable[Step], choice: Choice, standard: Standard
 ) -> Outcome:
-    """The steps, each from where the reference's began."""
+    """The outcome of the steps, each from the reference's state."""
     return compare_teacher_forced(
         case, reference_steps, choice.candidate, standard, choice.reference
     )
@@ -159,9 +147,9 @@ def _teacher_forced(
 
 @pytest.mark.about("a thousand steps")
 def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None:
-    """The original run, each on its own: how far apart are they after a thousand updates?"""
+    """The original run: after a thousand updates of their own, the sides are still close."""
     if choice.dtype == "float32":
-        pytest.skip("single precision goes its own way; see test_teacher_forced")
+        pytest.skip("errors of single precision grow from step to step; see test_teacher_forced")
     config = load_config()
     rng = Random(config.seed)
     documents = load_documents(config.dataset)
@@ -203,7 +191,7 @@ def test_a_thousand_steps(choice: Choice, notes: list[str], settle: Any) -> None
 
 
 def _apart(ours: Tensors, theirs: Tensors, step: int, outcome: Outcome) -> float:
-    """The largest distance of two parameters, each of which is noted for the map."""
+    """The largest distance of a parameter between the sides; distances go into the map."""
     apart = {
         name: float(np.abs(np.asarray(ours[name]) - np.asarray(theirs[name])).max())
         for name in ours
@@ -214,7 +202,7 @@ def _apart(ours: Tensors, theirs: Tensors, step: int, outcome: Outcome) -> float
 
 
 def _copied(state: State) -> State:
-    """The state, kept from what the next step writes."""
+    """A copy of the state, which the next step does not change."""
     params, m, v = (
         {name: np.array(tensor) for name, tensor in one.items()}
         for one in (state.params, state.m, state.v)
@@ -223,7 +211,7 @@ def _copied(state: State) -> State:
 
 
 def _restarted(case: Case, start: State, choice: Choice, steps: int) -> Outcome:
-    """The steps from a state on, compared in full, so that a tensor is named."""
+    """The outcome of the steps from a state on, compared tensor by tensor."""
     names = choice.reference, choice.candidate
     ours, theirs = (trace(case, name, "float64", steps, start) for name in names)
     return compare(case, ours, theirs, names=names, after=start.updates)
@@ -231,7 +219,7 @@ def _restarted(case: Case, start: State, choice: Choice, steps: int) -> Outcome:
 
 @pytest.mark.about("the list of names")
 def test_nothing_is_left_out(choice: Choice, settle: Any) -> None:
-    """A trace has every tap, derivative, gradient, moment and parameter, on either side."""
+    """A trace of either side has every tap, derivative, gradient, moment and parameter."""
     case = load_case("two-layers")
     taps, params = tap_names(case.config), list(param_shapes(case.config, 27))
     expected = [

@@ -1,4 +1,4 @@
-"""Models that nobody thought of: hypothesis draws them, and shrinks what disagrees."""
+"""Two implementations agree on random models; hypothesis draws and shrinks them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from crosscheck.sides import IncompleteError
 from crosscheck.tolerance import decided_by_rounding, float32, float64
 from crosscheck.trace import trace
 
-SHARES = 3  # so that processes can share them
-EXAMPLES = 50  # to a share
+SHARES = 3  # tests, which several processes can run side by side
+EXAMPLES = 50  # models of each test
 
 
 @pytest.mark.about("random models")
@@ -28,10 +28,10 @@ EXAMPLES = 50  # to a share
 def test_random_models(
     share: int, choice: Choice, settle: Any, pytestconfig: pytest.Config
 ) -> None:
-    """Each step starts from the reference's state: no rounding is amplified by Adam.
+    """Each step starts from the reference's state, so that Adam does not amplify rounding.
 
-    In double and in single precision, where no ReLU input is so near its kink that single precision
-    decides the slope.
+    Both precisions are compared. A model is left out of single precision if it differs there and a
+    ReLU input is so near its kink that single precision may give it the other slope.
     """
     total = Outcome("random models")
     smallest: list[tuple[Case, Outcome]] = []
@@ -53,7 +53,7 @@ def test_random_models(
             reference_steps = list(trace(case, choice.reference, "float64", steps, draws=False))
         except IncompleteError as error:
             if error.stop.not_finite:
-                hypothesis.reject()  # a probability of 0, whose logarithm neither side has
+                hypothesis.reject()  # a probability of 0: neither side can take its logarithm
             reference_steps = [error.step]
 
         @cache
@@ -83,7 +83,7 @@ def test_random_models(
     for case, outcome in smallest:
         more = f"\n{described(case)}"
         done = [pytestconfig.stash[REFERENCE_STEPS] / f"saved-{n}" for n in range(share + 1)]
-        if choice.save_case and not any(path.exists() for path in done):  # the first share's stays
+        if choice.save_case and not any(path.exists() for path in done):  # only the first is saved
             done[share].touch()
             save_case(case, choice.save_case)
             more += f"\nsaved as {choice.save_case}"

@@ -1,4 +1,4 @@
-"""Documents drawn in single precision, and at temperatures on both sides of 1, are the same."""
+"""Two implementations draw the same documents, at several temperatures and in both precisions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DRAWN = ("cold-samples", "repeated-token", "tied-two-layers")
 def test_documents_drawn(
     name: str, temperature: float, choice: Choice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A draw would have to fall within rounding of the border between two tokens to differ.
+    """A draw differs only if its random number is within rounding of the border of two tokens.
 
-    In both precisions, and together as well as one after another.
+    In both precisions, together and one after another.
     """
     case = choice.case(name)
     prompt = case.tokenizer.encode(case.chars[:1])

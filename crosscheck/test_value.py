@@ -1,6 +1,6 @@
 """scalar's Value by itself: each operation, each local derivative, and the rules of backward().
 
-A mistake here shows in every model, far from its cause. So these tests come first in a run.
+A mistake in Value makes every model wrong, far from the mistake. So these tests come first.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from crosscheck.witness import STEP
 
 FILE = "scalar/value.py"
 NAMES = "abcd"
-POINT = (0.7, 1.3, -0.4, 2.1)  # a, b, c and d
-CLOSE = 1e-12  # of the size: a few roundings
+POINT = (0.7, 1.3, -0.4, 2.1)  # the numbers a, b, c and d
+CLOSE = 1e-12  # the largest relative error, some thousand roundings
 
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A function of a, b, .., as Values and as complex numbers compute it."""
+    """A function of a, b, .., for Values and for complex numbers."""
 
     name: str  # of the method or function that is checked
     text: str
     of_values: Function
     of_numbers: Function
     point: Sequence[float] = POINT
-    slips: Mapping[str, Function] = field(default_factory=dict)  # derivatives that are often given
+    slips: Mapping[str, Function] = field(default_factory=dict)  # frequent wrong derivatives
 
     @property
     def operands(self) -> dict[str, float]:
-        """Its operands, by name."""
+        """The operands, by name."""
         return dict(zip(NAMES[: self.of_numbers.__code__.co_argcount], self.point))
 
     def __str__(self) -> str:
@@ -48,19 +48,19 @@ class Operation:
 
 
 def both(name: str, text: str, function: Function) -> Operation:
-    """An operation that Python writes alike for Values and for numbers."""
+    """An operation whose Python expression is the same for Values and for numbers."""
     return Operation(name, text, function, function)
 
 
 def power(n: float) -> Operation:
-    """a to the power of n."""
+    """The operation a ** n."""
     slip = "n a^n - 1: the 1 is to be taken from the exponent"
     return Operation("__pow__", f"a ** {n}", lambda a: a**n, lambda a: a**n,
                      slips={slip: lambda a: n * a**n - 1})  # fmt: skip
 
 
 def relu(a: float) -> Operation:
-    """ReLU to the right of its kink, to the left of it, and on it."""
+    """The operation relu(a), at this a."""
     return Operation("relu", "relu(a)", lambda a: a.relu(), lambda a: a if a.real > 0 else 0j, (a,))
 
 
@@ -95,7 +95,7 @@ OPERATIONS = [
 
 @pytest.fixture(autouse=True)
 def scalar_is_a_side(choice: Any) -> None:
-    """Where vectorized alone is checked, Value has no part."""
+    """Skip the tests of Value if vectorized is compared with itself."""
     if "scalar" not in (choice.reference, choice.candidate):
         pytest.skip("scalar is not compared")
 
@@ -106,13 +106,13 @@ def is_close(a: float, b: float) -> bool:
 
 
 def disagreement(choice: Any, problem: str, **more: Any) -> Outcome:
-    """What is wrong with Value."""
+    """The outcome that says what is wrong with Value."""
     at_fault = "reference" if choice.reference == "scalar" else "candidate"
     return Outcome("", found=[Disagreement("", 0, "", problem, at_fault=at_fault, **more)])
 
 
 def derivatives(of: Any, by: Sequence[Any]) -> list[float]:
-    """d(of) / d(x) for every x of by: without backward(), where Value keeps local derivatives."""
+    """d(of) / d(x) for every x of `by`; without backward() if Value keeps local derivatives."""
     if hasattr(of, "_local_grads"):
         return [derivative(of, x) for x in by]
     of.backward()
@@ -120,7 +120,7 @@ def derivatives(of: Any, by: Sequence[Any]) -> list[float]:
 
 
 def derivative(of: Any, by: Any) -> float:
-    """d(of) / d(by), by the local derivatives behind it."""
+    """d(of) / d(by), from the local derivatives in the graph."""
     if of is by:
         return 1.0
     parts = zip(of._children, of._local_grads or ())
@@ -168,7 +168,7 @@ def test_an_operation(operation: Operation, choice: Any, settle: Any) -> None:
 
 
 def _guess(operation: Operation, true: Mapping[str, float], operand: str, given: float) -> str:
-    """What a wrong derivative is the right one of, if that can be said."""
+    """What a wrong derivative looks like; "" if it looks like nothing known."""
     for words, slip in operation.slips.items():
         if is_close(given, slip(*operation.operands.values())):
             return words
@@ -183,12 +183,12 @@ def _guess(operation: Operation, true: Mapping[str, float], operand: str, given:
 
 @dataclass(frozen=True)
 class Rule:
-    """A graph, a gradient in it, and what a wrong one says about backward()."""
+    """A graph, a gradient in it, and which mistake in backward() gives which wrong gradient."""
 
     text: str
-    gradient: Callable[[Any], float]  # after backward(), of a leaf a
+    gradient: Callable[[Any], float]  # of a leaf a, after backward()
     expected: float
-    signs: Mapping[float, str]  # what each wrong number is a sign of
+    signs: Mapping[float, str]  # by wrong gradient, the mistake
 
 
 NO_END = "never sets self.grad = 1"
@@ -199,7 +199,7 @@ BARE = "a local derivative is passed on without the gradient of the result: * va
 
 
 def run(of: Any, by: Any) -> float:
-    """by.grad, after of.backward()."""
+    """by.grad after of.backward()"""
     of.backward()
     return float(by.grad)
 

@@ -1,4 +1,4 @@
-"""The third witness: both gradients equal derivatives that no backward pass had a part in."""
+"""The gradients of both implementations equal derivatives that no backward pass computed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from microgpt.backend import BACKENDS, fresh_state, load_backend
 from vectorized.flat import flatten
 
 TOLERANCE = FLOAT64.tolerances["gradient"]
-SMOOTH = [name for name in case_names() if not load_case(name).kink]  # a kink has no derivative
+SMOOTH = [name for name in case_names() if not load_case(name).kink]  # on a kink is no derivative
 SMALL = ("one-position", "repeated-token", "tied-two-layers", "three-layers")
 
 
 def gradient(case: Case, backend_name: str) -> Array:
-    """The gradient of the loss of the first batch, (P,)."""
+    """(P,): the gradient of the loss of the first batch, by an implementation."""
     backend = load_backend(
         backend_name, suited(case.config, backend_name, "float64"), fresh_state(case.params)
     )
@@ -59,7 +59,7 @@ def _objection(
     true: Mapping[str, Array],
     shares: Mapping[str, Array],
 ) -> Outcome:
-    """The first parameter, in the order of the backward pass, whose gradient is no derivative."""
+    """The outcome for the first parameter whose gradient is not the derivative of the loss."""
     name = next(name for name in backward_order(true) if shares[name].max() > 1)
     key, side = f"gradient/d{name}", wrong[0]
     index = exhibit(key, true[name], shares[name])
@@ -79,8 +79,8 @@ def _objection(
         elements=true[name].size,
         diagnosis=""
         if others
-        else "both sides agree with each other, and the witness does not:"
-        " what they have in common is at fault, or both have the same mistake",
+        else "the two sides agree with each other, and not with the witness:"
+        " the code that they share is at fault, or both have the same mistake",
         lines=lines_of(key, case.config),
     )
     return Outcome(case.name, found=[found], shares={1: _worst(shares)})
@@ -92,7 +92,7 @@ def _worst(shares: Mapping[str, Array]) -> dict[str, float]:
 
 
 def _along(case: Case, what: str) -> Outcome:
-    """That a derivative along a direction is wrong."""
+    """The outcome that says that a derivative along a direction is wrong."""
     problem = f"the derivative along a random direction is wrong in {what}"
     return Outcome(case.name, found=[Disagreement(case.name, 1, "", problem)])
 
@@ -128,7 +128,7 @@ def test_random_directions_by_complex_step(name: str, settle: Any) -> None:
 def test_scalar_along_random_directions_by_differences(
     name: str, notes: list[str], settle: Any
 ) -> None:
-    """The witness of scalar's own forward pass, which takes no complex numbers."""
+    """scalar's forward pass takes no complex numbers, so differences of its losses are compared."""
     case = load_case(name)
     ours = gradient(case, "scalar")
     rng = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""How far two numbers may lie apart, in double and in single precision."""
+"""Tolerances: how far two numbers may lie apart, in double and in single precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from microgpt.config import Config
 
 RTOL, ATOL = 1e-9, 1e-12
 OF_THE_TABLE = ("forward", "eval", "read", "backward", "gradient", "unwatched")  # phases
-# How many times its noise a number may be off. The worst of the stored cases is off by 31 times its
-# noise, and where exp, log and the order of sums are made those of another machine, by 40 times.
+# A number may be off by FACTOR times its noise. In the stored cases the worst number is off by 31
+# times its noise, and with the exp, log and order of sums of another machine by 40 times.
 FACTOR = 512
 
 
@@ -24,14 +24,14 @@ FACTOR = 512
 class Tolerance:
     """How far two numbers may lie apart: atol + rtol * |reference| + scale * max |reference|.
 
-    Where the noise is known, at most FACTOR times that.
+    If the noise is known, they may lie apart at most FACTOR times the noise, too.
     """
 
     rtol: float
     atol: Array | float
     scale: float = 0.0  # the share of the largest number in the tensor
     noise: Array | float | None = None  # see crosscheck.noise
-    root: bool = False  # whether the noise is that of the numbers' root
+    root: bool = False  # whether the noise is of the square roots of the numbers
 
     def __str__(self) -> str:
         parts = {"rtol": self.rtol, "atol": self.atol, "scale": self.scale}
@@ -41,13 +41,13 @@ class Tolerance:
         return f"{FACTOR:,} times its noise" + " in the root" * self.root + f"; at most {words}"
 
     def at(self, index: tuple[int, ...]) -> Tolerance:
-        """That of one element."""
+        """The tolerance of one element."""
         noise = None if self.noise is None else float(np.asarray(self.noise)[index])
         atol = float(np.asarray(self.atol)[index if np.ndim(self.atol) else ()])
         return replace(self, atol=atol, noise=noise)
 
     def allowed(self, reference: Array) -> Array:
-        """How far from each number another may lie."""
+        """How far another number may lie from each of the reference's."""
         sizes = np.abs(reference)
         most = self.atol + self.rtol * sizes + self.scale * sizes.max(initial=0.0)
         if self.noise is None:
@@ -59,13 +59,12 @@ class Tolerance:
         return np.fmin(least, most)
 
     def shares(self, reference: Array, candidate: Array) -> Array:
-        """The distance of each pair as a share of what is allowed: see as_shares."""
+        """The distance of each pair as a share of what is allowed; inf for NaN."""
         with np.errstate(all="ignore"):
-            apart = distance(reference, candidate)
-            return as_shares(apart, self.allowed(reference))
+            return as_shares(distance(reference, candidate), self.allowed(reference))
 
     def excused(self, reference: Array, candidate: Array) -> Array:
-        """Which numbers lie farther apart than rtol allows by itself."""
+        """Which pairs lie farther apart than rtol alone allows."""
         with np.errstate(all="ignore"):
             return distance(reference, candidate) > self.rtol * np.abs(reference)
 
@@ -77,32 +76,35 @@ def distance(reference: Array, candidate: Array) -> Array:
 
 
 def as_shares(apart: Array, allowed: Array) -> Array:
-    """The distance of each pair as a share of what is allowed; not a number counts as inf."""
+    """Each distance as a share of what is allowed; inf for NaN."""
     shares = np.where(apart == 0, 0.0, apart / allowed)
     return np.where(np.isnan(shares), np.inf, shares)
 
 
 @dataclass(frozen=True)
 class Standard:
-    """What a comparison holds a candidate to: its precision, and what that allows by phase."""
+    """The tolerances of a comparison, by phase, in one precision."""
 
     dtype: str
     tolerances: Mapping[str, Tolerance]
     noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()  # by step; or what measures it
-    config: Config | None = None  # of the model; with it, less has to be measured
+    config: Config | None = None  # of the model; with it, the noise of fewer tensors is measured
     of_operands: dict[int, Noise] = field(default_factory=dict, compare=False, repr=False)
     rows: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # see at_once
 
     def tolerance(self, step: int, key: str) -> Tolerance:
-        """What is allowed to a tensor of a step, counted from 1."""
+        """The tolerance of a tensor; step: its number, from 1."""
         phase, _ = split_key(key)
         noise = self.noise() if callable(self.noise) else self.noise
         known = noise[step - 1].get(key) if step <= len(noise) else None
         return self.tolerances[phase] if known is None else self._with(known, phase)
 
     def widening(self, step: int, key: str, reference: Step) -> Iterator[tuple[Tolerance, bool]]:
-        """What is allowed to a tensor; before that, where the noise is still to be measured, what
-        is allowed whatever it turns out to be. And whether that is by the least noise."""
+        """Tolerances of a tensor, the narrowest first, and whether each goes by the least noise.
+
+        The last tolerance is that of `tolerance`. It may need a measurement of the noise, which
+        takes long; a tensor within one of the tolerances before it needs no measurement.
+        """
         phase, name = split_key(key)
         if callable(self.noise) and (phase != "update" or f"params/{name}" in reference):
             if self.dtype != "float64":
@@ -116,14 +118,14 @@ class Standard:
         yield self.tolerance(step, key), False
 
     def _with(self, noise: Array, phase: str) -> Tolerance:
-        """What is allowed to a tensor of a phase by its noise."""
+        """The tolerance of a tensor of a phase, by its noise."""
         most = self.tolerances[phase]
         if self.dtype == "float64":
             return replace(most, noise=noise, root=phase in SQUARES)
         return most if phase in SQUARES else replace(most, atol=most.atol + SINGLE * noise)
 
 
-# Adam's v has no atol: many of its numbers are smaller than that, and any would pass
+# Adam's v has no atol: many of its numbers are smaller than ATOL, and any other would pass for them
 FLOAT64 = Standard(
     "float64",
     {phase: Tolerance(RTOL, 0.0 if phase in SQUARES else ATOL) for phase in PHASES},
@@ -133,15 +135,15 @@ FLOAT64 = Standard(
 def float64(
     noise: Sequence[Noise] | Callable[[], Sequence[Noise]], config: Config | None = None
 ) -> Standard:
-    """FLOAT64, and of that no more than the noise of each tensor says."""
+    """FLOAT64, but no tensor may be off by more than its noise allows."""
     return replace(FLOAT64, noise=noise, config=config, of_operands={}, rows={})
 
 
-# Single precision loses digits where numbers of unlike size are added, so its error is measured
-# as a share of the largest number of the tensor. These were the largest errors of any case and nine
-# sets of parameters against float64, and a margin of four is on top of them. Sums in another order
-# have others, within that margin: `python -m crosscheck float32` tells by how much.
-# Every step starts from the reference's state.
+# Single precision loses digits where numbers of unlike size are added, so an error is given as a
+# share of the largest number of its tensor. These are the largest errors against float64 of any
+# case, with nine sets of parameters, where every step starts from the reference's state. The
+# tolerance is MARGIN times these. Sums in another order have other errors, within the tolerance:
+# `python -m crosscheck float32` prints them.
 FLOAT32_MEASURED = {
     "batch": 0.0,
     "entry": 5.9e-8,
@@ -159,15 +161,16 @@ FLOAT32_MEASURED = {
     "params": 1.1e-7,
 }
 MARGIN = 4
-# Models drawn at random may lose any number of digits by cancellation. How many times its noise,
-# in units of single precision, a number may be off beyond that: 1 was never reached in 200 models.
+# Random models may lose any number of digits by cancellation. So beyond the above, a number may be
+# off by SINGLE times its noise, which is 32 times what that noise is in single precision. In 200
+# random models no number was off by more than once that.
 SINGLE = 32 * 2.0**29
 
 
 def float32(case: Case, noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()) -> Standard:
-    """What is allowed to single precision, more where a case declares that it loses more.
+    """The tolerances of single precision; wider for a case that declares a slack.
 
-    noise    what excuses numbers that cancel, where no case declares it
+    noise    widens the tolerance of numbers that cancel, in random models
     """
     slack = case.float32.get("slack", 1.0)
     return Standard(
@@ -182,7 +185,7 @@ def float32(case: Case, noise: Sequence[Noise] | Callable[[], Sequence[Noise]] =
 
 
 def decided_by_rounding(reference_step: Step, noise: Noise) -> bool:
-    """Whether single precision may find a ReLU input on the other side of its kink."""
+    """Whether an input of ReLU is so near 0 that single precision may give it the other sign."""
     inputs = [
         key for key in reference_step if key.startswith("forward/") and key.endswith("mlp_pre")
     ]

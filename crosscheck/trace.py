@@ -3,30 +3,30 @@
 Keys are "phase/name", in the order in which they are compared:
 
 batch/tokens       the token ids of the documents, padded with -1
-entry/<p>          parameters before the step
-entry_m/<p>        Adam's running mean of the gradient before the step
-entry_v/<p>        and of its square
-forward/<tap>      what the forward pass computes in between, (B, T, ..), zero where there is none
-eval/loss_t        the loss of every position, as it is computed where nothing is learned
-read/logits        the logits of the first document, read token by token as when sampling
-backward/d<tap>    the derivative of the loss with respect to each, in reverse order
-gradient/d<p>      the same for each parameter
+entry/<p>          the parameter p before the step
+entry_m/<p>        Adam's running mean of the gradient of p before the step
+entry_v/<p>        Adam's running mean of the squared gradient of p before the step
+forward/<tap>      a tensor of the forward pass, (B, T, ..), 0 in padding and for positions to come
+eval/loss_t        the loss of every position, computed by the code for evaluation
+read/logits        the logits of the first document, read token by token as in sampling
+backward/d<tap>    the derivative of the loss with respect to the tap, in reverse order
+gradient/d<p>      the derivative of the loss with respect to p
 unwatched/loss     the loss as training computes it, by the recorded calls
-unwatched/d<p>     and its derivatives
+unwatched/d<p>     the derivative of the loss with respect to p, by the recorded calls
 adam_m/<p>         Adam's m after the step
 adam_v/<p>         Adam's v after the step
-update/<p>         what the step added to the parameters
-params/<p>         parameters after the step
+update/<p>         what the step added to p
+params/<p>         p after the step
 sample/documents   token ids of documents drawn from the model, padded with -1
-sample/likeliest   the same for one drawn from the likeliest tokens, and one of the likeliest each
+sample/likeliest   token ids of a document drawn with top_k, and of one drawn at temperature 0
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 from typing import Any
@@ -46,7 +46,11 @@ from microgpt.train import learning_rate
 Array = NDArray[Any]
 Step = dict[str, Array]
 
-SAMPLES, TOP_K = 2, 2
+SAMPLES, TOP_K = 2, 2  # documents that are drawn, with a prompt and without; top_k of another
+
+ENTRY = ("entry", "entry_m", "entry_v")  # phases of the state before a step
+AFTER = ("params", "adam_m", "adam_v")  # phases of the state after it
+GIVEN = ("batch", *ENTRY)  # phases that no side has to compute
 
 PHASES = {
     "batch": "the batch",
@@ -76,23 +80,33 @@ def trace(
     start: State | None = None,
     draws: bool = True,
 ) -> Iterator[Step]:
-    """The steps of a case, each from where the one before it ended, as they are asked for.
+    """The steps of a case, each from the state that the step before it left.
 
-    start    the state to begin from, if not the case's own parameters before any update
-    draws    whether documents are drawn in a model's first step, and in the last of these
+    start    the state to begin with; without it, the case's own parameters before any update
+    draws    whether documents are drawn from the model after the first and the last step
 
     Raises IncompleteError where the implementation does not finish a step.
     """
     config = suited(case.config, backend_name, dtype)
     state = start or fresh_state(case.params)
-    first, pair = state.updates, None
-    for step in range(first, first + steps):
-        docs = case.docs(step)
-        with stopping({"batch/tokens": padded_tokens(docs)}, backend_name, config):
-            pair = pair or WatchedAndTrained(backend_name, config, state)
-        record = trace_step(pair, docs, learning_rate(step, config))
-        if draws and step in (0, first + steps - 1):
-            with stopping(record, backend_name, config):
+    tokens = padded_tokens(case.docs(state.updates))
+    with stopping({"batch/tokens": tokens}, backend_name, config):
+        pair = both_backends(backend_name, config, state)
+    yield from steps_by(pair, case, range(state.updates, state.updates + steps), draws)
+
+
+def steps_by(
+    pair: WatchedAndTrained, case: Case, steps: range, draws: bool, grads: Tensors | None = None
+) -> Iterator[Step]:
+    """The steps of a case by two backends, each from the state that the step before left.
+
+    draws    whether documents are drawn from the model after step 0 and the last step
+    grads    the gradients that the updates are made from, in place of the steps' own
+    """
+    for step in steps:
+        record = trace_step(pair, case.docs(step), learning_rate(step, pair.config), grads)
+        if draws and step in (0, steps[-1]):
+            with stopping(record, pair.name, pair.config):
                 record = {**record, **drawn(case, pair.trained, step)}
         yield record
 
@@ -100,52 +114,58 @@ def trace(
 def teacher_forced(
     case: Case, backend_name: str, dtype: str, reference_steps: Iterable[Step]
 ) -> Iterator[Step]:
-    """The same steps, each begun where another trace began it, and updated by its gradients.
+    """The steps of a case, each from the reference's state and updated by its gradients.
 
-    What one step gets wrong does not reach the next, and what Adam gets wrong is Adam's alone.
+    So a mistake in one step does not reach the next, and a wrong update is a mistake of Adam alone.
     """
     config = suited(case.config, backend_name, dtype)
     for step, reference_step in enumerate(reference_steps):
-        params, m, v = (part(reference_step, phase) for phase in ("entry", "entry_m", "entry_v"))
+        start = state_of(reference_step, ENTRY, step)
         with stopping({"batch/tokens": reference_step["batch/tokens"]}, backend_name, config):
-            pair = WatchedAndTrained(backend_name, config, State(params, m, v, step))
+            pair = both_backends(backend_name, config, start)
         grads = part(reference_step, "gradient", "d")
         yield trace_step(pair, case.docs(step), learning_rate(step, config), grads)
 
 
 def suited(config: Config, backend_name: str, dtype: str) -> Config:
-    """The configuration in that precision; scalar has a single core's work to do."""
+    """The configuration in that precision, and for scalar on a single core."""
     return replace(config, dtype=dtype, cores=1 if backend_name == "scalar" else config.cores)
 
 
+@dataclass
 class WatchedAndTrained:
-    """Two backends of one implementation: one watched, which keeps all taps, and one as training
-    runs it, so that the watched one does not stand in for the trained one.
+    """Two backends of one implementation: one that keeps all taps, and one as training runs it.
 
     In scalar both run the same code, so one object serves as both. Its evaluation and reading would
     repeat the forward pass: they are computed in the first step alone, and copied afterwards.
     """
 
-    def __init__(self, name: str, config: Config, state: State) -> None:
-        self.name, self.config = name, config
-        self.watched = load_backend(name, config, state, watch=True)
-        self.trained: Any = self.watched
-        if name != "scalar":
-            several = config.cores > 1
-            self.trained = (Together if several else load_backend)(name, config, state)
-        self.begun = state.updates
+    name: str
+    config: Config
+    watched: Backend
+    trained: Any
+    begun: float  # the step after which evaluation and reading are copied
+
+
+def both_backends(name: str, config: Config, state: State) -> WatchedAndTrained:
+    """The two backends of an implementation, in a state; on several ranks, ranks in threads."""
+    watched = load_backend(name, config, state, watch=True)
+    if name == "scalar":
+        return WatchedAndTrained(name, config, watched, watched, state.updates)
+    trained = (Together if config.cores > 1 else load_backend)(name, config, state)
+    return WatchedAndTrained(name, config, watched, trained, state.updates)
 
 
 @contextmanager
 def stopping(record: Step, side: str, config: Config) -> Iterator[None]:
-    """Within this context, what a side raises becomes an IncompleteError with this record."""
+    """Within this context, an exception from a side becomes an IncompleteError with this record."""
     try:
         yield
     except IncompleteError:
         raise
     except Exception as error:
         stop = stop_of(error, config)
-        if stop is None:  # the fault is none of the side's
+        if stop is None:  # no line of the side raised it
             raise
         raise IncompleteError(in_order(record), replace(stop, side=side)) from None
 
@@ -153,9 +173,11 @@ def stopping(record: Step, side: str, config: Config) -> Iterator[None]:
 def trace_step(
     pair: WatchedAndTrained, docs: Docs, lr_t: float, grads: Tensors | None = None
 ) -> Step:
-    """One step of training, watched; with the update made from `grads`, if they are given.
+    """Everything that one step of training computes, under its keys.
 
-    Raises IncompleteError if the implementation does not finish it.
+    grads    the gradients that the update is made from, in place of the step's own
+
+    Raises IncompleteError if the implementation does not finish the step.
     """
     record: Step = {"batch/tokens": padded_tokens(docs)}
     with stopping(record, pair.name, pair.config):
@@ -167,71 +189,86 @@ def _watch(
     pair: WatchedAndTrained, docs: Docs, lr_t: float, grads: Tensors | None, record: Step
 ) -> None:
     """Put what a step computes into the record, phase by phase."""
-
-    def keep(phase: str, tensors: Tensors, prefix: str = "") -> None:
-        for name, tensor in tensors.items():
-            record[f"{phase}/{prefix}{name}"] = as_array(tensor)
-
-    def gradients(backend: Backend) -> Tensors:
-        found = backend.grads()
-        return {name: found[name] for name in backward_order(found) if name in found}
-
     before = pair.trained.state()
-    keep("entry", before.params)
-    keep("entry_m", before.m)
-    keep("entry_v", before.v)
-    for backend in dict.fromkeys((pair.watched, pair.trained)):
-        watched, trained = backend is pair.watched, backend is pair.trained
-        loss, failure, repeated = math.nan, None, False
-        with marked_memory() if watched else nullcontext():
-            try:
-                loss = backend.forward(docs)
-            except FloatingPointError as error:  # the taps show where it began, if there are any
-                failure = error
-            except Exception:
-                with suppress(Exception):  # what there is of them
-                    keep("forward", backend.taps())
-                raise
-            if watched:
-                try:
-                    keep("forward", backend.taps())
-                except FloatingPointError as error:
-                    raise failure or error from None
-                known = {"forward/logits", "forward/loss_t"} <= record.keys()
-                repeated = known and pair.trained is pair.watched and before.updates > pair.begun
-                if repeated:
-                    logits = record["forward/logits"][0, : len(docs[0]) - 1]
-                    keep("read", {"logits": logits})
-                    keep("eval", {"loss_t": record["forward/loss_t"]})
-                else:
-                    keep("read", {"logits": backend.read(docs[0][:-1])})
-            if trained and not repeated:
-                try:
-                    by_position = np.array(backend.position_losses(docs))
-                except FloatingPointError:
-                    by_position = np.full((len(docs), max(map(len, docs)) - 1), math.nan)
-                keep("eval", {"loss_t": by_position})
+    for phase, tensors in zip(ENTRY, (before.params, before.m, before.v)):
+        _keep(record, phase, tensors)
+    backends = dict.fromkeys((pair.watched, pair.trained))
+    for backend in backends:
+        with marked_memory() if backend is pair.watched else nullcontext():
+            loss = _forward(pair, backend, docs, before.updates, record)
             try:
                 backend.backward()
             except Exception:
-                with suppress(Exception):
-                    keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
+                with suppress(Exception):  # what there is of the derivatives
+                    _keep_backward(record, backend)
                 raise
-        if watched:
-            keep("backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
-            keep("gradient", gradients(backend), prefix="d")
-        if trained:
-            keep("unwatched", {"loss": loss})
-            keep("unwatched", gradients(backend), prefix="d")
-    for backend in dict.fromkeys((pair.watched, pair.trained)):
+        if backend is pair.watched:
+            _keep_backward(record, backend)
+            _keep(record, "gradient", _gradients(backend), prefix="d")
+        if backend is pair.trained:
+            _keep(record, "unwatched", {"loss": loss})
+            _keep(record, "unwatched", _gradients(backend), prefix="d")
+    for backend in backends:
         if grads:
             backend.set_grads({name: grads[name] for name in before.params})
         backend.update(lr_t)
     after = pair.trained.state()
-    keep("adam_m", after.m)
-    keep("adam_v", after.v)
-    keep("update", {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params})
-    keep("params", after.params)
+    _keep(record, "adam_m", after.m)
+    _keep(record, "adam_v", after.v)
+    added = {p: np.array(after.params[p]) - record[f"entry/{p}"] for p in after.params}
+    _keep(record, "update", added)
+    _keep(record, "params", after.params)
+
+
+def _forward(
+    pair: WatchedAndTrained, backend: Backend, docs: Docs, updates: int, record: Step
+) -> float:
+    """The loss of one of the two backends; taps, reading and evaluation go into the record."""
+    loss, failure, repeated = math.nan, None, False
+    try:
+        loss = backend.forward(docs)
+    except FloatingPointError as error:  # the taps show where it began, if there are any
+        failure = error
+    except Exception:
+        with suppress(Exception):  # what there is of the taps
+            _keep(record, "forward", backend.taps())
+        raise
+    if backend is pair.watched:
+        try:
+            _keep(record, "forward", backend.taps())
+        except FloatingPointError as error:
+            raise failure or error from None
+        has_taps = {"forward/logits", "forward/loss_t"} <= record.keys()
+        repeated = has_taps and pair.trained is backend and updates > pair.begun
+        if repeated:
+            _keep(record, "read", {"logits": record["forward/logits"][0, : len(docs[0]) - 1]})
+            _keep(record, "eval", {"loss_t": record["forward/loss_t"]})
+        else:
+            _keep(record, "read", {"logits": backend.read(docs[0][:-1])})
+    if backend is pair.trained and not repeated:
+        try:
+            by_position = np.array(backend.position_losses(docs))
+        except FloatingPointError:
+            by_position = np.full((len(docs), max(map(len, docs)) - 1), math.nan)
+        _keep(record, "eval", {"loss_t": by_position})
+    return loss
+
+
+def _keep(record: Step, phase: str, tensors: Tensors, prefix: str = "") -> None:
+    """Put the tensors of a phase into the record."""
+    for name, tensor in tensors.items():
+        record[f"{phase}/{prefix}{name}"] = as_array(tensor)
+
+
+def _keep_backward(record: Step, backend: Backend) -> None:
+    """Put the derivatives with respect to the taps into the record, from the loss back."""
+    _keep(record, "backward", dict(reversed(list(backend.dtaps().items()))), prefix="d")
+
+
+def _gradients(backend: Backend) -> Tensors:
+    """The gradients in the order in which the backward pass finds them."""
+    found = backend.grads()
+    return {name: found[name] for name in backward_order(found) if name in found}
 
 
 def backward_order(params: Iterable[str]) -> list[str]:
@@ -271,10 +308,19 @@ def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:
     return {key.removeprefix(start): step[key] for key in step if key.startswith(start)}
 
 
-def drawn(case: Case, backend: Backend, seed: int) -> Step:
-    """Documents from the model as it stands, at a temperature that makes them differ.
+def state_of(step: Step, phases: Sequence[str], updates: int) -> State:
+    """The state before a step (phases: ENTRY) or after it (AFTER).
 
-    The last ones begin with a prompt, if the context has room for one.
+    updates    how many updates have been made by then
+    """
+    params, m, v = (part(step, phase) for phase in phases)
+    return State(params, m, v, updates)
+
+
+def drawn(case: Case, backend: Backend, seed: int) -> Step:
+    """The token ids of documents that are drawn from a model, under their keys.
+
+    Half of them begin with a prompt, if the context has room for one.
     """
     tokenizer, rng = case.tokenizer, Random(seed)
     prompt = tokenizer.encode(case.chars[:2])[: case.config.block_size - 1]
@@ -302,7 +348,7 @@ def padded_tokens(docs: Docs) -> Array:
 
 
 def axes(key: str) -> tuple[str, ...]:
-    """What the indices of a tensor count, in letters; () for a single number."""
+    """The letters of a tensor's axes (B, T, ..); () for a single number."""
     phase, name = split_key(key)
     if phase in ("batch", "sample"):
         return "B", "T"
@@ -312,7 +358,7 @@ def axes(key: str) -> tuple[str, ...]:
 
 
 def expected_shape(key: str, case: Case, tokens: Array) -> tuple[int, ...] | None:
-    """The shape that a tensor should have; None where it depends on what was drawn."""
+    """The shape that a tensor should have; None for drawn documents, whose length is drawn too."""
     phase, _ = split_key(key)
     B, columns = tokens.shape
     if phase in ("batch", "sample"):
@@ -322,7 +368,7 @@ def expected_shape(key: str, case: Case, tokens: Array) -> tuple[int, ...] | Non
 
 
 def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
-    """Which elements of a tensor there are: not those of padding, nor of positions to come."""
+    """Which elements are compared: all but those in padding and for positions to come."""
     letters, B = axes(key), len(tokens)
     if split_key(key)[0] in ("batch", "sample") or letters[:1] != ("B",) or shape[:1] != (B,):
         return _real(shape, b"", False)
@@ -345,6 +391,6 @@ def _real(shape: tuple[int, ...], positions: bytes, causal: bool) -> Array:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The phase and the name."""
+    """The phase and the name of a key."""
     phase, _, name = key.partition("/")
     return phase, name

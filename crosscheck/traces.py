@@ -1,4 +1,4 @@
-"""Traces as files: see TRACES.md beside this one."""
+"""Traces as files, written, read and compared; TRACES.md in this folder says what they hold."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 from crosscheck.cases import Case, case_names, load_case
 from crosscheck.compare import Outcome, compare_step, explained
 from crosscheck.noise import noise
-from crosscheck.tolerance import FLOAT64, float32, float64
-from crosscheck.trace import Array, Step, expected_shape, keys, split_key
+from crosscheck.tolerance import FLOAT64, Standard, float32, float64
+from crosscheck.trace import GIVEN, Array, Step, expected_shape, keys, split_key
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError, shortened
 from microgpt.runs.checkpoint import (
@@ -32,13 +32,12 @@ from microgpt.settings import stored_config
 
 FORMAT = "microgpt trace"
 VERSION = "1"
-METADATA = ("format", "version", "dtype", "steps", "config", "chars")  # which a trace must have
+METADATA = ("format", "version", "dtype", "steps", "config", "chars")  # required of a trace
 TOKENS = "batch/tokens"
-GIVEN = ("batch", "entry", "entry_m", "entry_v")  # phases that no side has to compute
 
 
 def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable[Step]) -> int:
-    """Write the steps of a trace; returns how many there are."""
+    """The number of steps, all of which are written to a file."""
     tensors: dict[str, Any] = {}
     number = 0
     for number, step in enumerate(steps, 1):
@@ -59,7 +58,7 @@ def save_trace(path: Path, case: Case, backend: str, dtype: str, steps: Iterable
 
 
 class Trace(NamedTuple):
-    """What a file holds."""
+    """A trace as a file holds it."""
 
     case: Case  # without its parameters
     dtype: str
@@ -71,7 +70,7 @@ class Trace(NamedTuple):
 def load_trace(path: Path) -> Trace:
     """The trace in a file.
 
-    Raises MicrogptError if it is none, or if its metadata do not say of what.
+    Raises MicrogptError if the file is no trace, or its metadata are damaged or lack something.
     """
     file = TensorFile(path)
     metadata = file.metadata
@@ -99,7 +98,7 @@ def load_trace(path: Path) -> Trace:
     except BAD_METADATA as error:
         raise MicrogptError(f"{path}: damaged: {shortened(error, 200)}") from None
     case = Case(name, "a trace", config, chars, [], kink="read from a trace")
-    if name in case_names():  # it knows what may be zero, and what single precision loses
+    if name in case_names():  # the case declares what may be 0, and what single precision loses
         known = load_case(name)
         case = replace(case, zero=known.zero, float32=known.float32, random=known.random)
     order = keys(config, case.tokenizer.vocab_size)
@@ -117,10 +116,13 @@ def load_trace(path: Path) -> Trace:
 
 
 def _config(path: Path, fields: Any) -> Config:
-    """The configuration in a trace's metadata."""
+    """The configuration in a trace's metadata.
+
+    Raises MicrogptError if it is none, or lacks a field.
+    """
     if isinstance(fields, dict):
         lacking = [name for name in FIELDS if name not in fields]
-        with suppress(MicrogptError):  # of an earlier format, which lacks some that are known
+        with suppress(MicrogptError):  # a configuration of an earlier format lacks known fields
             return stored_config(fields, str(path))
         if lacking:
             raise MicrogptError(
@@ -131,7 +133,7 @@ def _config(path: Path, fields: Any) -> Config:
 
 
 def _check_tokens(path: Path, number: int, tokens: Array, case: Case) -> None:
-    """Refuse tokens that cannot be those of a batch."""
+    """Raise MicrogptError if these are no tokens of a batch."""
     V = case.tokenizer.vocab_size
     sound = tokens.ndim == 2 and tokens.size and tokens.shape[1] >= 2 and tokens.dtype.kind == "i"
     if sound:
@@ -146,7 +148,7 @@ def _check_tokens(path: Path, number: int, tokens: Array, case: Case) -> None:
 
 
 def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) -> None:
-    """Refuse tensors that are not of the kind and shape that a model and a batch give them."""
+    """Raise MicrogptError if a tensor's shape or kind of numbers is not that of model and batch."""
     for key, tensor in step.items():
         wanted = expected_shape(key, case, tokens)
         whole = split_key(key)[0] in ("batch", "sample")
@@ -160,12 +162,14 @@ def _check_step(path: Path, number: int, step: Step, case: Case, tokens: Array) 
 
 
 def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outcome:
-    """Compare what the candidate has and matches one of the patterns, up to the first difference.
+    """The outcome of comparing two traces, up to the first difference.
 
-    The candidate may have fewer steps, and in each of them any tensors. Tensors of its own are left
-    alone, and counted in the outcome's notes.
+    only    patterns; of the candidate's tensors, those that match one of them are compared
 
-    Raises MicrogptError if nothing that is computed can be compared.
+    The candidate may have fewer steps, and in each of them any tensors. Tensors that the model does
+    not have are not compared, and are counted in the outcome's notes.
+
+    Raises MicrogptError if the candidate has no computed tensor that can be compared.
     """
     case, _, ours, writer, _ = load_trace(reference)
     other, dtype, theirs, _, others = load_trace(candidate)
@@ -173,7 +177,9 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
     standard = float32(case) if dtype == "float32" else FLOAT64
     outcome = Outcome(case.name)
     if others:
-        outcome.notes.append(f"{len(others)} tensors of its own left alone, such as {others[0]}")
+        outcome.notes.append(
+            f"{len(others)} tensors not compared, unknown names such as {others[0]}"
+        )
     if len(theirs) != len(ours):
         outcome.notes.append(f"{len(theirs)} steps; {reference.stem} has {len(ours)}")
     wanted = [
@@ -185,12 +191,7 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
         ]
         for _, b in zip(ours, theirs)
     ]
-    computed = [key for step in wanted for key in step if split_key(key)[0] not in GIVEN]
-    if not computed:
-        there = next((step for step in wanted if step), None)
-        what = f"nothing but {there[0]}" if there else f"nothing like {', '.join(only)}"
-        of = " and what else both are given" if there else " in a step that the reference has"
-        raise MicrogptError(f"{candidate}: has {what}{of}, so nothing computed can be compared")
+    _check_wanted(candidate, wanted, only)
     for number, (a, b, keys_of_b) in enumerate(zip(ours, theirs, wanted), 1):
         lacking = [key for key in [TOKENS, *keys_of_b] if key not in a]
         if lacking and keys_of_b:
@@ -202,27 +203,50 @@ def diff(reference: Path, candidate: Path, only: Sequence[str] = ("*",)) -> Outc
             _check_step(candidate, number, b, case, a[TOKENS])
     if writer == "scalar" and dtype == "float64":
         standard = float64(noise(case, ours[: len(theirs)]))
+    _compare(case, ours, theirs, wanted, standard, outcome)
+    return outcome
+
+
+def _check_wanted(candidate: Path, wanted: Sequence[Sequence[str]], only: Sequence[str]) -> None:
+    """Raise MicrogptError if none of these tensors of the candidate's steps is computed."""
+    if any(split_key(key)[0] not in GIVEN for step in wanted for key in step):
+        return
+    there = next((step for step in wanted if step), None)
+    what = f"like {', '.join(only)} in a step that the reference has"
+    if there:
+        what = f"to compare, only {there[0]} and what else both sides are given"
+    raise MicrogptError(f"{candidate}: holds no computed tensor {what}")
+
+
+def _compare(
+    case: Case,
+    ours: Sequence[Step],
+    theirs: Sequence[Step],
+    wanted: Sequence[Sequence[str]],
+    standard: Standard,
+    outcome: Outcome,
+) -> None:
+    """Compare the wanted tensors of each step, up to the first difference."""
     before: tuple[Step, Step] | None = None
     for number, (a, b, keys_of_b) in enumerate(zip(ours, theirs, wanted), 1):
         if not keys_of_b:
             continue
         shared = {key: a[key] for key in [TOKENS, *keys_of_b]}
         theirs_wanted = {TOKENS: a[TOKENS], **{key: b[key] for key in keys_of_b}}
-        with np.errstate(all="ignore"):  # what is not finite differs, and that says it all
+        with np.errstate(all="ignore"):  # a number that is not finite counts as a difference
             compare_step(case, number, shared, theirs_wanted, standard, outcome)
             if outcome.found:
                 outcome.found[0] = explained(case, outcome.found, a, b, before, standard)
-                return outcome
+                return
         outcome.tally.steps += 1
         if TOKENS not in keys_of_b:  # taken over from the reference, not compared
             outcome.tally.tensors -= 1
             outcome.tally.elements -= a[TOKENS].size
         before = a, b
-    return outcome
 
 
 def _check_model(reference: Path, ours: Case, candidate: Path, theirs: Case) -> None:
-    """Refuse traces of two models."""
+    """Raise MicrogptError if two traces are of different models."""
     a, b = dataclasses.asdict(ours.config), dataclasses.asdict(theirs.config)
     unlike = [f"{name} is {b[name]}, not {a[name]}" for name in a if a[name] != b[name]]
     if theirs.chars != ours.chars:

@@ -1,4 +1,4 @@
-"""Where in a tensor the wrong elements lie, in words: head 2, all positions but the first."""
+"""Where the wrong elements of a tensor lie, in words: in head 2, at all positions but the first."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from crosscheck.cases import Case
 from crosscheck.trace import Array, axes, split_key
 
-MOST = 3  # indices that are listed one by one
+MOST = 3  # up to so many indices are listed one by one
 
 
 def where(case: Case, key: str, wrong: Array, live: Array, tokens: Array) -> str:
-    """The smallest region that has a name and holds all wrong elements; "" if that is everything.
+    """The smallest region with a name that holds all wrong elements; "" if all elements are wrong.
 
     wrong    which elements are wrong
-    live     which could be: those that there are, and that are not zero on both sides
+    live     which elements could be wrong: not padding, and not 0 on both sides
     tokens   (B, T + 1) token ids of the batch, -1 where a document has ended
 
-    Nothing is said of an axis on which only one index is live: the tensor's size explains it.
+    An axis with only one live index is not named.
     """
     letters = axes(key)
     wrong = wrong & live
@@ -42,6 +42,7 @@ def where(case: Case, key: str, wrong: Array, live: Array, tokens: Array) -> str
 def _documents_and_positions(
     letters: tuple[str, ...], wrong: Array, live: Array, tokens: Array
 ) -> Iterator[str]:
+    """The wrong documents and positions in words, if not all of them are wrong."""
     if "T" not in letters:
         return
     keep = (0, letters.index("T"))
@@ -58,33 +59,8 @@ def _documents_and_positions(
         else:
             yield _listed("in", "document", docs, all_docs)
         there = there & bad.any(axis=1, keepdims=True)
-    if (bad == there).all() or there.sum(axis=1).max() < 2:
-        pass
-    else:
-        t = np.arange(T)
-        repeated = _repeated(tokens)[:, :T]
-        ends = {
-            "first": np.broadcast_to(t == 0, bad.shape),
-            "last": t == n[:, None] - 1,
-        }
-        ends = ends if T > 2 else {}  # of two positions, the number says more
-        places = {
-            **{f"at the {words} position": place for words, place in ends.items()},
-            "at positions whose token occurs more than once": repeated,
-        }
-        for words, place in places.items():
-            if not bad[~place].any() and there[~place].any():
-                yield words
-                break
-        else:
-            for words, place in ends.items():
-                if (bad == (there & ~place)).all():
-                    yield f"at all positions but the {words}"
-                    break
-            else:
-                columns, every = (np.flatnonzero(x.any(axis=0)) for x in (bad, there))
-                if len(columns) < len(every):
-                    yield _listed("at", "position", columns, every)
+    if (bad != there).any() and there.sum(axis=1).max() > 1:
+        yield _positions(bad, there, n, _repeated(tokens)[:, :T])
     if "U" in letters:
         u_is_t = np.eye(wrong.shape[-1], dtype=bool)
         if not wrong[..., ~u_is_t].any() and live[..., ~u_is_t].any():
@@ -93,7 +69,30 @@ def _documents_and_positions(
             yield "where a position looks at earlier ones"
 
 
+def _positions(bad: Array, there: Array, n: Array, repeated: Array) -> str:
+    """The wrong positions in words; "" if there is no short way to name them.
+
+    bad, there   (B, T): which positions are wrong, and which could be
+    n            (B,): how many positions each document has
+    repeated     (B, T): which positions have a token that occurs more than once
+    """
+    t = np.arange(bad.shape[1])
+    ends = {"first": np.broadcast_to(t == 0, bad.shape), "last": t == n[:, None] - 1}
+    ends = ends if len(t) > 2 else {}  # of two positions, the number is clearer
+    places = {f"at the {words} position": place for words, place in ends.items()}
+    places["at positions whose token occurs more than once"] = repeated
+    for words, place in places.items():
+        if not bad[~place].any() and there[~place].any():
+            return words
+    for words, place in ends.items():
+        if (bad == (there & ~place)).all():
+            return f"at all positions but the {words}"
+    columns, every = (np.flatnonzero(x.any(axis=0)) for x in (bad, there))
+    return _listed("at", "position", columns, every) if len(columns) < len(every) else ""
+
+
 def _repeated(tokens: Array) -> Array:
+    """(B, T): which positions have a token that occurs more than once in the batch."""
     inputs = np.where(tokens[:, 1:] >= 0, tokens[:, :-1], -1)
     ids, counts = np.unique(inputs[inputs >= 0], return_counts=True)
     return np.isin(inputs, ids[counts > 1])
@@ -102,7 +101,7 @@ def _repeated(tokens: Array) -> Array:
 def _along(
     case: Case, key: str, letter: str, axis: int, bad: Array, every: Array, tokens: Array
 ) -> str:
-    """The wrong indices of one axis, if they make a pattern."""
+    """The wrong indices of one axis in words; "" if there is no short way to name them."""
     phase, name = split_key(key)
     of_weights = phase not in ("forward", "backward", "eval", "read")
     if letter in ("B", "T", "U") and not (letter == "T" and phase == "read"):
@@ -133,6 +132,7 @@ HEADS = {("attn_wq", 0), ("attn_wk", 0), ("attn_wv", 0), ("attn_wo", 1)}  # axes
 
 
 def _token_rows(case: Case, bad: Array, every: Array, tokens: Array) -> str:
+    """The wrong rows of an embedding or output matrix in words, by the tokens of the batch."""
     inputs = tokens[:, :-1][tokens[:, 1:] >= 0]
     ids, counts = np.unique(inputs, return_counts=True)
     if set(bad) <= set(ids[counts > 1]) and len(ids[counts > 1]) < len(every):
@@ -145,7 +145,7 @@ def _token_rows(case: Case, bad: Array, every: Array, tokens: Array) -> str:
 
 
 def _listed(preposition: str, word: str, bad: Array, every: Array) -> str:
-    """Few indices, all but few, or a range; "" where there is no short way to say which."""
+    """Indices in words: few, all but one, a range; "" if there is no short way to name them."""
     rest = [i for i in every.tolist() if i not in set(bad.tolist())]
     first, last = int(bad[0]), int(bad[-1])
     if len(bad) == 1:

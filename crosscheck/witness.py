@@ -1,10 +1,10 @@
-"""A third witness: derivatives that nobody derived.
+"""The witness: derivatives of the loss that no backward pass computes.
 
-The loss is computed by the forward pass of vectorized/ on complex numbers. A step of 1e-30 i in one
-direction moves its imaginary part by 1e-30 times the derivative in that direction, and nothing is
-subtracted, so the derivative is exact to rounding. No backward pass has a part in it.
+The forward pass of vectorized/ computes the loss on complex numbers. A step of 1e-30 i in one
+direction moves the imaginary part of the loss by 1e-30 times the derivative in that direction.
+Nothing is subtracted, so the derivative is exact to rounding.
 
-Where complex numbers cannot go, in the Values of scalar/, differences of two losses have to do.
+The Values of scalar/ cannot hold complex numbers: there, the derivative is a difference of losses.
 
 Source: Squire and Trapp, "Using complex variables to estimate derivatives of real functions",
 SIAM Review 40 (1998).
@@ -29,10 +29,9 @@ STEP = 1e-30
 
 
 def complex_step(case: Case, directions: Array) -> Array:
-    """The derivative of the loss of the case's first batch, along each direction.
+    """(K,): the derivative of the loss of the case's first batch along each direction.
 
-    directions    (K, P): P is the number of parameters, in the order of the state dict
-    Returns (K,).
+    directions    (K, P), where P is the number of parameters, in the order of the state dict
     """
     config, V = case.config, case.tokenizer.vocab_size
     shapes = param_shapes(config, V)
@@ -43,18 +42,18 @@ def complex_step(case: Case, directions: Array) -> Array:
     derivatives = np.empty(len(directions))
     for k, direction in enumerate(directions):
         flat[:] = point + 1j * STEP * direction
-        with np.errstate(all="ignore"):  # padding need not be finite
+        with np.errstate(all="ignore"):  # what padding gives need not be finite
             loss = loss_forward(batch, params, config, Tree(config.n_layer))
             derivatives[k] = np.imag(loss) / STEP
     return derivatives
 
 
 def difference(case: Case, backend_name: str, direction: Mapping[str, Any]) -> tuple[float, float]:
-    """The derivative of a backend's loss along a direction, from differences, and the kink margin.
+    """The derivative of a backend's loss along a direction, by differences, and the kink margin.
 
     Two central differences, with steps h and 2 h, cancel each other's leading error. The margin is
-    how many times farther than a step reaches the nearest ReLU input is from its kink; at less
-    than 1, the difference may have straddled a kink and says nothing.
+    the distance of the nearest ReLU input from its kink, in steps of that input; below 1, an input
+    may have crossed its kink between the losses, and the difference is no derivative.
     """
 
     def loss(h: float) -> tuple[float, list[Array]]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
+from microgpt.layout import rows
 from microgpt.runs.ranks import ALONE, Comm
 from microgpt.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class State:
     updates: int  # how many updates led here
 
     def __repr__(self) -> str:
-        numbers = sum(len(matrix) * len(matrix[0]) for matrix in self.params.values())
+        numbers = sum(len(rows(x)) * len(rows(x)[0]) for x in self.params.values())
         return (
             f"State({numbers:,} parameters in {len(self.params)} tensors, {self.updates} updates)"
         )
@@ -40,8 +41,13 @@ class State:
 
 def fresh_state(params: Tensors) -> State:
     """The state before the first update: these parameters, and moments of zero."""
-    zeros = {name: [[0.0] * len(matrix[0])] * len(matrix) for name, matrix in params.items()}
+    zeros = {name: _zeros(tensor) for name, tensor in params.items()}
     return State(params, zeros, zeros, 0)
+
+
+def _zeros(tensor: Any) -> list[Any]:
+    row = [0.0] * len(rows(tensor)[0])
+    return row if rows(tensor) is not tensor else [row] * len(tensor)
 
 
 class Backend(Protocol):

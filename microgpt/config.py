@@ -101,3 +101,6 @@ class Config:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+# fields that do not change the losses of a run; `dataset` is where the text is
+NOT_TRAINED = ("dataset", "cores", "max_seconds", "checkpoint_every", "eval_every", "num_samples",
+               "temperature", "top_k")  # fmt: skip

@@ -9,6 +9,15 @@ class MicrogptError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
 
+def raised_at(error: BaseException) -> str:
+    """The line that raised an error, such as scalar/model.py:51."""
+    from pathlib import Path
+    from traceback import extract_tb
+
+    last = extract_tb(error.__traceback__)[-1]
+    return f"{'/'.join(Path(last.filename).parts[-2:])}:{last.lineno}"
+
+
 def printable(text: str) -> str:
     """A text that came from outside, without what a terminal would take for a command."""
     return text.translate(CONTROLS)

@@ -6,7 +6,8 @@ In files and comparisons, tensors go by their full names ("wte", "layer0.attn_wq
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from microgpt.config import Config
@@ -15,11 +16,26 @@ from microgpt.taps import params, shape_of, sizes, taps
 MANY = 2_000_000  # weights of a model: drawing them, or a document from it, takes seconds
 
 
-def param_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, int]]:
-    """Each parameter's shape (n_out, n_in), in the order in which they are drawn and stored."""
+def param_shapes(config: Config, vocab_size: int) -> dict[str, tuple[Any, ...]]:
+    """Each parameter's shape, (n_out, n_in) or (n,), in the order in which they are stored."""
     letters = sizes(config, vocab_size)
-    shapes = {name: shape_of(param.axes, letters) for name, param in params(config).items()}
-    return {name: (n_out, n_in) for name, (n_out, n_in) in shapes.items()}
+    return {name: shape_of(param.axes, letters) for name, param in params(config).items()}
+
+
+def count_params(config: Config, vocab_size: int) -> int:
+    """How many parameters a model has."""
+    return sum(map(prod, param_shapes(config, vocab_size).values()))
+
+
+def rows(tensor: Any) -> Any:
+    """The rows of a matrix; a vector is one row."""
+    return tensor if hasattr(tensor[0], "__len__") else [tensor]
+
+
+def mapped(function: Callable[[Any], Any], tensor: Any) -> list[Any]:
+    """The matrix or vector, in lists, of a function of each number, row by row."""
+    lists = [[function(x) for x in row] for row in rows(tensor)]
+    return lists if rows(tensor) is tensor else lists[0]
 
 
 def tap_names(config: Config) -> list[str]:

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 class Param(NamedTuple):
-    """A matrix of weights, (n_out, n_in)."""
+    """Weights: a matrix (n_out, n_in) or a vector, and the numbers that they begin with."""
 
     name: str
     shape: str
+    init: str | float = "init_std"  # the field with the standard deviation of its draws; or a
+    # number, which every weight begins with, without a draw
+    switch: str = ""  # see `is_on`
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -40,7 +43,7 @@ class Tap(NamedTuple):
     equation: str
     within: str  # the function of scalar/model.py that computes this tap
     function: str = ""  # f, which `within` calls for it; f_forward, f_backward in vectorized/
-    switch: str = ""  # the configuration field that switches this tap on; "": always on
+    switch: str = ""  # see `is_on`
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -51,15 +54,15 @@ class Tap(NamedTuple):
 PARAMS = (
     Param("wte", "V C"),
     Param("wpe", "block_size C"),
-    Param("lm_head", "V C"),  # absent if tied to wte
+    Param("lm_head", "V C", switch="tie_lm_head=false"),
 )
 LAYER_PARAMS = (
     Param("attn_wq", "C C"),
     Param("attn_wk", "C C"),
     Param("attn_wv", "C C"),
-    Param("attn_wo", "C C"),
+    Param("attn_wo", "C C", init="init_std_residual"),
     Param("mlp_fc1", "F C"),
-    Param("mlp_fc2", "C F"),
+    Param("mlp_fc2", "C F", init="init_std_residual"),
 )
 
 
@@ -122,6 +125,15 @@ OUTPUT = (
 AXES = {one.name: one.axes for one in (*PARAMS, *LAYER_PARAMS, *EMBEDDING, *LAYER, *OUTPUT)}
 
 
+def is_on(config: Config, switch: str) -> bool:
+    """Whether a configuration has every field that a switch names, as "norm_embedding", true.
+
+    A field with another value than true is named with that value, as "tie_lm_head=false".
+    """
+    wanted = (one.partition("=") for one in switch.split())
+    return all(str(getattr(config, name)).lower() == (is_ or "true") for name, _, is_ in wanted)
+
+
 @cache
 def taps(config: Config) -> dict[str, Tap]:
     """Every tap by its full name, operands by theirs, in the order of the forward pass."""
@@ -132,7 +144,7 @@ def taps(config: Config) -> dict[str, Tap]:
         own = {one.name for one in section} | {one.name for one in LAYER_PARAMS}
         names = {"res": res, "lm_head": "wte" if config.tie_lm_head else "lm_head"}
         for tap in section:
-            if not tap.switch or getattr(config, tap.switch):
+            if is_on(config, tap.switch):
                 operands = (prefix + x if x in own else names.get(x, x) for x in tap.operands)
                 full = tap._replace(name=prefix + tap.name, operands=tuple(operands))
                 found[full.name] = full
@@ -143,10 +155,10 @@ def taps(config: Config) -> dict[str, Tap]:
 @cache
 def params(config: Config) -> dict[str, Param]:
     """Every parameter by its full name, in the order in which they are drawn and stored."""
-    found = [one for one in PARAMS if one.name != "lm_head" or not config.tie_lm_head]
+    found = list(PARAMS)
     for i in range(config.n_layer):
         found += [one._replace(name=f"layer{i}.{one.name}") for one in LAYER_PARAMS]
-    return {one.name: one for one in found}
+    return {one.name: one for one in found if is_on(config, one.switch)}
 
 
 @cache

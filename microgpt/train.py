@@ -21,12 +21,12 @@ from microgpt.backend import (
     fresh_state,
     load_backend,
 )
-from microgpt.config import Config
+from microgpt.config import NOT_TRAINED, Config
 from microgpt.data import digest, load_documents, located, nth, parts
 from microgpt.errors import MicrogptError, as_typed
 from microgpt.evaluate import evaluation
 from microgpt.init import init_params
-from microgpt.layout import MANY, param_shapes
+from microgpt.layout import MANY, count_params, param_shapes
 from microgpt.runs.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -62,21 +62,7 @@ from microgpt.windows import Windows
 
 # What --resume may change: nothing that the model or the order of the documents depends on.
 # `dataset` may name another path, but the text there must be the same.
-RESUMABLE = (
-    "dataset",
-    "steps",
-    "learning_rate",
-    "weight_decay",
-    "grad_clip",
-    "adam_eps",
-    "cores",
-    "max_seconds",
-    "checkpoint_every",
-    "eval_every",
-    "num_samples",
-    "temperature",
-    "top_k",
-)
+RESUMABLE = (*NOT_TRAINED, "steps", "learning_rate", "weight_decay", "grad_clip", "adam_eps")
 
 OnStep = Callable[[int, float, float], None]  # step, from 1, its loss and its seconds
 OnMeasured = Callable[[int, float], None]  # step, from 1, and the held-out loss
@@ -258,12 +244,6 @@ class Run:
         return Checkpoint(self.config, self.tokenizer, self.backend.state(), self.rng, self.digest)
 
 
-def count_params(config: Config, vocab_size: int) -> int:
-    """How many parameters a model has."""
-    shapes = param_shapes(config, vocab_size)
-    return sum(n_out * n_in for n_out, n_in in shapes.values())
-
-
 def new_run(
     config: Config,
     backend_name: str,
@@ -379,7 +359,7 @@ def follow(ranks: Alone) -> None:
     with ranks.agreed():
         check_memory(replace(config, cores=ranks.here), tokenizer.vocab_size, documents, name)
     shapes = param_shapes(config, tokenizer.vocab_size)
-    zeros = {tensor: [[0.0] * n_in] * n_out for tensor, (n_out, n_in) in shapes.items()}
+    zeros = {tensor: np.zeros(shape) for tensor, shape in shapes.items()}
     state = replace(fresh_state(zeros), updates=step)  # rank 0 sends its numbers
     backend = load_backend(name, config, state, comm=ranks)
     training, _ = parts(documents, config)

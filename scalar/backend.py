@@ -10,7 +10,7 @@ from typing import Any
 
 from microgpt.backend import Docs, State, Tensors
 from microgpt.config import Config
-from microgpt.layout import Tree, grow, pick, written
+from microgpt.layout import Tree, grow, mapped, pick, rows, written
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from scalar.adam import adam
@@ -27,13 +27,12 @@ class Backend:
     def __init__(self, config: Config, state: State, watch: bool = False) -> None:
         self.config = config
         self.matrices = {
-            name: [[Value(float(x)) for x in row] for row in matrix]
-            for name, matrix in state.params.items()
+            name: mapped(lambda x: Value(float(x)), tensor) for name, tensor in state.params.items()
         }
         self.params = grow(self.matrices, config.n_layer)
-        self.flat = [p for matrix in self.matrices.values() for row in matrix for p in row]
-        self.m = [float(x) for matrix in state.m.values() for row in matrix for x in row]
-        self.v = [float(x) for matrix in state.v.values() for row in matrix for x in row]
+        self.flat = [p for tensor in self.matrices.values() for row in rows(tensor) for p in row]
+        self.m = [float(x) for tensor in state.m.values() for row in rows(tensor) for x in row]
+        self.v = [float(x) for tensor in state.v.values() for row in rows(tensor) for x in row]
         self.updates = state.updates
         self.doc_taps: list[list[Tree]] = []
 
@@ -54,7 +53,7 @@ class Backend:
         self.updates += 1
 
     def set_grads(self, grads: Tensors) -> None:
-        numbers = [float(x) for name in self.matrices for row in grads[name] for x in row]
+        numbers = [float(x) for name in self.matrices for row in rows(grads[name]) for x in row]
         for p, grad in zip(self.flat, numbers):
             p.grad = grad
 
@@ -106,11 +105,10 @@ class Backend:
             return loss(docs, self.params, self.config)
 
     def _by_name(self, numbers: Iterable[float]) -> Nested:
-        """Matrices by name, filled with these numbers, one for each parameter."""
+        """Tensors by name, filled with these numbers, one for each parameter."""
         rest = iter(numbers)
         return {
-            name: [[next(rest) for _ in row] for row in matrix]
-            for name, matrix in self.matrices.items()
+            name: mapped(lambda _: next(rest), tensor) for name, tensor in self.matrices.items()
         }
 
     def _batched(self, field: str) -> Nested:

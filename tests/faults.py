@@ -31,7 +31,7 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
-from microgpt.cli.commands import main as microgpt
+from microgpt.cli.commands import main as typed
 from microgpt.runs.checkpoint import FILE_NAME, read_tensors
 from microgpt.runs.directory import LOCK, METRICS, RUN_FILES
 from microgpt.settings import load_config
@@ -75,10 +75,15 @@ def going_on(start: Sequence[str], out: Path) -> list[str]:
     return ["train", "--resume", "--out", str(out), "--backend", backend]
 
 
+def microgpt(*arguments: object) -> int:
+    """The exit status of a command line."""
+    return typed(list(map(str, arguments)))
+
+
 def quiet(arguments: Sequence[str]) -> tuple[int, str]:
     """The exit status of a command line in this process, and what it said on stderr."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-        return microgpt(arguments), said.getvalue()
+        return microgpt(*arguments), said.getvalue()
 
 
 def differences(out: Path, whole: Path) -> list[str]:
@@ -403,7 +408,7 @@ def mutations(count: int, seed: int) -> list[str]:
 def child(at: int, arguments: list[str]) -> int:
     """A run that is killed in the middle of an operation on files."""
     with Operations(die, at).watched():
-        return microgpt(arguments)
+        return microgpt(*arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

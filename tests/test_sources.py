@@ -502,7 +502,7 @@ def test_a_module_that_does_not_say_so_is_found(module: str, old: str, new: str)
 MACHINERY = {"dot", "empty", "empty_like", "copyto", "add", "subtract", "multiply", "divide"}
 # what a function may be given besides numbers and trees: tensors, and their derivatives
 GIVEN = {"x", "y", "w", "scale", "mask", "tokens", "targets", "params", "grads", "m", "v"}
-GIVEN |= {*TAPS, *EXTRAS, "cache", "caches", "dtype"}
+GIVEN |= {*TAPS, *EXTRAS, "positions", "cache", "caches", "dtype"}
 
 
 def machinery_complaints(text: str) -> Complaints:
@@ -718,7 +718,8 @@ def vectorized_shapes(text: str) -> Checked:
         checked.sizes |= SIZES
         arrays = grow({name: np.array(w) for name, w in params.items()}, config.n_layer)
         tokens = np.array([doc + [0] * (6 - len(doc)) for doc in DOCS])
-        batch = run["Batch"](tokens[:, :-1], tokens[:, 1:], np.ones((4, 5)))
+        positions, mask = np.tile(np.arange(5), (4, 1)), run["causal_mask"](5, np.dtype("float64"))
+        batch = run["Batch"](tokens[:, :-1], tokens[:, 1:], np.ones((4, 5)), positions, mask)
         for name, number in checked.fields.items():
             checked.check(number, getattr(batch, name), [], {})
         tap, dtap, grads = (Tree(config.n_layer) for _ in range(3))
@@ -728,7 +729,8 @@ def vectorized_shapes(text: str) -> Checked:
         caches = [Growing() for _ in range(config.n_layer)]
         for start, T in ((0, 5), (5, 8)):
             checked.sizes |= {"T": T, "U": start + T}
-            tokens, positions = np.full((SIZES["B"], T), 3), slice(start, start + T)
+            tokens = np.full((SIZES["B"], T), 3)
+            positions = np.tile(np.arange(start, start + T), (SIZES["B"], 1))
             run["gpt_forward"](tokens, positions, arrays, caches, 0.0, config, tap)
     return checked
 
@@ -790,13 +792,13 @@ def test_the_shapes_beside_adam_are_the_shapes() -> None:
         ("vectorized.model", "# (B, H, T, U)", "# (B, H, U, T)"),
         (
             "vectorized.model",
-            "1.0, batch.weights  # (), (B, T)",
-            "1.0, batch.weights  # (1), (B, T)",
+            "1.0, weights  # (), (B, T)",
+            "1.0, weights  # (1), (B, T)",
         ),
         ("vectorized.model", "# (block_size, C)", "# (T, C)"),
-        ("vectorized.model", "emb.sum(axis=0)  # (T, C)", "emb.sum(axis=0)  # (block_size, C)"),
-        ("vectorized.model", "emb.sum(axis=0)  # (T, C)", "emb.sum(axis=0)  # (S, C)"),
-        ("vectorized.model", "emb.sum(axis=0)  # (T, C)", "emb.sum(axis=0)  # (4, C)"),
+        ("vectorized.model", "params.wte)  # (V, C)", "params.wte)  # (block_size, C)"),
+        ("vectorized.model", "params.wte)  # (V, C)", "params.wte)  # (S, C)"),
+        ("vectorized.model", "params.wte)  # (V, C)", "params.wte)  # (4, C)"),
         ("vectorized.adam", "m_hat = m / correction1  # (P,)", "m_hat = m / correction1  # ()"),
     ],
 )

@@ -1,9 +1,9 @@
-"""From documents to arrays: a batch in micro-batches, each padded to one length.
+"""From documents to arrays: a batch in micro-batches of rows, each padded to one length.
 
-The text works on arrays (B, T), so documents of different length have to be padded, and a padded
-position takes as long as a token. Documents that are sorted by length and cut into micro-batches
-need little padding, but every micro-batch takes a run of the recorded calls. A cut is made where it
-saves more time than that run takes.
+The text works on arrays (B, T), and a padded position takes as long as a token. Short documents are
+therefore packed into one row (sequence packing): each counts its positions from 0, and the mask
+hides the other documents. A micro-batch has at most COLUMNS positions, or is one row, so that its
+arrays stay in the cache.
 
 Every shape of a micro-batch is recorded once (vectorized.record), so few of them may occur.
 
@@ -13,57 +13,81 @@ Different from scalar:  one document after another -> side by side, each positio
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.runs.memory import COLUMNS
-from vectorized.model import Batch
+from vectorized.model import Batch, causal_mask
 
-PADDING = 1024  # numbers, positions times n_embd, that take as long as one more micro-batch
-
-
-def micro_batches(docs: Docs, config: Config) -> list[Docs]:
-    """The documents sorted by length, and cut where that saves more padding than it costs."""
-    if len(docs) == 1:
-        return [docs]
-    ordered = sorted(docs, key=len)
-    rows = max(1, len(docs) // 16)  # cut at multiples of this, so that few shapes occur
-    return _cut(ordered, rows, PADDING / config.n_embd)
+ROW = 16  # the length of a packed row is a multiple of this
+PRICE = 2**12  # positions times T, whose attention takes as long as one more micro-batch
 
 
-def _cut(docs: Docs, rows: int, price: float) -> list[Docs]:
-    """Cut where it saves most padding, if that is more than the price; then cut the parts again.
+class MicroBatch(NamedTuple):
+    """Documents that are computed at once, in B rows of T positions."""
 
-    Parts that remain have at most COLUMNS positions, or are one document.
+    docs: Docs
+    starts: list[int]  # flat index of each document's first position; [] if no row is packed
+    shape: tuple[int, int]  # (B, T)
+
+
+def micro_batches(docs: Docs, config: Config) -> list[MicroBatch]:
+    """The documents, packed into rows, in micro-batches.
+
+    A row takes the longest document that is left, then the longest that fits behind it, until none
+    does. Where all that are left are much shorter, a micro-batch of shorter rows begins, since
+    every position of attention looks at T positions.
     """
-    T = len(docs[-1]) - 1
-    saved, at = 0.0, 0
-    for count in range(rows, len(docs), rows):
-        padding = count * (T + 1 - len(docs[count - 1]))
-        if padding > saved:
-            saved, at = padding, count
-    if saved > price:
-        return [*_cut(docs[:at], rows, price), *_cut(docs[at:], rows, price)]
-    most = max(1, COLUMNS // T)
-    return [docs[first : first + most] for first in range(0, len(docs), most)]
+    if len(docs) == 1 or isinstance(docs, np.ndarray):  # of one length
+        T = rounded(len(docs[0]) - 1, 2, config)
+        most = max(1, COLUMNS // T)
+        parts = [docs[first : first + most] for first in range(0, len(docs), most)]
+        return [MicroBatch(part, [], (len(part), T)) for part in parts]
+    left = sorted(docs, key=len)
+    lengths = [len(doc) - 1 for doc in left]
+    positions = sum(lengths)  # that are left
+    found = []
+    while left:
+        T = rounded(lengths[-1], ROW, config)
+        much_shorter = T // 2 // ROW * ROW if positions * T > PRICE else 0
+        chosen, starts, B, most = [], [], 0, max(1, COLUMNS // T)
+        while left and most > B and lengths[-1] > much_shorter:
+            end, i = B * T, len(left) - 1  # of the row so far; the document that comes next
+            B += 1
+            while i >= 0:
+                chosen.append(left.pop(i))
+                starts.append(end)
+                end += lengths.pop(i)
+                i = bisect_right(lengths, B * T - end) - 1
+        positions -= sum(map(len, chosen)) - len(chosen)
+        found.append(MicroBatch(chosen, starts, (few(B, 1), T)))
+    return found
 
 
-def rounded(T: int, rows: int, config: Config) -> int:
-    """T rounded up, so that few lengths occur; at most block_size.
-
-    Up to 32, one row is rounded to a multiple of 2, and several rows are not; above 32, there are
-    sixteen lengths for each doubling.
-    """
-    step = max(1 if rows > 1 else 2, 1 << (T - 1).bit_length() >> 5)
-    return min(-(-T // step) * step, config.block_size)
+def rounded(T: int, step: int, config: Config) -> int:
+    """T rounded up to a multiple of `step`, and to one of few lengths; at most block_size."""
+    return min(few(T, step), config.block_size)
 
 
-def empty_batch(B: int, T: int, dtype: np.dtype) -> Batch:
-    """The arrays of a batch, for `fill`."""
-    return Batch(np.zeros((B, T), int), np.zeros((B, T), int), np.zeros((B, T), dtype))
+def few(n: int, step: int) -> int:
+    """n rounded up to a multiple of `step`, and above 32 to one of sixteen for each doubling."""
+    step = max(step, 1 << (n - 1).bit_length() >> 5)
+    return -(-n // step) * step
+
+
+def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
+    """The arrays of a batch, for `fill`, or for `fill_packed`."""
+    tokens, targets = np.zeros((2, B, T), int)
+    positions = np.tile(np.arange(T), (B, 1))
+    mask = causal_mask(T, dtype)
+    if packed:  # in memory (U, B, 1, T), as attention has it when it is recorded
+        mask = np.empty((T, B, 1, T), dtype).transpose(1, 2, 3, 0)
+    return Batch(tokens, targets, np.zeros((B, T), dtype), positions, mask)
 
 
 def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
@@ -80,7 +104,7 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
 
 def fill(batch: Batch, docs: Docs, of: int) -> None:
     """Put documents into the arrays of a batch, which may have room for longer ones."""
-    tokens, targets, weights = batch
+    tokens, targets, weights, *_ = batch
     B, T = tokens.shape
     if B == 1 or isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
         n = len(docs[0]) - 1
@@ -95,3 +119,24 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
     both[inside] = np.fromiter(chain.from_iterable(docs), int)
     tokens[:], targets[:] = both[:, :-1], both[:, 1:]
     np.divide(inside[:, 1:], of * lengths, out=weights)
+
+
+def fill_packed(batch: Batch, micro_batch: MicroBatch, of: int) -> None:
+    """Put documents that are packed into rows into the arrays of a batch."""
+    docs, starts, (_, T) = micro_batch
+    lengths = np.fromiter(map(len, docs), int) - 1  # (D,)
+    both = np.fromiter(chain.from_iterable(docs), int)  # (N + D,)
+    doc = np.repeat(np.arange(len(docs)), lengths)  # (N,), of every position
+    n = np.arange(len(doc))  # (N,)
+    t = n - (lengths.cumsum() - lengths)[doc]  # (N,)
+    at = np.array(starts)[doc] + t  # (N,), flat index
+    for array in batch[:4]:
+        array.fill(0)
+    tokens, targets, weights, positions = (array.reshape(-1) for array in batch[:4])
+    tokens[at], targets[at] = both[n + doc], both[n + doc + 1]
+    weights[at], positions[at] = (1 / (of * lengths))[doc], t
+    t, u = np.arange(T), np.arange(T)[:, None, None]
+    first = t - batch.positions  # (B, T), where the document of each position begins
+    mask = batch.mask[:, 0].transpose(2, 0, 1)  # (U, B, T), as it lies in memory
+    mask[:] = 0.0
+    mask[(u < first) | (t < u)] = -np.inf

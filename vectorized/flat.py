@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +11,17 @@ import numpy as np
 from microgpt.layout import Tree, grow
 from vectorized.model import Array
 
-Shapes = Mapping[str, tuple[int, int]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def flatten(tensors: Mapping[str, Any], dtype: Any) -> Array:
     """One buffer (P,) that holds all tensors, one after the other, row by row."""
-    flat = np.empty(sum(len(tensor) * len(tensor[0]) for tensor in tensors.values()), dtype)
+    flat = np.empty(sum(np.size(tensor) for tensor in tensors.values()), dtype)
     start = 0
     for tensor in tensors.values():  # one by one: a copy of all at once would take as much again
-        end = start + len(tensor) * len(tensor[0])
+        end = start + np.size(tensor)
         with np.errstate(over="ignore"):  # too large for float32 is infinite, and found as such
-            flat[start:end].reshape(len(tensor), -1)[:] = tensor
+            flat[start:end].reshape(np.shape(tensor))[:] = tensor
         start = end
     return flat
 
@@ -28,9 +29,10 @@ def flatten(tensors: Mapping[str, Any], dtype: Any) -> Array:
 def named_views(flat: Array, shapes: Shapes) -> dict[str, Array]:
     """The tensors of such a buffer: views, so that writing to one writes to the other."""
     views, start = {}, 0
-    for name, (n_out, n_in) in shapes.items():
-        views[name] = flat[start : start + n_out * n_in].reshape(n_out, n_in)
-        start += n_out * n_in
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        views[name] = flat[start:end].reshape(shape)
+        start = end
     return views
 
 

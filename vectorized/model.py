@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     tokens: Array  # (B, T)
     targets: Array  # (B, T), the token after each
     weights: Array  # (B, T), factor of loss_t: 1 / (documents * its positions), 0 in padding
+    positions: Array  # (B, T), of each token in its document
+    mask: Array  # (.., T, U), which is 0 where t may look at u, else -inf
 
 
 def linear_forward(x: Array, w: Array) -> Array:
@@ -218,7 +220,7 @@ def mlp_backward(
 
 def gpt_forward(
     tokens: Array,
-    positions: slice,
+    positions: Array,
     params: Tree,
     caches: Sequence[Any],
     mask: Array | float,
@@ -242,14 +244,14 @@ def gpt_forward(
 def gpt_backward(
     dlogits: Array,
     tokens: Array,
-    positions: slice,
+    positions: Array,
     params: Tree,
     dparams: Tree,
     config: Config,
     tap: Tree,
     dtap: Tree,
 ) -> None:
-    """dwte[token] = sum of demb where token is, dwpe[position] = sum of demb over documents
+    """dwte[token] = sum of demb where token is, dwpe[position] = sum of demb where position is
 
     dparams    where the gradient of every parameter goes
     """
@@ -267,12 +269,12 @@ def gpt_backward(
         dtap.emb_norm = dres  # (B, T, C)
         demb = rmsnorm_backward(dres, tap.emb_norm, tap.emb_scale)  # (B, T, C)
     dtap.emb = demb  # (B, T, C)
-    # forward: emb = wte[token] + wpe[position]. Each occurrence of a token adds to its row of dwte.
+    # forward: emb = wte[token] + wpe[position]. Each occurrence adds to a row of dwte and of dwpe.
     # If wte is also lm_head, dwte starts from dlm_head.
     dwte = dlm_head if config.tie_lm_head else np.zeros_like(params.wte)  # (V, C)
     np.add.at(dwte, tokens, demb)
     dwpe = np.zeros_like(params.wpe)  # (block_size, C)
-    dwpe[positions] = demb.sum(axis=0)  # (T, C)
+    np.add.at(dwpe, positions, demb)
     dparams.wte, dparams.wpe = dwte, dwpe
     if not config.tie_lm_head:
         dparams.lm_head = dlm_head
@@ -306,11 +308,11 @@ def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array) -> Arra
 
 def loss_forward(batch: Batch, params: Tree, config: Config, tap: Tree) -> Array:
     """loss = mean over documents of the mean over positions of loss_t"""
-    T, no_caches = batch.tokens.shape[1], [None] * config.n_layer
-    mask = causal_mask(T, params.wte.dtype)  # (T, U)
-    logits = gpt_forward(batch.tokens, slice(T), params, no_caches, mask, config, tap)  # (B, T, V)
-    tap.loss_t, tap.probs = cross_entropy_forward(logits, batch.targets)  # (B, T), (B, T, V)
-    loss = tap.loss = einsum("bt,bt->", batch.weights, tap.loss_t)  # ()
+    tokens, targets, weights, positions, mask = batch
+    no_caches = [None] * config.n_layer
+    logits = gpt_forward(tokens, positions, params, no_caches, mask, config, tap)  # (B, T, V)
+    tap.loss_t, tap.probs = cross_entropy_forward(logits, targets)  # (B, T), (B, T, V)
+    loss = tap.loss = einsum("bt,bt->", weights, tap.loss_t)  # ()
     return loss
 
 
@@ -321,11 +323,11 @@ def loss_backward(
 
     forward: loss = sum over documents and positions of weights * loss_t.
     """
-    T = batch.tokens.shape[1]
-    dtap.loss, dtap.loss_t = 1.0, batch.weights  # (), (B, T)
-    dlogits = cross_entropy_backward(batch.weights, tap.probs, batch.targets)  # (B, T, V)
+    tokens, targets, weights, positions, _ = batch
+    dtap.loss, dtap.loss_t = 1.0, weights  # (), (B, T)
+    dlogits = cross_entropy_backward(weights, tap.probs, targets)  # (B, T, V)
     dtap.logits = dlogits  # (B, T, V)
-    gpt_backward(dlogits, batch.tokens, slice(T), params, dparams, config, tap, dtap)
+    gpt_backward(dlogits, tokens, positions, params, dparams, config, tap, dtap)
 
 
 def total(x: Array) -> Array:

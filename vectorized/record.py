@@ -155,8 +155,7 @@ class Traced(NDArrayOperatorsMixin):
     @property
     def matrix(self) -> Traced:
         """The last axis as rows and all others as columns: (n, N)"""
-        last = self.ndim - 1
-        return self.like(self.view.transpose(last, *range(last))).reshape(self.shape[-1], -1)
+        return self.like(self.view.transpose(in_memory(self.ndim))).reshape(self.shape[-1], -1)
 
     def like(self, view: Array) -> Traced:
         """Another view of the same memory."""
@@ -239,7 +238,8 @@ class Recorder:
 
     def hold(self, array: Array) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
-        return Traced(self, array, self.known.setdefault(id(array), Buffer(array, array)))
+        memory: Any = array if array.flags.c_contiguous else array.base
+        return Traced(self, array, self.known.setdefault(id(array), Buffer(memory, memory)))
 
     def mark(self) -> None:
         """Begin another part of the list, which is run by itself."""
@@ -269,11 +269,10 @@ class Recorder:
             raise refusal("writing into a sum, or into what was computed from it,")
 
     def new(self, shape: Sequence[int], dtype: Any = None) -> Traced:
-        """A result: rows of a table, or of more than two axes, the last of which lies slowest."""
-        *others, n = shape or [1]
-        array = np.empty(shape if len(others) < 2 else (n, *others), dtype or self.dtype)
-        view = array if len(others) < 2 else array.transpose(*range(1, len(shape)), 0)
-        return Traced(self, view, Buffer(array))
+        """A result: rows of a table; or of more axes, in memory (.., U or C), (.., H), B, T."""
+        order = in_memory(len(shape))
+        array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
+        return Traced(self, array.transpose(np.argsort(order)), Buffer(array))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""
@@ -340,7 +339,7 @@ class Recorder:
         n, N = x.matrix.shape
         if f == "max":
             out = self.new((*x.shape[:-1], 1))
-            self.emit("max", x.matrix, out.reshape(-1))
+            self.emit("max", x.matrix, out.matrix.reshape(-1))
             return out
         weight = 1 / n if f == "mean" else 1.0
         width = n if n * n * N <= EQUAL_ROWS else 1
@@ -369,7 +368,7 @@ class Recorder:
         rows, columns = ([x for x in to if x in of and x not in every] for of in (of_a, of_b))
         if {*of_a, *of_b} != {*every, *summed, *rows, *columns}:
             raise refusal(f"numpy.einsum({letters!r})")
-        order = sorted(to, key="u".__ne__ if "t" in to and "u" in to else "btu".__contains__)
+        order = sorted(to, key="uhbt".find if "t" in to and "u" in to else "btu".__contains__)
         memory = self.new([prod(size[x] for x in to)]).reshape(*(size[x] for x in order))
         out = memory.like(memory.view.transpose([order.index(x) for x in to]))
 
@@ -551,6 +550,12 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
         (tuple(sizes), own) if prod(own_shape) > 1 else ((), ())
         for (own_shape, _), own in zip(forms, fused)
     ]
+
+
+def in_memory(ndim: int) -> Sequence[int]:
+    """The axes of a result as they lie in memory, the slowest first: (C, B, T), (U, H, B, T)."""
+    axes = range(ndim)
+    return axes if ndim < 3 else (axes[-1], *axes[1:-2], 0, axes[-2])
 
 
 def address(array: Array) -> int:

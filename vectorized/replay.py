@@ -15,7 +15,7 @@ from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.layout import Tree, grow, pick
 from vectorized.adam import adam
-from vectorized.batch import empty_batch, fill, micro_batches, rounded
+from vectorized.batch import MicroBatch, empty_batch, fill, fill_packed, micro_batches, rounded
 from vectorized.flat import Shapes, named_views
 from vectorized.model import Array, Batch, loss_backward, loss_forward
 from vectorized.record import ALIGN, Number, Recorder, Recording, address
@@ -92,19 +92,20 @@ class Replay:
 
     def losses(self, docs: Docs) -> Array:
         """The loss of every position: a row for each document, T rounded up, padding included."""
-        step = self._kept(docs, training=False)
+        T = rounded(max(map(len, docs)) - 1, 2, self.config)
+        step = self._kept(len(docs), T, packed=False, training=False)
         fill(step.batch, docs, len(docs))
         with np.errstate(all="ignore"):  # padding need not be finite
             step.recording.run(0)
         return step.result
 
-    def training(self, docs: Docs) -> Step:
-        """Loss and gradient of documents as many and as long as these."""
-        return self._kept(docs, training=True)
+    def training(self, micro_batch: MicroBatch) -> Step:
+        """Loss and gradient of documents in rows as many and as long as these."""
+        packed = bool(micro_batch.starts)
+        return self._kept(*micro_batch.shape, packed=packed, training=True)
 
-    def _kept(self, docs: Docs, training: bool) -> Step:
-        B = len(docs)
-        key = B, rounded(max(map(len, docs)) - 1, B, self.config), training
+    def _kept(self, B: int, T: int, packed: bool, training: bool) -> Step:
+        key = B, T, packed, training
         step = self.kept.pop(key, None)
         if step is None:
             step = self._record(*key)
@@ -114,12 +115,12 @@ class Replay:
         self.kept[key] = step
         return step
 
-    def _record(self, B: int, T: int, training: bool) -> Step:
+    def _record(self, B: int, T: int, packed: bool, training: bool) -> Step:
         recorder, L = Recorder(self.flat.dtype), self.config.n_layer
         tap, dtap, dparams = Tree(L), Tree(L), Tree(L)
         named = named_views(self.flat, self.shapes)
         params = grow({name: recorder.hold(w) for name, w in named.items()}, L)
-        batch = empty_batch(B, T, self.flat.dtype)
+        batch = empty_batch(B, T, self.flat.dtype, packed)
         held = Batch(*map(recorder.hold, batch))
         loss = loss_forward(held, params, self.config, tap)
         result = np.empty(() if training else (B, T), self.flat.dtype)
@@ -156,7 +157,10 @@ class Replay:
         return self.block[-address(self.block) % ALIGN :]
 
 
-def _loss(step: Step, docs: Docs, of: int) -> float:
-    fill(step.batch, docs, of)
+def _loss(step: Step, micro_batch: MicroBatch, of: int) -> float:
+    if micro_batch.starts:
+        fill_packed(step.batch, micro_batch, of)
+    else:
+        fill(step.batch, micro_batch.docs, of)
     step.recording.run(0)
     return float(step.result)

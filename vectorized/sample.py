@@ -45,7 +45,7 @@ def empty_caches(params: Tree, config: Config) -> list[Cache]:
 def read(tokens: Array, t: int, params: Tree, caches: Sequence[Cache], config: Config) -> Array:
     """The logits (B, V) after the tokens (B,) at position t."""
     tap = Tree(config.n_layer)
-    positions = slice(t, t + 1)
+    positions = np.array([[t]])  # (1, 1)
     logits = gpt_forward(tokens[:, None], positions, params, caches, 0.0, config, tap)  # (B, 1, V)
     return logits[:, 0]
 

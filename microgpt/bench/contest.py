@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from math import prod
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -35,7 +34,7 @@ from microgpt.config import Config
 from microgpt.data import load_documents, parts
 from microgpt.errors import MicrogptError
 from microgpt.init import init_params
-from microgpt.layout import param_shapes
+from microgpt.layout import count_params
 from microgpt.runs.memory import check_memory
 from microgpt.tokenizer import build_tokenizer
 from microgpt.train import batch, learning_rate
@@ -161,7 +160,7 @@ def bench(
                 contestants += _opponents(opponent, entry, torch_threads)
     try:
         with np.errstate(all="ignore"):  # an overflow leads to a loss that is not finite
-            _take_turns(contestants, rounds)
+            take_turns(contestants, rounds)
             for one in contestants:
                 one.difference = difference(one)
                 one.calls = calls.per_step(one.backend, one.batches)
@@ -254,7 +253,8 @@ def _untrainable(error: ArithmeticError, config: Config) -> MicrogptError:
     )
 
 
-def _take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
+def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
+    """Time steps of all contestants, one contestant after another in every round."""
     turns = [cycle(one.batches) for one in contestants]
     counts = []
     for one, turn in zip(contestants, turns):
@@ -553,7 +553,7 @@ def _start(
     trained = replace(config, num_samples=0)  # the bench draws no samples
     seen = documents
     if backend_name == "scalar":  # scalar computes as much as it can in seconds
-        size = sum(map(prod, param_shapes(config, tokenizer.vocab_size).values()))
+        size = count_params(config, tokenizer.vocab_size)
         seen = [document[: SCALAR_WORK // size] for document in documents]
     check_memory(trained, tokenizer.vocab_size, seen, backend_name)
     state = fresh_state(init_params(config, tokenizer.vocab_size, rng))

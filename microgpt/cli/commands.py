@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from microgpt import __version__
 from microgpt.cli import shell
-from microgpt.cli.shell import Parser, directory, one_line, say
+from microgpt.cli.shell import Parser, directory, one_line, page_libraries, say
 from microgpt.config import FIELDS, Config
 from microgpt.errors import MicrogptError, as_typed
 from microgpt.runs.launch import launch, mpiexec
@@ -299,7 +298,7 @@ def atlas(options: argparse.Namespace) -> int:
     """`microgpt atlas`: writes a page with every tensor that both texts keep on a document."""
     from microgpt.runs.files import check_target
 
-    with _page_libraries():
+    with page_libraries():
         from crosscheck import atlas as drawn
         from microgpt.pages.page import write
 
@@ -313,7 +312,7 @@ def report(options: argparse.Namespace) -> int:
     """`microgpt report`: writes a page about one or several runs."""
     from microgpt.runs.files import check_target
 
-    with _page_libraries():
+    with page_libraries():
         from microgpt.pages import run_report
         from microgpt.pages.page import write
 
@@ -349,21 +348,13 @@ def check(options: argparse.Namespace) -> int:
         return 0
     if options.watch:
         exercises.watch(folder, options.hint)
-    found = exercises.check(folder, options.hint)
-    print(json.dumps(found.as_json(), indent=1) if options.json else found)
+
+    def text(found: exercises.Check) -> str:
+        return json.dumps(found.as_json(), indent=1) if options.json else str(found)
+
+    found = exercises.check(folder, options.hint, text)
+    print(text(found))
     return found.exit_status
-
-
-@contextlib.contextmanager
-def _page_libraries() -> Iterator[None]:
-    """Raise MicrogptError, with what to install, if a library that makes pages is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MicrogptError(
-            f"pages need the library {error.name}, which is not there; install what they need"
-            " with: python -m pip install jinja2 pygments"
-        ) from None
 
 
 def _write_page(path: Path, html: str, write: Callable[[Path, str], None]) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from microgpt.cli.whereabouts import refuse_another_copy
-from microgpt.errors import MicrogptError, printable
+from microgpt.errors import MicrogptError, printable, raised_at
 from microgpt.runs import signals
 from microgpt.runs.launch import RANK, told
 from microgpt.runs.signals import SIGNALLED, at_once
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+NO_FORMULA = "no formula here"  # of a text that does not know an activation of the table
 UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", re.S)
 
 
@@ -47,6 +48,18 @@ def directory(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected the name of a directory")
     return Path(text)
+
+
+@contextlib.contextmanager
+def page_libraries() -> Iterator[None]:
+    """Raise MicrogptError, with what to install, if a library that makes pages is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MicrogptError(
+            f"pages need the library {error.name}, which is not there; install what they need"
+            " with: python -m pip install jinja2 pygments"
+        ) from None
 
 
 def run(parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
@@ -110,6 +123,11 @@ def _told(program: str, command: Callable[[], int]) -> int:
     except MicrogptError as error:
         say(f"{program}: error: {one_line(error)}", sys.stderr)
         return 2
+    except ValueError as error:
+        if not str(error).startswith(NO_FORMULA):
+            raise
+        say(f"{program}: error: {raised_at(error)}: {one_line(error)}; write one", sys.stderr)
+        return 2
     except MemoryError:
         say(
             f"{program}: error: there is not enough memory; try a smaller model, batch or"
@@ -157,6 +175,11 @@ def bare(stream: Any) -> TextIO:
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Standard output as a Plain one that takes every character, closed or not."""
+    for file in range(3):
+        try:
+            os.fstat(file)
+        except OSError:  # closed; the next file to be opened would take its number
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before this program began
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

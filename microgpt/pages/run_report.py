@@ -17,7 +17,7 @@ import numpy as np
 
 from microgpt.backend import load_backend
 from microgpt.cli.report import RECENT, meaning
-from microgpt.config import FIELDS, Config
+from microgpt.config import FIELDS, NOT_TRAINED, Config
 from microgpt.data import in_order, load_documents, parts
 from microgpt.errors import MicrogptError, as_typed
 from microgpt.pages.page import render
@@ -30,15 +30,6 @@ from microgpt.settings import DEFAULT_PRESET, flag, load_config, presets, read_y
 TEXTS = 3  # documents whose attention is shown of a single run; of several runs, one each
 SLOW = 5  # medians, the most that a step is drawn to take
 MAPS = 48  # heads that are drawn for a document
-NOT_TRAINED = (  # fields that do not change the losses of a run
-    "cores",
-    "max_seconds",
-    "checkpoint_every",
-    "eval_every",
-    "num_samples",
-    "temperature",
-    "dataset",
-)
 PORTION = 1000  # lines of metrics that are read at once
 DAMAGED = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 FIGURES = ("step", "loss", "lr", "seconds", "held_out")

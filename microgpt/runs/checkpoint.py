@@ -226,7 +226,7 @@ def save_params(path: Path, params: Mapping[str, Any]) -> None:
     write_tensors(path, {name: np.array(tensor, "float64") for name, tensor in params.items()})
 
 
-def load_params(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def load_params(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The parameters of a file that holds nothing else, float64, in the order of `shapes`."""
     file = TensorFile(path)
     file.expect(shapes, "float64")

@@ -51,6 +51,11 @@ def begin() -> None:
 def _outlive(rank: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the rank has them as well
         signal.signal(number, signal.SIG_IGN)
+    if FILES in os.environ:
+        import threading
+
+        signals = int(os.environ[FILES].split()[2])
+        threading.Thread(target=_wake, args=(rank, signals), daemon=True).start()
     status = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
     if status >= 0:
         os._exit(status)
@@ -65,6 +70,16 @@ def _outlive(rank: int) -> None:
         os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=2\n")
         signal.pause()
     os._exit(2)
+
+
+def _wake(rank: int, signals: int) -> None:
+    """Continue a rank, if it was stopped, when the command that has launched it is killed."""
+    import select
+
+    end = select.poll()
+    end.register(signals, 0)  # nothing but the end of the pipe
+    end.poll()
+    os.kill(rank, signal.SIGCONT)
 
 
 def _attach(out: int, err: int, signals: int, pids: int) -> None:

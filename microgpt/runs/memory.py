@@ -7,61 +7,46 @@ a factor of two. Where the system does not say how much memory it has, nothing i
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
+from microgpt.layout import count_params
 from microgpt.settings import config_from, flag
 
 SIZES = ("n_layer", "n_embd", "block_size", "batch_size", "num_samples")  # the options to lower
 
 # Bytes, measured. scalar keeps the graph of a step until the graph of the next step is complete.
-VALUE, TERM = 440, 48  # of a graph: a Value, and each product that a dot() adds up
+VALUE, TERM = 450, 48  # of a graph: an activation, and each product that a dot() adds up
+SPARE = 1.4  # times the activations of vectorized, for NumPy's temporary arrays
 SCALAR_PARAM = 200  # a parameter, its gradient and moments, and the list that it was drawn into
-DRAWN, BUFFERS = 8, 8  # vectorized: a drawn weight; how many buffers are as large as all parameters
-SPARE = 1.4  # times the arrays of a step, for NumPy's temporary arrays
-CACHE_COPIES = 2  # of the KV cache in sampling
+BUFFERS = 8  # of vectorized, each as large as all parameters
 DOCUMENT = 200  # a list of tokens
-PROCESS = 60e6  # one more rank, without a model
-LINE = 80  # a line of a text file, without its characters
-COPIES = 3  # of a text file's characters, at most
-BLOCKS, BLOCK = 64, 2**14  # how many blocks of a text file are read, and bytes of a block
+TEXT, LINE = 3, 80  # each byte of a text file, and each line
 
+# of vectorized
 COLUMNS = 512  # positions of a micro-batch; a longer document is one of its own
+SMALL_MODEL = 2**14  # n_embd^2 * block_size, up to which samples are drawn side by side
+CACHED = 2**21  # numbers in the KV cache of all samples that are drawn side by side
 
-# how many documents vectorized.sample draws side by side
-SMALL_MODEL = 2**14  # n_embd^2 * block_size, up to which side by side is faster
-CACHED = 2**21  # numbers in the KV cache of all documents that are drawn side by side
-
-# where Linux gives the memory limit of a container: cgroups version 2, cgroups version 1
-CONTAINER = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+# where Linux gives the memory limit of a container, in either version of cgroups
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def check_memory(
     config: Config, vocab_size: int, documents: Sequence[str], backend_name: str
 ) -> None:
-    """Raise MicrogptError if a model and a batch of these documents do not fit into memory.
-
-    The message says how much memory they would take, and which option to lower.
-    """
-
-    def bytes_of(config: Config) -> float:
-        return estimate(config, vocab_size, documents, backend_name)
-
-    needed, memory = bytes_of(config), machine_memory()
+    """Raise MicrogptError, which names the option to lower, if a model and its batch do not fit."""
+    others = vocab_size, documents, backend_name
+    needed, memory = estimate(config, *others), machine_memory()
     if needed > memory:
         usual = config_from({}, "the default preset")
-        one_as_usual = {
-            name: bytes_of(replace(config, **{name: getattr(usual, name)})) for name in SIZES
-        }
-        name = min(SIZES, key=lambda name: one_as_usual[name])
+        as_usual = {x: replace(config, **{x: getattr(usual, x)}) for x in SIZES}
+        name = min(SIZES, key=lambda x: estimate(as_usual[x], *others))
         raise MicrogptError(
             f"{flag(name)} {getattr(config, name):,}: with the {backend_name} backend this would"
             f" take about {_words(needed)} of memory, and this machine has {_words(memory)};"
@@ -71,25 +56,17 @@ def check_memory(
 
 def check_file(path: Path, lines: bool = False) -> None:
     """Raise MicrogptError if a file, or its list of lines with `lines`, exceeds the memory."""
-    size = path.stat().st_size
-    needed = float(size)
-    if lines:
-        needed = size * (COPIES + LINE * _line_ends(path, size))
-    if needed > machine_memory():
+    memory, size = machine_memory(), path.stat().st_size
+    needed = size
+    if lines and size < memory < size * (TEXT + LINE):
+        with open(path, "rb") as file:
+            ends = sum(block.count(b"\n") for block in iter(partial(file.read, 2**20), b""))
+        needed = TEXT * size + LINE * ends
+    if needed > memory:
         raise MicrogptError(
             f"{path}: to read it would take about {_words(needed)} of memory, and this machine has"
-            f" {_words(machine_memory())}"
+            f" {_words(memory)}"
         )
-
-
-def _line_ends(path: Path, size: int) -> float:
-    """The share of line ends among the bytes of a file, from blocks all over the file."""
-    read = b""
-    with open(path, "rb") as file:
-        for i in range(BLOCKS):
-            file.seek(i * size // BLOCKS)
-            read += file.read(min(BLOCK, size // BLOCKS + 1))
-    return read.count(b"\n") / max(1, len(read))
 
 
 def machine_memory() -> float:
@@ -97,68 +74,44 @@ def machine_memory() -> float:
     memory = float("inf")
     with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in CONTAINER:
+    for limit in LIMITS:
         with suppress(ValueError, OSError):  # "max", or no such file
-            memory = min(memory, float(limit.read_text()))
+            memory = min(memory, float(Path(limit).read_text(encoding="utf-8")))
     return memory
 
 
-def estimate(config: Config, vocab_size: int, documents: Sequence[str], backend_name: str) -> float:
-    """The bytes of parameters, gradients, moments, activations and samples.
+def estimate(config: Config, V: int, documents: Sequence[str], backend_name: str) -> float:
+    """The bytes of parameters, activations and samples.
 
     A batch has batch_size documents of average length, or the longest document if that is more.
     """
     L, C, T, B = config.n_layer, config.n_embd, config.block_size, config.batch_size
-    scalar, num = backend_name == "scalar", config.num_samples
-    itemsize = 4 if config.dtype == "float32" else 8
-    param = SCALAR_PARAM if scalar else DRAWN + BUFFERS * itemsize
-    params = 12 * L * C * C + T * C + (1 if config.tie_lm_head else 2) * vocab_size * C
-    lengths = Counter(map(len, documents)) or {0: 1}  # how many documents have each length
-    sizes = [(min(length + 2, config.max_tokens) - 1, count) for length, count in lengths.items()]
-    longest, positions = max(sizes)[0], sum(n * count for n, count in sizes)
-    squares = sum(n * n * count for n, count in sizes)
-    each = B / sum(lengths.values())
-    if not scalar:  # a micro-batch at a time
-        each = min(each, max(COLUMNS, longest) / positions)
-    batch = max(
-        _step(config, vocab_size, longest, longest**2, scalar, itemsize),
-        _step(config, vocab_size, each * positions, each * squares, scalar, itemsize),
-    )
-    walks = 0.0 if scalar else _walks(config, vocab_size, itemsize)
-    others = (config.cores - 1) * (PROCESS + BUFFERS * itemsize * params + batch)
-    return param * float(params) + batch + walks + DOCUMENT * (B + num) + others
+    scalar, itemsize = backend_name == "scalar", 4 if config.dtype == "float32" else 8
+
+    def activations(positions: float, length: float) -> float:
+        numbers = positions * (L + 1) * (16 * C + length * config.n_head) + positions * 4 * V
+        if scalar:
+            return VALUE * numbers + TERM * positions * (12 * L * C * C + V * C)
+        return SPARE * itemsize * numbers
+
+    lengths = [min(len(document) + 2, config.max_tokens) - 1 for document in documents] or [1]
+    longest, mean = max(lengths), sum(lengths) / len(lengths)
+    positions = B * mean if scalar else min(B * mean, max(COLUMNS, longest))
+    batch = max(activations(longest, longest), activations(positions, mean))
+    params = (SCALAR_PARAM if scalar else BUFFERS * itemsize) * count_params(config, V)
+    walkers = min(most_walkers(config), config.num_samples * (T // 2 + 1))
+    caches = walkers * 4 * itemsize * L * C * T  # of keys and values; to grow, a cache is copied
+    return config.cores * (params + batch) + caches + DOCUMENT * (B + config.num_samples)
 
 
 def most_walkers(config: Config) -> int:
-    """How many documents vectorized draws side by side at most (see vectorized.sample).
+    """How many samples vectorized draws side by side at most (see vectorized.sample).
 
-    Drawing side by side takes fewer calls, but keeps one document of n, where n is the length of a
-    document. A larger model draws one by one, since arithmetic outweighs calls there.
+    Side by side takes fewer calls and more arithmetic, so that a large model draws one by one.
     """
     if config.n_embd**2 * config.block_size > SMALL_MODEL:
         return 1
     return max(1, CACHED // (2 * config.n_layer * config.n_embd * config.block_size))
-
-
-def _walks(config: Config, V: int, itemsize: int) -> float:
-    """The bytes of drawing side by side, with a KV cache that is copied when it grows."""
-    L, C, T = config.n_layer, config.n_embd, config.block_size
-    rows = min(most_walkers(config), config.num_samples * (T // 2 + 1))
-    cache = CACHE_COPIES * itemsize * 2 * L * C * T
-    return rows * (cache + 8 * T) + _step(config, V, rows, rows * T, False, itemsize)
-
-
-def _step(
-    config: Config, V: int, positions: float, squares: float, scalar: bool, itemsize: int
-) -> float:
-    """The bytes of a step; squares: positions squared, summed over the documents."""
-    L, C, H = config.n_layer, config.n_embd, config.n_head
-    if scalar:
-        values = positions * (25 * L * C + 5 * V) + squares * L * 3 * H
-        terms = positions * (12 * L * C * C + V * C) + squares * L * C
-        return VALUE * values + TERM * terms
-    numbers = positions * (15 * L * C + 12 * C + 3 * V) + squares * (H * (L + 1) + 1)
-    return SPARE * itemsize * numbers
 
 
 def _words(size: float) -> str:

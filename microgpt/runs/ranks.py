@@ -11,12 +11,11 @@ import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter, sleep
 from typing import Any, Protocol
 
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, raised_at
 from microgpt.runs import launch
 
 AWAKE, NAP = 0.0003, 0.01  # seconds of polling before the first nap, and of the longest nap
@@ -174,13 +173,8 @@ class World(Alone):
                 " or block_size"
             )
         except Exception as error:
-            trace = error.__traceback__
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            where = (
-                f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-            )
-            self._fail(f"{self.names[self.rank]}: {where}: {type(error).__name__}: {error}")
+            said = f"{raised_at(error)}: {type(error).__name__}: {error}"
+            self._fail(f"{self.names[self.rank]}: {said}")
 
     def end(self, status: int) -> None:
         if status:
@@ -197,6 +191,8 @@ class World(Alone):
         self.mpi.Finalize()
 
     def _fail(self, why: str) -> None:
+        if self.rank:  # rank 0 ends all ranks; where all fail alike, one of them says so
+            sleep(2 * launch.LAST_WORDS)
         with suppress(OSError):
             os.write(2, f"microgpt: error: {why}\n".encode())
         self.end(2)

@@ -7,23 +7,23 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from microgpt.backend import Docs
+from microgpt.backend import Docs, State, load_backend
 from microgpt.bench import contest as bench
 from microgpt.bench.ranks import OnRanks
 from microgpt.cli.commands import main
 from microgpt.config import Config
 from microgpt.runs.launch import mpiexec
 from microgpt.settings import load_config
-from vectorized.backend import Backend, Watched
+from vectorized.backend import Backend
 
 RANKS = 2 if mpiexec() else 1
 
@@ -40,6 +40,26 @@ def config(tmp_path: Path) -> Config:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of one step per contestant."""
     monkeypatch.setattr(bench, "ROUND_SECONDS", 0.0)
+
+
+def unchanged(backend: Any, name: str) -> None:
+    """Leave a backend as it is."""
+
+
+def change_backends(
+    monkeypatch: pytest.MonkeyPatch,
+    contestant: Callable[[Any, str], None] = unchanged,
+    judge: Callable[[Any, str], None] = unchanged,
+) -> None:
+    """Change every backend of the benchmark; the judges are scalar, and those that watch."""
+
+    def changed(name: str, config: Config, state: State, watch: bool = False) -> Any:
+        backend = load_backend(name, config, state, watch)
+        change = judge if watch or name == "scalar" else contestant
+        change(backend, name)
+        return backend
+
+    monkeypatch.setattr(bench, "load_backend", changed)
 
 
 @pytest.mark.usefixtures("quick")
@@ -110,31 +130,29 @@ def test_what_scalar_would_take_minutes_for_is_held_to_it_on_a_few_tokens(
     assert {one.name for one in contestants} == {"vectorized"}
     assert all(one.right for one in contestants)
 
-    few, whole = [], []
-    scalar_step, whole_step = bench._scalar_step, bench._whole_step
-    monkeypatch.setattr(
-        bench, "_scalar_step", lambda c, s, docs, g: few.append(docs) or scalar_step(c, s, docs, g)
-    )
-    monkeypatch.setattr(
-        bench, "_whole_step", lambda c, s, docs, g: whole.append(docs) or whole_step(c, s, docs, g)
-    )
+    judges: dict[str, list[Docs]] = {"scalar": [], "vectorized": []}
+
+    def watched(backend: Any, name: str) -> None:
+        forward = backend.forward
+        backend.forward = lambda docs: judges[name].append(docs) or forward(docs)
+
+    change_backends(monkeypatch, judge=watched)
     bench.bench(config, [3], rounds=1)
-    assert all(sum(len(doc) - 1 for doc in docs) <= 8 for docs in few)
-    assert len(few) == 2
-    assert [len(docs) for docs in whole] == [3] * 2 * len(contestants[0].batches)
+    assert all(sum(len(doc) - 1 for doc in docs) <= 8 for docs in judges["scalar"])
+    assert len(judges["scalar"]) == 2
+    assert [len(docs) for docs in judges["vectorized"]] == [3] * 2 * len(contestants[0].batches)
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_contestant_that_skips_what_scalar_does_not_see_is_wrong(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def first_two(backend: Any, _: str) -> None:
+        forward = backend.forward
+        backend.forward = lambda docs: forward(docs[:2])
+
     monkeypatch.setattr(bench, "SCALAR_WORK", 8 * 352)
-    forward = Backend.forward
-
-    def first_two(self: Backend, docs: Docs) -> float:
-        return forward(self, docs if isinstance(self.worker, Watched) else docs[:2])
-
-    monkeypatch.setattr(Backend, "forward", first_two)
+    change_backends(monkeypatch, contestant=first_two)
     contestants = bench.bench(config, [3], rounds=1)
     assert not any(one.right for one in contestants)
 
@@ -143,29 +161,30 @@ def test_a_contestant_that_skips_what_scalar_does_not_see_is_wrong(
 def test_a_contestant_that_is_right_on_the_first_batch_only_is_wrong(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, update = Backend.forward, Backend.update
-    first: dict[int, Docs] = {}
+    def remembers(backend: Any, _: str) -> None:
+        forward, first = backend.forward, []
+        backend.forward = lambda docs: first.append(docs) or forward(first[0])
 
-    def remembered(self: Backend, docs: Docs) -> float:
-        if isinstance(self.worker, Watched):
-            return forward(self, docs)
-        return forward(self, first.setdefault(id(self), docs))
+    def tires(backend: Any, _: str) -> None:
+        update = backend.update
+        backend.update = lambda lr_t: update(lr_t) if backend.updates < 9 else None
 
-    monkeypatch.setattr(Backend, "forward", remembered)
-    contestants = bench.bench(config, [1, 3], rounds=1)
+    with monkeypatch.context() as patch:
+        change_backends(patch, contestant=remembers)
+        contestants = bench.bench(config, [1, 3], rounds=1)
     assert [one.right for one in contestants] == [True, False, False, False, False]
-    monkeypatch.setattr(Backend, "forward", forward)
-    monkeypatch.setattr(
-        Backend, "update", lambda self, lr_t: update(self, lr_t) if self.updates < 9 else None
-    )
+    change_backends(monkeypatch, contestant=tires)
     contestants = bench.bench(config, [1], rounds=9)
     assert [one.right for one in contestants] == [True, False, False]
 
 
-def test_what_is_no_number_is_infinitely_far_off() -> None:
-    right = {"a": np.ones(2), "b": np.ones(3)}
-    for name in right:
-        assert bench._farthest({**right, name: right[name] * math.nan}, right) == math.inf
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["wte", "layer0.mlp_fc2"])
+def test_what_is_no_number_is_infinitely_far_off(config: Config, name: str) -> None:
+    (one,) = bench.bench(config, [3], rounds=1, dtypes=["float64"])[1:]
+    grads = one.backend.grads
+    one.backend.grads = lambda: {**grads(), name: grads()[name] * math.nan}
+    assert bench.difference(one) == math.inf
 
 
 @pytest.mark.parametrize("init_std", ["5.0", "1.0e+200"])
@@ -182,21 +201,17 @@ def test_a_model_that_cannot_be_trained_is_refused(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("kinks", "right"), [(1, True), (2, False)])
-def test_a_wrong_step_may_be_repeated_once(
-    config: Config, monkeypatch: pytest.MonkeyPatch, kinks: int, right: bool
-) -> None:
-    apart = bench._apart
-    tries = 0
+def test_a_wrong_step_may_be_repeated_once(config: Config, kinks: int, right: bool) -> None:
+    (one,) = bench.bench(config, [3], rounds=1, dtypes=["float32"])[1:]
+    forward, tries = one.backend.forward, []
 
-    def at_a_kink(one: bench.Contestant, docs: Docs, step: Any) -> float:
-        nonlocal tries
-        tries += docs is one.batches[2]
-        return 2e-3 if docs is one.batches[2] and tries <= kinks else apart(one, docs, step)
+    def at_a_kink(docs: Docs) -> float:
+        tries.extend([docs] * (docs is one.batches[2]))
+        return float(forward(docs) * (1.002 if docs in tries and len(tries) <= kinks else 1))
 
-    single = bench._enter("vectorized", replace(config, batch_size=3, dtype="float32"))
-    monkeypatch.setattr(bench, "_apart", at_a_kink)
-    assert (bench.difference(single) <= single.allowed) == right
-    assert tries == 2
+    one.backend.forward = at_a_kink
+    assert (bench.difference(one) <= one.allowed) == right
+    assert len(tries) == 2
 
 
 def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
@@ -216,7 +231,7 @@ def test_steps_are_whole_taken_in_turn_and_divided_by_their_number(
         return bench.Contestant(name, replace(config, batch_size=2), backend, [[[0, 1], [0, 2, 1]]])
 
     contestants = [contestant("one"), contestant("other")]
-    bench._take_turns(contestants, rounds=2)
+    bench.take_turns(contestants, rounds=2)
     steps = [
         [f"{name} {part}" for part in ("forward", "backward", "update")] * 3
         for name in ("one", "other")
@@ -254,7 +269,7 @@ def test_the_command_reports_for_other_programs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in os.environ:
-        if bench._steers(name):
+        if name.startswith(bench.STEERING) and name != "OPENBLAS_NUM_THREADS":
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     file = tmp_path / "small.yaml"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from microgpt.backend import State, load_backend
 from microgpt.bench import calls
 from microgpt.bench import contest as bench
 from microgpt.bench.opponents import torch_backends
@@ -25,15 +26,16 @@ from microgpt.errors import MicrogptError
 from microgpt.runs import memory
 from microgpt.settings import load_config
 from vectorized.backend import Backend
-from vectorized.replay import Replay
+
+LONG = ("isabella" * 8)[:63]  # as long as a row, so that short documents have rows of their own
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """A small model, and short documents beside long ones."""
     words = tmp_path / "words.txt"
-    words.write_text("\n".join(["al", "isabellaisabella"] * 8), encoding="utf-8")
-    overrides = {"n_embd": "16", "n_head": "2", "block_size": "32", "dataset": str(words)}
+    words.write_text("\n".join(["al", LONG] * 8), encoding="utf-8")
+    overrides = {"n_embd": "16", "n_head": "2", "block_size": "64", "dataset": str(words)}
     return load_config(overrides=overrides)
 
 
@@ -45,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "MANY_LENGTHS", 8)
 
 
-CACHED = (calls.empty_call, calls._of_the_clock, calls._empty_calls)
+CACHED = [function for function in vars(calls).values() if hasattr(function, "cache_clear")]
 
 
 class Clock:
@@ -121,9 +123,8 @@ def test_each_call_is_timed_in_place_without_the_reading_of_the_clock(clock: Clo
 def test_the_listing_has_every_call_that_a_step_makes(config: Config, dtype: str) -> None:
     entry = replace(config, batch_size=16, dtype=dtype)
     listing = bench.listed(entry)
-    state, (docs, *_) = bench._start(entry, "vectorized")
-    backend = Backend(entry, state)
-    counted = count_calls(backend, docs)
+    *_, one = bench.bench(entry, [16], rounds=1, dtypes=[dtype])
+    counted = count_calls(Backend(entry, one.backend.state()), one.batches[0])
     assert counted == len(listing.calls) > 100
     assert len(listing.shapes) == 2
     names = [part.name for part in listing.parts]
@@ -169,7 +170,7 @@ def test_the_listing_fits_the_terminal_and_shows_the_largest_micro_batch(
 ) -> None:  # fmt: skip
     file = tmp_path / "small.yaml"
     file.write_text(
-        f"n_embd: 16\nn_head: 2\nblock_size: 32\ndataset: {config.dataset}\n", encoding="utf-8"
+        f"n_embd: 16\nn_head: 2\nblock_size: 64\ndataset: {config.dataset}\n", encoding="utf-8"
     )
     command = ["bench", "--calls", "--config", str(file), "--batch-size", "16"]
     shown = {}
@@ -178,8 +179,8 @@ def test_the_listing_fits_the_terminal_and_shows_the_largest_micro_batch(
         assert main(command) == 0
         shown[columns] = capsys.readouterr().out.splitlines()
         assert max(map(len, shown[columns])) <= max(80, columns)
-    assert "forward of 8 x 17 positions, the largest of 2 micro-batches" in shown[80]
-    assert not any("8 x 3 positions" in line for line in shown[80])
+    assert "forward of 8 x 64 positions, the largest of 2 micro-batches" in shown[80]
+    assert not any("2 x 16 positions" in line for line in shown[80])
     full = "x = logits - logits.max(axis=-1, keepdims=True)"
     assert any(line.endswith(full) for line in shown[160])
     assert not any(line.endswith(full) for line in shown[80])
@@ -187,7 +188,7 @@ def test_the_listing_fits_the_terminal_and_shows_the_largest_micro_batch(
     assert main([*command, "--dtype", "float32", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["label"] == "vectorized float32, batch of 16"
-    assert [part["shape"] for part in report["parts"]] == [[8, 3]] * 2 + [[8, 17]] * 2 + [[]]
+    assert [part["shape"] for part in report["parts"]] == [[8, 64]] * 2 + [[2, 16]] * 2 + [[]]
     assert sum(len(part["calls"]) for part in report["parts"]) == report["calls_per_step"]
     assert report["machine"]["numpy"]
 
@@ -196,12 +197,12 @@ def test_the_listing_fits_the_terminal_and_shows_the_largest_micro_batch(
 def test_the_table_has_the_calls_of_a_step_and_the_share_of_empty_ones(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["al"] * 5 + ["isabellaisabellaisabella"] * 9
+    words = ["al"] + [LONG] * 9
     Path(config.dataset).write_text("\n".join(words), encoding="utf-8")
     contestants = bench.bench(config, [1, 8], rounds=1)
     assert contestants[0].calls is None  # scalar
     for one in contestants[1:]:
-        steps = [count_calls(bench._enter("vectorized", one.config).backend, docs)
+        steps = [count_calls(Backend(one.config, one.backend.state()), docs)
                  for docs in one.batches]  # fmt: skip
         assert one.calls == pytest.approx(np.mean(steps))
         assert (len(set(steps)) > 1) == (one.config.batch_size > 1)
@@ -226,8 +227,7 @@ def test_a_contestant_that_updates_nothing_has_calls_too(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backend, "update", lambda self, lr_t: None)
-    one = bench._enter("vectorized", config)
-    one.step(one.batches[0])
+    _, one = bench.bench(config, [1], rounds=1, dtypes=["float64"])
     ((_, recording),) = one.backend.recordings(one.batches[0])
     assert calls.per_step(one.backend, one.batches[:1]) == recording.size > 0
 
@@ -247,7 +247,7 @@ def test_lengths_are_spread_evenly_and_new_ones_timed_apart_from_known_ones(
     took = [10.0] * 8 + [0.5, 9.0] * 4 + [9.0, 1.5] * 4  # three rounds of eight steps
     times = iter([time for seconds in took for time in (0.0, seconds)])
     monkeypatch.setattr(bench, "perf_counter", lambda: next(times))
-    bench._meet(one)
+    (one,) = bench.lengths(replace(config, crop=crop), 50, [1], ["float64"])
     assert (one.first, one.seconds) == (10.0, [1.0])
     row = bench.table_of_lengths([one]).splitlines()[1].split()
     assert row[:7] == ["vectorized", "float64", "1", "1,000,000", "10,000,000", "90%", "8"]
@@ -258,12 +258,14 @@ def test_a_contestant_that_is_wrong_on_documents_of_many_lengths_has_no_speed(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    update = Replay.update
-    monkeypatch.setattr(
-        Replay,
-        "update",
-        lambda self, m, v, step, lr_t, factor: update(self, m, v, step, lr_t / 2, factor),
-    )
+    def slower(name: str, config: Config, state: State, watch: bool = False) -> Any:
+        backend: Any = load_backend(name, config, state, watch)
+        if not watch:  # as the judge does
+            update = backend.update
+            backend.update = lambda lr_t: update(lr_t / 2)
+        return backend
+
+    monkeypatch.setattr(bench, "load_backend", slower)
     file = tmp_path / "small.yaml"
     file.write_text(f"dataset: {config.dataset}\n", encoding="utf-8")
     command = ["bench", "--config", str(file), "--lengths", "40", "--batch-size", "4"]

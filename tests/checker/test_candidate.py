@@ -365,7 +365,7 @@ BESIDES = {  # what else a function may do, and what must be said
     "syntax": ("def rmsnorm_backward(:\n", ["cannot be read", "mine.py:1"]),
     "look-up": (
         "from vectorized.model import rmsnorm_backward as known\n" + NORM,
-        ["vectorized's own function of that name"],
+        ["mine.py imports vectorized's own"],
     ),
     "by way of the module": (
         "import vectorized.model as text\n"
@@ -417,7 +417,7 @@ def test_a_name_that_means_one_of_the_text_is_understood(name: str, tmp_path: Pa
 def test_a_file_of_helpers_is_told_that_they_are_not_checked_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def mean(x):\n    return x\n", encoding="utf-8")
-    with pytest.raises(MicrogptError, match="has mean, which the text's functions use"):
+    with pytest.raises(MicrogptError, match=r"has only helpers \(mean\)"):
         check(path)
 
 
@@ -436,6 +436,12 @@ def test_what_turns_out_to_be_a_stub_does_not_keep_the_rest_from_its_verdict(
     assert verdict.functions["linear_forward"] == "not attempted"
     assert verdict.functions["rmsnorm_backward"] == "right"
     assert verdict.status == INCOMPLETE
+
+
+def test_a_function_written_as_a_lambda_counts_as_written(checked: Check) -> None:
+    norm = "dy, y, scale: scale * (dy - y * (dy * y).mean(-1, keepdims=True))"
+    verdict = checked(f"rmsnorm_backward = lambda {norm}\n")
+    assert verdict.functions["rmsnorm_backward"] == "right", str(verdict)
 
 
 def test_a_function_that_was_never_called_is_an_error(
@@ -613,8 +619,8 @@ def test_functions_beside_a_whole_model_are_checked_and_are_no_part_of_its_verdi
     verdict = checked(WHOLE + "\n\n" + NORM + beside + other)
     assert verdict.status == RIGHT, str(verdict)
     assert "and beside it linear_backward, rmsnorm_backward" in words_of(verdict)
-    assert "takes other arguments than the text's: softmax_backward" in words_of(verdict)
-    assert "beside it, and no part of the verdict: linear_backward" in words_of(verdict)
+    assert "the arguments are not the text's: softmax_backward" in words_of(verdict)
+    assert "besides, without an effect on the verdict: linear_backward" in words_of(verdict)
     assert verdict.functions["rmsnorm_backward"] == "right alone"
 
 
@@ -657,9 +663,12 @@ def test_what_sleeps_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(NORM.replace("return dx", "import time; time.sleep(60)"), encoding="utf-8")
     command = [sys.executable, "-m", "crosscheck", "check", str(path), "--time-limit", "0.2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == WRONG
-    assert "mine.py:3" in done.stdout
+    for more in ([], ["--json"]):
+        run = [*command, *more]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
+        assert done.returncode == WRONG
+        assert "mine.py:3" in done.stdout
+    assert json.loads(done.stdout)["functions"] == {"rmsnorm_backward": "wrong"}
 
 
 # --- pytest --------------------------------------------------------------------------------------

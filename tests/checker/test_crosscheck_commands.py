@@ -16,6 +16,7 @@ from crosscheck.cases import case_names
 from crosscheck.domain import mutations
 from crosscheck.mutants import (
     DIFFERS,
+    MEMORY,
     SURVIVES,
     Mutant,
     Score,
@@ -41,6 +42,15 @@ def test_help_of_test_names_the_options_and_the_cases(capsys: pytest.CaptureFixt
                    "--candidate", "--hint"):  # fmt: skip
         assert option in words
     assert all(name in "".join(words.split()) for name in case_names())
+
+
+def test_a_file_of_ones_own_is_no_test_and_the_command_for_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def rmsnorm_backward(dy, y, scale):\n    return dy\n", encoding="utf-8")
+    assert main(["test", "-q", "--collect-only", str(mine)]) == 2
+    assert f"python -m crosscheck check {mine}" in capsys.readouterr().err
 
 
 def test_the_first_line_names_the_copies() -> None:
@@ -155,6 +165,13 @@ def test_a_mutant_is_caught_and_a_harmless_one_survives() -> None:
     wrong = mutant("return dy * (x > 0.0)", "return dy + (x > 0.0)")
     harmless = mutant("return dy * (x > 0.0)", "return (x > 0.0) * dy")
     assert [outcome for _, outcome in tried([wrong, harmless])] == [DIFFERS, SURVIVES]
+
+
+@pytest.mark.parametrize("file", MEMORY)
+def test_what_is_said_to_change_memory_alone_is_in_its_file(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for name in MEMORY[file]:
+        assert re.search(rf"^(    )?(def |class )?{name}\b", text, re.MULTILINE), name
 
 
 def test_rates_are_given_raw_and_without_lines_that_change_memory() -> None:

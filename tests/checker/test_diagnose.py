@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import crosscheck.diagnose
-from crosscheck import read_again
 from crosscheck.cases import Case, load_case
 from crosscheck.causes import OR, Cause, Finding
 from crosscheck.defects import Patch, planted
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import WORDS, expression
 from crosscheck.formulas import slips
-from crosscheck.operations import Around, calls
-from crosscheck.read_again import DRAWS, _drawn, drawn_again, read
+from crosscheck.operations import FUNCTIONS, Around, Call, Slot, calls
+from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
 from crosscheck.recorded import leaves_text
 from crosscheck.report import with_diagnosis
-from crosscheck.trace import Array, Step, part, trace
+from crosscheck.trace import Array, Step, trace
+from crosscheck.variants import alternatives
 from crosscheck.where import where
+from microgpt.taps import AXES
 
 JUDGES = (
     "adam_forms",
@@ -142,21 +144,46 @@ def test_a_long_part_of_a_formula_is_cut_at_its_brackets() -> None:
     assert any(".." in words for words in told)
 
 
+@pytest.fixture(scope="module")
+def drawn(steps: dict[str, tuple[Case, list[Step]]]) -> dict[str, dict[str, Array]]:
+    """Documents by the fault that they are drawn with."""
+    case, (step, _) = steps["gelu"]
+    keys = ("sample/documents", "sample/likeliest")
+    return {key: dict(other_draws(case, key, 1, step)) for key in keys}
+
+
 @pytest.mark.parametrize("words", [*DRAWS])
 def test_documents_drawn_with_a_fault_name_it(
-    steps: dict[str, tuple[Case, list[Step]]], words: str
+    steps: dict[str, tuple[Case, list[Step]]], drawn: dict[str, dict[str, Array]], words: str
 ) -> None:
-    case = steps["gelu"][0]
-    (step,) = trace(case, "vectorized", "float64", 1)
-    params = part(step, "params")
-    for key in ("sample/documents", "sample/likeliest"):
-        wrong = _drawn(case, key, 1, params, DRAWS[words], read_again.Fault())
+    case, (step, _) = steps["gelu"]
+    for key, by_fault in drawn.items():
+        wrong = by_fault[words]
         if not np.array_equal(wrong, step[key]):
             said = diagnose(case, 1, key, step, {**step, key: wrong}, None)
-            assert said
-            explained = [_drawn(case, key, 1, params, DRAWS[one], read_again.Fault())
-                         for one in said.split(OR) if one in DRAWS]  # fmt: skip
+            explained = [by_fault[one] for one in said.split(OR) if one in by_fault]
             assert any(np.array_equal(guess, wrong) for guess in explained)
+
+
+@pytest.mark.parametrize(
+    ("words", "power"),
+    [
+        ("the logits are multiplied by the temperature, not divided", -1),
+        ("the temperature has no effect", 0),
+        ("the root of the temperature divides the logits", 0.5),
+        ("the temperature is squared", 2),
+    ],
+)
+def test_a_fault_in_the_temperature_draws_as_another_temperature_does(
+    steps: dict[str, tuple[Case, list[Step]]],
+    drawn: dict[str, dict[str, Array]],
+    words: str,
+    power: float,
+) -> None:
+    case, (step, _) = steps["gelu"]
+    other = replace(case, temperature=case.temperature**power)
+    right = drawn_again(other, "sample/documents", 1, step)
+    assert np.array_equal(drawn["sample/documents"][words], right)
 
 
 def test_drawing_and_reading_by_the_table_are_right(
@@ -202,6 +229,35 @@ def test_an_operation_without_words_is_judged_all_the_same(
     assert behind
     assert behind.formula == "rmsnorm(emb)"
     assert np.isclose(behind.value, step[key][index], rtol=1e-12)
+
+
+def test_a_term_that_is_one_number_for_a_row_is_missed(
+    steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, (_, step) = steps["two-layers"]
+
+    def terms(a: Around, dy: Array, scale: Array) -> dict[str, Array]:
+        return {"the whole": scale * dy, "the mean": -scale * dy.mean(axis=-1, keepdims=True)}
+
+    monkeypatch.setitem(FUNCTIONS, "rmsnorm", [FUNCTIONS["rmsnorm"][0], terms])
+    (call,) = calls(Around(case.config, step), "backward/demb")
+    sound = {**step, "backward/demb": call.total()}
+    wrong = {**step, "backward/demb": call.terms()["the whole"]}
+    assert diagnose(case, 2, "backward/demb", sound, wrong, None) == "missing: the mean"
+
+
+def test_a_vector_of_another_layer_is_tried_and_no_vector_is_transposed(
+    steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, (_, step) = steps["two-layers"]
+    monkeypatch.setitem(AXES, "gain", ("C",))
+    gains = {f"entry/layer{i}.gain": np.arange(8.0) + i for i in (0, 1)}
+    slot = Slot("layer1.gain", gains["entry/layer1.gain"], ("C",))
+    call = Call("scaled", "", lambda a, gain: {"": gain}, Around(case.config, {**step, **gains}),
+                {"gain": slot})  # fmt: skip
+    tried = [words for words, _ in alternatives(call, "gain", gains, None)]
+    assert "layer0.gain in place of layer1.gain" in tried
+    assert not [words for words in tried if "transposed" in words]
 
 
 def test_an_axis_with_one_index_is_no_place() -> None:

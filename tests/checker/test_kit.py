@@ -12,8 +12,18 @@ from safetensors.numpy import load_file, save
 from crosscheck import kit
 from crosscheck.cases import case_names, load_case
 from crosscheck.compare import compare
-from crosscheck.kit import GUIDE, LATER, REQUIRED, STAGES, expected_keys, kit_cases, write_kit
+from crosscheck.kit import (
+    GUIDE,
+    LATER,
+    NOT_FOR_PORTS,
+    REQUIRED,
+    STAGES,
+    expected_keys,
+    kit_cases,
+    write_kit,
+)
 from crosscheck.trace import split_key
+from microgpt.config import FIELDS
 from microgpt.runs.checkpoint import read_tensors, write_tensors
 from microgpt.settings import FIXTURES
 from microgpt.taps import ACTIVATIONS
@@ -124,6 +134,8 @@ def test_an_input_says_what_the_case_says(name: str, folder: Path) -> None:
             assert given[f"config/{field}"] == number, field
     assert list(ACTIVATIONS)[int(given["config/activation"])] == case.config.activation
     assert given["config/vocab_size"] == case.tokenizer.vocab_size
+    assert given.keys() >= {f"config/{name}" for name in FIELDS if name not in NOT_FOR_PORTS}
+    assert all(f"`{key}`" in GUIDE.read_text() for key in given if key.startswith("config/"))
     first = int(given["config/first_step"])
     for number in range(first, first + int(given["config/steps"])):
         docs = [[*filter(lambda i: i >= 0, doc)] for doc in given[f"step{number}/batch/tokens"]]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,7 @@ from microgpt.cli.commands import main
 from microgpt.errors import MicrogptError
 
 SEED = 7
+SLEEP = "import time; time.sleep(60)"
 FUNCTIONS = [exercise for exercise in exercises() if not exercise.defect]
 PLANTED = [exercise for exercise in exercises() if exercise.defect]
 
@@ -234,9 +238,20 @@ def test_an_answer_from_a_look_up_is_wrong_on_numbers_that_are_drawn(
 ) -> None:
     """The numbers follow from the text of the file, so that a file cannot hold their answers."""
     monkeypatch.undo()
-    assert judging._seed("a") != judging._seed("b")
-    drawn = [judging._inputs("softmax_backward", judging._seed(text)) for text in "ab"]
+    drawn: list[list[Input]] = []
+    alone = judging.alone
+
+    def noted(learner: Any, name: str, given: list[Input]) -> Any:
+        drawn.append(given)
+        return alone(learner, name, given)
+
+    monkeypatch.setattr(judging, "alone", noted)
+    for comment in "ab":
+        judged(
+            tmp_path, named("softmax_backward"), f"# {comment}\n{solved(named('softmax_backward'))}"
+        )
     numbers = [{one.args[0].tobytes() for one in inputs if one.case is None} for inputs in drawn]
+    assert numbers[0]
     assert not numbers[0] & numbers[1]
 
 
@@ -270,6 +285,24 @@ def test_what_is_no_matter_of_numbers_is_told_in_words_with_the_learners_line(
 def folder(tmp_path: Path) -> Path:
     write_exercises(tmp_path / "mine")
     return tmp_path / "mine"
+
+
+def test_an_exercise_that_sleeps_is_ended_with_a_list_of_all(folder: Path) -> None:
+    file = folder / "01_value.py"
+    text = file.read_text(encoding="utf-8").replace("raise NotImplementedError", SLEEP, 1)
+    file.write_text(text, encoding="utf-8")
+    program = "import sys; from crosscheck import judge; judge.SECONDS = 0.2;"
+    program += "from microgpt.cli.commands import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "check", str(folder)]
+    plain, found = (
+        subprocess.run([*command, *more], capture_output=True, text=True, timeout=50, check=False)
+        for more in ([], ["--json"])
+    )
+    assert (plain.returncode, found.returncode) == (1, 1)
+    assert "01_value.py" in plain.stdout
+    states = {name: one["state"] for name, one in json.loads(found.stdout)["exercises"].items()}
+    assert states == dict.fromkeys(states, UNTRIED) | {exercises()[0].name: WRONG}
+    assert len(states) == len(exercises())
 
 
 def test_the_first_run_says_that_nothing_is_broken(

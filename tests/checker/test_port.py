@@ -264,9 +264,9 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
         (lambda file: file[:5], "its file has 5 bytes in all"),
         (lambda file: (1 << 40).to_bytes(8, "little") + file[8:], "has 1,099,511,627,776 bytes"),
         (lambda file: renamed(file, b'"dtype"', b'"dtyep"'), "without dtype"),
-        (lambda file: renamed(file, b'"F64"', b'"F32"'), "not as many as that takes"),
+        (lambda file: renamed(file, b'"F64"', b'"F32"'), "not the size of a tensor"),
         (lambda file: renamed(file, b'"F64"', b'"BF8"'), "expected F64 or F32"),
-        (lambda file: renamed(file, b"[0,", b"[8,"), "not as many as that takes"),
+        (lambda file: renamed(file, b"[0,", b"[8,"), "not the size of a tensor"),
         (lambda file: renamed(file, b'"shape":[', b'"shape":{'), "not JSON"),
         (lambda file: (8).to_bytes(8, "little") + b"[1, 2]  ", "not JSON"),
         (
@@ -291,7 +291,7 @@ def test_a_gap_between_two_tensors_is_named(program: Callable[..., list[str]]) -
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + file[8 + length :] + bytes(8)
 
-    assert "begin at" in problem(run(program(change=gap), ["single-character"]))
+    assert "begins at byte" in problem(run(program(change=gap), ["single-character"]))
 
 
 def test_a_header_with_random_faults_is_refused_in_one_line_or_read(
@@ -328,7 +328,7 @@ def test_with_all_a_program_that_fails_once_goes_on_with_the_other_cases(
 
 
 def test_stages_that_no_case_has_are_refused(program: Callable[..., list[str]]) -> None:
-    with pytest.raises(MicrogptError, match="no case of these has tensors of the stage layers"):
+    with pytest.raises(MicrogptError, match="none of these cases has tensors of the stage layers"):
         run(program(), ["single-character"], stages=["layers"])
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from crosscheck import lines
 from crosscheck.cases import load_case
 from crosscheck.causes import STEPS, VALUE, Finding, Run, also, causes, shared
 from crosscheck.compare import compare, exhibit, simplicity
@@ -80,7 +81,7 @@ def report(patch: Patch, case_name: str = "single-character") -> str:
         ),
         (
             Patch(MODEL, "dwpe = np.zeros_like(params.wpe)", "dwpe = np.empty_like(params.wpe)"),
-            ["dwpe disagrees", "memory that is never written holds nan"],
+            ["dwpe disagrees", "an element that is never written is nan"],
         ),
         (
             Patch("scalar/model.py", "    probs = softmax(logits)  # [V]", f"    {RAISING}"),
@@ -193,6 +194,23 @@ def test_a_report_names_the_lines_of_both_texts_and_the_function_at_fault() -> N
     assert "at fault vectorized" in said
 
 
+def test_of_operations_that_a_text_chooses_between_the_one_of_the_table_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm = "rmsnorm_backward(dmlp_norm, tap.mlp_norm, tap.mlp_scale)"
+    chosen = f"if config:\n        dx = {norm}\n        return dx + dmlp_res"
+    source = lines._source(MODEL)
+    other = source.replace(
+        f"return {norm}", f"{chosen}\n    return softmax_backward(dmlp_norm, tap.mlp_norm)"
+    )
+    assert other != source
+    monkeypatch.setattr(lines, "_source", lambda _: other)
+    lines._functions.cache_clear()
+    found = function_of("backward/dlayer0.attn_res", load_case("gelu").config, "vectorized")
+    lines._functions.cache_clear()
+    assert found.startswith("rmsnorm_backward, vectorized/model.py:")
+
+
 def test_every_tensor_has_a_line_in_both_texts() -> None:
     case = load_case("two-layers")
     for key in keys(case.config, 27):
@@ -203,6 +221,24 @@ def test_every_tensor_has_a_line_in_both_texts() -> None:
     assert "rmsnorm_backward(dattn_norm" in dres
     assert "linear_backward(dlogits" in lines_of("backward/dlayer1.mlp_res", case.config)[1]
     assert function_of("adam_v/wte", case.config, "scalar").startswith("adam, scalar/adam.py:")
+
+
+def test_an_epsilon_in_the_clip_factor_is_named_and_the_two_numbers_are_told_apart() -> None:
+    clip = Patch("scalar/adam.py", "longest / (squares**0.5))", "longest / (squares**0.5 + 1e-6))")
+    said = report(clip, "decay-and-clip")
+    assert "1e-6 is added to the length, as in PyTorch's clip_grad_norm_" in said
+    assert "at fault scalar" in said
+    (number,) = re.findall(r"own inputs, it should be (\S+)", said)
+    (wrong,) = re.findall(r" scalar (-\S+)", said)
+    assert f"{float(wrong):.{len(number.lstrip('-0.'))}g}" != number
+
+
+def test_an_update_of_zero_is_led_back_to_the_learning_rate() -> None:
+    case = load_case("one-position")
+    case = replace(case, config=replace(case.config, steps=1))
+    ours, theirs = (trace(case, name, "float64", 2) for name in NAMES)
+    words = render(compare(case, ours, theirs, names=NAMES).found[0], *NAMES)
+    assert "learning_rate, is 0 in step 2" in words
 
 
 def test_drawn_documents_are_told_as_texts() -> None:
@@ -237,6 +273,14 @@ def test_reading_has_its_expression_and_its_side() -> None:
     assert "reading token by token: logits disagrees" in said
     assert "of the forward pass, which reads the same tokens" in said
     assert "at fault vectorized" in said
+    assert "computed at scalar/backend.py:" in said
+    lists = "keys: list[Matrix] = [[] for _ in range(self.config.n_layer)]"
+    shared_list = Patch(
+        "scalar/backend.py", lists, "keys: list[Matrix] = [[]] * self.config.n_layer"
+    )
+    said = report(shared_list, "two-layers")
+    assert "the keys of all layers lie in one list" in said
+    assert "look at read, scalar/backend.py:" in said
 
 
 def test_a_fault_in_the_weights_of_the_loss_is_one_of_the_loss() -> None:
@@ -334,6 +378,9 @@ def test_a_property_that_proves_nothing_is_not_told() -> None:
     several = [name for name in TEN if not load_case(name).config.tie_lm_head]
     assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
     assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
+    # the only case with weight_decay is the only one with warmup_steps
+    scheduled = [*TEN, "short-gradient", "decay-and-clip"]
+    assert told(scheduled[-1:], scheduled, scheduled).endswith("of 12 cases: decay-and-clip")
 
 
 def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
@@ -438,7 +485,7 @@ def test_a_mistake_that_both_sides_share_is_found_by_the_witness(tmp_path: Path)
     assert done.returncode == 1
     said = re.sub(r"\s+", " ", done.stdout)
     assert "is not the derivative of the loss, in scalar and vectorized" in said
-    assert "both sides agree with each other, and the witness does not" in said
+    assert "the two sides agree with each other, and not with the witness" in said
     assert len(done.stdout.splitlines()) <= SCREENS
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from http.client import BadStatusLine
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,12 +26,13 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import yaml
+from faults import microgpt
 
 from microgpt import data, download, evaluate, train
-from microgpt.backend import BACKENDS, load_backend
+from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.cli import report, shell
-from microgpt.cli.commands import main
 from microgpt.config import FIELDS
+from microgpt.init import init_params
 from microgpt.runs.checkpoint import FILE_NAME, Checkpoint, load_checkpoint, read_tensors
 from microgpt.runs.directory import RUN_FILES
 from microgpt.settings import flag, load_config
@@ -38,14 +40,6 @@ from microgpt.tokenizer import build_tokenizer
 
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Rewrite = Callable[[Path, Path, Edit], None]
-
-
-def microgpt(*arguments: object) -> int:
-    """The exit status of a command line."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as end:  # raised by argparse
-        return int(str(end.code))
 
 
 def process(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -110,6 +104,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with redirect_stdout(io.StringIO()) as printed:
         assert microgpt("train", "--out", out) == 0
     return out, printed.getvalue()
+
+
+@pytest.fixture
+def without_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both texts, without a formula for the activation that they are asked for."""
+    for text, function in (("scalar", "activation"), ("vectorized", "activation_forward")):
+        known = getattr(import_module(f"{text}.model"), function)
+        monkeypatch.setattr(f"{text}.model.{function}", lambda x, _, known=known: known(x, "silu"))
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +298,13 @@ def test_accents_are_learned_and_written_also_where_they_cannot_be_printed(
         *("train", "--dataset", "accents.txt", *sizes, "--out", "run"), cwd=tmp_path, env=ascii_only
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "\u0142" in "".join(samples(tmp_path / "run"))
-    ran = process("sample", "run", cwd=tmp_path, env=ascii_only)
-    assert (ran.returncode, ran.stderr) == (0, "")
+    drawn = samples(tmp_path / "run")
+    assert "\u0142" in "".join(drawn)
+    numbers = [text.encode("ascii", "backslashreplace").decode() for text in drawn]
+    utf8 = {"LC_ALL": "C"} if os.name == "posix" else {"PYTHONUTF8": "1"}
+    for env, lines in ((ascii_only, numbers), ({**os.environ, **utf8}, drawn)):
+        ran = process("sample", "run", cwd=tmp_path, env=env)
+        assert (ran.returncode, ran.stdout.splitlines(), ran.stderr) == (0, lines, "")
 
 
 # Ctrl-C, and --resume
@@ -646,22 +652,35 @@ def expected_evaluation(held: Checkpoint) -> tuple[float, list[tuple[int, float]
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("columns", [1, 15, 768])  # single documents, some of one length, all
+@pytest.mark.parametrize("times", [1, 20])  # in one batch, and in several, some of one length
 def test_the_evaluation_is_the_mean_over_documents_of_means_over_positions(
-    backend: str, columns: int, small: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, times: int, small: Path
 ) -> None:
-    monkeypatch.setattr(evaluate, "POSITIONS_AT_ONCE", columns)
     held = load_checkpoint(small)
     loss, by_position = expected_evaluation(held)
     result = evaluate.evaluation(
-        load_backend(backend, held.config, held.state), SEEN, held.tokenizer, held.config
+        load_backend(backend, held.config, held.state), SEEN * times, held.tokenizer, held.config
     )
     assert abs(result.loss - loss) < 1e-12
     counts, means = zip(*result.by_position)
     expected_counts, expected_means = zip(*by_position)
-    assert counts == expected_counts == (8, 8, 6, 6, 5)
+    assert counts == tuple(times * count for count in expected_counts)
+    assert expected_counts == (8, 8, 6, 6, 5)
     np.testing.assert_allclose(means, expected_means, rtol=0, atol=1e-12)
+
+
+def test_long_documents_are_evaluated_one_by_one() -> None:
+    config = load_config(overrides={"n_embd": "4", "block_size": "1000"})
+    tokenizer = build_tokenizer("ab", config)
+    state = fresh_state(init_params(config, tokenizer.vocab_size, Random(1)))
+    backend = load_backend("vectorized", config, state)
+    texts = ["ab" * 500, "b" * 999, "a"]
+    alone = [evaluate.evaluation(backend, [text], tokenizer, config).loss for text in texts]
+    found = evaluate.evaluation(backend, texts, tokenizer, config)
+    assert found.loss == pytest.approx(sum(alone) / 3, rel=1e-12)
+    assert [count for count, _ in found.by_position] == [3] * 2 + [2] * 998
 
 
 @pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
@@ -892,6 +911,22 @@ def test_an_absent_network_gets_one_line_and_touches_nothing(
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+@pytest.mark.usefixtures("without_formula")
+def test_an_activation_without_a_formula_gets_one_line_that_says_where_to_write_it(
+    command: str, backend: str, small: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--activation", "gelu"] if command == "train" else [small]
+    assert microgpt(command, *model, "--backend", backend) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"microgpt {command}: error: {backend}/model.py:\d+: no formula here for the activation"
+        r" 'silu'; write one\n",
+        said,
+    )
+
+
 @pytest.mark.parametrize("arguments", [[], ["wombat"]])
 def test_without_a_command_the_commands_are_named_or_asked_for(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -946,15 +981,13 @@ def test_a_reader_that_leaves_the_help_ends_it_quietly(unbuffered: str) -> None:
 def test_ctrl_c_at_the_very_end_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shell, "_silence", lambda: None)  # stdout of the tests stays open
     with monkeypatch.context() as patch:
 
-        def done(*arguments: Any) -> int:
+        def done() -> int:
             patch.setattr(sys.stdout, "flush", Mock(side_effect=KeyboardInterrupt))
             return 0
 
-        patch.setattr(shell, "_parsed", done)
-        assert microgpt("train") == 130
+        assert shell.guarded("microgpt", done) == 130
     assert capsys.readouterr().err == ""
 
 

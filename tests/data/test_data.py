@@ -18,10 +18,11 @@ import pytest
 
 from microgpt import data
 from microgpt import download as network
-from microgpt.data import load_documents, makemore
+from microgpt.data import load_documents, makemore, nth, parts
 from microgpt.download import download
 from microgpt.errors import MicrogptError
 from microgpt.runs.files import write_whole
+from microgpt.settings import load_config
 
 LOCALHOST = Path(__file__).with_name("localhost.pem")  # for 127.0.0.1, signed by itself
 TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -40,6 +41,7 @@ def test_the_embedded_names_are_the_32469_of_the_data_set() -> None:
     assert joined.encode() == data.NAMES_FILE.read_bytes()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("content", "documents"),
     [
@@ -63,6 +65,17 @@ def test_each_line_of_a_file_is_a_document(
     file = tmp_path / "some.txt"
     file.write_bytes(content)
     assert load_documents(str(file)) == documents
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("held_out", "held"), [("0", ""), ("1", "d"), ("3", "bcd")])
+def test_what_is_held_out_of_lines_is_their_end_and_never_trained_on(
+    held_out: str, held: str
+) -> None:
+    config = load_config(overrides={"held_out": held_out})
+    training, measured = parts(list("abcd"), config)
+    assert (list(training) + measured, "".join(measured)) == (list("abcd"), held)
+    assert [nth(training, i) for i in range(9)] == (list(training) * 9)[:9]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"  \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])

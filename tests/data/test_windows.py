@@ -9,12 +9,11 @@ from random import Random
 import faults
 import numpy as np
 import pytest
-from faults import metrics_of
+from faults import metrics_of, microgpt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from microgpt.backend import BACKENDS
-from microgpt.cli.commands import main
 from microgpt.cli.report import DASHES
 from microgpt.data import EMBEDDED, cropped, load_documents, parts
 from microgpt.errors import MicrogptError
@@ -27,10 +26,6 @@ from microgpt.windows import Windows, cut
 TEXT = "It is a truth\nuniversally acknowledged,\n\nthat a single man.\n"
 SMALL = "--n-embd 4 --n-head 2 --block-size 5 --init-std 0.5 --learning-rate 0.05 --batch-size 2"
 WINDOWED = [*SMALL.split(), "--documents", "windows", "--num-samples", "3", "--temperature", "1"]
-
-
-def microgpt(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -65,6 +60,7 @@ def test_the_windows_of_an_epoch_stand_side_by_side_each_once(
     assert len(joined) > len(text) - 2 * n
 
 
+@pytest.mark.quick
 def test_every_epoch_cuts_elsewhere_and_in_another_order_and_all_is_seen() -> None:
     windows = Windows(TEXT, 5, seed=1)
     n = windows.per_epoch
@@ -82,6 +78,7 @@ def test_which_window_comes_when_follows_from_the_seed_and_its_number_alone() ->
     assert [other[i] for i in numbers] != expected
 
 
+@pytest.mark.quick
 def test_the_windows_of_a_seed_are_these() -> None:
     windows = Windows(TEXT, 5, seed=42)
     assert [windows[i] for i in (0, 1, 2, windows.per_epoch)] == GOLDEN
@@ -90,6 +87,7 @@ def test_the_windows_of_a_seed_are_these() -> None:
 GOLDEN = [" a si", " a tr", "ged,\n", "ed,\n\n"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
 def test_a_window_fills_the_context_and_has_no_closing_token(preset: str) -> None:
     config = load_config(preset, {"documents": "windows", "block_size": "5", "batch_size": "3"})
@@ -100,6 +98,7 @@ def test_a_window_fills_the_context_and_has_no_closing_token(preset: str) -> Non
     assert {(doc[0], len(doc)) for doc in docs} == {(tokenizer.bos, config.max_tokens)}
 
 
+@pytest.mark.quick
 def test_what_is_held_out_is_the_end_of_the_text_and_never_trained_on() -> None:
     config = load_config(overrides={"documents": "windows", "block_size": "5", "held_out": "3"})
     training, held_out = parts([TEXT], config)

@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vectorized.batch
-import vectorized.replay
 from microgpt.backend import BACKENDS, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.data import load_documents
@@ -24,8 +23,8 @@ from microgpt.layout import Tree, grow, pick
 from microgpt.runs import memory
 from microgpt.settings import load_config
 from microgpt.tokenizer import Tokenizer, build_tokenizer
-from vectorized.batch import empty_batch, fill, micro_batches, pad, rounded
-from vectorized.model import Array, Batch, loss_backward, loss_forward
+from vectorized.batch import MicroBatch, empty_batch, fill, fill_packed, micro_batches, pad, rounded
+from vectorized.model import Array, Batch, causal_mask, loss_backward, loss_forward
 from vectorized.sample import choose
 
 # both revisions of the model, small, with weights so large that every error shows
@@ -129,16 +128,16 @@ def test_the_order_of_a_batch_changes_nothing(
 @given(
     batches=st.lists(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1), min_size=1),
     columns=st.sampled_from([12, 5, 1]),
-    padding=st.sampled_from([1024, 8, 0]),
+    row=st.sampled_from([16, 2, 1]),
 )
-@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, padding=9)
-@example(batches=[["ab", "a"], ["abca"]], columns=12, padding=9)
+@example(batches=[["ab"] * 2, ["a"] * 3, ["ab"] * 2], columns=12, row=1)
+@example(batches=[["ab", "a"], ["abca"]], columns=12, row=2)
 def test_batches_that_are_computed_in_micro_batches_are_the_batches(
-    preset: str, batches: list[list[str]], columns: int, padding: int
+    preset: str, batches: list[list[str]], columns: int, row: int
 ) -> None:
     whole, cut = (load("vectorized", CONFIGS[preset], TOKENIZERS[preset]) for _ in range(2))
     docs = [encoded(texts, preset) for texts in batches]
-    with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=padding):
+    with patch.multiple(vectorized.batch, COLUMNS=columns, ROW=row, PRICE=0):
         found = [measured(cut, batch) for batch in docs]
     for batch, measures in zip(docs, found):
         assert_same(measures, measured(whole, batch))
@@ -167,80 +166,107 @@ def positions(docs: Docs) -> list[int]:
     return [len(doc) - 1 for doc in docs]
 
 
-@given(lengths=lengths, n_embd=st.integers(1, 40), columns=st.integers(1, 200))
-def test_every_document_is_in_exactly_one_micro_batch(
-    lengths: list[int], n_embd: int, columns: int
+def rows_of(part: MicroBatch) -> list[list[tuple[int, int]]]:
+    """Of every row, where each of its documents begins and ends."""
+    B, T = part.shape
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(B)]
+    for doc, start in zip(part.docs, part.starts or range(0, B * T, T), strict=True):
+        rows[start // T].append((start % T, start % T + len(doc) - 1))
+    return rows
+
+
+contexts = st.sampled_from([30, 33, 100])
+limits = st.integers(1, 200)
+
+
+@given(lengths=lengths, block_size=contexts, columns=limits, price=st.sampled_from([0, 2**12]))
+def test_every_document_has_a_place_of_its_own(
+    lengths: list[int], block_size: int, columns: int, price: int
 ) -> None:
-    docs, config = documents(lengths), replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    with patch.multiple(vectorized.batch, COLUMNS=columns, PADDING=200):
-        cut = micro_batches(docs, config)
-    assert all(cut)
-    assert sorted(list(doc) for batch in cut for doc in batch) == docs
+    docs, config = documents(lengths), replace(CONFIGS["microgpt"], block_size=block_size)
+    with patch.multiple(vectorized.batch, COLUMNS=columns, PRICE=price):
+        parts = micro_batches(docs, config)
+    assert sorted(list(doc) for part in parts for doc in part.docs) == docs
+    for part in parts:
+        B, T = part.shape
+        assert B == 1 or columns >= B * T
+        for row in rows_of(part):
+            ends = [0, *(end for _, end in row)]
+            assert ends[:-1] == [start for start, _ in row]
+            assert ends[-1] <= T <= block_size
 
 
-@given(lengths=lengths, n_embd=st.integers(1, 40))
-@example(lengths=[20, 10, 10, 10, 3], n_embd=1)
-@example(lengths=[1] * 40 + [30] * 20, n_embd=40)
-def test_micro_batches_are_small_and_hardly_padded(lengths: list[int], n_embd: int) -> None:
-    config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    with patch.multiple(vectorized.batch, COLUMNS=60, PADDING=200):
-        cut = micro_batches(documents(lengths), config)
-    tolerated = 200 / n_embd + len(lengths) // 16 * 30  # cuts at multiples of len(lengths) // 16
-    for batch in cut:
-        n, T = sorted(positions(batch)), max(positions(batch))
-        assert len(batch) == 1 or len(batch) * T <= 60
-        assert all(count * (T - n[count - 1]) <= tolerated for count in range(1, len(n)))
+@given(lengths=lengths, block_size=contexts)
+@example(lengths=[9, 7, 5, 3], block_size=30)
+def test_no_document_of_a_later_row_fits_into_an_earlier_one(
+    lengths: list[int], block_size: int
+) -> None:
+    config = replace(CONFIGS["microgpt"], block_size=block_size)
+    for part in micro_batches(documents(lengths), config):
+        T, rows = part.shape[1], rows_of(part)
+        room = [T - row[-1][1] for row in rows if row]
+        first = [min((end - start for start, end in row), default=T) for row in rows]
+        assert all(left < n for i, left in enumerate(room) for n in first[i + 1 :])
 
 
-@given(lengths=lengths, n_embd=st.integers(1, 40))
-@example(lengths=[10, 9, 5], n_embd=1)
-def test_no_cut_is_made_without_need(lengths: list[int], n_embd: int) -> None:
-    config = replace(CONFIGS["microgpt"], n_embd=n_embd, block_size=30)
-    padding = (len(lengths) * max(lengths) - sum(lengths)) * n_embd
-    with patch.multiple(vectorized.batch, COLUMNS=2100, PADDING=max(1, padding)):
-        assert len(micro_batches(documents(lengths), config)) == 1
+def test_much_shorter_documents_have_shorter_rows() -> None:
+    config = replace(CONFIGS["microgpt"], block_size=512)
+    parts = micro_batches(documents([500, 400, 100, 90, *[10] * 100]), config)
+    assert [part.shape[1] for part in parts] == [512, 400, 112, 16, 16, 16]
 
 
-@pytest.mark.parametrize("n_embd", [16, 64])
-@pytest.mark.parametrize(
-    ("size", "share"), [(1, 0.1), (3, 0.25), (16, 0.4), (64, 0.25), (256, 0.1)]
-)
-def test_few_shapes_occur_and_padding_is_bounded(size: int, share: float, n_embd: int) -> None:
-    names, config = load_documents("names"), replace(load_config(), n_embd=n_embd)
+@pytest.mark.parametrize(("size", "share"), [(1, 0.1), (3, 0.5), (16, 0.15), (64, 0.1), (256, 0.1)])
+def test_few_shapes_occur_and_padding_is_bounded(size: int, share: float) -> None:
+    names, config = load_documents("names"), load_config()
     rng, shapes, padded, real = Random(1), set(), 0, 0
     for _ in range(300):
         docs = [[0] * (len(name) + 2) for name in rng.sample(names, size)]
-        for batch in micro_batches(docs, config):
-            T = rounded(max(positions(batch)), len(batch), config)
-            shapes.add((len(batch), T))
-            padded += len(batch) * T
-            real += sum(positions(batch))
-    assert len(shapes) <= 80
+        for part in micro_batches(docs, config):
+            shapes.add(part.shape)
+            padded += part.shape[0] * part.shape[1]
+            real += sum(positions(part.docs))
+    assert len(shapes) <= 20
     assert padded <= (1 + share) * real
 
 
-@given(T=st.integers(1, 5000), beyond=st.integers(0, 300), rows=st.integers(1, 9))
+@given(T=st.integers(1, 5000), beyond=st.integers(0, 300), step=st.sampled_from([1, 2, 16]))
 def test_a_length_is_rounded_up_by_little_and_never_beyond_the_context(
-    T: int, beyond: int, rows: int
+    T: int, beyond: int, step: int
 ) -> None:
     config = replace(CONFIGS["microgpt"], block_size=T + beyond)
-    assert T <= rounded(T, rows, config) <= min(T + 1 + T // 8, T + beyond)
+    assert T <= rounded(T, step, config) <= min(T + max(step - 1, T // 8), T + beyond)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_few_lengths_occur(rows: int) -> None:
+@pytest.mark.parametrize("step", [1, 2, 16])
+def test_few_lengths_occur(step: int) -> None:
     config = replace(CONFIGS["microgpt"], block_size=4096)
-    assert len({rounded(T, rows, config) for T in range(1, 33)}) <= 32 // (3 - rows)
+    assert len({rounded(T, step, config) for T in range(1, 33)}) <= 32 // step
     for T in (32, 64, 1024, 2048):
-        assert len({rounded(n, rows, config) for n in range(T + 1, 2 * T + 1)}) <= 16
+        assert len({rounded(n, step, config) for n in range(T + 1, 2 * T + 1)}) <= 16
 
 
 def test_a_batch_is_what_its_documents_say() -> None:
-    tokens, targets, weights = pad([[3, 1, 2, 3], [3, 2]], np.dtype("float32"), of=4)
+    tokens, targets, weights, positions, mask = pad([[3, 1, 2, 3], [3, 2]], np.dtype("f4"), of=4)
     assert tokens.tolist() == [[3, 1, 2], [3, 2, 0]]  # the last token has weight 0
     assert targets.tolist() == [[1, 2, 3], [2, 0, 0]]
     assert weights.dtype == "float32"
     np.testing.assert_allclose(weights, [[1 / 12] * 3, [1 / 4, 0, 0]])
+    assert positions.tolist() == [[0, 1, 2]] * 2
+    assert np.isfinite(mask).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_packed_documents_are_a_row_and_do_not_see_each_other() -> None:
+    batch = empty_batch(2, 4, np.dtype("float32"), packed=True)
+    for docs in ([[7] * 5, [7] * 5], [[3, 1, 2, 3], [3, 4], [3, 5, 3]]):  # all of the first goes
+        fill_packed(batch, MicroBatch(docs, [0, 3, 4][: len(docs)], (2, 4)), 4)
+    assert batch.tokens.tolist() == [[3, 1, 2, 3], [3, 5, 0, 0]]
+    assert batch.targets.tolist() == [[1, 2, 3, 4], [5, 3, 0, 0]]
+    np.testing.assert_allclose(batch.weights, [[1 / 12] * 3 + [1 / 4], [1 / 8, 1 / 8, 0, 0]])
+    assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert np.isfinite(batch.mask[:, 0]).tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+    ]
 
 
 @given(before=lengths, lengths=lengths, longer=st.integers(0, 3))
@@ -272,7 +298,9 @@ def padded_further(docs: Docs, T: int, rng: Random, V: int) -> Batch:
     for b, doc in enumerate(docs):
         n = len(doc) - 1
         tokens[b, :n], targets[b, :n], weights[b, :n] = doc[:-1], doc[1:], 1 / (B * n)
-    return Batch(tokens, targets, weights)
+    return Batch(
+        tokens, targets, weights, np.tile(np.arange(T), (B, 1)), causal_mask(T, weights.dtype)
+    )
 
 
 def by_the_text(batch: Batch, backend: Backend, config: Config) -> tuple[float, dict[str, Array]]:
@@ -303,7 +331,7 @@ def test_a_recording_for_longer_documents_serves_shorter_ones(
 ) -> None:
     config, docs = CONFIGS[preset], encoded(texts, preset)
     expected = measured(load("vectorized", config, TOKENIZERS[preset]), docs)
-    with patch.object(vectorized.replay, "rounded", lambda *_: config.block_size):
+    with patch.object(vectorized.batch, "rounded", lambda *_: config.block_size):
         assert_same(measured(load("vectorized", config, TOKENIZERS[preset]), docs), expected)
 
 

@@ -24,6 +24,7 @@ from microgpt.init import init_params
 from microgpt.settings import load_config
 from microgpt.taps import ACTIVATIONS
 from vectorized.adam import adam
+from vectorized.batch import MicroBatch
 from vectorized.model import Array
 from vectorized.record import Number, Recorder, RecordingError
 from vectorized.replay import Replay
@@ -632,11 +633,11 @@ def test_few_recordings_are_kept() -> None:
 
 def test_the_recordings_used_last_are_kept() -> None:
     backend = load(small(block_size=40))
-    replay, often = backend.worker, [[1] * 41] * 2
+    replay, often = backend.worker, MicroBatch([[1] * 41], [], (1, 40))
     one = replay.training(often)  # the largest: a larger one would drop all recordings
     with patch.object(vectorized.replay, "CALLS", 3 * one.recording.size):
         for n in range(5, 30):
-            replay.training([[1] * (n + 1)] * 2)
+            replay.training(MicroBatch([[1] * (n + 1)], [], (1, n)))
             assert replay.training(often) is one
 
 
@@ -646,8 +647,7 @@ def test_a_step_of_the_default_model_is_of_few_calls(docs: Docs) -> None:
     backend.forward(docs)
     backend.backward()
     backend.update(0.01)
-    replay = backend.worker
-    assert replay.training(docs).recording.size + replay.adam.size <= 120
+    assert sum(recording.size for _, recording in backend.recordings(docs)) <= 120
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -7,8 +7,11 @@ import itertools
 from pathlib import Path
 
 import pytest
+from hypothesis import find, settings
 
-from microgpt.config import Config
+from crosscheck.functions import drawn_cases
+from crosscheck.models import cases
+from microgpt.config import FIELDS, Config
 from microgpt.settings import load_config
 from microgpt.taps import EMBEDDING, LAYER, LAYER_PARAMS, OUTPUT, PARAMS, Tap, consumers, taps
 
@@ -95,6 +98,23 @@ def test_every_operand_is_there_before_it_is_used_and_is_used(config: Config) ->
         assert set(tap.operands) <= known
         known.add(tap.name)
     assert [name for name, users in consumers(config).items() if not users] == ["loss"]
+
+
+# what a model is, and not how a run trains it or where its documents come from
+CHOICES = [
+    (name, choice)
+    for name, field in FIELDS.items()
+    for choice in field.metadata["choices"]
+    if name not in ("schedule", "dtype", "documents")
+]
+
+
+@pytest.mark.parametrize(("name", "choice"), CHOICES)
+def test_models_drawn_at_random_are_of_every_choice(name: str, choice: str) -> None:
+    once = settings(max_examples=500, database=None, derandomize=True)
+    find(cases(), lambda case: getattr(case.config, name) == choice, settings=once)
+    if name not in ("vocabulary", "crop"):  # functions by themselves are given token ids
+        assert choice in {getattr(case.config, name) for case in drawn_cases(0)}
 
 
 def test_the_residual_stream_goes_by_and_through_each_block() -> None:

@@ -13,6 +13,8 @@ from microgpt.errors import MicrogptError
 from microgpt.settings import load_config
 from microgpt.tokenizer import Tokenizer, build_tokenizer
 
+pytestmark = pytest.mark.quick
+
 PRESETS = ("microgpt", "microgpt-243")  # chars-bos, bos-eos-chars
 
 
@@ -35,6 +37,15 @@ def test_the_names_have_the_ids_of_the_original(
     assert tokenizer.encode(string.ascii_lowercase) == list(range(first, first + 26))
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (vocab_size, bos, eos)
     assert tokenizer.document("emma") == emma
+
+
+@pytest.mark.parametrize(
+    ("longest", "kept"), [(1, "<BOS>"), (2, "<BOS>e"), (4, "<BOS>emm"), (6, "<BOS>emma<BOS>")]
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_document_that_is_cropped_is_not_closed(preset: str, longest: int, kept: str) -> None:
+    tokenizer = over(string.ascii_lowercase, preset)
+    assert tokenizer.decode(tokenizer.document("emma", longest)) == kept
 
 
 @pytest.mark.parametrize("preset", PRESETS)

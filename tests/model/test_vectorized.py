@@ -26,6 +26,7 @@ from microgpt.settings import load_config
 from microgpt.taps import ACTIVATIONS
 from microgpt.tokenizer import build_tokenizer
 from vectorized.batch import micro_batches, pad
+from vectorized.flat import flatten, named_views
 from vectorized.model import (
     Array,
     activation_backward,
@@ -130,7 +131,8 @@ def mlp(rng: np.random.Generator, size: SimpleNamespace) -> Op:
 
 
 def gpt(rng: np.random.Generator, size: SimpleNamespace) -> Op:
-    gpt, positions = model(rng, size), slice(size.start, size.start + size.T)
+    gpt, start = model(rng, size), rng.integers(size.start + 1, size=(size.B, 1))
+    positions = start + np.arange(size.T)
     tokens, mask = rng.integers(size.V, size=(size.B, size.T)), causal_mask(size.T, gpt.dtype)
     caches = [None] * size.L
 
@@ -308,11 +310,10 @@ def test_a_token_changes_no_logits_before_it_and_none_of_other_documents(
     rng = np.random.default_rng(seed)
     gpt, tokens = model(rng, size), rng.integers(size.V, size=(size.B, size.T))
     mask, caches = causal_mask(size.T, gpt.dtype), [None] * size.L
+    positions = np.arange(size.T)[None]
 
     def logits() -> Array:
-        return gpt_forward(
-            tokens, slice(size.T), gpt.params, caches, mask, gpt.config, Tree(size.L)
-        )
+        return gpt_forward(tokens, positions, gpt.params, caches, mask, gpt.config, Tree(size.L))
 
     b, t = data.draw(st.integers(0, size.B - 1)), data.draw(st.integers(0, size.T - 1))
     before = logits()
@@ -505,7 +506,7 @@ def test_memory_is_within_one_and_a_half_times_what_training_needs(
     config = load_config(overrides=sizes)
     T, V, C, H = config.block_size, 27, config.n_embd, config.n_head
     batch = micro_batches([[1] * (T + 1 - i % 2) for i in range(config.batch_size)], config)
-    N = max(len(docs) * (len(docs[-1]) - 1) for docs in batch)  # they share the same memory
+    N = max(B * T for _, _, (B, T) in batch)  # micro-batches share the same memory
     params = sum(n_out * n_in for n_out, n_in in param_shapes(config, V).values())
     # per block: the three inputs of its norms and products, q, k, v, the attention weights, and
     # the activation and its slope
@@ -537,3 +538,13 @@ def test_documents_are_drawn_whatever_the_form_of_a_product(
     drawn = sample_many(*given, Random(3), 5, 1.0, [])
     monkeypatch.setattr("vectorized.model.linear_forward", form)
     assert sample_many(*given, Random(3), 5, 1.0, []) == drawn
+
+
+def test_matrices_and_vectors_lie_side_by_side_in_one_buffer() -> None:
+    tensors = {"w": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "gain": [7.0, 8.0], "v": [[9.0]]}
+    flat = flatten(tensors, np.dtype("float32"))
+    assert flat.tolist() == list(range(1, 10))
+    views = named_views(flat, {name: np.shape(tensor) for name, tensor in tensors.items()})
+    assert {name: view.tolist() for name, view in views.items()} == tensors
+    views["gain"][1] = 0.0
+    assert flat[7] == 0.0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from time import process_time
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import microgpt
 
 pytest.importorskip("jinja2", reason="pages need the extra `pages`")
 pytest.importorskip("pygments", reason="pages need the extra `pages`")
@@ -31,7 +33,6 @@ from crosscheck.document import Document
 from crosscheck.stops import Stop, Stops
 from crosscheck.trace import Step, trace
 from microgpt.backend import fresh_state, load_backend
-from microgpt.cli.commands import main
 from microgpt.errors import MicrogptError
 from microgpt.pages import pictures, run_report
 from microgpt.pages.sources import Source, side_by_side, upside_down
@@ -457,10 +458,6 @@ def test_the_largest_model_takes_a_few_times_as_long_as_its_graph() -> None:
     assert sorted(made)[1] < 15
 
 
-def microgpt(*arguments: str) -> int:
-    return main(list(arguments))
-
-
 def test_the_command_draws_the_default_model_and_emma(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -608,6 +605,18 @@ def test_the_first_step_that_differs_is_named(
     assert (c.step, c.largest) == (None, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "alike"), [("top_k", 3, 1), ("eval_every", 4, 1), ("beta1", 0.5, 0)]
+)
+def test_runs_that_learn_alike_are_held_to_each_other(
+    trained: Callable[[str], tuple[Path, Any]], field: str, value: Any, alike: int
+) -> None:
+    run, _ = trained("vectorized")
+    one = run_report.seen(run, 0, False)
+    other = replace(one, config=replace(one.config, **{field: value}))
+    assert len(run_report.twins([one, other])) == alike
+
+
 def test_lines_that_are_no_metrics_are_counted_and_left_out(
     trained: Callable[[str], tuple[Path, Any]], tmp_path: Path
 ) -> None:
@@ -672,7 +681,7 @@ def test_training_says_how_to_get_its_report_and_that_works(
     flags = [x for name, text in tiny.items() for x in (f"--{name.replace('_', '-')}", text)]
     assert microgpt("train", *flags, "--out", "a run") == 0
     said = capsys.readouterr().out.splitlines()[-1].partition("to look at it: ")[2]
-    assert main(shlex.split(said)[1:]) == 0
+    assert microgpt(*shlex.split(said)[1:]) == 0
     assert "The run <code>a run</code>" in Path("report.html").read_text(encoding="utf-8")
 
 

@@ -31,6 +31,7 @@ from microgpt.runs.checkpoint import (
     save_params,
 )
 from microgpt.tokenizer import build_tokenizer
+from microgpt.train import resumed_run
 
 Edit = Callable[[Any, Any], object]  # of tensors and metadata
 Trained = Callable[[str], tuple[Path, Checkpoint]]
@@ -49,6 +50,7 @@ def assert_same(loaded: State, saved: State) -> None:
             np.testing.assert_array_equal(tensor, np.asarray(expected[name]))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("writer", BACKENDS)
 @pytest.mark.parametrize("reader", BACKENDS)
 def test_either_backend_reads_what_either_wrote(writer: str, reader: str, trained: Trained) -> None:
@@ -59,6 +61,17 @@ def test_either_backend_reads_what_either_wrote(writer: str, reader: str, traine
     assert loaded.rng.getstate() == saved.rng.getstate()
     assert_same(loaded.state, saved.state)
     assert_same(load_backend(reader, loaded.config, loaded.state).state(), saved.state)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_goes_on_from_the_parameters_moments_and_draws_of_its_checkpoint(
+    backend: str, trained: Trained
+) -> None:
+    out, saved = trained(backend)
+    with resumed_run(out, backend, {"steps": saved.config.steps + 1}) as run:
+        assert_same(run.backend.state(), saved.state)
+        assert (run.step, run.rng.getstate()) == (saved.state.updates, saved.rng.getstate())
 
 
 def test_both_backends_write_the_same_file(trained: Trained) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -192,6 +193,16 @@ def test_a_rank_that_fails_ends_all_and_is_named(
     assert main(["train", "--resume", "--cores", "1", "--out", str(tmp_path / "run")]) == 0
 
 
+@needs_mpi
+def test_what_fails_on_all_ranks_is_said_once(tmp_path: Path) -> None:
+    forward = "from vectorized import model; model.activation_forward = lambda *_: fault()"
+    done = faulty(tmp_path, "raise ValueError('a bug')", more=forward)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"microgpt: error: rank 0 \(process .*\): .*faulty.py:\d+: ValueError: a bug\n", done.stderr
+    )
+
+
 def eventually(holds: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + SECONDS
     while not holds() and time.monotonic() < deadline:
@@ -199,15 +210,16 @@ def eventually(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
-def started(out: Path, *start: object) -> subprocess.Popen[str]:
-    """A run without end, a few steps in."""
+def started(out: Path, *start: object, cores: int = 2) -> subprocess.Popen[str]:
+    """A run without end, a few steps in, in a process group of its own, as of a shell."""
     command = [sys.executable, "-m", "microgpt", "train", *ENDLESS]
     process = subprocess.Popen(
-        [*map(str, start), *command, "--out", str(out), "--cores", "2"],
+        [*map(str, start), *command, "--out", str(out), "--cores", str(cores)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        preexec_fn=os.setpgrp,
     )
     assert eventually(lambda: "\n" in metrics(out))
     return process
@@ -232,8 +244,30 @@ def test_a_signal_ends_a_run_as_without_ranks(tmp_path: Path, number: int, by_ha
 
 
 @needs_mpi
-def test_ranks_end_with_the_command_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cores", "seconds"), [(1, 1), (2, 15)])  # ranks miss others after 10
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, cores: int, seconds: int) -> None:
+    process = started(tmp_path / "run", cores=cores)
+    os.killpg(process.pid, signal.SIGTSTP)
+    time.sleep(1)
+    before = metrics(tmp_path / "run")
+    time.sleep(seconds)
+    assert metrics(tmp_path / "run") == before
+    os.killpg(process.pid, signal.SIGCONT)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (128 + signal.SIGINT, "")
+    assert load_checkpoint(tmp_path / "run").state.updates == len(losses(tmp_path / "run"))
+    assert metrics(tmp_path / "run") != before
+
+
+@needs_mpi
+@pytest.mark.parametrize("stopped", [False, True])
+def test_ranks_end_with_the_command_that_was_killed(tmp_path: Path, stopped: bool) -> None:
     process = started(tmp_path / "run")
+    if stopped:
+        process.send_signal(signal.SIGTSTP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     process.kill()
     process.communicate(timeout=SECONDS)
     assert eventually(lambda: not (tmp_path / "run" / "run.lock").exists())
