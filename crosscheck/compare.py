@@ -10,6 +10,7 @@ from itertools import count
 
 import numpy as np
 
+from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import Expression, expression, shown
@@ -216,11 +217,14 @@ def compare_step(
     noted: set[str] = set()
     there = {*reference, *candidate}
     order = [key for key in keys(case.config, case.tokenizer.vocab_size) if key in there]
-    sides = list(zip((reference, candidate), stops))
+    passed = passing(step, reference, candidate, standard)
+    ended_early = [side for side, stop in zip((reference, candidate), stops) if stop]
     for key in order:
-        if any(stop and _not_reached(key, side, order) for side, stop in sides):
+        if any(_not_reached(key, side, order) for side in ended_early):
             continue
-        found = _compare_tensor(case, step, key, reference, candidate, standard, outcome)
+        found = _compare_tensor(
+            case, step, key, reference, candidate, standard, outcome, passed.get(key)
+        )
         if found is None:
             agreed.append(key)
         elif split_key(key)[0] not in noted:
@@ -405,8 +409,12 @@ def _compare_tensor(
     candidate: Step,
     standard: Standard,
     outcome: Outcome,
+    passed: Passed | None,
 ) -> Disagreement | None:
-    """What is wrong with a tensor of a step; None if it agrees, and then the outcome counts it."""
+    """What is wrong with a tensor of a step; None if it agrees, and then the outcome counts it.
+
+    passed    how the tensor lies within the narrowest of its tolerances, if it does
+    """
     seen = outcome.shares.setdefault(step, {})
     seen[key] = math.inf
     malformed = _malformed(case, step, key, reference, candidate, standard)
@@ -414,13 +422,14 @@ def _compare_tensor(
         return malformed
     ours, theirs = reference[key], candidate[key]
     there = real(key, ours.shape, reference["batch/tokens"])
-    for allowed in standard.widening(step, key, reference):
-        tolerance, least = allowed
+    for tolerance, least in standard.widening(step, key, reference) if passed is None else ():
         shares = np.where(there, tolerance.shares(ours, theirs), 0.0)
-        if (shares <= 1).all():
+        seen[key] = float(shares.max())
+        if seen[key] <= 1:
+            excused = int((tolerance.excused(ours, theirs) & there).sum()) * bool(tolerance.rtol)
+            passed = Passed(seen[key], least, excused)
             break
-    seen[key] = float(shares.max())
-    if not (shares <= 1).all():
+    if passed is None:
         if not outcome.found:
             outcome.wrong = np.where(there, shares, np.nan)
         index = exhibit(key, ours, shares)
@@ -437,11 +446,12 @@ def _compare_tensor(
             exceeding=int((shares > 1).sum()),
             elements=int(there.sum()),
         )
+    seen[key] = passed.share
     problem = _vacuous(case, step, key, ours, theirs, there, reference["batch/tokens"])
     if problem:
         return Disagreement(case.name, step, key, problem)
-    excused = int((tolerance.excused(ours, theirs) & there).sum()) if tolerance.rtol else 0
-    outcome.tally.count(key, int(there.sum()), excused, seen[key], least)
+    elements = int(np.count_nonzero(there))
+    outcome.tally.count(key, elements, passed.excused, passed.share, passed.least)
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from crosscheck.cases import Case
 from crosscheck.noise import Noise, noise
 from crosscheck.sides import IncompleteError, Stop
+from crosscheck.tolerance import float64
 from crosscheck.trace import AFTER, Step, state_of, trace
 from microgpt.backend import State
 from microgpt.runs.files import write_whole
@@ -28,6 +29,7 @@ class ReferenceSteps:
         self.folder, self.name = folder, name
         self.known: list[tuple[Step, Stop | None]] = []
         self.measured: Sequence[Noise] | None = None
+        self.standard = float64(self.noise, case.config)  # with what it keeps for each step
         self.rest: Iterator[Step] | None = None  # computes the steps after those that are known
 
     def __iter__(self) -> Iterator[Step]:
@@ -42,6 +44,13 @@ class ReferenceSteps:
     def first(self, steps: int) -> Iterator[Step]:
         """The first steps, so many of them."""
         return islice(self, steps)
+
+    def later(self) -> Iterator[Step]:
+        """All steps but the first; none if the reference does not finish that."""
+        steps = iter(self)
+        with suppress(IncompleteError):
+            next(steps)
+        return steps
 
     @property
     def failed(self) -> Path:
@@ -75,6 +84,8 @@ class ReferenceSteps:
             found = next(self.rest), None
         except IncompleteError as error:
             found = error.step, error.stop
+        if len(self.known) + 1 == self.steps:
+            self.rest = None  # and with it the graph of the last step
         write_whole(path, pickle.dumps(found))
         return found
 

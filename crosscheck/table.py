@@ -5,7 +5,7 @@ Two texts with the same mistake agree with each other, but not with the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,14 +27,17 @@ NAME = "the table"
 HELD = ("forward", "backward", "gradient")  # phases that the table computes
 
 
-def held_to_table(case: Case, steps: Iterable[Step], reference: str) -> Outcome:
+def held_to_table(
+    case: Case, steps: Callable[[], Iterable[Step]], reference: str, after: int = 0
+) -> Outcome:
     """The outcome of comparing each tensor of a text with the table's operation on its operands.
 
-    steps        the steps of the text; they are read twice
+    steps        returns the steps of the text; it is called twice
     reference    the name of the text
+    after        how many steps came before these
     """
-    by_table = map(partial(computed, case.config), steps)
-    outcome = compare(case, steps, by_table, names=(reference, NAME))
+    by_table = map(partial(computed, case.config), steps())
+    outcome = compare(case, steps(), by_table, names=(reference, NAME), after=after)
     if outcome.found and outcome.found[0].shape is not None:
         found = outcome.found[0]
         line = table_line(case.config, found.key)

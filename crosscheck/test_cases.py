@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from random import Random
 from typing import Any
@@ -51,7 +52,18 @@ def test_by_the_table(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
     """Each tensor is the table's operation on its operands: two texts may share a mistake."""
-    outcome = held_to_table(case, reference_steps, choice.reference)
+    outcome = held_to_table(case, partial(reference_steps.first, 1), choice.reference)
+    settle(outcome, counted=False, labels=(choice.reference, NAME))
+
+
+@pytest.mark.about("the table")
+def test_later_steps_by_the_table(
+    case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
+) -> None:
+    """Each tensor of the steps after the first is the table's operation on its operands."""
+    if next(reference_steps.later(), None) is None:
+        pytest.skip("there is no later step")
+    outcome = held_to_table(case, reference_steps.later, choice.reference, after=1)
     settle(outcome, counted=False, labels=(choice.reference, NAME))
 
 

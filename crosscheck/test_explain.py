@@ -20,14 +20,14 @@ def test_every_expression_gives_its_element(name: str, backend: str, settle: Any
     case = load_case(name)
     rng = np.random.default_rng(1)
     explained = set()
-    for number, step in enumerate(trace(case, backend, "float64", 2), 1):
+    for number, step in enumerate(trace(case, backend, "float64", 2, draws=False), 1):
         for key, tensor in step.items():
             places = np.argwhere(real(key, tensor.shape, step["batch/tokens"]))
             for place in rng.permutation(places)[:6]:
                 index = tuple(map(int, place))
                 found = expression(case, number, key, index, step)
                 if found is None:
-                    assert split_key(key)[0] in ("sample", *GIVEN)
+                    assert split_key(key)[0] in GIVEN
                     continue
                 if found.value != pytest.approx(float(tensor[index]), rel=1e-9, abs=1e-12):
                     problem = f"is not what its operands come to, in {backend}"

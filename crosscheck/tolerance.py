@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -59,16 +60,25 @@ class Tolerance:
 
     def shares(self, reference: Array, candidate: Array) -> Array:
         """The distance of each pair as a share of what is allowed; inf for NaN."""
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            apart = np.abs(candidate.astype("float64") - reference)
-            shares = np.where(apart == 0, 0.0, apart / self.allowed(reference))
-        return np.where(np.isnan(shares), np.inf, shares)
+        with np.errstate(all="ignore"):
+            return as_shares(distance(reference, candidate), self.allowed(reference))
 
     def excused(self, reference: Array, candidate: Array) -> Array:
         """Which pairs lie farther apart than rtol alone allows."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            apart: Array = np.abs(candidate.astype("float64") - reference)
-        return apart > self.rtol * np.abs(reference)
+        with np.errstate(all="ignore"):
+            return distance(reference, candidate) > self.rtol * np.abs(reference)
+
+
+def distance(reference: Array, candidate: Array) -> Array:
+    """How far apart each pair of numbers lies."""
+    apart: Array = np.abs(candidate.astype("float64", copy=False) - reference)
+    return apart
+
+
+def as_shares(apart: Array, allowed: Array) -> Array:
+    """Each distance as a share of what is allowed; inf for NaN."""
+    shares = np.where(apart == 0, 0.0, apart / allowed)
+    return np.where(np.isnan(shares), np.inf, shares)
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Standard:
     noise: Sequence[Noise] | Callable[[], Sequence[Noise]] = ()  # by step; or what measures it
     config: Config | None = None  # of the model; with it, the noise of fewer tensors is measured
     of_operands: dict[int, Noise] = field(default_factory=dict, compare=False, repr=False)
+    rows: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # see at_once
 
     def tolerance(self, step: int, key: str) -> Tolerance:
         """The tolerance of a tensor; step: its number, from 1."""
@@ -96,11 +107,9 @@ class Standard:
         """
         phase, name = split_key(key)
         if callable(self.noise) and (phase != "update" or f"params/{name}" in reference):
-            most = self.tolerances[phase]
-            if self.dtype == "float64":
-                yield self._with(least_noise(reference, key), phase), True
-            else:
-                yield most, False
+            if self.dtype != "float64":
+                yield self.tolerances[phase], False
+            yield self._with(least_noise(reference, key), phase), self.dtype == "float64"
             if self.config and phase in OF_THE_TABLE:
                 if step not in self.of_operands:
                     self.of_operands[step] = of_operands(self.config, reference)
@@ -127,7 +136,7 @@ def float64(
     noise: Sequence[Noise] | Callable[[], Sequence[Noise]], config: Config | None = None
 ) -> Standard:
     """FLOAT64, but no tensor may be off by more than its noise allows."""
-    return replace(FLOAT64, noise=noise, config=config, of_operands={})
+    return replace(FLOAT64, noise=noise, config=config, of_operands={}, rows={})
 
 
 # Single precision loses digits where numbers of unlike size are added, so an error is given as a

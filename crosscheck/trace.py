@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -297,7 +298,8 @@ def keys(config: Config, vocab_size: int) -> list[str]:
 
 def in_order(step: Step) -> Step:
     """The tensors of a step, phase by phase."""
-    return {key: step[key] for phase in PHASES for key in step if split_key(key)[0] == phase}
+    phases = list(PHASES)
+    return {key: step[key] for key in sorted(step, key=lambda key: phases.index(split_key(key)[0]))}
 
 
 def part(step: Step, phase: str, prefix: str = "") -> dict[str, Array]:
@@ -367,14 +369,25 @@ def expected_shape(key: str, case: Case, tokens: Array) -> tuple[int, ...] | Non
 
 def real(key: str, shape: tuple[int, ...], tokens: Array) -> Array:
     """Which elements are compared: all but those in padding and for positions to come."""
-    there, letters = np.ones(shape, bool), axes(key)
-    positions = tokens[:, 1:] >= 0  # (B, T)
-    B, T = positions.shape
+    letters, B = axes(key), len(tokens)
     if split_key(key)[0] in ("batch", "sample") or letters[:1] != ("B",) or shape[:1] != (B,):
-        return there
-    if "U" in letters:
-        return there & np.tril(np.ones((T, T), bool)) & positions[:, None, :, None]  # (B, H, T, U)
-    return there & positions.reshape(B, T, *[1] * (len(shape) - 2))
+        return _real(shape, b"", False)
+    return _real(shape, (tokens[:, 1:] >= 0).tobytes(), "U" in letters)
+
+
+@lru_cache(maxsize=512)
+def _real(shape: tuple[int, ...], positions: bytes, causal: bool) -> Array:
+    """The same, of a tensor (B, T, ..) or, if causal, (B, H, T, U); kept, and not to be written."""
+    there = np.ones(shape, bool)
+    if positions:
+        rows = np.frombuffer(positions, bool).reshape(shape[0], -1)  # (B, T)
+        B, T = rows.shape
+        if causal:
+            there = there & np.tril(np.ones((T, T), bool)) & rows[:, None, :, None]
+        else:
+            there = there & rows.reshape(B, T, *[1] * (len(shape) - 2))
+    there.flags.writeable = False
+    return there
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -125,8 +125,10 @@ class Value:
                 if value._local_grads is None:
                     raise RuntimeError(TWICE)
                 seen.add(value)
-                stack += (value, None)
-                stack += [c for c in reversed(value._children) if c._children and c not in seen]
+                if value._children:
+                    stack += (value, None)
+                    if not seen.issuperset(value._children):  # quicker than to ask each
+                        stack += reversed(value._children)
         return order
 
 

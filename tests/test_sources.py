@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -52,9 +53,26 @@ EXTRAS = ("attn_scale", "mlp_scale", "emb_scale", "probs")  # taps for the backw
 # --- the import rule -----------------------------------------------------------------------------
 
 
-def imports(tree: ast.AST, sources: Mapping[str, str], inside: bool = True) -> Iterator[str]:
+@cache
+def read(source: str) -> tuple[list[tuple[ast.stmt, bool]], set[str]]:
+    """The import statements of a source, each with whether it stands in no function; its names."""
+    statements, names = [], set()
+    waiting: list[tuple[ast.AST, bool]] = [(ast.parse(source), True)]
+    for node, outside in waiting:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            statements.append((node, outside))
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        waiting += [(child, outside and not function) for child in ast.iter_child_nodes(node)]
+    return statements, names
+
+
+def imports(source: str, sources: Mapping[str, str], inside: bool = True) -> Iterator[str]:
     """The modules that a source imports, those inside its functions only on demand."""
-    for node in ast.iter_child_nodes(tree):
+    for node, outside in read(source)[0]:
+        if not (inside or outside):
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -62,8 +80,6 @@ def imports(tree: ast.AST, sources: Mapping[str, str], inside: bool = True) -> I
             for alias in node.names:
                 submodule = f"{package}.{alias.name}"
                 yield submodule if submodule in sources else package
-        elif inside or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            yield from imports(node, sources, inside)
 
 
 def is_plain(module: str, sources: Mapping[str, str], above: tuple[str, ...] = ()) -> bool:
@@ -72,15 +88,15 @@ def is_plain(module: str, sources: Mapping[str, str], above: tuple[str, ...] = (
         return True
     if not module.startswith("microgpt") or module not in sources:
         return False
-    needed = {"microgpt", *imports(ast.parse(sources[module]), sources, inside=False)}
+    needed = {"microgpt", *imports(sources[module], sources, inside=False)}
     return all(is_plain(name, sources, (*above, module)) for name in needed)
 
 
 def import_complaints(sources: Mapping[str, str]) -> Complaints:
     for module, text in sources.items():
-        tree, package = ast.parse(text), module.split(".")[0]
-        at_module_level = set(imports(tree, sources, inside=False))
-        for name in imports(tree, sources):
+        package = module.split(".")[0]
+        at_module_level = set(imports(text, sources, inside=False))
+        for name in imports(text, sources):
             top = name.split(".")[0]
             if package == "crosscheck" or top == package:
                 continue
@@ -95,7 +111,7 @@ def import_complaints(sources: Mapping[str, str]) -> Complaints:
             if not allowed:
                 yield f"{module} imports {name}"
         if package != "crosscheck" and module != "microgpt.backend":
-            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            _, names = read(text)
             if names & {"import_module", "importlib", "__import__"}:
                 yield f"{module} imports by name"
 
@@ -654,7 +670,7 @@ DOCS = [[6, 0, 3, 3, 2, 6], [6, 5, 1, 6], [6, 4, 6], [6, 6]]  # B of them, of T 
 
 
 def small_models() -> Iterator[tuple[Config, dict[str, Any]]]:
-    for first, second in itertools.product(("true", "false"), ACTIVATIONS):
+    for first, second in zip(itertools.cycle(("true", "false")), ACTIVATIONS):
         config = load_config(
             overrides={
                 "n_layer": "2",

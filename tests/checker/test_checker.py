@@ -153,9 +153,9 @@ def _weakened(weakness: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(case, step, key, ours, ours, *rest)
 
     def loosely(
-        case: Case, step: int, key: str, ours: Step, theirs: Step, _: Standard, tally: Any
+        case: Case, step: int, key: str, ours: Step, theirs: Step, _: Standard, tally: Any, *_2: Any
     ) -> Any:
-        return whole(case, step, key, ours, theirs, _loose(), tally)
+        return whole(case, step, key, ours, theirs, _loose(), tally, None)
 
     weak = {"tolerance": loosely, "skipped tap": skipping, "itself": with_itself}[weakness]
     monkeypatch.setattr(comparing, "_compare_tensor", weak)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.defects import Defect, Patch, planted, reference_steps, standard
 from crosscheck.noise import noise
 from crosscheck.tolerance import FACTOR, FLOAT64, Tolerance, float32, float64
-from crosscheck.trace import Step, trace
+from crosscheck.trace import Step, real, trace
 
 MARGIN = 10
 EPS = Patch(
@@ -58,6 +59,44 @@ def test_what_passes_without_a_measurement_would_pass_with_it(name: str) -> None
             assert less
             for least, _ in less:
                 assert (least.allowed(step[key]) <= most.allowed(step[key])).all(), key
+
+
+def test_single_precision_that_passes_without_a_measurement_would_pass_with_it() -> None:
+    measured = standard("three-layers").noise
+    allowed = float32(load_case("three-layers"), lambda: measured)
+    for number, step in enumerate(reference_steps("three-layers", "scalar"), 1):
+        for key in step.keys() & measured[number - 1].keys():
+            *less, (most, _) = allowed.widening(number, key, step)
+            assert len(less) > 1
+            for least, _ in less:
+                assert (least.allowed(step[key]) <= most.allowed(step[key])).all(), key
+
+
+def test_a_row_of_tensors_passes_those_that_pass_one_by_one() -> None:
+    name, key, wrong = "ragged-batch", "backward/dlayer0.q", "forward/layer0.v"
+    reference = reference_steps(name, "scalar")[0]
+    candidate = {**reference_steps(name, "vectorized")[0]}
+    candidate[wrong] = candidate[wrong] + np.where(
+        candidate[wrong] == candidate[wrong].max(), 1e-9, 0
+    )
+    there = real(key, reference[key].shape, reference["batch/tokens"])
+    candidate[key] = np.where(there, candidate[key], 7.0)  # padding may hold any number
+    known = standard(name).noise
+    allowed = float64(lambda: known, load_case(name).config)
+    for _ in range(2):  # the second time with what the standard has kept
+        passed = passing(1, reference, candidate, allowed)
+        assert wrong not in passed
+        tolerance, least = next(allowed.widening(1, key, reference))
+        shares = tolerance.shares(reference[key], candidate[key])[there]
+        excused = tolerance.excused(reference[key], candidate[key])[there].sum()
+        assert passed[key] == Passed(shares.max(), least, excused)
+
+
+def test_a_row_of_tensors_passes_none_if_one_has_another_shape() -> None:
+    step = reference_steps("one-document", "scalar")[0]
+    assert passing(1, step, step, FLOAT64)
+    assert not passing(1, step, {**step, "forward/emb": step["forward/emb"][:, :1]}, FLOAT64)
+    assert not passing(1, step, {k: x for k, x in step.items() if k != "forward/emb"}, FLOAT64)
 
 
 def test_a_reference_whose_errors_cancel_is_no_cause_for_complaint() -> None:

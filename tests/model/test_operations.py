@@ -75,9 +75,9 @@ def test_texts_that_agree_with_each_other_are_held_to_the_table(
 ) -> None:
     case = load_case("two-layers")
     steps = list(trace(case, "scalar", "float64", 1))
-    assert not held_to_table(case, steps, "scalar").found
+    assert not held_to_table(case, lambda: steps, "scalar").found
     monkeypatch.setitem(ACTIVATIONS, case.config.activation, activation)
-    found = held_to_table(case, steps, "scalar").found[0]
+    found = held_to_table(case, lambda: steps, "scalar").found[0]
     assert split_key(found.key)[1].partition(".")[2] == key.partition(".")[2]
     report = render(found, "scalar", NAME)
     for words in ("microgpt/taps.py:", "Activation(", "vectorized/model.py"):
