@@ -146,6 +146,33 @@ def test_domain_mutants_of_every_kind_are_programs() -> None:
     assert "    b = einsum(('bto,bti->io'), a, x)  # (C, C)" in lines
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nothere.py"], "nothere.py has no mechanical mutants; vectorized/model.py"),
+        (["vectorized/adam.py", "nothere.py"], "nothere.py has no mechanical mutants"),
+        (
+            ["--kind", "domain", "vectorized/record.py"],
+            "vectorized/record.py has no domain mutants",
+        ),
+        (["--sample", "0"], "--sample: expected 1 or more, got 0"),
+    ],
+)
+def test_a_wrong_call_of_mutants_is_refused_before_any_mutant_is_made(
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def made(*_: object) -> None:
+        pytest.fail("a mutant is made")
+
+    for function in ("mechanical_mutants", "domain_mutants"):
+        monkeypatch.setattr(f"crosscheck.mutants.{function}", made)
+    assert main(["mutants", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_every_line_of_the_text_that_computes_has_domain_mutants() -> None:
     mutated = {mutant.line for mutant in domain_mutants() if mutant.file == "vectorized/model.py"}
     text = (ROOT / "vectorized" / "model.py").read_text(encoding="utf-8").splitlines()
