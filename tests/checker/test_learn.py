@@ -278,6 +278,13 @@ def test_what_is_no_matter_of_numbers_is_told_in_words_with_the_learners_line(
     assert "vectorized/" not in said(verdict)
 
 
+def test_a_file_with_null_bytes_is_told_without_a_line(tmp_path: Path) -> None:
+    exercise = named("rmsnorm_backward")
+    words = said(judged(tmp_path, exercise, solved(exercise) + "\0"))
+    assert "null bytes" in words
+    assert "None" not in words
+
+
 # --- the folder ----------------------------------------------------------------------------------
 
 
