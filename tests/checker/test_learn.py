@@ -417,6 +417,8 @@ def test_mistakes_in_the_call_are_answered_in_one_line(
     assert "has other Python files" in capsys.readouterr().err
     assert main(["learn", "own.py"]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert main(["check", "own.py"]) == 2
+    assert "own.py is a file; name the folder of the exercises" in capsys.readouterr().err
     assert main(["learn"]) == 0
     assert main(["check", "--json"]) == 3
     found = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
