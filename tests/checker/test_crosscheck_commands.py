@@ -156,6 +156,7 @@ def test_domain_mutants_of_every_kind_are_programs() -> None:
             "vectorized/record.py has no domain mutants",
         ),
         (["--sample", "0"], "--sample: expected 1 or more, got 0"),
+        (["--sample", "x"], "--sample: expected a whole number, got 'x'"),
     ],
 )
 def test_a_wrong_call_of_mutants_is_refused_before_any_mutant_is_made(
