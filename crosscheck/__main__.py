@@ -276,7 +276,9 @@ def params(options: argparse.Namespace) -> int:
     """Draw the parameters of cases and store them beside the cases."""
     for name in options.case or case_names():
         path = case_path(name)
-        save_params(path.with_suffix(".safetensors"), draw_params(read_case(path)))
+        drawn = draw_params(read_case(path))
+        save_params(path.with_suffix(".safetensors"), drawn)
+        print(f"{len(drawn)} parameters drawn, beside {path}")
     return 0
 
 

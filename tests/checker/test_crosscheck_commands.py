@@ -115,6 +115,27 @@ def test_defects_are_printed_as_they_go_and_end_on_ctrl_c_in_one_line() -> None:
     assert "caught" not in rest
 
 
+# --- files of cases and kits ---------------------------------------------------------------------
+
+
+def test_the_command_that_draws_parameters_says_what_it_has_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("crosscheck.__main__.save_params", lambda path, _: written.append(path))
+    assert main(["params", "gelu"]) == 0
+    assert [path.name for path in written] == ["gelu.safetensors"]
+    assert re.fullmatch(r"15 parameters drawn, beside .*gelu\.yaml\n", capsys.readouterr().out)
+
+
+def test_a_kit_is_not_written_over_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.c").write_text("int main;\n", encoding="utf-8")
+    assert main(["kit", str(tmp_path / "mine.c")]) == 2
+    assert "mine.c is a file; name a folder for the kit" in capsys.readouterr().err
+
+
 # --- mutants -------------------------------------------------------------------------------------
 
 SOURCE = """\
