@@ -143,18 +143,19 @@ def mutants(options: argparse.Namespace) -> int:
     """Change the sources at one place at a time and print the changes that no case notices."""
     from random import Random
 
-    from crosscheck.mutants import SURVIVES, Score, domain_mutants, mechanical_mutants, tried
+    from crosscheck.domain import FILES as DOMAIN_FILES
+    from crosscheck.mutants import FILES, SURVIVES, Score, domain_mutants, mechanical_mutants, tried
 
     mechanical = options.kind == "mechanical"
-    chosen = [*(mechanical_mutants(options.file) if mechanical else domain_mutants())]
-    known = sorted({mutant.file for mutant in chosen})
+    known = FILES if mechanical else DOMAIN_FILES
     for file in options.file:
         if file not in known:
             raise MicrogptError(f"{file} has no {options.kind} mutants; {', '.join(known)} have")
+    if options.sample is not None and options.sample < 1:
+        raise MicrogptError(f"--sample: expected 1 or more, got {options.sample}")
+    chosen = [*(mechanical_mutants(options.file) if mechanical else domain_mutants())]
     chosen = [one for one in chosen if not options.file or one.file in options.file]
     if options.sample is not None:
-        if options.sample < 1:
-            raise MicrogptError(f"--sample: expected 1 or more, got {options.sample}")
         chosen = Random(0).sample(chosen, min(options.sample, len(chosen)))
     score = Score()
     print(f"mutants of {described()}\n", flush=True)
@@ -275,7 +276,9 @@ def params(options: argparse.Namespace) -> int:
     """Draw the parameters of cases and store them beside the cases."""
     for name in options.case or case_names():
         path = case_path(name)
-        save_params(path.with_suffix(".safetensors"), draw_params(read_case(path)))
+        drawn = draw_params(read_case(path))
+        save_params(path.with_suffix(".safetensors"), drawn)
+        print(f"{len(drawn)} parameters drawn, beside {path}")
     return 0
 
 

@@ -351,13 +351,19 @@ def _imported(path: Path, file: Path, time_limit: float) -> ModuleType:
             # compiled here, since Python's cached bytecode misses a change within the same second
             exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
-        line = f"{Path(error.filename or file).name}:{error.lineno} {(error.text or '').strip()}"
+        line = unreadable_line(Path(error.filename or file).name, error)
         raise Told(path.name, f"cannot be read: {error.msg}", line) from None
     except ModuleNotFoundError as error:
         raise MicrogptError(f"{path.name} imports {error.name}, which is not there") from None
     except Exception as error:
         raise Told(path.name, f"raises {_words(error)}", innermost(where, error)) from None
     return module
+
+
+def unreadable_line(name: str, error: SyntaxError | ValueError) -> str:
+    """The line that is no Python: file, number, text; "" if the error names no line."""
+    number, text = getattr(error, "lineno", None), getattr(error, "text", None) or ""
+    return f"{name}:{number} {text.strip()}" if number else ""
 
 
 def _is_unwritten(x: Any) -> bool:

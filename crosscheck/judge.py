@@ -33,6 +33,7 @@ from crosscheck.candidate import (
     contained,
     guard,
     innermost,
+    unreadable_line,
     watched,
 )
 from crosscheck.cases import Case, load_case
@@ -91,9 +92,8 @@ def judge(exercise: Exercise, path: Path, hint: int = 0) -> Verdict:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        line = f"{path.name}:{getattr(error, 'lineno', 1)} {(getattr(error, 'text', '') or '')}"
         words = f"cannot be read: {getattr(error, 'msg', error)}"
-        return as_wrong((), Told(path.name, words, line.strip()))
+        return as_wrong((), Told(path.name, words, unreadable_line(path.name, error)))
     written = attempted(exercise, tree)
     if not written:
         return Verdict(UNTRIED)

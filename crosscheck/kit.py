@@ -16,7 +16,7 @@ from crosscheck.compare import simplicity
 from crosscheck.sides import IncompleteError
 from crosscheck.trace import ENTRY, Array, Step, keys, part, split_key, trace
 from microgpt.config import FIELDS, Config
-from microgpt.errors import MicrogptError
+from microgpt.errors import MicrogptError, printable
 from microgpt.runs.checkpoint import write_tensors
 from microgpt.runs.files import write_whole
 from microgpt.train import learning_rate
@@ -135,7 +135,12 @@ def inputs(case: Case, steps: dict[int, Step]) -> dict[str, Array]:
 
 
 def write_kit(folder: Path, names: Sequence[str], answers: bool) -> list[Path]:
-    """The paths of the files that are written: guides, each case's input, and if asked answers."""
+    """The paths of the files that are written: guides, each case's input, and if asked answers.
+
+    Raises MicrogptError if the folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MicrogptError(f"{printable(str(folder))} is a file; name a folder for the kit")
     cases = [load_case(name) for name in names]
     write_whole(folder / GUIDE.name, GUIDE.read_bytes())
     rows = [f"| `{case.name}` | {' '.join(case.why.split())} |\n" for case in cases]

@@ -101,12 +101,14 @@ def place(folder: Path, exercise: Exercise) -> Path:
 def found_folder(folder: Path | None) -> Path:
     """The folder of the exercises; if none is named, the current folder or `exercises` in it.
 
-    Raises MicrogptError if the folder has no exercises.
+    Raises MicrogptError if the folder is a file, or has no exercises.
     """
     tried = [folder] if folder else [Path(), DIRECTORY]
     for one in tried:
         if (one / PROGRESS).is_file():
             return one
+    if folder and folder.is_file():
+        raise MicrogptError(f"{printable(str(folder))} is a file; name the folder of the exercises")
     name = as_typed(printable(str(folder))) if folder else "this folder"
     again = f"microgpt learn {name}" if folder else "microgpt learn"
     raise MicrogptError(f"there are no exercises in {name}; to write them: {again}")

@@ -126,7 +126,9 @@ def mechanical_mutants(files: Sequence[str] = ()) -> Iterator[Mutant]:
         from cosmic_ray.mutating import mutate_code
         from cosmic_ray.plugins import get_operator, operator_names
     except ImportError:
-        raise MicrogptError("cosmic-ray is not installed: pip install '.[mutants]'") from None
+        raise MicrogptError(
+            "cosmic-ray is not installed: python -m pip install cosmic-ray"
+        ) from None
     for file in [file for file in FILES if file in files] or FILES:
         source = (ROOT / file).read_text(encoding="utf-8")
         same = ast.dump(_without_annotations(source))

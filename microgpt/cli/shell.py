@@ -25,6 +25,9 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 NO_FORMULA = "no formula here"  # of a text that does not know an activation of the table
 UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", re.S)
 
+NO_NUMBER = re.compile(r"argument (.*): invalid (int|float) value: (.*)", re.S)
+NUMBERS = {"int": "a whole number", "float": "a number"}
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
@@ -34,6 +37,8 @@ class Parser(argparse.ArgumentParser):
             message = f"there is no command {unknown[1]}"
             if near := get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), n=1):
                 message += f"; did you mean {near[0]}"
+        elif number := NO_NUMBER.match(message):
+            message = f"{number[1]}: expected {NUMBERS[number[2]]}, got {number[3]}"
         if not told(RANK):  # one rank says it
             say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", sys.stderr)
         sys.exit(2)

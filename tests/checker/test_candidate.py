@@ -386,6 +386,12 @@ def test_what_else_a_function_does_is_told_with_its_own_line(name: str, checked:
     assert "functions.py" not in text
 
 
+def test_a_file_with_null_bytes_is_told_without_a_line(checked: Check) -> None:
+    text = str(checked(NORM.replace("    dx", "\0   dx")))
+    assert "null bytes" in text
+    assert "None" not in text
+
+
 def test_what_is_printed_is_left_out_and_said(
     checked: Check, capsys: pytest.CaptureFixture[str]
 ) -> None:

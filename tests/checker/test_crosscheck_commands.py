@@ -115,6 +115,27 @@ def test_defects_are_printed_as_they_go_and_end_on_ctrl_c_in_one_line() -> None:
     assert "caught" not in rest
 
 
+# --- files of cases and kits ---------------------------------------------------------------------
+
+
+def test_the_command_that_draws_parameters_says_what_it_has_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("crosscheck.__main__.save_params", lambda path, _: written.append(path))
+    assert main(["params", "gelu"]) == 0
+    assert [path.name for path in written] == ["gelu.safetensors"]
+    assert re.fullmatch(r"15 parameters drawn, beside .*gelu\.yaml\n", capsys.readouterr().out)
+
+
+def test_a_kit_is_not_written_over_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.c").write_text("int main;\n", encoding="utf-8")
+    assert main(["kit", str(tmp_path / "mine.c")]) == 2
+    assert "mine.c is a file; name a folder for the kit" in capsys.readouterr().err
+
+
 # --- mutants -------------------------------------------------------------------------------------
 
 SOURCE = """\
@@ -144,6 +165,34 @@ def test_domain_mutants_of_every_kind_are_programs() -> None:
     assert "    a = tap.a = (x @ w.T)  # (B, T, C)" in lines
     assert "    return (g(x, a)) * s" in lines
     assert "    b = einsum(('bto,bti->io'), a, x)  # (C, C)" in lines
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nothere.py"], "nothere.py has no mechanical mutants; vectorized/model.py"),
+        (["vectorized/adam.py", "nothere.py"], "nothere.py has no mechanical mutants"),
+        (
+            ["--kind", "domain", "vectorized/record.py"],
+            "vectorized/record.py has no domain mutants",
+        ),
+        (["--sample", "0"], "--sample: expected 1 or more, got 0"),
+        (["--sample", "x"], "--sample: expected a whole number, got 'x'"),
+    ],
+)
+def test_a_wrong_call_of_mutants_is_refused_before_any_mutant_is_made(
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def made(*_: object) -> None:
+        pytest.fail("a mutant is made")
+
+    for function in ("mechanical_mutants", "domain_mutants"):
+        monkeypatch.setattr(f"crosscheck.mutants.{function}", made)
+    assert main(["mutants", *words]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_every_line_of_the_text_that_computes_has_domain_mutants() -> None:

@@ -278,6 +278,13 @@ def test_what_is_no_matter_of_numbers_is_told_in_words_with_the_learners_line(
     assert "vectorized/" not in said(verdict)
 
 
+def test_a_file_with_null_bytes_is_told_without_a_line(tmp_path: Path) -> None:
+    exercise = named("rmsnorm_backward")
+    words = said(judged(tmp_path, exercise, solved(exercise) + "\0"))
+    assert "null bytes" in words
+    assert "None" not in words
+
+
 # --- the folder ----------------------------------------------------------------------------------
 
 
@@ -410,6 +417,8 @@ def test_mistakes_in_the_call_are_answered_in_one_line(
     assert "has other Python files" in capsys.readouterr().err
     assert main(["learn", "own.py"]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert main(["check", "own.py"]) == 2
+    assert "own.py is a file; name the folder of the exercises" in capsys.readouterr().err
     assert main(["learn"]) == 0
     assert main(["check", "--json"]) == 3
     found = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
