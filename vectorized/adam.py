@@ -25,7 +25,7 @@ def adam(
     step    how many updates came before this one
     lr_t    this step's learning rate
 
-    The gradients have been clipped already. Sources: Kingma and Ba, "Adam: a method for stochastic
+    Backend.update has clipped the gradients. Sources: Kingma and Ba, "Adam: a method for stochastic
     optimization" (2015), algorithm 1; for the weight decay, Loshchilov and Hutter, "Decoupled
     weight decay regularization" (2019), algorithm 2.
     """

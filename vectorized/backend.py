@@ -61,12 +61,11 @@ class Watched:
     def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
         adam(self.flat, factor * self.flat_grads, m, v, step, lr_t, self.config)
 
-    def losses(self, docs: Docs) -> Array:
+    def losses(self, docs: Docs) -> Any:
         tap = Tree(self.config.n_layer)
         with np.errstate(all="ignore"):
             loss_forward(pad(docs, self.flat.dtype), self.params, self.config, tap)
-        losses: Array = tap.loss_t
-        return losses
+        return tap.loss_t
 
 
 class Backend:

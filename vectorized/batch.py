@@ -1,11 +1,11 @@
 """From documents to arrays: a batch in micro-batches of rows, each padded to one length.
 
-The text works on arrays (B, T), and a padded position takes as long as a token. Short documents are
-therefore packed into one row (sequence packing): each counts its positions from 0, and the mask
+The model works on arrays (B, T), and a padded position takes as long as a token. Short documents
+are therefore packed into one row (sequence packing): each counts its positions from 0, and the mask
 hides the other documents. A micro-batch has at most COLUMNS positions, or is one row, so that its
 arrays stay in the cache.
 
-Every shape of a micro-batch is recorded once (vectorized.record), so few of them may occur.
+Every shape of a micro-batch is recorded once (vectorized.record), so there should be few shapes.
 
 Same as scalar:         the loss, a mean over documents of a mean over positions.
 Different from scalar:  one document after another -> side by side, each position with its weight.
@@ -24,60 +24,55 @@ from microgpt.config import Config
 from microgpt.runs.memory import COLUMNS
 from vectorized.model import Batch, causal_mask
 
-ROW = 16  # the length of a packed row is a multiple of this
-PRICE = 2**12  # positions times T, whose attention takes as long as one more micro-batch
+ROW = 16  # the length of a packed row is a multiple of this, or block_size
+PRICE = 2**12  # positions * T whose attention takes as long as beginning one more micro-batch
 
 
 class MicroBatch(NamedTuple):
-    """Documents that are computed at once, in B rows of T positions."""
+    """Documents that are computed at once, in B rows of T positions: packed, or a row for each."""
 
     docs: Docs
-    starts: list[int]  # flat index of each document's first position; [] if no row is packed
+    starts: list[int]  # flat index of each document's first position, if packed; else []
     shape: tuple[int, int]  # (B, T)
 
 
 def micro_batches(docs: Docs, config: Config) -> list[MicroBatch]:
-    """The documents, packed into rows, in micro-batches.
+    """The documents in micro-batches: packed into rows, unless all are known to have one length.
 
     A row takes the longest document that is left, then the longest that fits behind it, until none
-    does. Where all that are left are much shorter, a micro-batch of shorter rows begins, since
-    every position of attention looks at T positions.
+    does. If all documents that are left fit into rows of half the length, a micro-batch of shorter
+    rows begins: attention computes T numbers for every position.
     """
-    if len(docs) == 1 or isinstance(docs, np.ndarray):  # of one length
+    if len(docs) == 1 or isinstance(docs, np.ndarray):  # one length: nothing would fit behind
         T = rounded(len(docs[0]) - 1, 2, config)
         most = max(1, COLUMNS // T)
         parts = [docs[first : first + most] for first in range(0, len(docs), most)]
         return [MicroBatch(part, [], (len(part), T)) for part in parts]
     left = sorted(docs, key=len)
     lengths = [len(doc) - 1 for doc in left]
-    positions = sum(lengths)  # that are left
     found = []
     while left:
         T = rounded(lengths[-1], ROW, config)
-        much_shorter = T // 2 // ROW * ROW if positions * T > PRICE else 0
+        half = T // 2 // ROW * ROW if sum(lengths) * T > PRICE else 0
         chosen, starts, B, most = [], [], 0, max(1, COLUMNS // T)
-        while left and most > B and lengths[-1] > much_shorter:
-            end, i = B * T, len(left) - 1  # of the row so far; the document that comes next
-            B += 1
+        while left and most > B and lengths[-1] > half:
+            B, room, i = B + 1, T, len(left) - 1  # in the new row; the longest document
             while i >= 0:
                 chosen.append(left.pop(i))
-                starts.append(end)
-                end += lengths.pop(i)
-                i = bisect_right(lengths, B * T - end) - 1
-        positions -= sum(map(len, chosen)) - len(chosen)
-        found.append(MicroBatch(chosen, starts, (few(B, 1), T)))
+                starts.append(B * T - room)
+                room -= lengths.pop(i)
+                i = bisect_right(lengths, room) - 1  # the longest that fits, or -1
+        found.append(MicroBatch(chosen, starts, (B, T)))
     return found
 
 
 def rounded(T: int, step: int, config: Config) -> int:
-    """T rounded up to a multiple of `step`, and to one of few lengths; at most block_size."""
-    return min(few(T, step), config.block_size)
+    """T rounded up to a multiple of `step`, at most block_size.
 
-
-def few(n: int, step: int) -> int:
-    """n rounded up to a multiple of `step`, and above 32 to one of sixteen for each doubling."""
-    step = max(step, 1 << (n - 1).bit_length() >> 5)
-    return -(-n // step) * step
+    Above 32, few lengths occur: sixteen from 33 to 64, sixteen from 65 to 128, and so on.
+    """
+    step = max(step, 1 << (T - 1).bit_length() >> 5)
+    return min(-(-T // step) * step, config.block_size)
 
 
 def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
@@ -85,8 +80,8 @@ def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
     tokens, targets = np.zeros((2, B, T), int)
     positions = np.tile(np.arange(T), (B, 1))
     mask = causal_mask(T, dtype)
-    if packed:  # in memory (U, B, 1, T), as attention has it when it is recorded
-        mask = np.empty((T, B, 1, T), dtype).transpose(1, 2, 3, 0)
+    if packed:  # (B, 1, T, U), in the memory order of attn_logits when recorded: (U, 1, B, T)
+        mask = np.empty((T, 1, B, T), dtype).transpose(2, 1, 3, 0)
     return Batch(tokens, targets, np.zeros((B, T), dtype), positions, mask)
 
 
@@ -122,21 +117,20 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
 
 
 def fill_packed(batch: Batch, micro_batch: MicroBatch, of: int) -> None:
-    """Put documents that are packed into rows into the arrays of a batch."""
+    """Put documents into the arrays of a batch, where each starts in its packed row."""
     docs, starts, (_, T) = micro_batch
     lengths = np.fromiter(map(len, docs), int) - 1  # (D,)
-    both = np.fromiter(chain.from_iterable(docs), int)  # (N + D,)
-    doc = np.repeat(np.arange(len(docs)), lengths)  # (N,), of every position
+    both = np.fromiter(chain.from_iterable(docs), int)  # (N + D,): one more than positions, in each
+    doc = np.repeat(np.arange(len(docs)), lengths)  # (N,), the document of every position
     n = np.arange(len(doc))  # (N,)
-    t = n - (lengths.cumsum() - lengths)[doc]  # (N,)
-    at = np.array(starts)[doc] + t  # (N,), flat index
+    position = n - (lengths.cumsum() - lengths)[doc]  # (N,), in its document
+    at = np.array(starts)[doc] + position  # (N,), flat index in the batch
     for array in batch[:4]:
         array.fill(0)
     tokens, targets, weights, positions = (array.reshape(-1) for array in batch[:4])
     tokens[at], targets[at] = both[n + doc], both[n + doc + 1]
-    weights[at], positions[at] = (1 / (of * lengths))[doc], t
+    weights[at], positions[at] = (1 / (of * lengths))[doc], position
     t, u = np.arange(T), np.arange(T)[:, None, None]
-    first = t - batch.positions  # (B, T), where the document of each position begins
+    first = t - batch.positions  # (B, T), where the document of t begins; in padding, t
     mask = batch.mask[:, 0].transpose(2, 0, 1)  # (U, B, T), as it lies in memory
-    mask[:] = 0.0
-    mask[(u < first) | (t < u)] = -np.inf
+    mask[:] = np.where((first <= u) & (u <= t), 0.0, -np.inf)

@@ -16,13 +16,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def flatten(tensors: Mapping[str, Any], dtype: Any) -> Array:
     """One buffer (P,) that holds all tensors, one after the other, row by row."""
-    flat = np.empty(sum(np.size(tensor) for tensor in tensors.values()), dtype)
-    start = 0
-    for tensor in tensors.values():  # one by one: a copy of all at once would take as much again
-        end = start + np.size(tensor)
+    shapes = {name: np.shape(tensor) for name, tensor in tensors.items()}
+    flat = np.empty(sum(map(math.prod, shapes.values())), dtype)
+    for name, view in named_views(flat, shapes).items():
         with np.errstate(over="ignore"):  # too large for float32 is infinite, and found as such
-            flat[start:end].reshape(np.shape(tensor))[:] = tensor
-        start = end
+            view[:] = tensors[name]
     return flat
 
 

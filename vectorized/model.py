@@ -6,9 +6,10 @@ Different from scalar:  position loop -> T axis; growing key/value list -> causa
 
 Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
 the derivative of the loss with respect to y. At the end of a line: (its shape).
-B = documents, T = positions, U = positions looked at (T in training), C = n_embd, H = n_head,
-D = C / H channels a head, F = 4 C, V = vocabulary, `..` = any axes. In einsum, lower case.
-`tap.name = ...` keeps what was computed under its name, and there the backward pass reads it.
+B = rows, of a document each (or packed: Batch), T = positions, U = positions looked at (T in
+training), C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, `..` = any
+axes. In einsum, lower case.
+`tap.name = ...` keeps an intermediate under its name, and the backward pass reads it there.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Array = NDArray[Any]
 
 
 class Batch(NamedTuple):
-    """Documents side by side, padded to one length."""
+    """Rows of one length: a padded document each, or short documents one after another (packed)."""
 
     tokens: Array  # (B, T)
     targets: Array  # (B, T), the token after each
     weights: Array  # (B, T), factor of loss_t: 1 / (documents * its positions), 0 in padding
     positions: Array  # (B, T), of each token in its document
-    mask: Array  # (.., T, U), which is 0 where t may look at u, else -inf
+    mask: Array  # (T, U), or packed (B, 1, T, U): 0 where t may look at u, else -inf
 
 
 def linear_forward(x: Array, w: Array) -> Array:
@@ -153,7 +154,7 @@ def attention_backward(
     """dx = rmsnorm_backward(w^T . (dq, dk, dv)) + dattn_res
 
     forward: attn_out_td = sum_u weights_tu v_ud and logits_tu = sum_d q_td k_ud / sqrt(D), in every
-    head of every document. Each is a product of two arrays, and each factor receives the derivative
+    head of every row. Each is a product of two arrays, and each factor receives the derivative
     of the product times the other factor, summed over the index that the factor does not have.
     """
     q_heads = split_heads(tap.q, config)  # (B, T, H, D)

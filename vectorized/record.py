@@ -52,7 +52,7 @@ BOUND: dict[Any, Callable[..., Run]] = {
     "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
     "sum": lambda x, out: (np.add.reduce, (x, 0, None, out)),
     "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
-    np.maximum: lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # positional: deprecated
+    np.maximum: lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # by position: deprecated
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
     "put": lambda at, values, out: (out.__setitem__, (at, values)),
     "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
@@ -87,7 +87,7 @@ class Buffer:
     offset: int = 0  # where it lies in the block of memory otherwise,
     end: int = 0  # and ends: 0 as long as it has no place
     uses: list[int] = field(default_factory=list)  # numbers of the calls that use its place
-    rows: Any = None  # the view (.., n) if all n are equal and count as one
+    rows: Any = None  # of a sum computed as n equal numbers, all of them: the view (.., n)
 
 
 class Call:
@@ -144,7 +144,7 @@ class Traced(NDArrayOperatorsMixin):
 
     @property
     def rows(self) -> Ints | None:
-        """Of an array (.., 1) whose numbers have been computed n times, the shape (.., n)."""
+        """The shape (.., n), if this is an array (.., 1) that was computed as n equal numbers."""
         rows = self.buffer.rows
         return rows.shape if rows is not None and (*rows.shape[:-1], 1) == self.shape else None
 
@@ -269,7 +269,7 @@ class Recorder:
             raise refusal("writing into a sum, or into what was computed from it,")
 
     def new(self, shape: Sequence[int], dtype: Any = None) -> Traced:
-        """A result: rows of a table; or of more axes, in memory (.., U or C), (.., H), B, T."""
+        """Memory for a result of this shape, in the order that `in_memory` says."""
         order = in_memory(len(shape))
         array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
         return Traced(self, array.transpose(np.argsort(order)), Buffer(array))
@@ -435,9 +435,9 @@ class Recorder:
 def placed(calls: list[Call]) -> tuple[list[Call], int]:
     """The calls that remain, their results each at its place in one block, and the block's bytes.
 
-    From the last call to the first: a result needs its place from the last call that reads it back
-    to the first that writes it. An operand takes the place of the result where that is possible,
-    so a copy that would be made in place is left out. Left out is also what no later call reads.
+    Goes from the last call to the first: a result takes a place at the last call that reads it, and
+    leaves the place at the first that writes it. An operand takes the place of the result where
+    that is possible, and a copy is then left out. So is a call whose result no later call reads.
     """
     for i, call in enumerate(calls):
         for x in call.operands:
@@ -483,11 +483,10 @@ def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
 
 
 def alike(x: Traced, y: Traced) -> bool:
-    """Whether both are all of their memory, in the same order."""
-    if x.shape != y.shape or not x.whole or not y.whole:
-        return False
+    """Whether both have one shape and memory order, and each is all of its buffer."""
     form = zip(x.shape, x.view.strides, y.view.strides)
-    return x.view.strides == y.view.strides or all(n == 1 or i == j for n, i, j in form)
+    same = x.shape == y.shape and x.whole and y.whole
+    return same and all(n == 1 or i == j for n, i, j in form)
 
 
 @dataclass
@@ -553,7 +552,10 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
 
 
 def in_memory(ndim: int) -> Sequence[int]:
-    """The axes of a result as they lie in memory, the slowest first: (C, B, T), (U, H, B, T)."""
+    """The axes of a result as they lie in memory, the slowest first.
+
+    (B, T, C) as (C, B, T), (B, H, T, U) as (U, H, B, T); up to two axes in their own order.
+    """
     axes = range(ndim)
     return axes if ndim < 3 else (axes[-1], *axes[1:-2], 0, axes[-2])
 

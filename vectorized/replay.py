@@ -41,7 +41,7 @@ class Replay:
         self.shapes = shapes
         self.flat = flat
         self.flat_grads = flat_grads  # (P,), as flat
-        self.flat_sum = np.empty(0, flat.dtype)  # (P,) once a batch has several micro-batches
+        self.flat_sum = np.empty_like(flat)  # (P,), untouched until there are several micro-batches
         self.summed = False  # whether flat_sum has gradients of this batch
         self.last: Step | None = None  # whose backward pass is still to come
         self.kept: dict[Any, Step] = {}  # those used last at the end
@@ -50,10 +50,10 @@ class Replay:
         self.block = np.empty(0, np.uint8)  # where all recordings work, one after another
 
     def forward(self, docs: Docs, of: int) -> float:
-        """The mean losses of these documents, added up, / `of` (documents of the whole batch).
+        """The sum of the documents' mean losses, divided by `of`, the documents of the whole batch.
 
-        Of all micro-batches but the last, the backward pass is run at once: its arrays are in the
-        cache, and the next micro-batch needs their memory.
+        Each micro-batch but the last runs its backward pass at once, while its arrays are in the
+        cache: the next micro-batch needs their memory.
         """
         if not docs:  # there are more ranks than documents
             self.flat_grads.fill(0.0)
@@ -62,10 +62,8 @@ class Replay:
         *others, last = micro_batches(docs, self.config)
         self.summed = bool(others)
         if others:
-            if not len(self.flat_sum):
-                self.flat_sum = np.empty_like(self.flat)
             self.flat_sum.fill(0.0)
-        with np.errstate(all="ignore"):  # a loss that is not finite says it all
+        with np.errstate(all="ignore"):  # Backend.forward refuses a loss that is not finite
             for micro_batch in others:
                 step = self.training(micro_batch)
                 loss += _loss(step, micro_batch, of)

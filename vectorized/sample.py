@@ -53,9 +53,9 @@ def read(tokens: Array, t: int, params: Tree, caches: Sequence[Cache], config: C
 def probabilities(logits: Array, temperature: float, top_k: int) -> Array:
     """p = softmax(logits / temperature) over the top_k largest logits, 0 elsewhere
 
-    top_k 0 means all of them; temperature 0 the largest alone. Of equal ones, the first come first.
+    top_k 0 keeps all logits, temperature 0 the largest alone; of equal logits, the lower token id.
 
-    Raises FloatingPointError if a logit is not finite, also after the division.
+    Raises FloatingPointError if a logit is not finite, before or after the division.
     """
     scaled = logits.astype(float) / (temperature or 1.0)  # (R, V); float32 might overflow
     if not np.isfinite(scaled).all():
@@ -78,14 +78,14 @@ def sample(
 ) -> list[int]:
     """next token ~ probabilities(logits), until the closing token or the context is full
 
-    Returns the prompt and what was drawn after it, without BOS and closing token.
+    Returns the prompt and the tokens drawn after the prompt, without BOS and closing token.
     """
     caches = empty_caches(params, config)
     tokens = [tokenizer.bos, *prompt]
     for position in range(config.block_size):
         logits = read(np.array([tokens[position]]), position, params, caches, config)  # (1, V)
         if position < len(prompt):
-            continue  # still reading
+            continue  # the next token is the prompt's
         (probs,) = probabilities(logits, temperature, top_k)  # (V,)
         token = rng.choices(range(tokenizer.vocab_size), weights=probs.tolist())[0]
         if token == tokenizer.eos:
@@ -107,8 +107,8 @@ def sample_many(
     """The documents that `sample` would return, called num times.
 
     A document begins in the stream of random numbers where the one before ended, so its place is
-    not known in advance. `draw` draws a document from every place. Those are kept that begin where
-    the last kept document ended.
+    not known in advance. `draw` draws a document from every place, and each is kept that begins
+    where the one kept before it ended.
     """
     longest = config.block_size - len(prompt)
     length = longest // 2 + 1  # draws that a document takes, at a guess
@@ -176,7 +176,7 @@ def draw(
 
 
 def choose(cumulative: Array, draws: Array) -> Array:
-    """The index that random.choices would return for each row and its draw: (W, V) -> (W,)."""
+    """The index that random.choices would return for each document and its draw: (W, V) -> (W,)."""
     return (cumulative[:, :-1] <= draws[:, None] * cumulative[:, -1:]).sum(axis=1)
 
 
