@@ -136,10 +136,8 @@ class Backend:
     def read(self, tokens: Sequence[int]) -> Array:
         caches = empty_caches(self.params, self.config)
         with np.errstate(all="ignore"):  # an overflow shows in the logits
-            rows = [
-                read(np.array([token]), t, self.params, caches, self.config)[0]
-                for t, token in enumerate(tokens)
-            ]
+            model = self.params, caches, self.config
+            rows = [read(np.array([token]), t, *model)[0] for t, token in enumerate(tokens)]
         return np.array(rows)
 
     def sample(

@@ -50,7 +50,6 @@ ALIGN = 64  # bytes of a cache line
 BOUND: dict[Any, Callable[..., Run]] = {
     "dot": lambda a, b, out: (a.dot, (b, out)),
     "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
-    "sum": lambda x, out: (np.add.reduce, (x, 0, None, out)),
     "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
     np.maximum: lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # by position: deprecated
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
@@ -140,7 +139,7 @@ class Traced(NDArrayOperatorsMixin):
     @property
     def start(self) -> int:
         """Where in its memory it begins, in bytes."""
-        return 0 if self.whole else address(self.view) - address(self.buffer.array)
+        return address(self.view) - address(self.buffer.array)
 
     @property
     def rows(self) -> Ints | None:
@@ -329,11 +328,7 @@ class Recorder:
     # --- sums, maxima, products
 
     def reduced(self, x: Traced, f: str, axis: int | None, keepdims: bool) -> Traced:
-        """The sum, mean or maximum over the last axis, or the sum over the first."""
-        if (f, axis, keepdims) == ("sum", 0, False):
-            out = self.new(x.shape[1:])
-            self.emit(*("sum", x) if len(x) > 1 else ("copy", x[0]), out)
-            return out
+        """The sum, mean or maximum over the last axis."""
         if axis != -1 or not keepdims:
             raise refusal(f"a {f} over this axis")
         n, N = x.matrix.shape

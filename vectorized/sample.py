@@ -117,10 +117,10 @@ def sample_many(
         places = min(most_walkers(config), left * length)
         before = rng.getstate()
         draws = np.array([rng.random() for _ in range(places + longest)])
+        rng.setstate(before)
         try:
             drawn = draw(params, config, tokenizer, draws, places, temperature, prompt, top_k)
         except FloatingPointError:  # perhaps at a place where no document begins
-            rng.setstate(before)
             one = params, config, tokenizer, rng, temperature, prompt, top_k
             return samples + [sample(*one) for _ in range(left)]
         place = 0
@@ -129,7 +129,6 @@ def sample_many(
             samples.append([*prompt, *text])
             place += min(len(text) + 1, longest)  # the closing token took a draw too
         length = place // (left - (num - len(samples))) + 1
-        rng.setstate(before)
         for _ in range(place):
             rng.random()
     return samples

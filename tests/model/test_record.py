@@ -392,13 +392,6 @@ def changes_a_view_of_a_mean(x: Any, y: Any) -> Any:
     return x - m
 
 
-def scales_the_sum_over_one_document(x: Any, y: Any) -> Any:
-    one = x[:1] * y[:1]
-    s = one.sum(axis=0)
-    s *= 10.0
-    return one + s
-
-
 def reverses(x: Any, y: Any) -> Any:
     return (x * y)[:, ::-1] + y
 
@@ -427,9 +420,8 @@ def squares_in_place(x: Any, y: Any) -> Any:
 SHORT = [
     changes_after_relu, takes_a_part_after_relu, reads_what_it_has_assigned, averages_what_is_given,
     sums_over_one_alone, reads_zeros, adds_in_place, reshapes, divides, takes_powers, multiplies,
-    adds_products, averages_documents, changes_a_view_of_a_mean, scales_the_sum_over_one_document,
-    reverses, multiplies_what_it_sums, moves_within_itself, squares_in_place,
-    adds_a_number_for_each_channel,
+    adds_products, averages_documents, changes_a_view_of_a_mean, reverses, multiplies_what_it_sums,
+    moves_within_itself, squares_in_place, adds_a_number_for_each_channel,
 ]  # fmt: skip
 
 
