@@ -109,7 +109,7 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
             tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
         return
     lengths = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
-    inside = np.arange(T + 1) <= lengths  # (B, T + 1)
+    inside = np.arange(T + 1) <= lengths  # (B, T + 1), whether there is a token
     both = np.zeros((B, T + 1), int)
     both[inside] = np.fromiter(chain.from_iterable(docs), int)
     tokens[:], targets[:] = both[:, :-1], both[:, 1:]
@@ -120,7 +120,7 @@ def fill_packed(batch: Batch, micro_batch: MicroBatch, of: int) -> None:
     """Put documents into the arrays of a batch, where each starts in its packed row."""
     docs, starts, (_, T) = micro_batch
     lengths = np.fromiter(map(len, docs), int) - 1  # (D,)
-    both = np.fromiter(chain.from_iterable(docs), int)  # (N + D,): one more than positions, in each
+    both = np.fromiter(chain.from_iterable(docs), int)  # (N + D,): n positions have n + 1 tokens
     doc = np.repeat(np.arange(len(docs)), lengths)  # (N,), the document of every position
     n = np.arange(len(doc))  # (N,)
     position = n - (lengths.cumsum() - lengths)[doc]  # (N,), in its document

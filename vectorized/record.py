@@ -237,7 +237,7 @@ class Recorder:
 
     def hold(self, array: Array) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
-        memory: Any = array if array.flags.c_contiguous else array.base
+        memory: Any = array if array.flags.c_contiguous else array.base  # of the packed mask
         return Traced(self, array, self.known.setdefault(id(array), Buffer(memory, memory)))
 
     def mark(self) -> None:

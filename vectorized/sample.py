@@ -23,8 +23,8 @@ from vectorized.model import Array, gpt_forward, softmax_forward
 class Cache:
     """The keys and values of one layer: (B, U, C), at the U positions read so far."""
 
-    def __init__(self, B: int, config: Config, dtype: np.dtype) -> None:
-        self.keys = self.values = np.empty((B, 0, config.n_embd), dtype)  # (B, U, C), U = 0
+    def __init__(self, config: Config, dtype: np.dtype) -> None:
+        self.keys = self.values = np.empty((1, 0, config.n_embd), dtype)  # (B, U, C), U = 0
 
     def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
         """All keys and values, those of the next position (B, 1, C) behind the others."""
@@ -39,7 +39,7 @@ class Cache:
 
 def empty_caches(params: Tree, config: Config) -> list[Cache]:
     """The caches of one document that has not been read yet."""
-    return [Cache(1, config, params.wte.dtype) for _ in range(config.n_layer)]
+    return [Cache(config, params.wte.dtype) for _ in range(config.n_layer)]
 
 
 def read(tokens: Array, t: int, params: Tree, caches: Sequence[Cache], config: Config) -> Array:

@@ -209,6 +209,14 @@ def test_no_document_of_a_later_row_fits_into_an_earlier_one(
         assert all(left < n for i, left in enumerate(room) for n in first[i + 1 :])
 
 
+def test_rows_of_an_odd_length_do_not_exceed_the_positions_of_a_micro_batch() -> None:
+    config = replace(CONFIGS["microgpt"], block_size=13)
+    assert [part.shape for part in micro_batches(documents([13] * 45), config)] == [
+        (39, 13),
+        (6, 13),
+    ]
+
+
 def test_much_shorter_documents_have_shorter_rows() -> None:
     config = replace(CONFIGS["microgpt"], block_size=512)
     parts = micro_batches(documents([500, 400, 100, 90, *[10] * 100]), config)
