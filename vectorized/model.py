@@ -6,10 +6,9 @@ Different from scalar:  position loop -> T axis; growing key/value list -> causa
 
 Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
 the derivative of the loss with respect to y. At the end of a line: (its shape).
-B = rows, of a document each (or packed: Batch), T = positions, U = positions looked at (T in
-training), C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, `..` = any
-axes. In einsum, lower case.
-`tap.name = ...` keeps an intermediate under its name, and the backward pass reads it there.
+B = documents (or rows of several: Batch), T = positions, U = positions looked at (T in training),
+C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, `..` = any axes. In
+einsum, lower case. `tap.name = ...` keeps an intermediate, and the backward pass reads it there.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A function of the text is called with arrays that have a shape and no numbers. N
 operation on them to the recorder, which writes down a list of calls (function, arrays in, array
 out). A step of training puts its tokens into place and runs down the list. The recorder chooses:
 
-memory order   The last axis of a result lies slowest, documents and positions fastest. A sum over
-               channels then adds rows, and a linear layer is one product w . x of matrices.
+memory order   The last axis of a result lies slowest, documents and positions fastest: `in_memory`.
+               A linear layer is then one product w . x of matrices.
 few axes       Element-wise calls get views with as few axes as memory allows: `_fused`.
 one object     Views of the same memory are one array object, so that NumPy need not find out how
                they overlap when a call writes over its operand (1.08 at a batch of one).

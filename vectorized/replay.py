@@ -22,7 +22,7 @@ from vectorized.record import ALIGN, Number, Recorder, Recording, address
 
 CALLS = 10_000  # of all recordings that are kept, some 14 MB
 CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments stay in the cache
-ROOM = 4  # a new block is so many times the recording it is made for; untouched pages take none
+ROOM = 4  # times its recording is the size of a new block: untouched pages take no memory
 
 
 class Step(NamedTuple):
@@ -99,8 +99,7 @@ class Replay:
 
     def training(self, micro_batch: MicroBatch) -> Step:
         """Loss and gradient of documents in rows as many and as long as these."""
-        packed = bool(micro_batch.starts)
-        return self._kept(*micro_batch.shape, packed=packed, training=True)
+        return self._kept(*micro_batch.shape, packed=bool(micro_batch.starts), training=True)
 
     def _kept(self, B: int, T: int, packed: bool, training: bool) -> Step:
         key = B, T, packed, training
