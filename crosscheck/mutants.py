@@ -45,7 +45,7 @@ TIMEOUT = 300  # seconds; a mutant that takes longer counts as stopped
 SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that runs the cases on a mutant
 # functions, classes and constants that decide on memory, speed or refusals, and on no number
 MEMORY = {
-    "vectorized/batch.py": ("micro_batches", "rounded", "few", "ROW", "PRICE"),
+    "vectorized/batch.py": ("micro_batches", "rounded", "ROW", "PRICE"),
     "vectorized/record.py": (
         "placed", "fits_over", "alike", "ALIGN", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
     ),

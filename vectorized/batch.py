@@ -2,8 +2,9 @@
 
 The model works on arrays (B, T), and a padded position takes as long as a token. Short documents
 are therefore packed into one row (sequence packing): each counts its positions from 0, and the mask
-hides the other documents. A micro-batch has at most COLUMNS positions, or is one row, so that its
-arrays stay in the cache.
+hides the other documents. Without packing, a step of the default model takes 1.16, 1.42 and 1.16
+times as long in float32, at 16, 64 and 256 documents; in float64 it is 1.24 at 64, and 0.98 at 256.
+A micro-batch has at most COLUMNS positions, or is one row, so that its arrays stay in the cache.
 
 Every shape of a micro-batch is recorded once (vectorized.record), so there should be few shapes.
 
