@@ -139,7 +139,7 @@ class Traced(NDArrayOperatorsMixin):
     @property
     def start(self) -> int:
         """Where in its memory it begins, in bytes."""
-        return address(self.view) - address(self.buffer.array)
+        return 0 if self.whole else address(self.view) - address(self.buffer.array)
 
     @property
     def rows(self) -> Ints | None:
@@ -271,7 +271,7 @@ class Recorder:
         """Memory for a result of this shape, in the order that `in_memory` says."""
         order = in_memory(len(shape))
         array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-        return Traced(self, array.transpose(np.argsort(order)), Buffer(array))
+        return Traced(self, array.transpose([*map(order.index, range(len(order)))]), Buffer(array))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""
@@ -546,12 +546,13 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
     ]
 
 
-def in_memory(ndim: int) -> Sequence[int]:
+@lru_cache
+def in_memory(ndim: int) -> Ints:
     """The axes of a result as they lie in memory, the slowest first.
 
     (B, T, C) as (C, B, T), (B, H, T, U) as (U, H, B, T); up to two axes in their own order.
     """
-    axes = range(ndim)
+    axes = tuple(range(ndim))
     return axes if ndim < 3 else (axes[-1], *axes[1:-2], 0, axes[-2])
 
 
