@@ -21,7 +21,7 @@ class Passed:
 
     share: float  # the largest share of what is allowed that an element used
     least: bool  # whether by the least noise that there can be
-    excused: int  # elements that rtol alone lets not pass
+    excused: int  # elements that pass thanks to atol
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def passing(
 ) -> Mapping[str, Passed]:
     """The tensors of a step whose numbers all lie within the narrowest tolerance that they have.
 
-    None where the steps have not the same tensors of the same shapes. Documents drawn, which may be
-    of any length, are left out.
+    Empty if the steps do not have the same tensors of the same shapes. Documents drawn, which may
+    be of any length, are left out.
     """
     keys = [key for key in reference if split_key(key)[0] != "sample"]
     pairs = [(reference[key], candidate.get(key)) for key in keys]
