@@ -78,12 +78,12 @@ def rounded(T: int, step: int, config: Config) -> int:
 
 def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
     """The arrays of a batch, for `fill`, or for `fill_packed`."""
-    tokens, targets = np.zeros((2, B, T), int)
-    positions = np.tile(np.arange(T), (B, 1))
-    mask = causal_mask(T, dtype)
+    weights, positions = np.zeros((B, T), dtype), np.tile(np.arange(T), (B, 1))
     if packed:  # (B, 1, T, U), in the memory order of attn_logits when recorded: (U, 1, B, T)
         mask = np.empty((T, 1, B, T), dtype).transpose(2, 1, 3, 0)
-    return Batch(tokens, targets, np.zeros((B, T), dtype), positions, mask)
+        return Batch(*np.zeros((2, B, T), int), weights, positions, mask)
+    both = np.zeros((B, T + 1), int)
+    return Batch(both[:, :-1], both[:, 1:], weights, positions, causal_mask(T, dtype))
 
 
 def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
@@ -100,20 +100,18 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
 
 def fill(batch: Batch, docs: Docs, of: int) -> None:
     """Put documents into the arrays of a batch, which may have room for longer ones."""
-    tokens, targets, weights, *_ = batch
-    B, T = tokens.shape
+    both, weights = batch.tokens.base, batch.weights  # (B, T + 1): targets are tokens, one later
+    B, T = weights.shape
     if B == 1 or isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
         n = len(docs[0]) - 1
-        both = np.asarray(docs[0] if B == 1 else docs)  # (n + 1,) or (B, n + 1)
-        tokens[:, :n], targets[:, :n], weights[:, :n] = both[..., :-1], both[..., 1:], 1 / (of * n)
+        both[:, : n + 1], weights[:, :n] = docs, 1 / (of * n)
         if n < T:
-            tokens[:, n:], targets[:, n:], weights[:, n:] = 0, 0, 0
+            both[:, n + 1 :], weights[:, n:] = 0, 0
         return
     lengths = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
     inside = np.arange(T + 1) <= lengths  # (B, T + 1), whether there is a token
-    both = np.zeros((B, T + 1), int)
+    both.fill(0)
     both[inside] = np.fromiter(chain.from_iterable(docs), int)
-    tokens[:], targets[:] = both[:, :-1], both[:, 1:]
     np.divide(inside[:, 1:], of * lengths, out=weights)
 
 

@@ -142,6 +142,11 @@ class Traced(NDArrayOperatorsMixin):
         return 0 if self.whole else address(self.view) - address(self.buffer.array)
 
     @property
+    def place(self) -> Any:
+        """The same for two views of the same numbers, if both have one shape."""
+        return self.buffer, self.start, self.view.strides
+
+    @property
     def rows(self) -> Ints | None:
         """The shape (.., n), if this is an array (.., 1) that was computed as n equal numbers."""
         rows = self.buffer.rows
@@ -220,7 +225,7 @@ class Traced(NDArrayOperatorsMixin):
         keys, value = key if isinstance(key, tuple) else (key,), self.recorder.operand(value)
         if any(isinstance(k, Traced) for k in keys):
             table, index = self.recorder.table_and_index(self, keys)
-            self.recorder.emit("put", index, value.reshape(-1, *table.shape[1:]), table)
+            self.recorder.emit("put", index, value, table)
         else:
             self.recorder.emit("copy", value, self[key])
 
@@ -383,9 +388,22 @@ class Recorder:
     def gather(self, x: Traced, keys: tuple[Any, ...]) -> Traced:
         """x[keys]: a row of a table for every position, or one number for each."""
         table, index = self.table_and_index(x, keys)
-        out = self.new((*index.shape, *table.shape[1:]))
-        self.emit("take", table, index, out)
-        return out.reshape(*keys[-1].shape, *table.shape[1:])
+        shape = *index.shape, *table.shape[1:]
+        if table.ndim == 2 and len(table) <= ONE_HOT:
+            out = self.new(shape)
+            self.emit("dot", table.T, self.one_hot(index, len(table)).T, out.matrix)
+        else:
+            out = self.new((index.view.size, *table.shape[1:])).reshape(*shape)
+            self.emit("take", table, index, out)
+        return out
+
+    def one_hot(self, index: Traced, n: int) -> Traced:
+        """For every position a row of n zeros, with a one where the index says: (N, n)"""
+        if (key := (index.place, n)) not in self.known:
+            self.known[key] = out = self.new((index.view.size, n))
+            eye = self.constant(("eye", n), lambda: np.eye(n))
+            self.emit("take", eye, index, out.reshape(*index.shape, n))
+        return self.known[key]
 
     def table_and_index(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
         """For x[index], x and the index; for x[.., index], the memory of x and a flat index.
@@ -398,13 +416,12 @@ class Recorder:
         if not isinstance(index, Traced) or (rest and not numbers):
             raise refusal("this index")
         if not rest:
-            return x, index.reshape(-1)
+            return x, index
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
-        start = np.broadcast_to(sum(map(mul, rest, strides)), index.shape).ravel()
-        place = index.buffer, index.start, index.view.strides
-        if (key := (place, last, start.tobytes())) not in self.known:
-            self.known[key] = out = self.new((index.view.size,), np.intp)
-            self.emit(np.multiply, index.reshape(-1), self.hold(np.array(last)), out)
+        start = np.ascontiguousarray(np.broadcast_to(sum(map(mul, rest, strides)), index.shape))
+        if (key := (index.place, last, start.tobytes())) not in self.known:
+            self.known[key] = out = self.new(index.shape, np.intp)
+            self.emit(np.multiply, index, self.hold(np.array(last)), out)
             self.emit(np.add, out, self.hold(start), out)
         return x.like(x.buffer.array.ravel("K")), self.known[key]
 
@@ -414,15 +431,13 @@ class Recorder:
             raise refusal("np.add.at into an array that is not like another (np.zeros_like)")
         rows, n = values.matrix.T, len(table)  # (N, C)
         if n > ONE_HOT:
-            self.emit("add_at", index.reshape(-1), rows, table)
+            self.emit("add_at", index, rows.reshape(*index.shape, -1), table)
             return
-        eye = self.constant(("eye", n), lambda: np.eye(n))
-        one_hot, sums = self.new((len(rows), n)), self.new(table.shape)
+        sums = self.new(table.shape)
         if (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
             self.calls.pop()
             sums = table
-        self.emit("take", eye, index.reshape(-1), one_hot)
-        self.emit("dot", one_hot.T, rows, sums)
+        self.emit("dot", self.one_hot(index, n).T, rows, sums)
         if sums is not table:
             self.emit(np.add, table, sums, table)
 
