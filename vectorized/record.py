@@ -44,6 +44,7 @@ Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
+SPREAD = 2**11  # numbers up to which a constant array becomes as large as what it is added to
 ALIGN = 64  # bytes of a cache line
 
 # How the list calls these operations. A method of an array is faster than NumPy's function.
@@ -85,6 +86,7 @@ class Buffer:
     home: Array | None = None  # the array of the caller that it lies in, if it does
     offset: int = 0  # where it lies in the block of memory otherwise,
     end: int = 0  # and ends: 0 as long as it has no place
+    fixed: bool = False  # whether its numbers are the same in every run
     uses: list[int] = field(default_factory=list)  # numbers of the calls that use its place
     rows: Any = None  # of a sum computed as n equal numbers, all of them: the view (.., n)
 
@@ -214,7 +216,7 @@ class Traced(NDArrayOperatorsMixin):
 
     def __getitem__(self, key: Any) -> Traced:
         keys = key if isinstance(key, tuple) else (key,)
-        if any(isinstance(k, Traced) for k in keys):
+        if isinstance(keys[-1], (Traced, np.ndarray)):
             return self.recorder.gather(self, keys)
         view = self.view[key]
         if not np.may_share_memory(view, self.view) or min(view.strides, default=0) < 0:
@@ -223,7 +225,7 @@ class Traced(NDArrayOperatorsMixin):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         keys, value = key if isinstance(key, tuple) else (key,), self.recorder.operand(value)
-        if any(isinstance(k, Traced) for k in keys):
+        if isinstance(keys[-1], (Traced, np.ndarray)):
             table, index = self.recorder.table_and_index(self, keys)
             self.recorder.emit("put", index, value, table)
         else:
@@ -240,10 +242,11 @@ class Recorder:
         self.known: dict[Any, Any] = {}  # the caller's memory, constants, flat indices
         self.numbers: list[tuple[Array, Callable[[], float]]] = []  # where they lie in each run
 
-    def hold(self, array: Array) -> Any:
+    def hold(self, array: Array, fixed: bool = False) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
         memory: Any = array if array.flags.c_contiguous else array.base  # of the packed mask
-        return Traced(self, array, self.known.setdefault(id(array), Buffer(memory, memory)))
+        buffer = self.known.setdefault(id(array), Buffer(memory, memory, fixed=fixed))
+        return Traced(self, array, buffer)
 
     def mark(self) -> None:
         """Begin another part of the list, which is run by itself."""
@@ -289,7 +292,7 @@ class Recorder:
         if isinstance(x, Traced):
             return x
         if isinstance(x, np.ndarray):
-            return self.hold(np.asarray(x, self.dtype, order="C"))
+            return self.hold(np.asarray(x, self.dtype, order="C"), fixed=True)
         if isinstance(x, Number):
             self.numbers.append((np.empty((), self.dtype), x.find))
             return self.hold(self.numbers[-1][0])
@@ -321,9 +324,20 @@ class Recorder:
         as_rows = out is None and len(every) == 1 and None not in every
         shape: Any = every.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
         operands = [x.like(x.buffer.rows) if n == shape else x for x, n in zip(operands, rows)]
+        operands = [self.spread(x, shape) if x.buffer.fixed else x for x in operands]
         result = self.new(shape) if out is None else out
         self.emit(ufunc, *operands, result)
         return self.as_one(result) if as_rows else result
+
+    def spread(self, x: Traced, shape: Ints) -> Traced:
+        """A small array of constants as large as the result."""
+        if x.shape == shape or prod(shape) > SPREAD:
+            return x
+        if (key := (x.place, shape)) not in self.known:
+            self.known[key] = full = self.new(shape)
+            full.view[...] = x.view
+            full.buffer.home = full.buffer.array
+        return self.known[key]
 
     def as_one(self, rows: Traced) -> Traced:
         """The array (.., 1) of numbers that have been computed n times."""
@@ -399,7 +413,10 @@ class Recorder:
 
     def one_hot(self, index: Traced, n: int) -> Traced:
         """For every position a row of n zeros, with a one where the index says: (N, n)"""
-        if (key := (index.place, n)) not in self.known:
+        key = index.place, n
+        if index.buffer.fixed:
+            return self.constant(key, lambda: np.eye(n)[index.view.ravel()])
+        if key not in self.known:
             self.known[key] = out = self.new((index.view.size, n))
             eye = self.constant(("eye", n), lambda: np.eye(n))
             self.emit("take", eye, index, out.reshape(*index.shape, n))
@@ -410,10 +427,11 @@ class Recorder:
 
         A flat index is the sum of keys times strides.
         """
-        *rest, index = keys
+        *rest, last = keys
+        index = last if isinstance(last, Traced) else self.hold(last, fixed=True)
         known = all(isinstance(key, (int, np.ndarray)) for key in rest)
         numbers = known and len(keys) == x.ndim and x.whole
-        if not isinstance(index, Traced) or (rest and not numbers):
+        if index.dtype.kind != "i" or (rest and not numbers):
             raise refusal("this index")
         if not rest:
             return x, index
@@ -427,8 +445,9 @@ class Recorder:
 
     def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
         """np.add.at(table, index, values), a row for every position"""
-        if not all(isinstance(x, Traced) for x in (table, index, values)):
+        if not (isinstance(table, Traced) and isinstance(values, Traced)):
             raise refusal("np.add.at into an array that is not like another (np.zeros_like)")
+        table, index = self.table_and_index(table, (index,))
         rows, n = values.matrix.T, len(table)  # (N, C)
         if n > ONE_HOT:
             self.emit("add_at", index, rows.reshape(*index.shape, -1), table)

@@ -118,7 +118,8 @@ class Replay:
         named = named_views(self.flat, self.shapes)
         params = grow({name: recorder.hold(w) for name, w in named.items()}, L)
         batch = empty_batch(B, T, self.flat.dtype, packed)
-        held = Batch(*map(recorder.hold, batch))
+        varying = batch if packed else batch[:3]  # the others are the same in every run
+        held = Batch(*map(recorder.hold, varying), *batch[len(varying) :])
         loss = loss_forward(held, params, self.config, tap)
         result = np.empty(() if training else (B, T), self.flat.dtype)
         recorder.put(loss if training else tap.loss_t, result)
