@@ -26,6 +26,7 @@ decision that depends on the numbers in an array, or an operation that is not kn
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
+from numpy.lib.stride_tricks import as_strided
 
 from microgpt.errors import MicrogptError
 from vectorized.model import Array
@@ -79,15 +81,24 @@ class Line(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
+class Place:
+    """Where results lie: in an array of the caller, or else in the block of memory."""
+
+    nbytes: int
+    home: Array | None = None  # the array of the caller, if it is one
+    offset: int = 0  # bytes from the beginning of that, or of the block,
+    end: int = 0  # in the block, to the end: 0 as long as that is not known
+    uses: list[int] = field(default_factory=list)  # numbers of the calls that use it
+
+
+@dataclass(eq=False, slots=True)
 class Buffer:
-    """The memory of a result, which gets its place when the recording ends; or the caller's."""
+    """The memory of a result, or of an array of the caller."""
 
     array: Array  # of a result: it has the size of the memory, and its numbers are never used
-    home: Array | None = None  # the array of the caller that it lies in, if it does
-    offset: int = 0  # where it lies in the block of memory otherwise,
-    end: int = 0  # and ends: 0 as long as it has no place
+    place: Place  # that of a result is found when the recording ends
+    shift: int = 0  # bytes from the beginning of the place
     fixed: bool = False  # whether its numbers are the same in every run
-    uses: list[int] = field(default_factory=list)  # numbers of the calls that use its place
     rows: Any = None  # of a sum computed as n equal numbers, all of them: the view (.., n)
 
 
@@ -135,18 +146,25 @@ class Traced(NDArrayOperatorsMixin):
 
     @property
     def whole(self) -> bool:
-        """Whether this is all of a buffer."""
-        return self.view.nbytes == self.buffer.array.nbytes
+        """Whether this is all of what lies in one place."""
+        return self.view.nbytes == self.buffer.place.nbytes
 
     @property
     def start(self) -> int:
-        """Where in its memory it begins, in bytes."""
-        return 0 if self.whole else address(self.view) - address(self.buffer.array)
+        """Where in its place it begins, in bytes."""
+        if self.whole:
+            return 0
+        return self.buffer.shift + address(self.view) - address(self.buffer.array)
 
     @property
-    def place(self) -> Any:
-        """The same for two views of the same numbers, if both have one shape."""
-        return self.buffer, self.start, self.view.strides
+    def contiguous(self) -> bool:
+        """Whether its rows lie one after another."""
+        return self.view.flags.c_contiguous
+
+    @property
+    def form(self) -> Any:
+        """The same for two views of the same numbers."""
+        return self.buffer.place, self.start, self.shape, self.view.strides
 
     @property
     def rows(self) -> Ints | None:
@@ -244,9 +262,11 @@ class Recorder:
 
     def hold(self, array: Array, fixed: bool = False) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
-        memory: Any = array if array.flags.c_contiguous else array.base  # of the packed mask
-        buffer = self.known.setdefault(id(array), Buffer(memory, memory, fixed=fixed))
-        return Traced(self, array, buffer)
+        if id(array) not in self.known:
+            owner: Any = array if array.base is None else array.base
+            place = Place(array.nbytes, owner, address(array) - address(owner))
+            self.known[id(array)] = Buffer(array, place, fixed=fixed)
+        return Traced(self, array, self.known[id(array)])
 
     def mark(self) -> None:
         """Begin another part of the list, which is run by itself."""
@@ -254,11 +274,15 @@ class Recorder:
 
     def put(self, result: Any, place: Array) -> None:
         """Let a result lie in an existing array."""
-        self.hold(place)[...] = result
+        result, there = self.operand(result), self.hold(place)
+        if alike(result, there) and result.buffer.place.home is None:
+            result.buffer.place = there.buffer.place
+        else:
+            there[...] = result
 
     def recording(self, memory: Callable[[int], Array]) -> Recording:
         """What has been written down, in a block of memory of so many bytes."""
-        calls, nbytes = placed(self.calls)
+        calls, nbytes = placed(merged(self.calls))
         self.calls, self.known = [], {}  # no circles of references
         parts = [[call for call in calls if call.part == part] for part in range(self.part + 1)]
         block = memory(nbytes)
@@ -279,7 +303,8 @@ class Recorder:
         """Memory for a result of this shape, in the order that `in_memory` says."""
         order = in_memory(len(shape))
         array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-        return Traced(self, array.transpose([*map(order.index, range(len(order)))]), Buffer(array))
+        view = array.transpose([*map(order.index, range(len(order)))])
+        return Traced(self, view, Buffer(array, Place(array.nbytes)))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""
@@ -333,10 +358,10 @@ class Recorder:
         """A small array of constants as large as the result."""
         if x.shape == shape or prod(shape) > SPREAD:
             return x
-        if (key := (x.place, shape)) not in self.known:
+        if (key := (x.form, shape)) not in self.known:
             self.known[key] = full = self.new(shape)
             full.view[...] = x.view
-            full.buffer.home = full.buffer.array
+            full.buffer.place.home = full.buffer.array
         return self.known[key]
 
     def as_one(self, rows: Traced) -> Traced:
@@ -413,7 +438,7 @@ class Recorder:
 
     def one_hot(self, index: Traced, n: int) -> Traced:
         """For every position a row of n zeros, with a one where the index says: (N, n)"""
-        key = index.place, n
+        key = index.form, n
         if index.buffer.fixed:
             return self.constant(key, lambda: np.eye(n)[index.view.ravel()])
         if key not in self.known:
@@ -437,7 +462,7 @@ class Recorder:
             return x, index
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
         start = np.ascontiguousarray(np.broadcast_to(sum(map(mul, rest, strides)), index.shape))
-        if (key := (index.place, last, start.tobytes())) not in self.known:
+        if (key := (index.form, last, start.tobytes())) not in self.known:
             self.known[key] = out = self.new(index.shape, np.intp)
             self.emit(np.multiply, index, self.hold(np.array(last)), out)
             self.emit(np.add, out, self.hold(start), out)
@@ -461,6 +486,69 @@ class Recorder:
             self.emit(np.add, table, sums, table)
 
 
+def merged(calls: list[Call]) -> list[Call]:
+    """Products that share an operand, or are added, as one product if their matrices can be one.
+
+    wq . x, wk . x, wv . x             -> (wq, wk, wv) . x
+    dq . x^T, dk . x^T, dv . x^T       -> (dq, dk, dv) . x^T
+    wq^T . dq + wk^T . dk + wv^T . dv  -> (wq, wk, wv)^T . (dq, dk, dv)
+    """
+    reads = Counter(x.buffer for call in calls for x in call.inputs)
+    used: set[Place] = set()  # what has been read or written so far
+    read: set[Place] = set()
+    products: dict[Any, Call] = {}  # that may be computed later, by right operand, and by result
+    kept: dict[Call, None] = {}
+    for call in calls:
+        if call.out.buffer.place in used:  # what the products have read may have changed
+            products.clear()
+        terms, both = [], None
+        if call.f == "dot":
+            left, right, out = call.operands
+            terms = [products.get((call.part, right.form))]
+            if terms[0] in kept and terms[0].out.buffer.place not in read:
+                both = stacked((terms[0].inputs[0], left), (terms[0].out, out))
+                left, out = both or (left, out)
+        elif call.f is np.add and call.out.ndim == 3:
+            terms = [products.get(x.buffer) for x in call.inputs if alike(x, call.out)]
+            once = [t for t in terms if t and t.part == call.part and reads[t.out.buffer] == 1]
+            if len(once) == 2:
+                (left, right), (left2, right2) = (term.inputs for term in once)
+                both = stacked((right, right2), (left.T, left2.T))
+                if both:
+                    left, right, out = both[1].T, both[0], call.out.matrix
+        if both:
+            for term in terms:
+                del kept[term]
+            call = Call("dot", (left, right, out), call.line, call.part)
+        if call.f == "dot":
+            products[call.part, right.form] = products[call.out.buffer] = call
+        read.update(x.buffer.place for x in call.inputs)
+        used.update(x.buffer.place for x in call.operands)
+        kept[call] = None
+    return list(kept)
+
+
+def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced] | None:
+    """Each pair of matrices as one, the first above the second; None if that cannot be."""
+    ends = [x.start + x.view.nbytes for x, _ in pairs]
+    for (x, y), end in zip(pairs, ends):
+        if x.shape[1] != y.shape[1] or not (x.contiguous and y.contiguous):
+            return None
+        here, there = x.buffer.place, y.buffer.place
+        if here is there:
+            fits = y.start == end
+        else:
+            behind = here.nbytes if here.home is None else there.offset - here.offset
+            fits = y.whole and here.home is there.home and behind == end
+        if not fits:
+            return None
+    for (x, y), end in zip(pairs, ends):
+        if y.buffer.place is not x.buffer.place:
+            y.buffer.place, y.buffer.shift = x.buffer.place, end
+            x.buffer.place.nbytes = end + y.view.nbytes
+    return [x.like(as_strided(x.view, (len(x) + len(y), x.shape[1]))) for x, y in pairs]
+
+
 def placed(calls: list[Call]) -> tuple[list[Call], int]:
     """The calls that remain, their results each at its place in one block, and the block's bytes.
 
@@ -470,16 +558,16 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
     """
     for i, call in enumerate(calls):
         for x in call.operands:
-            x.buffer.uses.append(i)
+            x.buffer.place.uses.append(i)
     kept: list[Call] = []
-    taken: list[Buffer] = []  # a result for each place that is in use, in the order of the block
+    taken: list[Place] = []  # those in use, in the order of the block
     nbytes = 0
     for i, call in reversed(list(enumerate(calls))):
-        out, in_place = call.out.buffer, False
+        out, in_place = call.out.buffer.place, False
         if out.home is None and not out.end:
             continue
         for x in reversed(call.inputs):
-            own = x.buffer
+            own = x.buffer.place
             if own.home is not None or own.end:
                 continue
             if in_place := fits_over(x, i, calls):
@@ -487,7 +575,7 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
                 out.uses += own.uses
                 own.uses = out.uses
             else:
-                start, at, size = 0, 0, own.array.nbytes
+                start, at, size = 0, 0, own.nbytes
                 while at < len(taken) and start + size > taken[at].offset:
                     start, at = taken[at].end, at + 1
                 own.offset, own.end = start, start + size + -size % ALIGN
@@ -496,18 +584,18 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
         if call.f != "copy" or not in_place:
             kept.append(call)
         if out.home is None and min(out.uses) == i:
-            taken = [buffer for buffer in taken if buffer.offset != out.offset]
+            taken = [place for place in taken if place.offset != out.offset]
     return kept[::-1], nbytes
 
 
 def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
     """Whether operand x of call i can lie where the result of call i will lie."""
-    call, first = calls[i], x.buffer.uses[0]
+    call, first = calls[i], x.buffer.place.uses[0]
     if not call.elementwise or not alike(x, call.out):
         return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
-    uses = call.out.buffer.uses
-    others = [y.buffer.uses for y in call.inputs]
+    uses = call.out.buffer.place.uses
+    others = [y.buffer.place.uses for y in call.inputs]
     return not any(since <= j < i for j in uses) and not any(other is uses for other in others)
 
 
@@ -546,8 +634,9 @@ def bound(call: Call, block: Array, views: dict[Any, Array]) -> Run:
         forms = _fused(tuple(forms))
     arguments = []
     for x, (shape, strides) in zip(call.operands, forms):
-        memory = block if x.buffer.home is None else x.buffer.home
-        start = x.buffer.offset + x.start
+        place = x.buffer.place
+        memory = block if place.home is None else place.home
+        start = place.offset + x.start
         key = id(memory), start, shape, strides, x.dtype
         if key not in views:
             views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
