@@ -47,6 +47,8 @@ def micro_batches(docs: Docs, config: Config) -> list[MicroBatch]:
     if len(docs) == 1 or isinstance(docs, np.ndarray):  # one length: nothing would fit behind
         T = rounded(len(docs[0]) - 1, 2, config)
         most = max(1, COLUMNS // T)
+        if len(docs) <= most:
+            return [MicroBatch(docs, [], (len(docs), T))]
         parts = [docs[first : first + most] for first in range(0, len(docs), most)]
         return [MicroBatch(part, [], (len(part), T)) for part in parts]
     left = sorted(docs, key=len)
