@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
-from numpy.lib.stride_tricks import as_strided
 
 from microgpt.errors import MicrogptError
 from vectorized.model import Array
@@ -136,13 +135,21 @@ class Number(NDArrayOperatorsMixin):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "dtype", "ndim", "recorder", "shape", "view")
+    __slots__ = ("buffer", "recorder", "shape", "view")
 
     def __init__(self, recorder: Recorder, view: Array, buffer: Buffer) -> None:
         self.recorder = recorder
         self.view = view  # of the buffer's array
         self.buffer = buffer
-        self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
+        self.shape = view.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.view.dtype
 
     @property
     def whole(self) -> bool:
@@ -179,18 +186,22 @@ class Traced(NDArrayOperatorsMixin):
     @property
     def matrix(self) -> Traced:
         """The last axis as rows and all others as columns: (n, N)"""
-        return self.like(self.view.transpose(in_memory(self.ndim))).reshape(self.shape[-1], -1)
+        order, _ = in_memory(len(self.shape))
+        return self.reshaped(self.view.transpose(order), (self.shape[-1], -1))
 
     def like(self, view: Array) -> Traced:
         """Another view of the same memory."""
         return Traced(self.recorder, view, self.buffer)
 
     def reshape(self, *shape: int) -> Traced:
-        """The same memory in another shape."""
-        view = self.view.reshape(shape)
-        if view.base is not (self.view if self.view.base is None else self.view.base):
+        return self.reshaped(self.view, shape)
+
+    def reshaped(self, view: Array, shape: Ints) -> Traced:
+        """A view of this memory in another shape."""
+        found = view.reshape(shape)
+        if found.base is not (view if view.base is None else view.base):
             raise refusal("this operation on an array that lies in this order")  # it is a copy
-        return self.like(view)
+        return self.like(found)
 
     def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
         return self.recorder.reduced(self, "sum", axis, keepdims)
@@ -263,8 +274,9 @@ class Recorder:
     def hold(self, array: Array, fixed: bool = False) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
         if id(array) not in self.known:
-            owner: Any = array if array.base is None else array.base
-            place = Place(array.nbytes, owner, address(array) - address(owner))
+            place = Place(array.nbytes, array)
+            if array.base is not None:
+                place.home, place.offset = array.base, address(array) - address(array.base)
             self.known[id(array)] = Buffer(array, place, fixed=fixed)
         return Traced(self, array, self.known[id(array)])
 
@@ -299,12 +311,11 @@ class Recorder:
         if operands[-1].buffer.rows is not None:
             raise refusal("writing into a sum, or into what was computed from it,")
 
-    def new(self, shape: Sequence[int], dtype: Any = None) -> Traced:
-        """Memory for a result of this shape, in the order that `in_memory` says."""
-        order = in_memory(len(shape))
+    def new(self, shape: Sequence[int], dtype: Any = None, order: Any = None) -> Traced:
+        """Memory for a result of this shape, in the order that `in_memory` says, or another."""
+        order, back = order or in_memory(len(shape))
         array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-        view = array.transpose([*map(order.index, range(len(order)))])
-        return Traced(self, view, Buffer(array, Place(array.nbytes)))
+        return Traced(self, array.transpose(back), Buffer(array, Place(array.nbytes)))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""
@@ -344,12 +355,14 @@ class Recorder:
         the result has as many.
         """
         operands = [self.operand(x) for x in inputs]
-        rows = [x.rows for x in operands]
-        every = {n for x, n in zip(operands, rows) if x.ndim}
+        every = {x.rows for x in operands if x.shape}
         as_rows = out is None and len(every) == 1 and None not in every
         shape: Any = every.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
-        operands = [x.like(x.buffer.rows) if n == shape else x for x, n in zip(operands, rows)]
-        operands = [self.spread(x, shape) if x.buffer.fixed else x for x in operands]
+        for i, x in enumerate(operands):
+            if x.buffer.rows is not None and x.rows == shape:
+                operands[i] = x.like(x.buffer.rows)
+            elif x.buffer.fixed:
+                operands[i] = self.spread(x, shape)
         result = self.new(shape) if out is None else out
         self.emit(ufunc, *operands, result)
         return self.as_one(result) if as_rows else result
@@ -395,31 +408,19 @@ class Recorder:
         return out
 
     def einsum(self, letters: str, a: Any, b: Any) -> Traced:
-        """One matrix product for each value of the indices that a, b and the result share.
-
-        b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
-        """
+        """One matrix product for each value of the indices that a, b and the result share."""
+        swapped, order, axes = as_product(letters)
         a, b = self.operand(a), self.operand(b)
-        of_a, of_b, to = letters.replace("->", ",").split(",")
-        size = dict(zip(of_a + of_b, a.shape + b.shape))
-        every = [x for x in to if x in of_a and x in of_b]
-        summed = [x for x in of_a if x in of_b and x not in to]
-        rows, columns = ([x for x in to if x in of and x not in every] for of in (of_a, of_b))
-        if {*of_a, *of_b} != {*every, *summed, *rows, *columns}:
-            raise refusal(f"numpy.einsum({letters!r})")
-        order = sorted(to, key="uhbt".find if "t" in to and "u" in to else "btu".__contains__)
-        memory = self.new([prod(size[x] for x in to)]).reshape(*(size[x] for x in order))
-        out = memory.like(memory.view.transpose([order.index(x) for x in to]))
-
-        def matrices(x: Traced, of: str, left: list[str], right: list[str]) -> Traced:
-            view = x.view.transpose([of.index(letter) for letter in every + left + right])
-            shape = view.shape[: len(every)]
-            return x.like(view).reshape(*shape, prod([size[letter] for letter in left]), -1)
-
-        if order and order[-1] in rows:  # what lies fastest in the result are its columns
-            a, b, of_a, of_b, rows, columns = b, a, of_b, of_a, columns, rows
-        left, right = matrices(a, of_a, rows, summed), matrices(b, of_b, summed, columns)
-        self.emit("matmul" if every else "dot", left, right, matrices(out, to, rows, columns))
+        operands, _, to = letters.replace(",", "").partition("->")
+        size = dict(zip(operands, a.shape + b.shape))
+        out = self.new([size[letter] for letter in to], order=order)
+        matrices = []
+        for x, (all_axes, every, rows) in zip((b, a, out) if swapped else (a, b, out), axes):
+            view = x.view.transpose(all_axes)
+            shape = view.shape
+            height = prod(shape[every : every + rows])
+            matrices.append(x.reshaped(view, (*shape[:every], height, -1)))
+        self.emit("matmul" if axes[0][1] else "dot", *matrices)
         return out
 
     # --- look-ups
@@ -494,59 +495,64 @@ def merged(calls: list[Call]) -> list[Call]:
     wq^T . dq + wk^T . dk + wv^T . dv  -> (wq, wk, wv)^T . (dq, dk, dv)
     """
     reads = Counter(x.buffer for call in calls for x in call.inputs)
-    used: set[Place] = set()  # what has been read or written so far
-    read: set[Place] = set()
-    products: dict[Any, Call] = {}  # that may be computed later, by right operand, and by result
-    kept: dict[Call, None] = {}
+    kept: list[Call] = []
     for call in calls:
-        if call.out.buffer.place in used:  # what the products have read may have changed
-            products.clear()
-        terms, both = [], None
-        if call.f == "dot":
+        terms: list[Call] = []
+        both: list[Traced] = []
+        near = [c for c in kept[-4:] if c.f == "dot"] if call.f in ("dot", np.add) else []
+        if near and call.f == "dot":
             left, right, out = call.operands
-            terms = [products.get((call.part, right.form))]
-            if terms[0] in kept and terms[0].out.buffer.place not in read:
+            terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
+            if terms and terms[0].inputs[1].form == right.form and can_wait(terms, kept, call):
                 both = stacked((terms[0].inputs[0], left), (terms[0].out, out))
                 left, out = both or (left, out)
-        elif call.f is np.add and call.out.ndim == 3:
-            terms = [products.get(x.buffer) for x in call.inputs if alike(x, call.out)]
-            once = [t for t in terms if t and t.part == call.part and reads[t.out.buffer] == 1]
-            if len(once) == 2:
-                (left, right), (left2, right2) = (term.inputs for term in once)
+        elif len(near) > 1:
+            once = [x.buffer for x in call.inputs if alike(x, call.out) and reads[x.buffer] == 1]
+            terms = [c for buffer in once for c in near if c.out.buffer is buffer]
+            if len(terms) == 2 and can_wait(terms, kept, call):
+                (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
                 if both:
                     left, right, out = both[1].T, both[0], call.out.matrix
         if both:
-            for term in terms:
-                del kept[term]
+            kept = [c for c in kept if c not in terms]
             call = Call("dot", (left, right, out), call.line, call.part)
-        if call.f == "dot":
-            products[call.part, right.form] = products[call.out.buffer] = call
-        read.update(x.buffer.place for x in call.inputs)
-        used.update(x.buffer.place for x in call.operands)
-        kept[call] = None
-    return list(kept)
+        kept.append(call)
+    return kept
 
 
-def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced] | None:
-    """Each pair of matrices as one, the first above the second; None if that cannot be."""
-    ends = [x.start + x.view.nbytes for x, _ in pairs]
-    for (x, y), end in zip(pairs, ends):
-        if x.shape[1] != y.shape[1] or not (x.contiguous and y.contiguous):
-            return None
-        here, there = x.buffer.place, y.buffer.place
+def can_wait(terms: list[Call], kept: list[Call], call: Call) -> bool:
+    """Whether products can be made later, together with a call: nothing in between reads or changes
+    what belongs to them, and the call reads their results only to add them."""
+    for term in terms:
+        after = [*kept[kept.index(term) + 1 :], call]
+        places = [x.buffer.place for x in term.operands]
+        readers = after if call.f == "dot" else after[:-1]
+        read = [x.buffer.place for c in readers for x in c.inputs]
+        if places[-1] in read or any(c.out.buffer.place in places for c in after):
+            return False
+    return all(term.part == call.part for term in terms)
+
+
+def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
+    """Each pair of matrices as one, the first above the second; empty if one pair cannot be."""
+    for x, y in pairs:
+        here, there, end = x.buffer.place, y.buffer.place, x.start + x.view.nbytes
         if here is there:
             fits = y.start == end
         else:
             behind = here.nbytes if here.home is None else there.offset - here.offset
             fits = y.whole and here.home is there.home and behind == end
-        if not fits:
-            return None
-    for (x, y), end in zip(pairs, ends):
-        if y.buffer.place is not x.buffer.place:
-            y.buffer.place, y.buffer.shift = x.buffer.place, end
-            x.buffer.place.nbytes = end + y.view.nbytes
-    return [x.like(as_strided(x.view, (len(x) + len(y), x.shape[1]))) for x, y in pairs]
+        if not (fits and x.shape[1] == y.shape[1] and x.contiguous and y.contiguous):
+            return []
+    both = []
+    for x, y in pairs:
+        place, start, end = x.buffer.place, x.start, x.start + x.view.nbytes
+        if y.buffer.place is not place:
+            y.buffer.place, y.buffer.shift, place.nbytes = place, end, end + y.view.nbytes
+        array = np.empty((len(x) + len(y), x.shape[1]), x.dtype)
+        both.append(Traced(x.recorder, array, Buffer(array, place, start)))
+    return both
 
 
 def placed(calls: list[Call]) -> tuple[list[Call], int]:
@@ -601,9 +607,10 @@ def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
 
 def alike(x: Traced, y: Traced) -> bool:
     """Whether both have one shape and memory order, and each is all of its buffer."""
-    form = zip(x.shape, x.view.strides, y.view.strides)
-    same = x.shape == y.shape and x.whole and y.whole
-    return same and all(n == 1 or i == j for n, i, j in form)
+    if x.shape != y.shape or not (x.whole and y.whole):
+        return False
+    strides, others = x.view.strides, y.view.strides
+    return strides == others or all(n == 1 or i == j for n, i, j in zip(x.shape, strides, others))
 
 
 @dataclass
@@ -637,9 +644,10 @@ def bound(call: Call, block: Array, views: dict[Any, Array]) -> Run:
         place = x.buffer.place
         memory = block if place.home is None else place.home
         start = place.offset + x.start
-        key = id(memory), start, shape, strides, x.dtype
+        dtype = x.view.dtype
+        key = id(memory), start, shape, strides, dtype
         if key not in views:
-            views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
+            views[key] = np.ndarray(shape, dtype, memory, start, strides)
         arguments.append(views[key])
     return BOUND[call.f](*arguments) if call.f in BOUND else (call.f, tuple(arguments))
 
@@ -670,13 +678,40 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
 
 
 @lru_cache
-def in_memory(ndim: int) -> Ints:
-    """The axes of a result as they lie in memory, the slowest first.
+def in_memory(ndim: int) -> tuple[Ints, Ints]:
+    """The axes of a result as they lie in memory, the slowest first, and the way back.
 
     (B, T, C) as (C, B, T), (B, H, T, U) as (U, H, B, T); up to two axes in their own order.
     """
     axes = tuple(range(ndim))
-    return axes if ndim < 3 else (axes[-1], *axes[1:-2], 0, axes[-2])
+    order = axes if ndim < 3 else (axes[-1], *axes[1:-2], 0, axes[-2])
+    return order, tuple(map(order.index, axes))
+
+
+@lru_cache
+def as_product(letters: str) -> Any:
+    """How an einsum is a product of matrices, after `letters`: whether the second times the first,
+    the memory order of the result as in `in_memory`, and of each matrix (left, right, result) its
+    axes, how many of them count products, and how many of the next are its rows.
+
+    b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
+    """
+    of_a, of_b, to = letters.replace("->", ",").split(",")
+    every = [x for x in to if x in of_a and x in of_b]
+    summed = [x for x in of_a if x in of_b and x not in to]
+    rows, columns = ([x for x in to if x in of and x not in every] for of in (of_a, of_b))
+    if {*of_a, *of_b} != {*every, *summed, *rows, *columns}:
+        raise refusal(f"numpy.einsum({letters!r})")
+    order = sorted(to, key="uhbt".find if "t" in to and "u" in to else "btu".__contains__)
+    swapped = bool(order) and order[-1] in rows  # what lies fastest are the columns of the result
+    if swapped:
+        of_a, of_b, rows, columns = of_b, of_a, columns, rows
+    matrices = (of_a, rows, summed), (of_b, summed, columns), (to, rows, columns)
+    return (
+        swapped,
+        ([*map(to.index, order)], [*map(order.index, to)]),
+        [([*map(of.index, every + x + y)], len(every), len(x)) for of, x, y in matrices],
+    )
 
 
 def address(array: Array) -> int:
