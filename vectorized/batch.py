@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,12 +80,14 @@ def rounded(T: int, step: int, config: Config) -> int:
 
 def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
     """The arrays of a batch, for `fill`, or for `fill_packed`."""
-    weights, positions = np.zeros((B, T), dtype), np.tile(np.arange(T), (B, 1))
-    if packed:  # (B, 1, T, U), in the memory order of attn_logits when recorded: (U, 1, B, T)
-        mask = np.empty((T, 1, B, T), dtype).transpose(2, 1, 3, 0)
-        return Batch(*np.zeros((2, B, T), int), weights, positions, mask)
     both = np.zeros((B, T + 1), int)
-    return Batch(both[:, :-1], both[:, 1:], weights, positions, causal_mask(T, dtype))
+    tokens, targets = both[:, :-1], both[:, 1:]
+    positions = np.tile(np.arange(T), (B, 1))
+    mask = causal_mask(T, dtype)
+    if packed:  # (B, 1, T, U), in the memory order of attn_logits when recorded: (U, 1, B, T)
+        tokens, targets = np.zeros((2, B, T), int)
+        mask = np.empty((T, 1, B, T), dtype).transpose(2, 1, 3, 0)
+    return Batch(tokens, targets, np.zeros((B, T), dtype), positions, mask)
 
 
 def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
@@ -102,7 +104,8 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
 
 def fill(batch: Batch, docs: Docs, of: int) -> None:
     """Put documents into the arrays of a batch, which may have room for longer ones."""
-    both, weights = batch.tokens.base, batch.weights  # (B, T + 1): targets are tokens, one later
+    both: Any = batch.tokens.base  # (B, T + 1): the tokens, and behind them the last target
+    weights = batch.weights
     B, T = weights.shape
     if B == 1 or isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
         n = len(docs[0]) - 1
