@@ -44,6 +44,7 @@ Ints = tuple[int, ...]
 Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
+LOOK_UP = 32  # rows of a table up to which a look-up is a product
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 SPREAD = 2**11  # numbers up to which a constant array becomes as large as what it is added to
 ALIGN = 64  # bytes of a cache line
@@ -186,6 +187,8 @@ class Traced(NDArrayOperatorsMixin):
     @property
     def matrix(self) -> Traced:
         """The last axis as rows and all others as columns: (n, N)"""
+        if self.ndim < 3:
+            raise refusal("this operation on an array of fewer than three axes")
         order, _ = in_memory(len(self.shape))
         return self.reshaped(self.view.transpose(order), (self.shape[-1], -1))
 
@@ -369,7 +372,7 @@ class Recorder:
 
     def spread(self, x: Traced, shape: Ints) -> Traced:
         """A small array of constants as large as the result."""
-        if x.shape == shape or prod(shape) > SPREAD:
+        if prod(shape) > SPREAD:
             return x
         if (key := (x.form, shape)) not in self.known:
             self.known[key] = full = self.new(shape)
@@ -429,7 +432,7 @@ class Recorder:
         """x[keys]: a row of a table for every position, or one number for each."""
         table, index = self.table_and_index(x, keys)
         shape = *index.shape, *table.shape[1:]
-        if table.ndim == 2 and len(table) <= ONE_HOT:
+        if table.ndim == 2 and index.ndim > 1 and len(table) <= LOOK_UP:
             out = self.new(shape)
             self.emit("dot", table.T, self.one_hot(index, len(table)).T, out.matrix)
         else:
@@ -474,15 +477,14 @@ class Recorder:
         if not (isinstance(table, Traced) and isinstance(values, Traced)):
             raise refusal("np.add.at into an array that is not like another (np.zeros_like)")
         table, index = self.table_and_index(table, (index,))
-        rows, n = values.matrix.T, len(table)  # (N, C)
-        if n > ONE_HOT:
-            self.emit("add_at", index, rows.reshape(*index.shape, -1), table)
+        if len(table) > ONE_HOT:
+            self.emit("add_at", index, values, table)
             return
         sums = self.new(table.shape)
         if (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
             self.calls.pop()
             sums = table
-        self.emit("dot", self.one_hot(index, n).T, rows, sums)
+        self.emit("dot", self.one_hot(index, len(table)).T, values.matrix.T, sums)
         if sums is not table:
             self.emit(np.add, table, sums, table)
 
@@ -543,7 +545,7 @@ def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
         else:
             behind = here.nbytes if here.home is None else there.offset - here.offset
             fits = y.whole and here.home is there.home and behind == end
-        if not (fits and x.shape[1] == y.shape[1] and x.contiguous and y.contiguous):
+        if not (fits and x.contiguous and y.contiguous):
             return []
     both = []
     for x, y in pairs:

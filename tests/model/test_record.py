@@ -54,9 +54,19 @@ def measured(backend: Backend, docs: Docs) -> dict[str, Array]:
 
 def assert_close(found: dict[str, Array], expected: dict[str, Array], digits: float) -> None:
     """Compare with the largest number: some gradients are small differences of large terms."""
-    largest = max(float(np.abs(tensor).max()) for tensor in expected.values())
+    most = digits * largest_of(expected)
     for name, tensor in expected.items():
-        np.testing.assert_allclose(found[name], tensor, 0, digits * largest, err_msg=name)
+        np.testing.assert_allclose(found[name], tensor, 0, most, err_msg=name)
+
+
+def apart(found: dict[str, Array], expected: dict[str, Array]) -> float:
+    """The largest difference, as a share of the largest number."""
+    differences = {name: found[name] - tensor for name, tensor in expected.items()}
+    return largest_of(differences) / largest_of(expected)
+
+
+def largest_of(tensors: dict[str, Array]) -> float:
+    return max(float(np.abs(tensor).max()) for tensor in tensors.values())
 
 
 def assert_equal(found: dict[str, Array], expected: dict[str, Array]) -> None:
@@ -114,6 +124,9 @@ def test_a_recording_computes_what_the_text_does(
     expected = measured(text, docs)
     taps = text.taps()
     assume(all(min_size(taps[f"layer{i}.mlp_pre"]) > 1e-5 for i in range(config.n_layer)))
+    other = replace(config, dtype="float32" if config.dtype == "float64" else "float64")
+    in_other = measured(load(other, watch=True, size=size), docs)
+    assume(apart(in_other, expected) < 5e-5)  # else rounding alone makes a difference
     none: dict[str, Any] = dict.fromkeys(limits, 0)
     with patch.multiple(vectorized.record, ALIGN=64, **none):
         found = measured(load(config, size=size), docs)
@@ -293,6 +306,10 @@ def takes_known_rows(x: Any) -> Any:
     return x.T[:, [0, 0]]
 
 
+def takes_rows_by_a_condition(x: Any) -> Any:
+    return x[np.array([True, False])]
+
+
 def writes_known_rows(x: Any) -> Any:
     x[[0, 0]] = 1.0
 
@@ -301,7 +318,8 @@ REFUSED = [
     decides, takes_a_number, takes_a_whole_number, counts_with_it, takes_a_root, makes_an_array,
     makes_a_list, sorts, measures, iterates, unpacks, adds_up, looks_for, compares, copies,
     accumulates, chooses, sums_another_axis, takes_the_mean_of_all, returns_two,
-    multiplies_three, looks_up_in_all_rows, takes_known_rows, writes_known_rows,
+    multiplies_three, looks_up_in_all_rows, takes_known_rows, takes_rows_by_a_condition,
+    writes_known_rows,
 ]  # fmt: skip
 
 
@@ -479,6 +497,10 @@ def test_an_array_that_is_assigned_to_is_read_before(text: Callable[[Any], None]
 
 def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
     """The results of a text, from a recording of the text that is run twice."""
+    return results_and_calls(text, *arrays)[0]
+
+
+def results_and_calls(text: Callable[..., Any], *arrays: Array) -> tuple[list[Array], list[str]]:
     recorder = Recorder("float64")
     results = text(*map(recorder.hold, arrays))
     results = results if isinstance(results, list) else [results]
@@ -488,7 +510,7 @@ def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
     recording = recorder.recording(lambda n: np.full(n // 8 + 1, np.nan).view(np.uint8))
     for _ in range(2):
         recording.run(0)
-    return found
+    return found, [call for call, _ in recording.lines[0]]
 
 
 @pytest.mark.parametrize("text", SHORT)
@@ -501,6 +523,188 @@ def test_a_text_is_recorded_as_it_computes_or_refused(text: Callable[[Any, Any],
         return
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_result_may_lie_in_two_places() -> None:
+    x = np.arange(6.0)
+    once, twice = replayed(lambda x: [z := x * 2.0, z], x)
+    np.testing.assert_array_equal([once, twice], [x * 2.0, x * 2.0])
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+@pytest.mark.parametrize("rows", [5, 40, 600])  # a product, or not, or not in its gradient either
+def test_the_same_rows_in_every_run_are_looked_up(rows: int, shape: tuple[int, ...]) -> None:
+    index = np.random.default_rng(1).integers(0, rows, shape)
+
+    def text(table: Any) -> list[Any]:
+        found = (table * 1.0)[index]
+        sums = np.zeros_like(table)
+        if found.ndim > 2:
+            np.add.at(sums, index, found)
+        return [found, sums]
+
+    table = np.random.default_rng(2).normal(size=(rows, 4))
+    for found, expected in zip(replayed(text, table), text(table)):
+        np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+def test_one_index_is_looked_up_in_two_tables_and_two_in_one() -> None:
+    def text(wte: Any, wpe: Any, index: Any) -> list[Any]:
+        return [wte[index], wpe[index], wte[index[:1]], wte[index[1:]]]
+
+    rng = np.random.default_rng(1)
+    arrays = rng.normal(size=(5, 4)), rng.normal(size=(7, 4)), rng.integers(0, 5, (2, 3))
+    for found, expected in zip(replayed(text, *arrays), text(*arrays)):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("numbers", [0, 10**6])
+def test_a_constant_may_be_as_large_as_what_it_is_added_to(numbers: int) -> None:
+    x, mask = np.arange(48.0).reshape(2, 2, 4, 3), np.arange(12.0).reshape(4, 3)
+    with patch.object(vectorized.record, "SPREAD", numbers):
+        (found,) = replayed(lambda x: (x * 2.0 + mask) * (1.0 - mask), x)
+    np.testing.assert_array_equal(found, (x * 2.0 + mask) * (1.0 - mask))
+
+
+def shares_an_operand(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    return [x @ q.T, x @ k.T, x @ v.T]
+
+
+def adds_products_of_parts(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    parts = x * 1.0, x * 2.0, x * 3.0
+    products = [part @ w for part, w in zip(parts, (q, k, v))]
+    return [products[0] + products[1] + products[2]]
+
+
+def takes_gradients(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    grads = [np.einsum("bto,bti->oi", x * n, x) for n in (1.0, 2.0, 3.0)]
+    return [grad * 2.0 for grad in grads]
+
+
+def reads_one_before_the_next(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first = x @ q.T
+    return [first * 2.0, x @ k.T, first]
+
+
+def multiplies_one_by_the_next(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first = np.einsum("bto,bti->oi", x * 1.0, x)
+    return [np.einsum("bto,bti->oi", x @ first, x), first]
+
+
+def changes_what_is_shared(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    x = x * 1.0
+    first = x @ q.T
+    x += 1.0
+    return [first, x @ k.T]
+
+
+def reads_a_term_again(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first, second = (x * 2.0) @ q, (x * 3.0) @ k
+    return [first + second, first * 2.0]
+
+
+def changes_a_factor_of_a_term(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    y, z = x * 2.0, x * 3.0
+    first, second = y @ q, z @ k
+    y += 1.0
+    return [first + second, y]
+
+
+def adds_them_the_other_way_round(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first, second = (x * 2.0) @ q, (x * 3.0) @ k
+    return [second + first]
+
+
+def adds_over_a_factor(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    y = x * 2.0
+    first, second = y @ q, (x * 3.0) @ k
+    np.add(first, second, out=y)
+    return [y]
+
+
+def shares_parts_of_an_operand(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    return [x[:1] @ q.T, x[1:] @ k.T]
+
+
+def takes_some_rows_of_a_weight(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first, second = x @ q[1:3].T, x @ q[3:].T
+    return [first * 2.0, second * 2.0]
+
+
+def leaves_rows_out(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    return [x @ q.T, x @ k[2:].T]
+
+
+def takes_one_weight_as_it_is(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    return [x @ q.T, x @ k]
+
+
+@pytest.mark.parametrize(
+    ("text", "products"),
+    [
+        (shares_an_operand, 1),
+        (shares_parts_of_an_operand, 2),
+        (takes_some_rows_of_a_weight, 1),
+        (leaves_rows_out, 2),
+        (takes_one_weight_as_it_is, 2),
+        (adds_products_of_parts, 1),
+        (takes_gradients, 1),
+        (reads_one_before_the_next, 2),
+        (multiplies_one_by_the_next, 3),
+        (changes_what_is_shared, 2),
+        (reads_a_term_again, 2),
+        (changes_a_factor_of_a_term, 2),
+        (adds_them_the_other_way_round, 2),
+        (adds_over_a_factor, 2),
+    ],
+)
+def test_products_are_merged_where_nothing_comes_between(
+    text: Callable[..., list[Any]], products: int
+) -> None:
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(2, 3, 4)), rng.normal(size=(12, 4))
+    arrays = x, weights[:4], weights[4:8], weights[8:]
+    results, calls = results_and_calls(text, *arrays)
+    for found, expected in zip(results, text(*arrays)):
+        np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
+    assert calls.count("dot") == products
+
+
+def adds_products_the_other_way_up(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    return [((x * 2.0) @ q).T + ((x * 3.0) @ k).T]
+
+
+def multiplies_by_a_product(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    y = x + x
+    return [(y @ np.einsum("bti,bto->io", y * 0.1, y)) * 2.0]
+
+
+@pytest.mark.parametrize("n", [1, 4])  # rows are columns where all axes have one length
+@pytest.mark.parametrize(
+    "text", [adds_products_the_other_way_up, multiplies_by_a_product, adds_over_a_factor]
+)
+def test_products_are_told_apart_by_more_than_their_shapes(
+    text: Callable[..., list[Any]], n: int
+) -> None:
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(n, n, n)), rng.normal(size=(3 * n, n))
+    arrays = x, weights[:n], weights[n : 2 * n], weights[2 * n :]
+    for found, expected in zip(replayed(text, *arrays), text(*arrays)):
+        np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_products_of_two_parts_of_the_list_are_two() -> None:
+    recorder = Recorder("float64")
+    weights, (q, k) = np.ones((4, 2)), np.zeros((2, 1, 1, 2))
+    x = recorder.hold(np.ones((1, 1, 2)))
+    recorder.put(x @ recorder.hold(weights[:2]).T, q)
+    recorder.mark()
+    recorder.put(x @ recorder.hold(weights[2:]).T, k)
+    recording = recorder.recording(lambda nbytes: np.empty(nbytes, np.uint8))
+    recording.run(0)
+    assert (q.tolist(), k.tolist()) == ([[[2.0, 2.0]]], [[[0.0, 0.0]]])
+    recording.run(1)
+    assert k.tolist() == [[[2.0, 2.0]]]
 
 
 def scales_twice(x: Any, a: Any, b: Any) -> Any:
@@ -647,7 +851,7 @@ def test_a_step_of_the_default_model_is_of_few_calls(docs: Docs) -> None:
     backend.forward(docs)
     backend.backward()
     backend.update(0.01)
-    assert sum(recording.size for _, recording in backend.recordings(docs)) <= 120
+    assert sum(recording.size for _, recording in backend.recordings(docs)) <= 110
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
