@@ -136,21 +136,13 @@ class Number(NDArrayOperatorsMixin):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "recorder", "shape", "view")
+    __slots__ = ("buffer", "dtype", "ndim", "recorder", "shape", "view")
 
     def __init__(self, recorder: Recorder, view: Array, buffer: Buffer) -> None:
         self.recorder = recorder
         self.view = view  # of the buffer's array
         self.buffer = buffer
-        self.shape = view.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.view.dtype
+        self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
 
     @property
     def whole(self) -> bool:
@@ -163,11 +155,6 @@ class Traced(NDArrayOperatorsMixin):
         if self.whole:
             return 0
         return self.buffer.shift + address(self.view) - address(self.buffer.array)
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether its rows lie one after another."""
-        return self.view.flags.c_contiguous
 
     @property
     def form(self) -> Any:
@@ -189,7 +176,7 @@ class Traced(NDArrayOperatorsMixin):
         """The last axis as rows and all others as columns: (n, N)"""
         if self.ndim < 3:
             raise refusal("this operation on an array of fewer than three axes")
-        order, _ = in_memory(len(self.shape))
+        order, _ = in_memory(self.ndim)
         return self.reshaped(self.view.transpose(order), (self.shape[-1], -1))
 
     def like(self, view: Array) -> Traced:
@@ -289,8 +276,9 @@ class Recorder:
 
     def put(self, result: Any, place: Array) -> None:
         """Let a result lie in an existing array."""
+        unused = id(place) not in self.known
         result, there = self.operand(result), self.hold(place)
-        if alike(result, there) and result.buffer.place.home is None:
+        if unused and alike(result, there) and result.buffer.place.home is None:
             result.buffer.place = there.buffer.place
         else:
             there[...] = result
@@ -545,7 +533,7 @@ def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
         else:
             behind = here.nbytes if here.home is None else there.offset - here.offset
             fits = y.whole and here.home is there.home and behind == end
-        if not (fits and x.contiguous and y.contiguous):
+        if not (fits and x.view.flags.c_contiguous and y.view.flags.c_contiguous):
             return []
     both = []
     for x, y in pairs:
@@ -646,10 +634,9 @@ def bound(call: Call, block: Array, views: dict[Any, Array]) -> Run:
         place = x.buffer.place
         memory = block if place.home is None else place.home
         start = place.offset + x.start
-        dtype = x.view.dtype
-        key = id(memory), start, shape, strides, dtype
+        key = id(memory), start, shape, strides, x.dtype
         if key not in views:
-            views[key] = np.ndarray(shape, dtype, memory, start, strides)
+            views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
         arguments.append(views[key])
     return BOUND[call.f](*arguments) if call.f in BOUND else (call.f, tuple(arguments))
 

@@ -531,6 +531,16 @@ def test_a_result_may_lie_in_two_places() -> None:
     np.testing.assert_array_equal([once, twice], [x * 2.0, x * 2.0])
 
 
+def test_a_result_may_lie_where_it_came_from() -> None:
+    recorder = Recorder("float64")
+    x, y = np.arange(6.0), np.zeros(6)
+    held = recorder.hold(x)
+    recorder.put(held * 2.0, x)
+    recorder.put(held + 0.0, y)
+    recorder.recording(lambda nbytes: np.empty(nbytes, np.uint8)).run(0)
+    np.testing.assert_array_equal([x, y], [np.arange(6.0) * 2.0, np.arange(6.0) * 2.0])
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 3)])
 @pytest.mark.parametrize("rows", [5, 40, 600])  # a product, or not, or not in its gradient either
 def test_the_same_rows_in_every_run_are_looked_up(rows: int, shape: tuple[int, ...]) -> None:
