@@ -51,6 +51,7 @@ EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal ro
 LOOK_UP = 32  # rows of a table up to which a look-up is a product
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 SPREAD = 2**11  # numbers up to which a constant array becomes as large as what it is added to
+NEAR = 4  # calls among which products are merged
 ALIGN = 64  # bytes of a cache line
 
 # How the list calls these operations. A method of an array is faster than NumPy's function.
@@ -150,7 +151,7 @@ class Traced(NDArrayOperatorsMixin):
 
     @property
     def whole(self) -> bool:
-        """Whether this is all of what lies in one place."""
+        """Whether this is all that lies in its place: a result is, until it lies beside others."""
         return self.view.nbytes == self.buffer.place.nbytes
 
     @property
@@ -169,7 +170,8 @@ class Traced(NDArrayOperatorsMixin):
     def rows(self) -> Ints | None:
         """The shape (.., n), if this is an array (.., 1) that was computed as n equal numbers."""
         rows = self.buffer.rows
-        return rows.shape if rows is not None and (*rows.shape[:-1], 1) == self.shape else None
+        same = rows is not None and (*rows.shape[:-1], 1) == self.shape
+        return rows.shape if same and rows.strides[:-1] == self.view.strides[:-1] else None
 
     @property
     def T(self) -> Traced:  # noqa: N802, as arrays have it
@@ -213,7 +215,8 @@ class Traced(NDArrayOperatorsMixin):
         (out,) = kwargs.pop("out", (None,))
         if ufunc is np.add and method == "at":
             return self.recorder.add_at(*inputs)
-        if method != "__call__" or kwargs or ufunc.nout > 1:
+        into = ufunc is np.matmul and out is not None  # x @= w
+        if method != "__call__" or kwargs or ufunc.nout > 1 or into:
             raise refusal(f"numpy.{ufunc.__name__} with these arguments")
         if ufunc is np.matmul:
             return self.recorder.matmul(*inputs)
@@ -279,8 +282,8 @@ class Recorder:
         self.part += 1
 
     def put(self, result: Any, place: Array) -> None:
-        """Let a result lie in an existing array."""
-        unused = id(place) not in self.known
+        """Let a result, as it is at the end of the text, lie in an existing array."""
+        unused = id(place) not in self.known  # by the text
         result, there = self.operand(result), self.hold(place)
         if unused and alike(result, there) and result.buffer.place.home is None:
             result.buffer.place = there.buffer.place
@@ -424,7 +427,7 @@ class Recorder:
         """x[keys]: a row of a table for every position, or one number for each."""
         table, index = self.table_and_index(x, keys)
         shape = *index.shape, *table.shape[1:]
-        if table.ndim == 2 and index.ndim > 1 and len(table) <= LOOK_UP:
+        if table.ndim == index.ndim == 2 and len(table) <= LOOK_UP:
             out = self.new(shape)
             self.emit("dot", table.T, self.one_hot(index, len(table)).T, out.matrix)
         else:
@@ -469,11 +472,11 @@ class Recorder:
         if not (isinstance(table, Traced) and isinstance(values, Traced)):
             raise refusal("np.add.at into an array that is not like another (np.zeros_like)")
         table, index = self.table_and_index(table, (index,))
-        if len(table) > ONE_HOT:
+        if len(table) > ONE_HOT or values.ndim != 3:
             self.emit("add_at", index, values, table)
             return
         sums = self.new(table.shape)
-        if (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
+        if self.calls and (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
             self.calls.pop()
             sums = table
         self.emit("dot", self.one_hot(index, len(table)).T, values.matrix.T, sums)
@@ -493,7 +496,7 @@ def merged(calls: list[Call]) -> list[Call]:
     for call in calls:
         terms: list[Call] = []
         both: list[Traced] = []
-        near = [c for c in kept[-4:] if c.f == "dot"] if call.f in ("dot", np.add) else []
+        near = [c for c in kept[-NEAR:] if c.f == "dot"] if call.f in ("dot", np.add) else []
         if near and call.f == "dot":
             left, right, out = call.operands
             terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
@@ -501,8 +504,9 @@ def merged(calls: list[Call]) -> list[Call]:
                 both = stacked((terms[0].inputs[0], left), (terms[0].out, out))
                 left, out = both or (left, out)
         elif len(near) > 1:
-            once = [x.buffer for x in call.inputs if alike(x, call.out) and reads[x.buffer] == 1]
-            terms = [c for buffer in once for c in near if c.out.buffer is buffer]
+            added = [x.buffer for x in call.inputs if alike(x, call.out)]  # and needed nowhere else
+            added = [x for x in added if reads[x] == 1 and x.place.home is None]
+            terms = [c for x in added for c in near if c.out.buffer is x]
             if len(terms) == 2 and can_wait(terms, kept, call):
                 (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
@@ -530,6 +534,9 @@ def can_wait(terms: list[Call], kept: list[Call], call: Call) -> bool:
 
 def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
     """Each pair of matrices as one, the first above the second; empty if one pair cannot be."""
+    (one, another) = ({x.buffer.place for x in pair} for pair in pairs)
+    if one & another:
+        return []
     for x, y in pairs:
         here, there, end = x.buffer.place, y.buffer.place, x.start + x.view.nbytes
         if here is there:
@@ -595,16 +602,16 @@ def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
         return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
     uses = call.out.buffer.place.uses
-    others = [y.buffer.place.uses for y in call.inputs]
-    return not any(since <= j < i for j in uses) and not any(other is uses for other in others)
+    return not any(since <= j < i for j in uses) and not any(
+        y.buffer.place.uses is uses for y in call.inputs
+    )
 
 
 def alike(x: Traced, y: Traced) -> bool:
     """Whether both have one shape and memory order, and each is all of its buffer."""
-    if x.shape != y.shape or not (x.whole and y.whole):
+    if x.shape != y.shape or x.dtype != y.dtype or not (x.whole and y.whole):
         return False
-    strides, others = x.view.strides, y.view.strides
-    return strides == others or all(n == 1 or i == j for n, i, j in zip(x.shape, strides, others))
+    return all(n == 1 or i == j for n, i, j in zip(x.shape, x.view.strides, y.view.strides))
 
 
 @dataclass
@@ -652,7 +659,10 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
     strides = []  # of every operand as if it had all axes of the result, 0 where it is broadcast
     for own_shape, own in forms:
         own = tuple(0 if n == 1 else stride for n, stride in zip(own_shape, own))
-        strides.append((0,) * (len(shape) - len(own)) + own)
+        more = len(shape) - len(
+            own
+        )  # axes; where it has more than the result, they are of length 1
+        strides.append((0,) * more + own[max(0, -more) :])
     sizes: list[int] = []
     steps: list[list[int]] = []
     for axis in sorted(range(len(shape)), key=lambda axis: -out[axis]):

@@ -435,7 +435,21 @@ def squares_in_place(x: Any, y: Any) -> Any:
     return z + y
 
 
+def assigns_to_fewer_axes(x: Any, y: Any) -> Any:
+    z = x * 1.0
+    z[0] = y[:1]
+    z[...] = z[None]
+    return z
+
+
+def multiplies_in_place(x: Any, y: Any) -> Any:
+    z = x * 1.0
+    z @= np.einsum("btc,btd->cd", y, y)
+    return z
+
+
 SHORT = [
+    assigns_to_fewer_axes, multiplies_in_place,
     changes_after_relu, takes_a_part_after_relu, reads_what_it_has_assigned, averages_what_is_given,
     sums_over_one_alone, reads_zeros, adds_in_place, reshapes, divides, takes_powers, multiplies,
     adds_products, averages_documents, changes_a_view_of_a_mean, reverses, multiplies_what_it_sums,
@@ -541,7 +555,7 @@ def test_a_result_may_lie_where_it_came_from() -> None:
     np.testing.assert_array_equal([x, y], [np.arange(6.0) * 2.0, np.arange(6.0) * 2.0])
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4)])
 @pytest.mark.parametrize("rows", [5, 40, 600])  # a product, or not, or not in its gradient either
 def test_the_same_rows_in_every_run_are_looked_up(rows: int, shape: tuple[int, ...]) -> None:
     index = np.random.default_rng(1).integers(0, rows, shape)
@@ -549,8 +563,7 @@ def test_the_same_rows_in_every_run_are_looked_up(rows: int, shape: tuple[int, .
     def text(table: Any) -> list[Any]:
         found = (table * 1.0)[index]
         sums = np.zeros_like(table)
-        if found.ndim > 2:
-            np.add.at(sums, index, found)
+        np.add.at(sums, index, found)
         return [found, sums]
 
     table = np.random.default_rng(2).normal(size=(rows, 4))
@@ -645,6 +658,11 @@ def leaves_rows_out(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [x @ q.T, x @ k[2:].T]
 
 
+def adds_and_returns_a_term(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first, second = (x[:1, :1] * 2.0) @ q, (x[:1, :1] * 3.0) @ k
+    return [first + second, first]
+
+
 def takes_one_weight_as_it_is(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [x @ q.T, x @ k]
 
@@ -656,6 +674,7 @@ def takes_one_weight_as_it_is(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
         (shares_parts_of_an_operand, 2),
         (takes_some_rows_of_a_weight, 1),
         (leaves_rows_out, 2),
+        (adds_and_returns_a_term, 2),
         (takes_one_weight_as_it_is, 2),
         (adds_products_of_parts, 1),
         (takes_gradients, 1),
@@ -689,11 +708,28 @@ def multiplies_by_a_product(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [(y @ np.einsum("bti,bto->io", y * 0.1, y)) * 2.0]
 
 
+def takes_a_factor_from_the_other_term(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    a, b, n = x[:1] * 2.0, x[:1] * 3.0, x.shape[-1]
+    w = np.einsum("bti,bto->io", x, x)
+    return [a @ a.T.reshape(n, n) + b @ w, a @ w + b @ b.T.reshape(n, n)]
+
+
+def adds_a_sum_turned_round(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    return [x + (x * 2.0).sum(axis=-1, keepdims=True)[..., 0].T[..., None]]
+
+
 @pytest.mark.parametrize("n", [1, 4])  # rows are columns where all axes have one length
 @pytest.mark.parametrize(
-    "text", [adds_products_the_other_way_up, multiplies_by_a_product, adds_over_a_factor]
+    "text",
+    [
+        adds_products_the_other_way_up,
+        multiplies_by_a_product,
+        adds_over_a_factor,
+        takes_a_factor_from_the_other_term,
+        adds_a_sum_turned_round,
+    ],
 )
-def test_products_are_told_apart_by_more_than_their_shapes(
+def test_arrays_are_told_apart_by_more_than_their_shapes(
     text: Callable[..., list[Any]], n: int
 ) -> None:
     rng = np.random.default_rng(1)
