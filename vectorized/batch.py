@@ -30,7 +30,7 @@ PRICE = 2**12  # positions * T whose attention takes as long as beginning one mo
 
 
 class MicroBatch(NamedTuple):
-    """Documents that are computed at once, in B rows of T positions: packed, or a row for each."""
+    """Documents that are computed at once, in B rows of T positions: packed, or one by itself."""
 
     docs: Docs
     starts: list[int]  # flat index of each document's first position, if packed; else []
@@ -38,19 +38,14 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batches(docs: Docs, config: Config) -> list[MicroBatch]:
-    """The documents in micro-batches: packed into rows, unless all are known to have one length.
+    """The documents in micro-batches: packed into rows, unless there is only one.
 
     A row takes the longest document that is left, then the longest that fits behind it, until none
     does. If all documents that are left fit into rows of half the length, a micro-batch of shorter
     rows begins: attention computes T numbers for every position.
     """
-    if len(docs) == 1 or isinstance(docs, np.ndarray):  # one length: nothing would fit behind
-        T = rounded(len(docs[0]) - 1, 2, config)
-        most = max(1, COLUMNS // T)
-        if len(docs) <= most:
-            return [MicroBatch(docs, [], (len(docs), T))]
-        parts = [docs[first : first + most] for first in range(0, len(docs), most)]
-        return [MicroBatch(part, [], (len(part), T)) for part in parts]
+    if len(docs) == 1:
+        return [MicroBatch(docs, [], (1, rounded(len(docs[0]) - 1, 2, config)))]
     left = sorted(docs, key=len)
     lengths = [len(doc) - 1 for doc in left]
     found = []

@@ -602,9 +602,8 @@ def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
         return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
     uses = call.out.buffer.place.uses
-    return not any(since <= j < i for j in uses) and not any(
-        y.buffer.place.uses is uses for y in call.inputs
-    )
+    read = any(y.buffer.place.uses is uses for y in call.inputs)  # what lies there, by this call
+    return not read and not any(since <= j < i for j in uses)
 
 
 def alike(x: Traced, y: Traced) -> bool:
