@@ -47,7 +47,8 @@ SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that runs the 
 MEMORY = {
     "vectorized/batch.py": ("micro_batches", "rounded", "ROW", "PRICE"),
     "vectorized/record.py": (
-        "placed", "fits_over", "alike", "ALIGN", "_fused", "refusal", "EQUAL_ROWS", "ONE_HOT",
+        "placed", "fits_over", "alike", "ALIGN", "_fused", "refusal", "EQUAL_ROWS", "LOOK_UP",
+        "ONE_HOT", "SPREAD", "NEAR",
     ),
     "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
 }  # fmt: skip

@@ -32,7 +32,8 @@ def in_micro_batches(columns: int, row: int, lowered: bool) -> Iterator[None]:
     """
     numbers = {"batch.COLUMNS": columns, "batch.ROW": row}
     if not lowered:
-        numbers |= {"record.EQUAL_ROWS": 0, "record.ONE_HOT": 0}
+        small = "EQUAL_ROWS", "LOOK_UP", "ONE_HOT", "SPREAD"
+        numbers |= {f"record.{name}": 0 for name in small}
         numbers |= {"replay.CHUNK": 100}  # parameters that Adam updates at a time
     with ExitStack() as stack:
         for name, number in numbers.items():

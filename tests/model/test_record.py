@@ -30,6 +30,7 @@ from vectorized.record import Number, Recorder, RecordingError
 from vectorized.replay import Replay
 
 V = 5  # tokens
+LIMITS = ["EQUAL_ROWS", "LOOK_UP", "ONE_HOT", "SPREAD"]  # up to which arrays are small
 DOCS = [[4, 0, 1, 4], [4, 2, 3], [4, 1, 1, 0, 2, 4]]
 
 
@@ -103,7 +104,7 @@ def drawn_docs(config: Config, seed: int, rows: int, longest: int, size: int = V
     size=st.integers(2, 7),
     rows=st.integers(1, 5),
     longest=st.integers(1, 9),
-    limits=st.sets(st.sampled_from(["EQUAL_ROWS", "ONE_HOT"])),
+    limits=st.sets(st.sampled_from(LIMITS)),
     seed=st.integers(0, 99),
 )
 @example(config=small(), size=5, rows=3, longest=5, limits=set(), seed=1)
@@ -112,7 +113,7 @@ def drawn_docs(config: Config, seed: int, rows: int, longest: int, size: int = V
     size=5,
     rows=3,
     longest=5,
-    limits={"EQUAL_ROWS", "ONE_HOT"},
+    limits={*LIMITS},
     seed=1,
 )
 @settings(max_examples=150, deadline=None)
