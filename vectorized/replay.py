@@ -55,7 +55,7 @@ class Replay:
         Each micro-batch but the last runs its backward pass at once, while its arrays are in the
         cache: the next micro-batch needs their memory.
         """
-        if not docs:  # there are more ranks than documents
+        if len(docs) == 0:  # there are more ranks than documents
             self.flat_grads.fill(0.0)
             return 0.0
         loss = 0.0

@@ -836,6 +836,11 @@ def test_any_order_of_operations_is_recorded_as_it_computes(
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * largest)
 
 
+def test_documents_of_one_length_may_be_an_array() -> None:
+    docs = [[4, 0, 1, 4], [4, 2, 3, 0], [4, 1, 1, 2]]
+    assert_equal(measured(load(small()), np.array(docs)), measured(load(small()), docs))
+
+
 def test_a_line_of_the_model_that_is_refused_is_named() -> None:
     def decide(x: Any, squared: bool) -> Any:
         return x if x[0, 0, 0] > 0 else -x
