@@ -494,27 +494,25 @@ def merged(calls: list[Call]) -> list[Call]:
     reads = Counter(x.buffer for call in calls for x in call.inputs)
     kept: list[Call] = []
     for call in calls:
-        terms: list[Call] = []
-        both: list[Traced] = []
-        near = [c for c in kept[-NEAR:] if c.f == "dot"] if call.f in ("dot", np.add) else []
-        if near and call.f == "dot":
+        near = [c for c in kept[-NEAR:] if c.f == "dot"]
+        operands: Any = ()  # of this call and the products of `terms`, as one product
+        if call.f == "dot":
             left, right, out = call.operands
             terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
             if terms and terms[0].inputs[1].form == right.form and can_wait(terms, kept, call):
                 both = stacked((terms[0].inputs[0], left), (terms[0].out, out))
-                left, out = both or (left, out)
-        elif len(near) > 1:
+                operands = both and (both[0], right, both[1])
+        elif call.f is np.add:
             added = [x.buffer for x in call.inputs if alike(x, call.out)]  # and needed nowhere else
             added = [x for x in added if reads[x] == 1 and x.place.home is None]
             terms = [c for x in added for c in near if c.out.buffer is x]
             if len(terms) == 2 and can_wait(terms, kept, call):
                 (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
-                if both:
-                    left, right, out = both[1].T, both[0], call.out.matrix
-        if both:
+                operands = both and (both[1].T, both[0], call.out.matrix)
+        if operands:
             kept = [c for c in kept if c not in terms]
-            call = Call("dot", (left, right, out), call.line, call.part)
+            call = Call("dot", operands, call.line, call.part)
         kept.append(call)
     return kept
 
