@@ -309,9 +309,9 @@ class Recorder:
         if operands[-1].buffer.rows is not None:
             raise refusal("writing into a sum, or into what was computed from it,")
 
-    def new(self, shape: Sequence[int], dtype: Any = None, order: Any = None) -> Traced:
+    def new(self, shape: Sequence[int], dtype: Any = None, orders: Any = None) -> Traced:
         """Memory for a result of this shape, in the order that `in_memory` says, or another."""
-        order, back = order or in_memory(len(shape))
+        order, back = orders or in_memory(len(shape))
         array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
         return Traced(self, array.transpose(back), Buffer(array, Place(array.nbytes)))
 
@@ -407,11 +407,11 @@ class Recorder:
 
     def einsum(self, letters: str, a: Any, b: Any) -> Traced:
         """One matrix product for each value of the indices that a, b and the result share."""
-        swapped, order, axes = as_product(letters)
+        swapped, orders, axes = as_product(letters)
         a, b = self.operand(a), self.operand(b)
         operands, _, to = letters.replace(",", "").partition("->")
         size = dict(zip(operands, a.shape + b.shape))
-        out = self.new([size[letter] for letter in to], order=order)
+        out = self.new([size[letter] for letter in to], orders=orders)
         matrices = []
         for x, (all_axes, every, rows) in zip((b, a, out) if swapped else (a, b, out), axes):
             view = x.view.transpose(all_axes)
@@ -449,10 +449,10 @@ class Recorder:
     def table_and_index(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
         """For x[index], x and the index; for x[.., index], the memory of x and a flat index.
 
-        A flat index is the sum of keys times strides.
+        A flat index is the sum of keys times strides. Keys count from the beginning: -1 is no key.
         """
-        *rest, last = keys
-        index = last if isinstance(last, Traced) else self.hold(last, fixed=True)
+        *rest, indices = keys
+        index = indices if isinstance(indices, Traced) else self.hold(indices, fixed=True)
         known = all(isinstance(key, (int, np.ndarray)) for key in rest)
         numbers = known and len(keys) == x.ndim and x.whole
         if index.dtype.kind != "i" or (rest and not numbers):
@@ -523,7 +523,7 @@ def can_wait(terms: list[Call], kept: list[Call], call: Call) -> bool:
     for term in terms:
         after = [*kept[kept.index(term) + 1 :], call]
         places = [x.buffer.place for x in term.operands]
-        readers = after if call.f == "dot" else after[:-1]
+        readers = after if call.f == "dot" else after[:-1]  # an addition reads them
         read = [x.buffer.place for c in readers for x in c.inputs]
         if places[-1] in read or any(c.out.buffer.place in places for c in after):
             return False
@@ -560,6 +560,7 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
     Goes from the last call to the first: a result takes a place at the last call that reads it, and
     leaves the place at the first that writes it. An operand takes the place of the result where
     that is possible, and a copy is then left out. So is a call whose result no later call reads.
+    Operands and results in one place have one list of `uses`.
     """
     for i, call in enumerate(calls):
         for x in call.operands:
