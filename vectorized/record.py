@@ -265,7 +265,7 @@ class Recorder:
         self.dtype = np.dtype(dtype)
         self.calls: list[Call] = []
         self.part = 0
-        self.known: dict[Any, Any] = {}  # the caller's memory, constants, flat indices
+        self.known: dict[Any, Any] = {}  # the caller's memory, constants, what indices become
         self.numbers: list[tuple[Array, Callable[[], float]]] = []  # where they lie in each run
 
     def hold(self, array: Array, fixed: bool = False) -> Any:
@@ -281,10 +281,10 @@ class Recorder:
         """Begin another part of the list, which is run by itself."""
         self.part += 1
 
-    def put(self, result: Any, place: Array) -> None:
+    def put(self, result: Any, array: Array) -> None:
         """Let a result, as it is at the end of the text, lie in an existing array."""
-        unused = id(place) not in self.known  # by the text
-        result, there = self.operand(result), self.hold(place)
+        unused = id(array) not in self.known  # by the text
+        result, there = self.operand(result), self.hold(array)
         if unused and alike(result, there) and result.buffer.place.home is None:
             result.buffer.place = there.buffer.place
         else:
@@ -606,7 +606,7 @@ def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
 
 
 def alike(x: Traced, y: Traced) -> bool:
-    """Whether both have one shape and memory order, and each is all of its buffer."""
+    """Whether both have one type, shape and memory order, and fill their places."""
     if x.shape != y.shape or x.dtype != y.dtype or not (x.whole and y.whole):
         return False
     return all(n == 1 or i == j for n, i, j in zip(x.shape, x.view.strides, y.view.strides))
@@ -657,9 +657,7 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
     strides = []  # of every operand as if it had all axes of the result, 0 where it is broadcast
     for own_shape, own in forms:
         own = tuple(0 if n == 1 else stride for n, stride in zip(own_shape, own))
-        more = len(shape) - len(
-            own
-        )  # axes; where it has more than the result, they are of length 1
+        more = len(shape) - len(own)  # below 0 where an operand has more axes, of length 1
         strides.append((0,) * more + own[max(0, -more) :])
     sizes: list[int] = []
     steps: list[list[int]] = []

@@ -516,6 +516,7 @@ def replayed(text: Callable[..., Any], *arrays: Array) -> list[Array]:
 
 
 def results_and_calls(text: Callable[..., Any], *arrays: Array) -> tuple[list[Array], list[str]]:
+    """The same, and the calls of the recording."""
     recorder = Recorder("float64")
     results = text(*map(recorder.hold, arrays))
     results = results if isinstance(results, list) else [results]
