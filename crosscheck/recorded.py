@@ -91,8 +91,8 @@ def _first_wrong(case: Case, wanted: Mapping[str, Array], recording: Any) -> str
         after = [one for one in behind[name] if one in wanted]
         if name in wanted and name not in seen and not any(one in seen for one in after):
             before = max((seen[one] for one in order[:at] if one in seen), default=-1)
-            some = [f"{call} ({place.file.rpartition('/')[2]}:{place.number})"
-                    for _, (call, place) in calls[before + 1 :][:LISTED]]  # fmt: skip
+            some = [f"{call} ({file.rpartition('/')[2]}:{number})"
+                    for _, (call, (file, number)) in calls[before + 1 :][:LISTED]]  # fmt: skip
             return f"recorded, {name} is the first that is not the text's: {', '.join(some)}"
     return ""
 

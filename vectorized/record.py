@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from operator import add, mul, sub, truediv
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -45,6 +45,7 @@ from microgpt.errors import MicrogptError
 from vectorized.model import Array
 
 Ints = tuple[int, ...]
+Line = tuple[str, int]  # a line of the text: its file and number
 Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
@@ -76,13 +77,6 @@ PLAIN: dict[str, Any] = {
 
 class RecordingError(MicrogptError):
     """The text does something that a list of calls cannot repeat."""
-
-
-class Line(NamedTuple):
-    """A line of the text."""
-
-    file: str
-    number: int
 
 
 @dataclass(eq=False, slots=True)
@@ -141,12 +135,13 @@ class Number(NDArrayOperatorsMixin):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "dtype", "ndim", "recorder", "shape", "view")
+    __slots__ = ("buffer", "dtype", "ndim", "offset", "recorder", "shape", "view")
 
-    def __init__(self, recorder: Recorder, view: Array, buffer: Buffer) -> None:
+    def __init__(self, recorder: Recorder, view: Array, buffer: Buffer, offset: int = 0) -> None:
         self.recorder = recorder
-        self.view = view  # of the buffer's array
+        self.view = view  # of the buffer's array,
         self.buffer = buffer
+        self.offset = offset  # so many bytes behind its beginning
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
 
     @property
@@ -157,9 +152,7 @@ class Traced(NDArrayOperatorsMixin):
     @property
     def start(self) -> int:
         """Where in its place it begins, in bytes."""
-        if self.whole:
-            return 0
-        return self.buffer.shift + address(self.view) - address(self.buffer.array)
+        return self.buffer.shift + self.offset
 
     @property
     def form(self) -> Any:
@@ -186,8 +179,8 @@ class Traced(NDArrayOperatorsMixin):
         return self.reshaped(self.view.transpose(order), (self.shape[-1], -1))
 
     def like(self, view: Array) -> Traced:
-        """Another view of the same memory."""
-        return Traced(self.recorder, view, self.buffer)
+        """Another view of the same memory, from the same number on."""
+        return Traced(self.recorder, view, self.buffer, self.offset)
 
     def reshape(self, *shape: int) -> Traced:
         return self.reshaped(self.view, shape)
@@ -247,7 +240,8 @@ class Traced(NDArrayOperatorsMixin):
         view = self.view[key]
         if not np.may_share_memory(view, self.view) or min(view.strides, default=0) < 0:
             raise refusal("an array in reverse order, or an index that is no slice")
-        return self.like(view)
+        behind = address(view) - address(self.view)
+        return Traced(self.recorder, view, self.buffer, self.offset + behind)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         keys, value = key if isinstance(key, tuple) else (key,), self.recorder.operand(value)
@@ -386,7 +380,7 @@ class Recorder:
         """The sum, mean or maximum over the last axis."""
         if axis != -1 or not keepdims:
             raise refusal(f"a {f} over this axis")
-        n, N = x.matrix.shape
+        n, N = x.shape[-1], prod(x.shape[:-1])
         if f == "max":
             out = self.new((*x.shape[:-1], 1))
             self.emit("max", x.matrix, out.matrix.reshape(-1))
@@ -460,7 +454,8 @@ class Recorder:
         if not rest:
             return x, index
         *strides, last = (stride // x.view.itemsize for stride in x.view.strides)
-        start = np.ascontiguousarray(np.broadcast_to(sum(map(mul, rest, strides)), index.shape))
+        start = np.zeros(index.shape, np.intp)
+        start += sum(map(mul, rest, strides))
         if (key := (index.form, last, start.tobytes())) not in self.known:
             self.known[key] = out = self.new(index.shape, np.intp)
             self.emit(np.multiply, index, self.hold(np.array(last)), out)
@@ -494,8 +489,10 @@ def merged(calls: list[Call]) -> list[Call]:
     reads = Counter(x.buffer for call in calls for x in call.inputs)
     kept: list[Call] = []
     for call in calls:
-        near = [c for c in kept[-NEAR:] if c.f == "dot"]
+        near: list[Call] = []  # products
         operands: Any = ()  # of this call and the products of `terms`, as one product
+        if call.f is np.add or call.f == "dot":
+            near = [c for c in kept[-NEAR:] if c.f == "dot"]
         if call.f == "dot":
             left, right, out = call.operands
             terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
@@ -511,7 +508,8 @@ def merged(calls: list[Call]) -> list[Call]:
                 both = stacked((right, right2), (left.T, left2.T))
                 operands = both and (both[1].T, both[0], call.out.matrix)
         if operands:
-            kept = [c for c in kept if c not in terms]
+            for term in terms:
+                kept.remove(term)
             call = Call("dot", operands, call.line, call.part)
         kept.append(call)
     return kept
@@ -609,7 +607,8 @@ def alike(x: Traced, y: Traced) -> bool:
     """Whether both have one type, shape and memory order, and fill their places."""
     if x.shape != y.shape or x.dtype != y.dtype or not (x.whole and y.whole):
         return False
-    return all(n == 1 or i == j for n, i, j in zip(x.shape, x.view.strides, y.view.strides))
+    steps, others = x.view.strides, y.view.strides
+    return steps == others or all(n == 1 or i == j for n, i, j in zip(x.shape, steps, others))
 
 
 @dataclass
@@ -720,8 +719,8 @@ def address(array: Array) -> int:
 
 def refusal(what: str) -> RecordingError:
     """The error for something that a list of calls cannot repeat."""
-    line = line_of_the_text()
-    return RecordingError(f"{line.file}:{line.number}: {what} cannot be recorded")
+    file, number = line_of_the_text()
+    return RecordingError(f"{file}:{number}: {what} cannot be recorded")
 
 
 def line_of_the_text() -> Line:
@@ -729,7 +728,7 @@ def line_of_the_text() -> Line:
     frame = sys._getframe(3)  # at the earliest: what asks for the line is called by a method
     while frame.f_code.co_filename in INSIDE and frame.f_back is not None:
         frame = frame.f_back
-    return Line(frame.f_code.co_filename, frame.f_lineno)
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 INSIDE = (__file__, sys.modules[NDArrayOperatorsMixin.__module__].__file__)

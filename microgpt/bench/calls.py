@@ -142,7 +142,9 @@ def listed(label: str, fresh: Callable[[], Any], docs: Docs) -> Listing:
     return Listing(label, parts, median(steps), empty_call(), recording_took)
 
 
-def _call(f: Any, arguments: Sequence[Any], name: str, line: Any, seconds: float) -> Call:
+def _call(
+    f: Any, arguments: Sequence[Any], name: str, line: tuple[str, int], seconds: float
+) -> Call:
     named = getattr(f, "keywords", {}).values()  # arguments of a partial
     operands = [getattr(f, "__self__", None), *arguments, *named]
     arrays = [x for x in operands if isinstance(x, np.ndarray)]
@@ -151,7 +153,7 @@ def _call(f: Any, arguments: Sequence[Any], name: str, line: Any, seconds: float
         first, *others = arrays
         arrays = [*others, first]
         written = others[1].nbytes if len(others) > 1 else first.nbytes  # others[0] is the index
-    return Call(name, line.file, line.number, [x.shape for x in arrays], written, seconds)
+    return Call(name, *line, [x.shape for x in arrays], written, seconds)
 
 
 @lru_cache(maxsize=1)

@@ -78,7 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.mark.usefixtures("quick")
 def test_each_call_is_timed_in_place_without_the_reading_of_the_clock(clock: Clock) -> None:
-    line = SimpleNamespace(file=__file__, number=1)
+    line = __file__, 1
 
     def recording(*parts: list[int]) -> Any:
         runs = [[(partial(clock.passes, n), (np.zeros(3),)) for n in part] for part in parts]
