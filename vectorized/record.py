@@ -506,7 +506,7 @@ def merged(calls: list[Call]) -> list[Call]:
             if len(terms) == 2 and can_wait(terms, kept, call):
                 (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
-                operands = both and (both[1].T, both[0], call.out.matrix)
+                operands = both and (both[1].T, both[0], call.out.like(terms[0].out.view))
         if operands:
             for term in terms:
                 kept.remove(term)
@@ -540,6 +540,7 @@ def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
         else:
             behind = here.nbytes if here.home is None else there.offset - here.offset
             fits = y.whole and here.home is there.home and behind == end
+        fits = fits and x.shape[1] == y.shape[1]
         if not (fits and x.view.flags.c_contiguous and y.view.flags.c_contiguous):
             return []
     both = []

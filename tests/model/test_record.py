@@ -665,6 +665,18 @@ def adds_and_returns_a_term(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [first + second, first]
 
 
+def adds_gradients_of_one_position(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    y = x[:1, :1]
+    grads = [np.einsum("bto,bti->oi", y * n, y * (n + 1.0)) for n in (1.0, 2.0)]
+    return [grads[0] + grads[1]]
+
+
+def adds_products_of_two_widths(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    one, two = (x[:1, :1, :n] * (n + 1.0) for n in (1, 2))
+    wide = np.einsum("btd,bthc->dhc", one * 2.0, two.reshape(1, 1, 2, 1))
+    return [wide + np.einsum("btdh,btc->dhc", two.reshape(1, 1, 1, 2) * 3.0, one)]
+
+
 def takes_one_weight_as_it_is(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [x @ q.T, x @ k]
 
@@ -677,6 +689,8 @@ def takes_one_weight_as_it_is(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
         (takes_some_rows_of_a_weight, 1),
         (leaves_rows_out, 2),
         (adds_and_returns_a_term, 2),
+        (adds_gradients_of_one_position, 1),
+        (adds_products_of_two_widths, 2),
         (takes_one_weight_as_it_is, 2),
         (adds_products_of_parts, 1),
         (takes_gradients, 1),
