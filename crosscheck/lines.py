@@ -43,7 +43,7 @@ def function_of(key: str, config: Config, side: str) -> str:
     if not found:
         return ""
     if side == "vectorized" and split_key(key)[0] in ("eval", "unwatched"):
-        return "what runs the recorded text: vectorized/replay.py, record.py, batch.py"
+        return "what runs the recorded text: vectorized/replay.py, record.py, lower.py, batch.py"
     if side == "scalar" and split_key(key)[0] in ("backward", "gradient", "unwatched"):
         return "the local derivatives in scalar/value.py"
     functions = _functions(found.file)

@@ -35,6 +35,7 @@ from microgpt.errors import MicrogptError
 FILES = (
     "vectorized/model.py",
     "vectorized/record.py",
+    "vectorized/lower.py",
     "vectorized/replay.py",
     "vectorized/batch.py",
     "vectorized/adam.py",
@@ -46,10 +47,8 @@ SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that runs the 
 # functions, classes and constants that decide on memory, speed or refusals, and on no number
 MEMORY = {
     "vectorized/batch.py": ("micro_batches", "rounded", "ROW", "PRICE"),
-    "vectorized/record.py": (
-        "placed", "fits_over", "alike", "ALIGN", "_fused", "refusal", "EQUAL_ROWS", "LOOK_UP",
-        "ONE_HOT", "SPREAD", "NEAR",
-    ),
+    "vectorized/record.py": ("refusal", "EQUAL_ROWS", "LOOK_UP", "ONE_HOT", "SPREAD"),
+    "vectorized/lower.py": ("placed", "fits_over", "alike", "_fused", "ALIGN", "NEAR"),
     "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
 }  # fmt: skip
 

@@ -6,19 +6,12 @@ out). A step of training puts its tokens into place and runs down the list. The 
 
 memory order   The last axis of a result lies slowest, documents and positions fastest: `in_memory`.
                A linear layer is then one product w . x of matrices.
-few axes       Element-wise calls get views with as few axes as memory allows: `_fused`.
-one object     Views of the same memory are one array object, so that NumPy need not find out how
-               they overlap when a call writes over its operand (1.08 at a batch of one).
 sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
                of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
                64), and so is a look-up in it (1.01 at 1, 0.99 at 64; 1.01 in float32).
-products       q, k and v are one product, and so are their gradients: `merged` (1.04 at 1, 1.02 at
-               64).
 constants      Positions and mask, where they are always the same, are one-hot and spread over the
                heads once (1.02 at 1).
-places         Results share memory when their lives do not overlap. A result that is only copied
-               is computed where the copy would lie (1.06 at 1): `placed`, `put`.
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
 that number of documents.
@@ -30,9 +23,7 @@ decision that depends on the numbers in an array, or an operation that is not kn
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from operator import add, mul, sub, truediv
@@ -42,31 +33,14 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from microgpt.errors import MicrogptError
+from vectorized.lower import Buffer, Call, Found, Ints, Line, Place, Recording, alike, lowered
 from vectorized.model import Array
-
-Ints = tuple[int, ...]
-Line = tuple[str, int]  # a line of the text: its file and number
-Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
 LOOK_UP = 32  # rows of a table up to which a look-up is a product
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 SPREAD = 2**11  # numbers up to which a constant array becomes as large as what it is added to
-NEAR = 4  # calls among which products are merged
-ALIGN = 64  # bytes of a cache line
 
-# How the list calls these operations. A method of an array is faster than NumPy's function.
-BOUND: dict[Any, Callable[..., Run]] = {
-    "dot": lambda a, b, out: (a.dot, (b, out)),
-    "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
-    "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
-    np.maximum: lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # by position: deprecated
-    "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
-    "put": lambda at, values, out: (out.__setitem__, (at, values)),
-    "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
-    "copy": lambda x, out: (out.__setitem__, (..., x)),
-    "fill": lambda value, out: (out.fill, (value,)),
-}
 # How these powers are computed.
 POWERS: dict[Any, list[np.ufunc]] = {2: [np.square], 0.5: [np.sqrt], -0.5: [np.sqrt, np.reciprocal]}
 # The ufuncs as Python's operations, for numbers that are no arrays.
@@ -77,40 +51,6 @@ PLAIN: dict[str, Any] = {
 
 class RecordingError(MicrogptError):
     """The text does something that a list of calls cannot repeat."""
-
-
-@dataclass(eq=False, slots=True)
-class Place:
-    """Where results lie: in an array of the caller, or else in the block of memory."""
-
-    nbytes: int
-    home: Array | None = None  # the array of the caller, if it is one
-    offset: int = 0  # bytes from the beginning of that, or of the block,
-    end: int = 0  # in the block, to the end: 0 as long as that is not known
-    uses: list[int] = field(default_factory=list)  # numbers of the calls that use it
-
-
-@dataclass(eq=False, slots=True)
-class Buffer:
-    """The memory of a result, or of an array of the caller."""
-
-    array: Array  # of a result: it has the size of the memory, and its numbers are never used
-    place: Place  # that of a result is found when the recording ends
-    shift: int = 0  # bytes from the beginning of the place
-    fixed: bool = False  # whether its numbers are the same in every run
-    rows: Any = None  # of a sum computed as n equal numbers, all of them: the view (.., n)
-
-
-class Call:
-    """One call of the list. Of its operands, the last is written."""
-
-    def __init__(self, f: Any, operands: Sequence[Traced], line: Line, part: int) -> None:
-        self.f = f  # a ufunc, or a name in BOUND
-        self.operands = operands
-        *self.inputs, self.out = operands
-        self.line = line
-        self.part = part  # of the list
-        self.elementwise = isinstance(f, np.ufunc) or f == "copy"
 
 
 class Number(NDArrayOperatorsMixin):
@@ -260,7 +200,7 @@ class Recorder:
         self.calls: list[Call] = []
         self.part = 0
         self.known: dict[Any, Any] = {}  # the caller's memory, constants, what indices become
-        self.numbers: list[tuple[Array, Callable[[], float]]] = []  # where they lie in each run
+        self.numbers: list[Found] = []
 
     def hold(self, array: Array, fixed: bool = False) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
@@ -269,7 +209,11 @@ class Recorder:
             if array.base is not None:
                 place.home, place.offset = array.base, address(array) - address(array.base)
             self.known[id(array)] = Buffer(array, place, fixed=fixed)
-        return Traced(self, array, self.known[id(array)])
+        return self.all_of(self.known[id(array)])
+
+    def all_of(self, buffer: Buffer) -> Traced:
+        """All that lies in a buffer."""
+        return Traced(self, buffer.array, buffer)
 
     def mark(self) -> None:
         """Begin another part of the list, which is run by itself."""
@@ -286,16 +230,9 @@ class Recorder:
 
     def recording(self, memory: Callable[[int], Array]) -> Recording:
         """What has been written down, in a block of memory of so many bytes."""
-        calls, nbytes = placed(merged(self.calls))
+        recording = lowered(self.calls, self.part + 1, self.numbers, memory)
         self.calls, self.known = [], {}  # no circles of references
-        parts = [[call for call in calls if call.part == part] for part in range(self.part + 1)]
-        block = memory(nbytes)
-        views: dict[Any, Array] = {}  # NumPy is faster where input and output are one object
-        return Recording(
-            [[bound(call, block, views) for call in part] for part in parts],
-            [[(getattr(c.f, "__name__", c.f), c.line) for c in part] for part in parts],
-            self.numbers,
-        )
+        return recording
 
     def emit(self, f: Any, *operands: Any) -> None:
         """Write down a call. The last operand is written."""
@@ -477,203 +414,6 @@ class Recorder:
         self.emit("dot", self.one_hot(index, len(table)).T, values.matrix.T, sums)
         if sums is not table:
             self.emit(np.add, table, sums, table)
-
-
-def merged(calls: list[Call]) -> list[Call]:
-    """Products that share an operand, or are added, as one product if their matrices can be one.
-
-    wq . x, wk . x, wv . x             -> (wq, wk, wv) . x
-    dq . x^T, dk . x^T, dv . x^T       -> (dq, dk, dv) . x^T
-    wq^T . dq + wk^T . dk + wv^T . dv  -> (wq, wk, wv)^T . (dq, dk, dv)
-    """
-    reads = Counter(x.buffer for call in calls for x in call.inputs)
-    kept: list[Call] = []
-    for call in calls:
-        near: list[Call] = []  # products
-        operands: Any = ()  # of this call and the products of `terms`, as one product
-        if call.f is np.add or call.f == "dot":
-            near = [c for c in kept[-NEAR:] if c.f == "dot"]
-        if call.f == "dot":
-            left, right, out = call.operands
-            terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
-            if terms and terms[0].inputs[1].form == right.form and can_wait(terms, kept, call):
-                both = stacked((terms[0].inputs[0], left), (terms[0].out, out))
-                operands = both and (both[0], right, both[1])
-        elif call.f is np.add:
-            added = [x.buffer for x in call.inputs if alike(x, call.out)]  # and needed nowhere else
-            added = [x for x in added if reads[x] == 1 and x.place.home is None]
-            terms = [c for x in added for c in near if c.out.buffer is x]
-            if len(terms) == 2 and can_wait(terms, kept, call):
-                (left, right), (left2, right2) = (term.inputs for term in terms)
-                both = stacked((right, right2), (left.T, left2.T))
-                operands = both and (both[1].T, both[0], call.out.like(terms[0].out.view))
-        if operands:
-            for term in terms:
-                kept.remove(term)
-            call = Call("dot", operands, call.line, call.part)
-        kept.append(call)
-    return kept
-
-
-def can_wait(terms: list[Call], kept: list[Call], call: Call) -> bool:
-    """Whether products can be made later, together with a call: nothing in between reads or changes
-    what belongs to them, and the call reads their results only to add them."""
-    for term in terms:
-        after = [*kept[kept.index(term) + 1 :], call]
-        places = [x.buffer.place for x in term.operands]
-        readers = after if call.f == "dot" else after[:-1]  # an addition reads them
-        read = [x.buffer.place for c in readers for x in c.inputs]
-        if places[-1] in read or any(c.out.buffer.place in places for c in after):
-            return False
-    return all(term.part == call.part for term in terms)
-
-
-def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
-    """Each pair of matrices as one, the first above the second; empty if one pair cannot be."""
-    (one, another) = ({x.buffer.place for x in pair} for pair in pairs)
-    if one & another:
-        return []
-    for x, y in pairs:
-        here, there, end = x.buffer.place, y.buffer.place, x.start + x.view.nbytes
-        if here is there:
-            fits = y.start == end
-        else:
-            behind = here.nbytes if here.home is None else there.offset - here.offset
-            fits = y.whole and here.home is there.home and behind == end
-        fits = fits and x.shape[1] == y.shape[1]
-        if not (fits and x.view.flags.c_contiguous and y.view.flags.c_contiguous):
-            return []
-    both = []
-    for x, y in pairs:
-        place, start, end = x.buffer.place, x.start, x.start + x.view.nbytes
-        if y.buffer.place is not place:
-            y.buffer.place, y.buffer.shift, place.nbytes = place, end, end + y.view.nbytes
-        array = np.empty((len(x) + len(y), x.shape[1]), x.dtype)
-        both.append(Traced(x.recorder, array, Buffer(array, place, start)))
-    return both
-
-
-def placed(calls: list[Call]) -> tuple[list[Call], int]:
-    """The calls that remain, their results each at its place in one block, and the block's bytes.
-
-    Goes from the last call to the first: a result takes a place at the last call that reads it, and
-    leaves the place at the first that writes it. An operand takes the place of the result where
-    that is possible, and a copy is then left out. So is a call whose result no later call reads.
-    Operands and results in one place have one list of `uses`.
-    """
-    for i, call in enumerate(calls):
-        for x in call.operands:
-            x.buffer.place.uses.append(i)
-    kept: list[Call] = []
-    taken: list[Place] = []  # those in use, in the order of the block
-    nbytes = 0
-    for i, call in reversed(list(enumerate(calls))):
-        out, in_place = call.out.buffer.place, False
-        if out.home is None and not out.end:
-            continue
-        for x in reversed(call.inputs):
-            own = x.buffer.place
-            if own.home is not None or own.end:
-                continue
-            if in_place := fits_over(x, i, calls):
-                own.home, own.offset, own.end = out.home, out.offset, out.end
-                out.uses += own.uses
-                own.uses = out.uses
-            else:
-                start, at, size = 0, 0, own.nbytes
-                while at < len(taken) and start + size > taken[at].offset:
-                    start, at = taken[at].end, at + 1
-                own.offset, own.end = start, start + size + -size % ALIGN
-                taken.insert(at, own)
-                nbytes = max(nbytes, own.end)
-        if call.f != "copy" or not in_place:
-            kept.append(call)
-        if out.home is None and min(out.uses) == i:
-            taken = [place for place in taken if place.offset != out.offset]
-    return kept[::-1], nbytes
-
-
-def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
-    """Whether operand x of call i can lie where the result of call i will lie."""
-    call, first = calls[i], x.buffer.place.uses[0]
-    if not call.elementwise or not alike(x, call.out):
-        return False
-    since = first + calls[first].elementwise  # an element-wise call may write over its operands
-    uses = call.out.buffer.place.uses
-    read = any(y.buffer.place.uses is uses for y in call.inputs)  # what lies there, by this call
-    return not read and not any(since <= j < i for j in uses)
-
-
-def alike(x: Traced, y: Traced) -> bool:
-    """Whether both have one type, shape and memory order, and fill their places."""
-    if x.shape != y.shape or x.dtype != y.dtype or not (x.whole and y.whole):
-        return False
-    steps, others = x.view.strides, y.view.strides
-    return steps == others or all(n == 1 or i == j for n, i, j in zip(x.shape, steps, others))
-
-
-@dataclass
-class Recording:
-    """A list of calls in parts, which can be run over and over."""
-
-    runs: list[list[Run]]  # a list for each part
-    lines: list[list[tuple[str, Line]]]  # what each of them calls, and for which line of the text
-    numbers: list[tuple[Array, Callable[[], float]]]  # that are found anew for every run
-
-    @property
-    def size(self) -> int:
-        """Its calls."""
-        return sum(map(len, self.runs))
-
-    def run(self, part: int) -> None:
-        """Run a part of the list."""
-        for number, find in self.numbers:
-            number[()] = find()
-        for f, arguments in self.runs[part]:
-            f(*arguments)
-
-
-def bound(call: Call, block: Array, views: dict[Any, Array]) -> Run:
-    """The function and its arguments, in memory that exists."""
-    forms = [(x.shape, x.view.strides) for x in call.operands]
-    if call.elementwise:
-        forms = _fused(tuple(forms))
-    arguments = []
-    for x, (shape, strides) in zip(call.operands, forms):
-        place = x.buffer.place
-        memory = block if place.home is None else place.home
-        start = place.offset + x.start
-        key = id(memory), start, shape, strides, x.dtype
-        if key not in views:
-            views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
-        arguments.append(views[key])
-    return BOUND[call.f](*arguments) if call.f in BOUND else (call.f, tuple(arguments))
-
-
-@lru_cache(maxsize=4096)
-def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
-    """Shapes and strides of the same elements with as few axes as possible, the slowest first."""
-    shape, out = forms[-1]
-    strides = []  # of every operand as if it had all axes of the result, 0 where it is broadcast
-    for own_shape, own in forms:
-        own = tuple(0 if n == 1 else stride for n, stride in zip(own_shape, own))
-        more = len(shape) - len(own)  # below 0 where an operand has more axes, of length 1
-        strides.append((0,) * more + own[max(0, -more) :])
-    sizes: list[int] = []
-    steps: list[list[int]] = []
-    for axis in sorted(range(len(shape)), key=lambda axis: -out[axis]):
-        step = [own[axis] for own in strides]
-        if steps and all(slow == fast * shape[axis] for slow, fast in zip(steps[-1], step)):
-            sizes[-1] *= shape[axis]
-            steps[-1] = step
-        elif shape[axis] > 1:
-            sizes.append(shape[axis])
-            steps.append(step)
-    fused = list(zip(*steps)) or [()] * len(forms)
-    return [
-        (tuple(sizes), own) if prod(own_shape) > 1 else ((), ())
-        for (own_shape, _), own in zip(forms, fused)
-    ]
 
 
 @lru_cache

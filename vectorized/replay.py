@@ -17,8 +17,9 @@ from microgpt.layout import Tree, grow, pick
 from vectorized.adam import adam
 from vectorized.batch import MicroBatch, empty_batch, fill, fill_packed, micro_batches, rounded
 from vectorized.flat import Shapes, named_views
+from vectorized.lower import ALIGN, Recording
 from vectorized.model import Array, Batch, loss_backward, loss_forward
-from vectorized.record import ALIGN, Number, Recorder, Recording, address
+from vectorized.record import Number, Recorder, address
 
 CALLS = 10_000  # of all recordings that are kept, some 14 MB
 CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments stay in the cache

@@ -224,7 +224,7 @@ def test_what_is_said_to_change_memory_alone_is_in_its_file(file: str) -> None:
 
 
 def test_rates_are_given_raw_and_without_lines_that_change_memory() -> None:
-    file = "vectorized/record.py"
+    file = "vectorized/lower.py"
     source = (ROOT / file).read_text(encoding="utf-8")
     line = 1 + source[: source.index("def placed(")].count("\n")
     memory = Mutant(file, line + 1, "", "", "", source)

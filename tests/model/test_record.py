@@ -128,8 +128,8 @@ def test_a_recording_computes_what_the_text_does(
     other = replace(config, dtype="float32" if config.dtype == "float64" else "float64")
     in_other = measured(load(other, watch=True, size=size), docs)
     assume(apart(in_other, expected) < 5e-5)  # else rounding alone makes a difference
-    none: dict[str, Any] = dict.fromkeys(limits, 0)
-    with patch.multiple(vectorized.record, ALIGN=64, **none):
+    now = {name: 0 if name in limits else getattr(vectorized.record, name) for name in LIMITS}
+    with patch.multiple(vectorized.record, **now):
         found = measured(load(config, size=size), docs)
     assert_close(found, expected, 1e-12 if config.dtype == "float64" else 2e-4)
 
