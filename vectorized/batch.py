@@ -77,7 +77,7 @@ def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
     """The arrays of a batch, for `fill`, or for `fill_packed`."""
     both = np.zeros((B, T + 1), int)
     tokens, targets = both[:, :-1], both[:, 1:]
-    positions = np.tile(np.arange(T), (B, 1))
+    positions = np.zeros((B, T), int) + np.arange(T)
     mask = causal_mask(T, dtype)
     if packed:  # (B, 1, T, U), in the memory order of attn_logits when recorded: (U, 1, B, T)
         tokens, targets = np.zeros((2, B, T), int)

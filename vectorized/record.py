@@ -75,13 +75,14 @@ class Number(NDArrayOperatorsMixin):
 class Traced(NDArrayOperatorsMixin):
     """An array of the text while it is recorded."""
 
-    __slots__ = ("buffer", "dtype", "ndim", "offset", "recorder", "shape", "view")
+    __slots__ = ("buffer", "dtype", "ndim", "offset", "recorder", "rows", "shape", "view")
 
     def __init__(self, recorder: Recorder, view: Array, buffer: Buffer, offset: int = 0) -> None:
         self.recorder = recorder
         self.view = view  # of the buffer's array,
         self.buffer = buffer
         self.offset = offset  # so many bytes behind its beginning
+        self.rows: Ints | None = None  # (.., n), if it is (.., 1) of n equal numbers: `as_one`
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
 
     @property
@@ -98,13 +99,6 @@ class Traced(NDArrayOperatorsMixin):
     def form(self) -> Any:
         """The same for two views of the same numbers."""
         return self.buffer.place, self.start, self.shape, self.view.strides
-
-    @property
-    def rows(self) -> Ints | None:
-        """The shape (.., n), if this is an array (.., 1) that was computed as n equal numbers."""
-        rows = self.buffer.rows
-        same = rows is not None and (*rows.shape[:-1], 1) == self.shape
-        return rows.shape if same and rows.strides[:-1] == self.view.strides[:-1] else None
 
     @property
     def T(self) -> Traced:  # noqa: N802, as arrays have it
@@ -153,7 +147,7 @@ class Traced(NDArrayOperatorsMixin):
             raise refusal(f"numpy.{ufunc.__name__} with these arguments")
         if ufunc is np.matmul:
             return self.recorder.matmul(*inputs)
-        return self.recorder.elementwise(ufunc, inputs, out)
+        return self.recorder.elementwise(ufunc, *inputs, out=out)
 
     def __array_function__(self, f: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if f is np.einsum and len(args) == 3 and not kwargs:
@@ -265,30 +259,26 @@ class Recorder:
 
     # --- element by element
 
-    def elementwise(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None) -> Traced:
-        """A ufunc, or others that compute the same in less time."""
+    def elementwise(self, ufunc: Any, *inputs: Any, out: Traced | None = None) -> Traced:
+        """One call of a ufunc, or of others that compute the same in less time.
+
+        It computes n equal rows if all operands are such rows, and reads the rows of an operand if
+        the result has as many.
+        """
         x, y = inputs[0], inputs[-1]
         if ufunc is np.divide and isinstance(y, (int, float, Number)):
             ufunc, inputs = np.multiply, (x, 1 / y)
         elif ufunc is np.power and isinstance(y, (int, float)) and y in POWERS:
             *first, ufunc = POWERS[y]
             for root in first:
-                x = self.apply(root, (x,))
+                x = self.elementwise(root, x)
             inputs = (x,)
-        return self.apply(ufunc, inputs, out)
-
-    def apply(self, ufunc: Any, inputs: Sequence[Any], out: Traced | None = None) -> Traced:
-        """One call of a ufunc.
-
-        It computes n equal rows if all operands are such rows, and reads the rows of an operand if
-        the result has as many.
-        """
         operands = [self.operand(x) for x in inputs]
         every = {x.rows for x in operands if x.shape}
         as_rows = out is None and len(every) == 1 and None not in every
         shape: Any = every.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
         for i, x in enumerate(operands):
-            if x.buffer.rows is not None and x.rows == shape:
+            if x.rows == shape:
                 operands[i] = x.like(x.buffer.rows)
             elif x.buffer.fixed:
                 operands[i] = self.spread(x, shape)
@@ -308,8 +298,9 @@ class Recorder:
 
     def as_one(self, rows: Traced) -> Traced:
         """The array (.., 1) of numbers that have been computed n times."""
-        rows.buffer.rows = rows.view
-        return rows.like(rows.view[..., :1])
+        one = rows.like(rows.view[..., :1])
+        one.rows, rows.buffer.rows = rows.shape, rows.view
+        return one
 
     # --- sums, maxima, products
 
