@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +32,7 @@ Line = tuple[str, int]  # a line of the text: its file and number
 Found = tuple[Array, Callable[[], float]]  # a number, where it lies, found anew for every run
 Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
-NEAR = 4  # calls among which products are merged
+NEAR = 4  # calls back, in which a product is looked for that can be merged
 ALIGN = 64  # bytes of a cache line
 
 # How the list calls these operations. A method of an array is faster than NumPy's function.
@@ -41,7 +40,10 @@ BOUND: dict[Any, Callable[..., Run]] = {
     "dot": lambda a, b, out: (a.dot, (b, out)),
     "matmul": lambda a, b, out: (np.matmul, (a, b, out)),
     "max": lambda x, out: (np.maximum.reduce, (x, 0, None, out)),
-    np.maximum: lambda x, y, out: (partial(np.maximum, out=out), (x, y)),  # by position: deprecated
+    np.maximum: lambda x, y, out: (
+        partial(np.maximum, out=out),
+        (x, y),
+    ),  # by position: deprecated
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
     "put": lambda at, values, out: (out.__setitem__, (at, values)),
     "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
@@ -52,12 +54,12 @@ BOUND: dict[Any, Callable[..., Run]] = {
 
 @dataclass(eq=False, slots=True)
 class Place:
-    """Where results lie: in an array of the caller, or else in the block of memory."""
+    """Where results lie: in an array that exists, or else in the block of memory."""
 
     nbytes: int
-    home: Array | None = None  # the array of the caller, if it is one
-    offset: int = 0  # bytes from the beginning of that, or of the block,
-    end: int = 0  # in the block, to the end: 0 as long as that is not known
+    home: Array | None = None  # the array that exists, if it is one
+    offset: int = 0  # bytes from the beginning of that, or of the block
+    end: int = 0  # in the block, where the next may begin: 0 as long as that is not known
     uses: list[int] = field(default_factory=list)  # numbers of the calls that use it
 
 
@@ -65,15 +67,15 @@ class Place:
 class Buffer:
     """The memory of a result, or of an array of the caller."""
 
-    array: Array  # of a result: it has the size of the memory, and its numbers are never used
+    array: Array  # of a result, any of its form: its numbers are not used, nor its memory
     place: Place  # that of a result is found when the recording ends
     shift: int = 0  # bytes from the beginning of the place
-    fixed: bool = False  # whether its numbers are the same in every run
-    rows: Any = None  # of a sum computed as n equal numbers, all of them: the view (.., n)
+    fixed: bool = False  # whether it is an array of constants, which the text itself has
+    rows: Any = None  # if each number was computed n times: the view (.., n) of all of them
 
 
 class Call:
-    """One call of the list. Of its operands, the last is written."""
+    """One call of the list. Its last operand is its result."""
 
     def __init__(self, f: Any, operands: Sequence[Traced], line: Line, part: int) -> None:
         self.f = f  # a ufunc, or a name in BOUND
@@ -100,7 +102,9 @@ def lowered(
 
 
 def merged(calls: list[Call]) -> list[Call]:
-    """Products that share an operand, or are added, as one product if their matrices can be one.
+    """Products that share an operand, or are added, as one product.
+
+    Their matrices must lie one behind the other, or be results, which can be laid there.
 
     wq . x, wk . x, wv . x             -> (wq, wk, wv) . x
     dq . x^T, dk . x^T, dv . x^T       -> (dq, dk, dv) . x^T
@@ -109,10 +113,8 @@ def merged(calls: list[Call]) -> list[Call]:
     reads = Counter(x.buffer for call in calls for x in call.inputs)
     kept: list[Call] = []
     for call in calls:
-        near: list[Call] = []  # products
+        near = [c for c in kept[-NEAR:] if c.f == "dot" and c.part == call.part]
         operands: Any = ()  # of this call and the products of `terms`, as one product
-        if call.f is np.add or call.f == "dot":
-            near = [c for c in kept[-NEAR:] if c.f == "dot"]
         if call.f == "dot":
             left, right, out = call.operands
             terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
@@ -120,10 +122,9 @@ def merged(calls: list[Call]) -> list[Call]:
                 both = stacked((terms[0].inputs[0], left), (terms[0].out, out))
                 operands = both and (both[0], right, both[1])
         elif call.f is np.add:
-            added = [x.buffer for x in call.inputs if alike(x, call.out)]  # and needed nowhere else
-            added = [x for x in added if reads[x] == 1 and x.place.home is None]
-            terms = [c for x in added for c in near if c.out.buffer is x]
-            if len(terms) == 2 and can_wait(terms, kept, call):
+            once = [x.buffer for x in call.inputs if reads[x.buffer] == 1 and alike(x, call.out)]
+            terms = [c for x in once for c in near if c.out.buffer is x and x.place.home is None]
+            if len(terms) == 2 and terms[1] in calls and can_wait(terms, kept, call):
                 (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
                 operands = both and (both[1].T, both[0], call.out.like(terms[0].out.view))
@@ -136,8 +137,8 @@ def merged(calls: list[Call]) -> list[Call]:
 
 
 def can_wait(terms: list[Call], kept: list[Call], call: Call) -> bool:
-    """Whether products can be made later, together with a call: nothing in between reads or changes
-    what belongs to them, and the call reads their results only to add them."""
+    """Whether products can be made later, together with a call: nothing in between reads their
+    results or changes their operands, and the call reads the results only to add them."""
     for term in terms:
         after = [*kept[kept.index(term) + 1 :], call]
         places = [x.buffer.place for x in term.operands]
@@ -145,13 +146,16 @@ def can_wait(terms: list[Call], kept: list[Call], call: Call) -> bool:
         read = [x.buffer.place for c in readers for x in c.inputs]
         if places[-1] in read or any(c.out.buffer.place in places for c in after):
             return False
-    return all(term.part == call.part for term in terms)
+    return True
 
 
 def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
-    """Each pair of matrices as one, the first above the second; empty if one pair cannot be."""
-    (one, another) = ({x.buffer.place for x in pair} for pair in pairs)
-    if one & another:
+    """Each pair of matrices as one, the first above the second; empty if one pair cannot be.
+
+    The second is moved into the place of the first.
+    """
+    places, others = ({x.buffer.place for x in pair} for pair in pairs)
+    if places & others:
         return []
     for x, y in pairs:
         here, there, end = x.buffer.place, y.buffer.place, x.start + x.view.nbytes
@@ -169,7 +173,7 @@ def stacked(*pairs: tuple[Traced, Traced]) -> list[Traced]:
         if y.buffer.place is not place:
             y.buffer.place, y.buffer.shift, place.nbytes = place, end, end + y.view.nbytes
         array = np.empty((len(x) + len(y), x.shape[1]), x.dtype)
-        both.append(x.recorder.all_of(Buffer(array, place, start)))
+        both.append(type(x)(x.recorder, array, Buffer(array, place, start)))
     return both
 
 
@@ -179,7 +183,6 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
     Goes from the last call to the first: a result takes a place at the last call that reads it, and
     leaves the place at the first that writes it. An operand takes the place of the result where
     that is possible, and a copy is then left out. So is a call whose result no later call reads.
-    Operands and results in one place have one list of `uses`.
     """
     for i, call in enumerate(calls):
         for x in call.operands:
@@ -196,9 +199,8 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
             if own.home is not None or own.end:
                 continue
             if in_place := fits_over(x, i, calls):
-                own.home, own.offset, own.end = out.home, out.offset, out.end
+                x.buffer.place = out
                 out.uses += own.uses
-                own.uses = out.uses
             else:
                 start, at, size = 0, 0, own.nbytes
                 while at < len(taken) and start + size > taken[at].offset:
@@ -209,19 +211,19 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
         if call.f != "copy" or not in_place:
             kept.append(call)
         if out.home is None and min(out.uses) == i:
-            taken = [place for place in taken if place.offset != out.offset]
+            taken.remove(out)
     return kept[::-1], nbytes
 
 
 def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
     """Whether operand x of call i can lie where the result of call i will lie."""
     call, first = calls[i], x.buffer.place.uses[0]
-    if not call.elementwise or not alike(x, call.out):
+    early = call.out.buffer.place.home is not None and calls[first].part != call.part
+    if early or not (call.elementwise and alike(x, call.out)):
         return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
-    uses = call.out.buffer.place.uses
-    read = any(y.buffer.place.uses is uses for y in call.inputs)  # what lies there, by this call
-    return not read and not any(since <= j < i for j in uses)
+    uses = call.out.buffer.place.uses  # i once: this call does not read what lies there
+    return [j for j in uses if since <= j <= i] == [i]
 
 
 def alike(x: Traced, y: Traced) -> bool:
@@ -242,7 +244,7 @@ class Recording:
 
     @property
     def size(self) -> int:
-        """Its calls."""
+        """How many calls it has."""
         return sum(map(len, self.runs))
 
     def run(self, part: int) -> None:
@@ -277,8 +279,7 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
     strides = []  # of every operand as if it had all axes of the result, 0 where it is broadcast
     for own_shape, own in forms:
         own = tuple(0 if n == 1 else stride for n, stride in zip(own_shape, own))
-        more = len(shape) - len(own)  # below 0 where an operand has more axes, of length 1
-        strides.append((0,) * more + own[max(0, -more) :])
+        strides.append(((0,) * len(shape) + own)[len(own) :])  # axes of length 1 left out or added
     sizes: list[int] = []
     steps: list[list[int]] = []
     for axis in sorted(range(len(shape)), key=lambda axis: -out[axis]):
@@ -289,8 +290,4 @@ def _fused(forms: tuple[tuple[Ints, Ints], ...]) -> list[tuple[Ints, Ints]]:
         elif shape[axis] > 1:
             sizes.append(shape[axis])
             steps.append(step)
-    fused = list(zip(*steps)) or [()] * len(forms)
-    return [
-        (tuple(sizes), own) if prod(own_shape) > 1 else ((), ())
-        for (own_shape, _), own in zip(forms, fused)
-    ]
+    return [(tuple(sizes), own) for own in zip(*steps)] or [((), ())] * len(forms)

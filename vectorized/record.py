@@ -1,4 +1,4 @@
-"""The recorder: runs the text once, and from then on only the NumPy calls that the text made.
+"""The recorder: runs the text once, and from then on only NumPy calls that compute the same.
 
 A function of the text is called with arrays that have a shape and no numbers. NumPy hands every
 operation on them to the recorder, which writes down a list of calls (function, arrays in, array
@@ -10,8 +10,8 @@ sums           A sum over the last axis is a product with ones. A small sum take
                of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
                64), and so is a look-up in it (1.01 at 1, 0.99 at 64; 1.01 in float32).
-constants      Positions and mask, where they are always the same, are one-hot and spread over the
-               heads once (1.02 at 1).
+constants      Where they are the same in every run, positions are made one-hot once, and the mask
+               is repeated for all heads once (1.02 at 1).
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
 that number of documents.
@@ -23,7 +23,7 @@ decision that depends on the numbers in an array, or an operation that is not kn
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
 from operator import add, mul, sub, truediv
@@ -41,9 +41,9 @@ LOOK_UP = 32  # rows of a table up to which a look-up is a product
 ONE_HOT = 512  # rows of a table up to which its gradient is a product
 SPREAD = 2**11  # numbers up to which a constant array becomes as large as what it is added to
 
-# How these powers are computed.
-POWERS: dict[Any, list[np.ufunc]] = {2: [np.square], 0.5: [np.sqrt], -0.5: [np.sqrt, np.reciprocal]}
-# The ufuncs as Python's operations, for numbers that are no arrays.
+# How these powers are computed: -0.5 from the root.
+POWERS: dict[Any, np.ufunc] = {2: np.square, 0.5: np.sqrt, -0.5: np.reciprocal}
+# What these ufuncs are for Python's numbers.
 PLAIN: dict[str, Any] = {
     "add": add, "subtract": sub, "multiply": mul, "divide": truediv, "power": pow
 }  # fmt: skip
@@ -62,7 +62,7 @@ class Number(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Traced) for x in inputs):
             return NotImplemented
-        f = PLAIN[ufunc.__name__] if ufunc.__name__ in PLAIN else self._decision()
+        f = PLAIN.get(ufunc.__name__) or self._decision()
         x, y = (x.find if isinstance(x, Number) else partial(float, x) for x in inputs)
         return Number(lambda: f(x(), y()))
 
@@ -79,15 +79,15 @@ class Traced(NDArrayOperatorsMixin):
 
     def __init__(self, recorder: Recorder, view: Array, buffer: Buffer, offset: int = 0) -> None:
         self.recorder = recorder
-        self.view = view  # of the buffer's array,
+        self.view = view  # of the buffer's array
         self.buffer = buffer
-        self.offset = offset  # so many bytes behind its beginning
-        self.rows: Ints | None = None  # (.., n), if it is (.., 1) of n equal numbers: `as_one`
+        self.offset = offset  # bytes from the beginning of the buffer
+        self.rows: Ints | None = None  # (.., n), if it is (.., 1) and computed n times: `as_one`
         self.shape, self.ndim, self.dtype = view.shape, view.ndim, view.dtype
 
     @property
     def whole(self) -> bool:
-        """Whether this is all that lies in its place: a result is, until it lies beside others."""
+        """Whether it fills its place. A result does, until another is laid behind it."""
         return self.view.nbytes == self.buffer.place.nbytes
 
     @property
@@ -97,7 +97,7 @@ class Traced(NDArrayOperatorsMixin):
 
     @property
     def form(self) -> Any:
-        """The same for two views of the same numbers."""
+        """What two views of the same numbers have in common."""
         return self.buffer.place, self.start, self.shape, self.view.strides
 
     @property
@@ -109,11 +109,10 @@ class Traced(NDArrayOperatorsMixin):
         """The last axis as rows and all others as columns: (n, N)"""
         if self.ndim < 3:
             raise refusal("this operation on an array of fewer than three axes")
-        order, _ = in_memory(self.ndim)
-        return self.reshaped(self.view.transpose(order), (self.shape[-1], -1))
+        return self.reshaped(self.view.transpose(in_memory(self.ndim)[0]), (self.shape[-1], -1))
 
     def like(self, view: Array) -> Traced:
-        """Another view of the same memory, from the same number on."""
+        """Another view of the same memory, with the same first number."""
         return Traced(self.recorder, view, self.buffer, self.offset)
 
     def reshape(self, *shape: int) -> Traced:
@@ -123,34 +122,25 @@ class Traced(NDArrayOperatorsMixin):
         """A view of this memory in another shape."""
         found = view.reshape(shape)
         if found.base is not (view if view.base is None else view.base):
-            raise refusal("this operation on an array that lies in this order")  # it is a copy
+            raise refusal("an operation that would copy this array")
         return self.like(found)
-
-    def sum(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        return self.recorder.reduced(self, "sum", axis, keepdims)
-
-    def mean(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        return self.recorder.reduced(self, "mean", axis, keepdims)
-
-    def max(self, axis: int | None = None, keepdims: bool = False) -> Traced:
-        return self.recorder.reduced(self, "max", axis, keepdims)
 
     def __len__(self) -> int:
         return len(self.view)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        (out,) = kwargs.pop("out", (None,))
         if ufunc is np.add and method == "at":
             return self.recorder.add_at(*inputs)
-        into = ufunc is np.matmul and out is not None  # x @= w
-        if method != "__call__" or kwargs or ufunc.nout > 1 or into:
-            raise refusal(f"numpy.{ufunc.__name__} with these arguments")
-        if ufunc is np.matmul:
+        if ufunc is np.matmul and not kwargs:  # not x @= w
             return self.recorder.matmul(*inputs)
+        (out,) = kwargs.pop("out", (None,))
+        one = method == "__call__" and ufunc.nout == 1 and not ufunc.signature and not kwargs
+        if not one or not (out is None or isinstance(out, Traced)):
+            raise refusal(f"numpy.{ufunc.__name__} with these arguments")
         return self.recorder.elementwise(ufunc, *inputs, out=out)
 
     def __array_function__(self, f: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if f is np.einsum and len(args) == 3 and not kwargs:
+        if f is np.einsum and len(args) == 3 and "->" in args[0] and not kwargs:
             return self.recorder.einsum(*args)
         if f is np.zeros_like and not kwargs:
             zeros = self.recorder.new(args[0].shape)
@@ -159,6 +149,8 @@ class Traced(NDArrayOperatorsMixin):
         raise refusal(f"numpy.{f.__name__} with these arguments")
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("sum", "mean", "max"):
+            return partial(self.recorder.reduced, self, name)
         raise refusal(f".{name} of an array")
 
     def _no_numbers(self, *_: Any) -> Any:
@@ -199,22 +191,17 @@ class Recorder:
     def hold(self, array: Array, fixed: bool = False) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
         if id(array) not in self.known:
-            place = Place(array.nbytes, array)
-            if array.base is not None:
-                place.home, place.offset = array.base, address(array) - address(array.base)
-            self.known[id(array)] = Buffer(array, place, fixed=fixed)
-        return self.all_of(self.known[id(array)])
-
-    def all_of(self, buffer: Buffer) -> Traced:
-        """All that lies in a buffer."""
-        return Traced(self, buffer.array, buffer)
+            home = array if array.base is None else array.base
+            place = Place(array.nbytes, home, address(array) - address(home))
+            self.known[id(array)] = Traced(self, array, Buffer(array, place, fixed=fixed))
+        return self.known[id(array)]
 
     def mark(self) -> None:
         """Begin another part of the list, which is run by itself."""
         self.part += 1
 
     def put(self, result: Any, array: Array) -> None:
-        """Let a result, as it is at the end of the text, lie in an existing array."""
+        """Let a result, which the text no longer changes, lie in an existing array."""
         unused = id(array) not in self.known  # by the text
         result, there = self.operand(result), self.hold(array)
         if unused and alike(result, there) and result.buffer.place.home is None:
@@ -224,20 +211,21 @@ class Recorder:
 
     def recording(self, memory: Callable[[int], Array]) -> Recording:
         """What has been written down, in a block of memory of so many bytes."""
-        recording = lowered(self.calls, self.part + 1, self.numbers, memory)
-        self.calls, self.known = [], {}  # no circles of references
-        return recording
+        calls, self.calls, self.known = self.calls, [], {}  # no circles of references
+        return lowered(calls, self.part + 1, self.numbers, memory)
 
     def emit(self, f: Any, *operands: Any) -> None:
-        """Write down a call. The last operand is written."""
+        """Write down a call. Its last operand is its result."""
         self.calls.append(Call(f, operands, line_of_the_text(), self.part))
         if operands[-1].buffer.rows is not None:
             raise refusal("writing into a sum, or into what was computed from it,")
 
-    def new(self, shape: Sequence[int], dtype: Any = None, orders: Any = None) -> Traced:
+    def new(self, shape: Ints, dtype: Any = None, orders: Any = None) -> Traced:
         """Memory for a result of this shape, in the order that `in_memory` says, or another."""
         order, back = orders or in_memory(len(shape))
-        array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
+        if (key := (shape, dtype, order)) not in self.known:
+            self.known[key] = np.empty([shape[axis] for axis in order], dtype or self.dtype)
+        array = self.known[key]
         return Traced(self, array.transpose(back), Buffer(array, Place(array.nbytes)))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
@@ -263,37 +251,33 @@ class Recorder:
         """One call of a ufunc, or of others that compute the same in less time.
 
         It computes n equal rows if all operands are such rows, and reads the rows of an operand if
-        the result has as many.
+        the result has their shape.
         """
         x, y = inputs[0], inputs[-1]
         if ufunc is np.divide and isinstance(y, (int, float, Number)):
             ufunc, inputs = np.multiply, (x, 1 / y)
         elif ufunc is np.power and isinstance(y, (int, float)) and y in POWERS:
-            *first, ufunc = POWERS[y]
-            for root in first:
-                x = self.elementwise(root, x)
-            inputs = (x,)
+            ufunc, inputs = POWERS[y], (x**0.5 if y < 0 else x,)
         operands = [self.operand(x) for x in inputs]
-        every = {x.rows for x in operands if x.shape}
-        as_rows = out is None and len(every) == 1 and None not in every
-        shape: Any = every.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
+        rows = {x.rows for x in operands if x.shape}
+        as_rows = out is None and len(rows) == 1 and None not in rows
+        shape: Any = rows.pop() if as_rows else np.broadcast(*(x.view for x in operands)).shape
         for i, x in enumerate(operands):
             if x.rows == shape:
                 operands[i] = x.like(x.buffer.rows)
-            elif x.buffer.fixed:
+            elif x.buffer.fixed and prod(shape) <= SPREAD:
                 operands[i] = self.spread(x, shape)
         result = self.new(shape) if out is None else out
         self.emit(ufunc, *operands, result)
         return self.as_one(result) if as_rows else result
 
     def spread(self, x: Traced, shape: Ints) -> Traced:
-        """A small array of constants as large as the result."""
-        if prod(shape) > SPREAD:
-            return x
+        """Constants, repeated to the shape of a small result."""
         if (key := (x.form, shape)) not in self.known:
-            self.known[key] = full = self.new(shape)
-            full.view[...] = x.view
-            full.buffer.place.home = full.buffer.array
+            order, back = in_memory(len(shape))
+            full = np.empty([shape[axis] for axis in order], self.dtype).transpose(back)
+            full[...] = x.view
+            self.known[key] = self.hold(full)
         return self.known[key]
 
     def as_one(self, rows: Traced) -> Traced:
@@ -304,24 +288,24 @@ class Recorder:
 
     # --- sums, maxima, products
 
-    def reduced(self, x: Traced, f: str, axis: int | None, keepdims: bool) -> Traced:
+    def reduced(self, x: Traced, f: str, axis: int | None = None, keepdims: bool = False) -> Traced:
         """The sum, mean or maximum over the last axis."""
         if axis != -1 or not keepdims:
             raise refusal(f"a {f} over this axis")
-        n, N = x.shape[-1], prod(x.shape[:-1])
+        n = x.shape[-1]
         if f == "max":
             out = self.new((*x.shape[:-1], 1))
             self.emit("max", x.matrix, out.matrix.reshape(-1))
             return out
         weight = 1 / n if f == "mean" else 1.0
-        width = n if n * n * N <= EQUAL_ROWS else 1
+        width = n if n * x.view.size <= EQUAL_ROWS else 1
         key = "ones", n, width, weight
         return self.as_one(self.matmul(x, self.constant(key, lambda: np.full((n, width), weight))))
 
     def matmul(self, x: Any, w: Any) -> Traced:
         """x @ w, computed as w^T . x^T: (.., k), (k, n) -> (.., n)"""
         x, w = self.operand(x), self.operand(w)
-        if w.ndim != 2 or x.ndim < 3:
+        if w.ndim != 2:
             raise refusal("this product")
         out = self.new((*x.shape[:-1], w.shape[1]))
         self.emit("dot", w.T, x.matrix, out.matrix)
@@ -331,15 +315,17 @@ class Recorder:
         """One matrix product for each value of the indices that a, b and the result share."""
         swapped, orders, axes = as_product(letters)
         a, b = self.operand(a), self.operand(b)
-        operands, _, to = letters.replace(",", "").partition("->")
-        size = dict(zip(operands, a.shape + b.shape))
-        out = self.new([size[letter] for letter in to], orders=orders)
+        named, _, to = letters.replace(",", "").partition("->")
+        lengths = a.shape + b.shape
+        size = dict(zip(named, lengths))
+        if lengths != tuple([size[letter] for letter in named]):
+            raise refusal(f"numpy.einsum({letters!r}) of a letter with two lengths")
+        out = self.new(tuple([size[letter] for letter in to]), orders=orders)
         matrices = []
         for x, (all_axes, every, rows) in zip((b, a, out) if swapped else (a, b, out), axes):
             view = x.view.transpose(all_axes)
-            shape = view.shape
-            height = prod(shape[every : every + rows])
-            matrices.append(x.reshaped(view, (*shape[:every], height, -1)))
+            height = prod(view.shape[every : every + rows])
+            matrices.append(x.reshaped(view, (*view.shape[:every], height, -1)))
         self.emit("matmul" if axes[0][1] else "dot", *matrices)
         return out
 
@@ -371,13 +357,14 @@ class Recorder:
     def table_and_index(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
         """For x[index], x and the index; for x[.., index], the memory of x and a flat index.
 
-        A flat index is the sum of keys times strides. Keys count from the beginning: -1 is no key.
+        A flat index is the sum of keys times strides. Keys count from the beginning: not from -1.
         """
         *rest, indices = keys
         index = indices if isinstance(indices, Traced) else self.hold(indices, fixed=True)
-        known = all(isinstance(key, (int, np.ndarray)) for key in rest)
-        numbers = known and len(keys) == x.ndim and x.whole
-        if index.dtype.kind != "i" or (rest and not numbers):
+        rest = [np.asarray(key) for key in rest]
+        whole = len(keys) == x.ndim and x.whole and x.buffer.array.flags.forc
+        fits = whole and np.broadcast(*rest, index.view).shape == index.shape
+        if any(key.dtype.kind != "i" for key in (*rest, index)) or (rest and not fits):
             raise refusal("this index")
         if not rest:
             return x, index
@@ -393,12 +380,14 @@ class Recorder:
     def add_at(self, table: Traced, index: Traced, values: Traced) -> None:
         """np.add.at(table, index, values), a row for every position"""
         if not (isinstance(table, Traced) and isinstance(values, Traced)):
-            raise refusal("np.add.at into an array that is not like another (np.zeros_like)")
+            raise refusal("np.add.at of arrays that are not recorded (see np.zeros_like)")
         table, index = self.table_and_index(table, (index,))
-        if len(table) > ONE_HOT or values.ndim != 3:
+        rows = index.ndim == table.ndim == 2 and values.shape == (*index.shape, table.shape[1])
+        if len(table) > ONE_HOT or not rows or values.buffer is table.buffer:
             self.emit("add_at", index, values, table)
             return
         sums = self.new(table.shape)
+        # new zeros need not be written: the product lies where they would
         if self.calls and (zeros := self.calls[-1]).f == "fill" and zeros.out is table:
             self.calls.pop()
             sums = table
@@ -420,7 +409,7 @@ def in_memory(ndim: int) -> tuple[Ints, Ints]:
 
 @lru_cache
 def as_product(letters: str) -> Any:
-    """How an einsum is a product of matrices, after `letters`: whether the second times the first,
+    """How an einsum is a product of matrices, after `letters`: whether the second is the left one,
     the memory order of the result as in `in_memory`, and of each matrix (left, right, result) its
     axes, how many of them count products, and how many of the next are its rows.
 
@@ -439,7 +428,7 @@ def as_product(letters: str) -> Any:
     matrices = (of_a, rows, summed), (of_b, summed, columns), (to, rows, columns)
     return (
         swapped,
-        ([*map(to.index, order)], [*map(order.index, to)]),
+        (tuple(map(to.index, order)), tuple(map(order.index, to))),
         [([*map(of.index, every + x + y)], len(every), len(x)) for of, x, y in matrices],
     )
 
@@ -457,10 +446,11 @@ def refusal(what: str) -> RecordingError:
 
 def line_of_the_text() -> Line:
     """The line of the text that is running."""
-    frame = sys._getframe(3)  # at the earliest: what asks for the line is called by a method
+    frame = sys._getframe(3)  # what asks for the line, and its callers, are not the text
     while frame.f_code.co_filename in INSIDE and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
 
 
+# The files whose lines are not the text.
 INSIDE = (__file__, sys.modules[NDArrayOperatorsMixin.__module__].__file__)

@@ -315,7 +315,33 @@ def writes_known_rows(x: Any) -> Any:
     x[[0, 0]] = 1.0
 
 
+def writes_into_an_array(x: Any) -> Any:
+    return np.add(x, 1.0, out=np.ones((2, 3, 4)))
+
+
+def multiplies_without_a_result(x: Any) -> Any:
+    return np.einsum("bti,bti", x, x)
+
+
+def gives_one_letter_two_lengths(x: Any) -> Any:
+    return np.einsum("bti,jti->bj", x, x[:, :1])
+
+
+def looks_up_truths(x: Any) -> Any:
+    return x[np.array([True, False]), 0, np.array([0, 1])]
+
+
+def looks_up_more_than_it_says(x: Any) -> Any:
+    return x[np.arange(2)[:, None], 0, np.array([0, 1, 2])]
+
+
+def looks_up_in_a_part(x: Any) -> Any:
+    return x.recorder.hold(np.ones((2, 3, 8))[..., :4])[0, 0, np.array([0, 1])]
+
+
 REFUSED = [
+    writes_into_an_array, multiplies_without_a_result, gives_one_letter_two_lengths,
+    looks_up_truths, looks_up_more_than_it_says, looks_up_in_a_part,
     decides, takes_a_number, takes_a_whole_number, counts_with_it, takes_a_root, makes_an_array,
     makes_a_list, sorts, measures, iterates, unpacks, adds_up, looks_for, compares, copies,
     accumulates, chooses, sums_another_axis, takes_the_mean_of_all, returns_two,
@@ -449,7 +475,20 @@ def multiplies_in_place(x: Any, y: Any) -> Any:
     return z
 
 
+def adds_a_table_to_itself(x: Any, y: Any) -> Any:
+    z = np.zeros_like(x[0])
+    np.add.at(z, np.array([[0, 1, 2]]), z[None])
+    return z
+
+
+def adds_one_row_everywhere(x: Any, y: Any) -> Any:
+    z = np.zeros_like(x[0])
+    np.add.at(z, np.array([[0, 1, 1]]), y[:1, :1])
+    return z
+
+
 SHORT = [
+    adds_a_table_to_itself, adds_one_row_everywhere,
     assigns_to_fewer_axes, multiplies_in_place,
     changes_after_relu, takes_a_part_after_relu, reads_what_it_has_assigned, averages_what_is_given,
     sums_over_one_alone, reads_zeros, adds_in_place, reshapes, divides, takes_powers, multiplies,
@@ -665,6 +704,11 @@ def adds_and_returns_a_term(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [first + second, first]
 
 
+def adds_a_sum_to_a_term(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    first, second, third = (x * 1.0) @ q, (x * 2.0) @ k, (x * 3.0) @ v
+    return [first + (second + third)]
+
+
 def adds_gradients_of_one_position(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     y = x[:1, :1]
     grads = [np.einsum("bto,bti->oi", y * n, y * (n + 1.0)) for n in (1.0, 2.0)]
@@ -689,6 +733,7 @@ def takes_one_weight_as_it_is(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
         (takes_some_rows_of_a_weight, 1),
         (leaves_rows_out, 2),
         (adds_and_returns_a_term, 2),
+        (adds_a_sum_to_a_term, 2),
         (adds_gradients_of_one_position, 1),
         (adds_products_of_two_widths, 2),
         (takes_one_weight_as_it_is, 2),
@@ -767,6 +812,20 @@ def test_products_of_two_parts_of_the_list_are_two() -> None:
     assert (q.tolist(), k.tolist()) == ([[[2.0, 2.0]]], [[[0.0, 0.0]]])
     recording.run(1)
     assert k.tolist() == [[[2.0, 2.0]]]
+
+
+def test_what_is_assigned_in_the_second_part_is_not_in_the_first() -> None:
+    recorder, p = Recorder("float64"), np.ones(3)
+    held = recorder.hold(p)
+    doubled = held * 2.0
+    recorder.mark()
+    held[:] = doubled
+    recording = recorder.recording(lambda nbytes: np.empty(nbytes, np.uint8))
+    recording.run(0)
+    recording.run(0)
+    assert p.tolist() == [1.0, 1.0, 1.0]
+    recording.run(1)
+    assert p.tolist() == [2.0, 2.0, 2.0]
 
 
 def scales_twice(x: Any, a: Any, b: Any) -> Any:
