@@ -331,5 +331,5 @@ def _only(cause: Cause) -> str:
         return f"only in: {cause.first.about}"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {"unwatched", "eval"}:
-        return "only where the text is recorded for training; unrecorded, it agrees"
+        return "only where the text is recorded; unrecorded, it agrees"
     return ""

@@ -126,7 +126,7 @@ class Pair:
 
 
 # the phases that ranks compute together; one rank, or the text without ranks, gives the others
-OF_SHARES = "shares of the ranks, if one rank agrees: "
+OF_SHARES = "shares of the ranks, if one rank agrees"
 ON_RANKS = ("entry", "entry_m", "entry_v", "unwatched", "adam_m", "adam_v", "update", "params")
 
 
@@ -169,7 +169,7 @@ def diagnose(
         if not said and not pair.wrong.any():
             return logarithm(pair)
         said = said or reading(pair) or description(pair, promised)
-    return f"{OF_SHARES}{said}" if shared else said
+    return ": ".join([OF_SHARES] * shared + [said] * bool(said))
 
 
 def reading(pair: Pair) -> str:

@@ -218,8 +218,9 @@ def d_key(a: Around, dy: Array, q: Array, scale: float) -> Terms:
 
 def softmax(a: Around, x: Array) -> Terms:
     seen = np.where(a.looked_at, x, -np.inf)
-    exps = np.exp(seen - seen.max(axis=-1, keepdims=True, initial=-1e300))
-    return {"": exps / np.maximum(row_sum(exps), 1e-300)}
+    least = np.finfo(seen.dtype).min  # where t looks at nothing
+    exps = np.exp(seen - seen.max(axis=-1, keepdims=True, initial=least))
+    return {"": exps / np.maximum(row_sum(exps), np.finfo(seen.dtype).tiny)}
 
 
 def d_softmax(a: Around, dy: Array, y: Array) -> Terms:

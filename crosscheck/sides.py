@@ -95,13 +95,26 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
     side, file = _own(frame.f_code.co_filename) or ("", "")
     text = linecache.getline(frame.f_code.co_filename, line).strip()
     last, empty = _last_written([frame for frame, _ in own], config) if config else ("", False)
-    callers = tuple(_caller(*one) for one in reversed(own[:-1]) if not _of_backend(one[0]))
-    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty, callers)
+    callers = [_caller(*one) for one in reversed(own[:-1]) if not _of_backend(one[0])]
+    callers = [*_repeated(frame), *callers]
+    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty, (*callers,))
 
 
 def _of_backend(frame: FrameType) -> bool:
     """Whether a frame is of the code that calls the text, and not of the text."""
     return Path(frame.f_code.co_filename).name in ("backend.py", "replay.py", "ranks.py")
+
+
+def _repeated(frame: FrameType) -> list[str]:
+    """If a frame runs a recording, the call of the text that it repeats, as `_caller` says it."""
+    names = frame.f_locals
+    if type(names.get("self")).__name__ != "Recording" or "arguments" not in names:
+        return []
+    runs, lines = (kind[names["part"]] for kind in (names["self"].runs, names["self"].lines))
+    at = [arguments is names["arguments"] for _, arguments in runs].index(True)
+    name, (path, line) = lines[at]
+    _, file = _own(path) or ("", path)
+    return [f"recorded {name}, {file}:{line}"]
 
 
 def _caller(frame: FrameType, line: int) -> str:

@@ -285,3 +285,12 @@ def test_a_quoted_part_of_a_formula_has_single_spaces() -> None:
     ):
         for words, _ in slips(formula):
             assert words == " ".join(words.split())
+
+
+def test_shares_of_ranks_that_nothing_else_explains_are_said_to_be_shares() -> None:
+    case = load_case("three-shares")
+    (step,) = trace(case, "vectorized", "float64", 1)
+    key = next(key for key in step if key.startswith("adam_m/"))
+    faulty = {**step, key: np.random.default_rng(1).normal(size=step[key].shape)}
+    said = diagnose(case, 1, key, step, faulty, None)
+    assert said == "shares of the ranks, if one rank agrees"

@@ -26,7 +26,8 @@ from crosscheck.lines import function_of, lines_of
 from crosscheck.reference_steps import ReferenceSteps
 from crosscheck.report import WIDTH, render
 from crosscheck.sides import is_marked, marked_memory
-from crosscheck.trace import keys, trace
+from crosscheck.tolerance import float32
+from crosscheck.trace import keys, teacher_forced, trace
 from crosscheck.where import where
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,9 +89,13 @@ def report(patch: Patch, case_name: str = "single-character") -> str:
             ["scalar stops with NotImplementedError", "scalar/model.py:", "(in cross_entropy)",
              "got to logits"],
         ),
+        (
+            Patch("vectorized/lower.py", "(a.dot, (b, out))", "(a.dot, (a, out))"),
+            ["vectorized stops with ValueError", "(in run)", "recorded dot, vectorized/model.py:"],
+        ),
     ],
     ids=["stub", "no return", "too few", "recursion", "tap", "derivative", "gradient", "memory",
-         "scalar"],
+         "scalar", "recording"],
 )  # fmt: skip
 def test_a_side_that_stops_is_reported_like_one_that_is_wrong(
     patch: Patch, words: list[str]
@@ -551,3 +556,12 @@ def test_a_fault_of_the_other_side_does_not_follow_from_one_in_value() -> None:
         for about, side in [(VALUE, "reference"), ("a", "reference"), ("b", "candidate")]
     )
     assert [cause.first for cause in causes([ours, same, other])] == [ours, other]
+
+
+def test_a_softmax_that_overflows_in_single_precision_is_reported() -> None:
+    case = load_case("large-attention-logits")
+    steps = list(trace(case, "scalar", "float64", 1))
+    with planted([Patch(MODEL, "exps = exp(x - largest)", "exps = exp(x)")]):
+        theirs = list(teacher_forced(case, "vectorized", "float32", steps))
+    outcome = compare(case, steps, theirs, float32(case), names=NAMES)
+    assert "attn_weights" in render(outcome.found[0], *NAMES)

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import scalar.sample
 import vectorized.batch
+import vectorized.sample
 from microgpt.backend import BACKENDS, Backend, Docs, fresh_state, load_backend
 from microgpt.config import Config
 from microgpt.data import load_documents
@@ -23,6 +25,7 @@ from microgpt.layout import Tree, grow, pick
 from microgpt.runs import memory
 from microgpt.settings import load_config
 from microgpt.tokenizer import Tokenizer, build_tokenizer
+from scalar.value import Value
 from vectorized.batch import MicroBatch, empty_batch, fill, fill_packed, micro_batches, pad, rounded
 from vectorized.model import Array, Batch, causal_mask, loss_backward, loss_forward
 from vectorized.sample import choose
@@ -455,6 +458,15 @@ def assert_same_samples(
     assert found == expected
     assert len(found) == num
     assert ours.getstate() == theirs.getstate()
+
+
+@pytest.mark.parametrize("top_k", [1, 10, 30])
+def test_of_equal_logits_the_lower_tokens_are_kept(top_k: int) -> None:
+    logits = np.random.default_rng(1).integers(0, 3, (50, 40)).astype(float)
+    found = vectorized.sample.probabilities(logits, 1.0, top_k)
+    for row, probs in zip(logits, found):
+        expected = scalar.sample.probabilities([Value(x) for x in row.tolist()], 1.0, top_k)
+        np.testing.assert_allclose(probs, expected, rtol=1e-12)
 
 
 @settings(max_examples=400, deadline=None)
