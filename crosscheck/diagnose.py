@@ -169,7 +169,9 @@ def diagnose(
         if not said and not pair.wrong.any():
             return logarithm(pair)
         said = said or reading(pair) or description(pair, promised)
-    return ": ".join([OF_SHARES] * shared + [said] * bool(said))
+    if shared:
+        return f"{OF_SHARES}: {said}" if said else OF_SHARES
+    return said
 
 
 def reading(pair: Pair) -> str:

@@ -95,7 +95,7 @@ def _readings(candidate: Candidate, wrong: Wrong) -> Iterator[tuple[str, list[st
         found = compared(candidate, case, reference_steps(case), [wrong.function], 1, FLOAT64)
         if found and count < AGREEING:
             count += 1
-            yield case.name, _parts(found.diagnosis.removeprefix(OF_SHARES))
+            yield case.name, _parts(found.diagnosis.removeprefix(OF_SHARES).removeprefix(": "))
 
 
 def _parts(words: str) -> list[str]:

@@ -42,14 +42,17 @@ def function_of(key: str, config: Config, side: str) -> str:
     found = _find(side, key, config) if side in IMPLEMENTATIONS else None
     if not found:
         return ""
-    if side == "vectorized" and split_key(key)[0] in ("eval", "unwatched"):
+    phase = split_key(key)[0]
+    if side == "vectorized" and phase in ("eval", "unwatched"):
         return "what runs the recorded text: vectorized/replay.py, record.py, lower.py, batch.py"
-    if side == "scalar" and split_key(key)[0] in ("backward", "gradient", "unwatched"):
+    if side == "scalar" and phase in ("backward", "gradient", "unwatched"):
         return "the local derivatives in scalar/value.py"
     functions = _functions(found.file)
     called = _called(found.statement)
     name = next((name for name in called if name in functions), found.function.name)
-    return f"{name}, {found.file}:{functions[name].lineno}"
+    recorded = side == "vectorized" and phase in ("adam_m", "adam_v", "update")
+    more = ", as vectorized/replay.py has it recorded" if recorded else ""
+    return f"{name}, {found.file}:{functions[name].lineno}{more}"
 
 
 def place_of(file: str, name: str) -> str:
