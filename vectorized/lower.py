@@ -124,6 +124,7 @@ def merged(calls: list[Call]) -> list[Call]:
         elif call.f is np.add:
             once = [x.buffer for x in call.inputs if reads[x.buffer] == 1 and alike(x, call.out)]
             terms = [c for x in once for c in near if c.out.buffer is x and x.place.home is None]
+            # the second is moved, which would leave behind what has been merged into it
             if len(terms) == 2 and terms[1] in calls and can_wait(terms, kept, call):
                 (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
