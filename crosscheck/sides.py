@@ -95,9 +95,9 @@ def stop_of(error: BaseException, config: Config | None = None) -> Stop | None:
     side, file = _own(frame.f_code.co_filename) or ("", "")
     text = linecache.getline(frame.f_code.co_filename, line).strip()
     last, empty = _last_written([frame for frame, _ in own], config) if config else ("", False)
-    callers = [_caller(*one) for one in reversed(own[:-1]) if not _of_backend(one[0])]
-    callers = [*_repeated(frame), *callers]
-    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty, (*callers,))
+    calls = [_caller(*one) for one in reversed(own[:-1]) if not _of_backend(one[0])]
+    callers = (*_repeated(frame), *calls)
+    return Stop(side, words, f"{file}:{line}", text, frame.f_code.co_name, last, empty, callers)
 
 
 def _of_backend(frame: FrameType) -> bool:

@@ -23,7 +23,7 @@ from vectorized.record import Number, Recorder, address
 
 CALLS = 10_000  # of all recordings that are kept, some 14 MB
 CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments stay in the cache
-ROOM = 4  # times as large as a recording needs is a new block: untouched pages take no memory
+ROOM = 4  # a new block is so many times what is needed: untouched pages take no memory
 
 
 class Step(NamedTuple):
