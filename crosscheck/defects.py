@@ -27,6 +27,7 @@ from crosscheck.noise import noise
 from crosscheck.report import WIDTH
 from crosscheck.tolerance import Standard, float64
 from crosscheck.trace import Step, split_key, trace
+from microgpt.errors import MicrogptError
 from microgpt.settings import FIXTURES
 from microgpt.strict_yaml import Loader
 
@@ -178,8 +179,9 @@ def planted(patches: Sequence[Patch]) -> Iterator[None]:
     for patch in patches:
         source = sources.get(patch.file) or (ROOT / patch.file).read_text(encoding="utf-8")
         if source.count(patch.old) != 1:
-            raise ValueError(
-                f"{patch.file}: found {source.count(patch.old)} times, wanted once: {patch.old!r}"
+            raise MicrogptError(
+                f"{patch.file}: a defect replaces {patch.old!r}, which is there"
+                f" {source.count(patch.old)} times and not once; adapt the defect to the text"
             )
         sources[patch.file] = source.replace(patch.old, patch.new)
     packages = {file.partition("/")[0] for file in sources}

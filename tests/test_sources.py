@@ -718,7 +718,8 @@ def vectorized_shapes(text: str) -> Checked:
         checked.sizes |= SIZES
         arrays = grow({name: np.array(w) for name, w in params.items()}, config.n_layer)
         tokens = np.array([doc + [0] * (6 - len(doc)) for doc in DOCS])
-        positions, mask = np.tile(np.arange(5), (4, 1)), run["causal_mask"](5, np.dtype("float64"))
+        positions = np.tile(np.arange(5), (4, 1))
+        mask = np.tile(run["causal_mask"](5, np.dtype("float64")), (4, 1, 1, 1))
         batch = run["Batch"](tokens[:, :-1], tokens[:, 1:], np.ones((4, 5)), positions, mask)
         for name, number in checked.fields.items():
             checked.check(number, getattr(batch, name), [], {})

@@ -23,7 +23,7 @@ from microgpt.runs.ranks import ALONE, Comm
 from microgpt.taps import taps as table
 from microgpt.tokenizer import Tokenizer
 from vectorized.adam import adam, clip
-from vectorized.batch import micro_batches, pad
+from vectorized.batch import lengths, micro_batches, pad
 from vectorized.flat import Shapes, flatten, model_tree, named_views
 from vectorized.model import Array, loss_backward, loss_forward
 from vectorized.ranks import Sums, share
@@ -43,7 +43,7 @@ class Watched:
 
     def forward(self, docs: Docs, of: int) -> float:
         self.batch = pad(docs, self.flat.dtype, of)
-        self.lengths = np.array([len(doc) - 1 for doc in docs])
+        self.lengths = lengths(docs)
         self.tap = Tree(self.config.n_layer)
         with np.errstate(all="ignore"):
             return float(loss_forward(self.batch, self.params, self.config, self.tap))
@@ -126,7 +126,7 @@ class Backend:
         self.flat_grads[:] = flatten(grads, self.flat.dtype)
 
     def position_losses(self, docs: Docs) -> Array:
-        n = np.fromiter(map(len, docs), int, len(docs))[:, None] - 1  # (B, 1)
+        n = lengths(docs)[:, None]  # (B, 1)
         T = n.max()
         losses = np.where(np.arange(T) < n, self.evaluation.losses(docs)[:, :T], 0.0)  # (B, T)
         if not np.isfinite(losses).all():

@@ -23,7 +23,7 @@ import numpy as np
 from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.runs.memory import COLUMNS
-from vectorized.model import Batch, causal_mask
+from vectorized.model import Array, Batch, causal_mask
 
 ROW = 16  # the length of a packed row is a multiple of this, or block_size
 PRICE = 2**12  # positions * T whose attention takes as long as beginning one more micro-batch
@@ -64,6 +64,12 @@ def micro_batches(docs: Docs, config: Config) -> list[MicroBatch]:
     return found
 
 
+def padded(docs: Docs, config: Config) -> MicroBatch:
+    """The documents in a row each, of the length of the longest, rounded up."""
+    T = rounded(int(lengths(docs).max()), 2, config)
+    return MicroBatch(docs, [], (len(docs), T))
+
+
 def rounded(T: int, step: int, config: Config) -> int:
     """T rounded up to a multiple of `step`, at most block_size.
 
@@ -76,12 +82,11 @@ def rounded(T: int, step: int, config: Config) -> int:
 def empty_batch(B: int, T: int, dtype: np.dtype, packed: bool = False) -> Batch:
     """The arrays of a batch, for `fill`, or for `fill_packed`."""
     both = np.zeros((B, T + 1), int)
-    tokens, targets = both[:, :-1], both[:, 1:]
+    tokens, targets = np.zeros((2, B, T), int) if packed else (both[:, :-1], both[:, 1:])
     positions = np.zeros((B, T), int) + np.arange(T)
-    mask = causal_mask(T, dtype)
-    if packed:  # (B, 1, T, U), in the memory order of attn_logits when recorded: (U, 1, B, T)
-        tokens, targets = np.zeros((2, B, T), int)
-        mask = np.empty((T, 1, B, T), dtype).transpose(2, 1, 3, 0)
+    # in the memory order of attn_logits when recorded: (U, 1, B, T)
+    mask = np.empty((T, 1, B, T), dtype).transpose(2, 1, 3, 0)  # (B, 1, T, U)
+    mask[:] = causal_mask(T, dtype)
     return Batch(tokens, targets, np.zeros((B, T), dtype), positions, mask)
 
 
@@ -92,9 +97,16 @@ def pad(docs: Docs, dtype: np.dtype, of: int | None = None) -> Batch:
 
     A shorter document is padded with token 0: weight 0, and the mask hides it from earlier tokens.
     """
-    batch = empty_batch(len(docs), max(map(len, docs)) - 1, dtype)
+    batch = empty_batch(len(docs), lengths(docs).max(), dtype)
     fill(batch, docs, of or len(docs))
     return batch
+
+
+def lengths(docs: Docs) -> Array:
+    """How many positions each document has: a token fewer. (D,)"""
+    if isinstance(docs, np.ndarray):  # of one length: the same as below, in less time
+        return np.full(len(docs), docs.shape[1] - 1)
+    return np.fromiter(map(len, docs), int, len(docs)) - 1
 
 
 def fill(batch: Batch, docs: Docs, of: int) -> None:
@@ -108,27 +120,27 @@ def fill(batch: Batch, docs: Docs, of: int) -> None:
         if n < T:
             both[:, n + 1 :], weights[:, n:] = 0, 0
         return
-    lengths = np.fromiter(map(len, docs), int)[:, None] - 1  # (B, 1)
-    inside = np.arange(T + 1) <= lengths  # (B, T + 1), whether there is a token
+    length = lengths(docs)[:, None]  # (B, 1)
+    inside = np.arange(T + 1) <= length  # (B, T + 1), whether there is a token
     both.fill(0)
     both[inside] = np.fromiter(chain.from_iterable(docs), int)
-    np.divide(inside[:, 1:], of * lengths, out=weights)
+    np.divide(inside[:, 1:], of * length, out=weights)
 
 
 def fill_packed(batch: Batch, micro_batch: MicroBatch, of: int) -> None:
     """Put documents into the arrays of a batch, where each starts in its packed row."""
     docs, starts, (_, T) = micro_batch
-    lengths = np.fromiter(map(len, docs), int) - 1  # (D,)
+    length = lengths(docs)  # (D,)
     both = np.fromiter(chain.from_iterable(docs), int)  # (N + D,): n positions have n + 1 tokens
-    doc = np.repeat(np.arange(len(docs)), lengths)  # (N,), the document of every position
+    doc = np.repeat(np.arange(len(docs)), length)  # (N,), the document of every position
     n = np.arange(len(doc))  # (N,)
-    position = n - (lengths.cumsum() - lengths)[doc]  # (N,), in its document
+    position = n - (length.cumsum() - length)[doc]  # (N,), in its document
     at = np.array(starts)[doc] + position  # (N,), flat index in the batch
     for array in batch[:4]:
         array.fill(0)
     tokens, targets, weights, positions = (array.reshape(-1) for array in batch[:4])
     tokens[at], targets[at] = both[n + doc], both[n + doc + 1]
-    weights[at], positions[at] = (1 / (of * lengths))[doc], position
+    weights[at], positions[at] = (1 / (of * length))[doc], position
     t, u = np.arange(T), np.arange(T)[:, None, None]
     first = t - batch.positions  # (B, T), where the document of t begins; in padding, t
     mask = batch.mask[:, 0].transpose(2, 0, 1)  # (U, B, T), as it lies in memory

@@ -113,8 +113,9 @@ def merged(calls: list[Call]) -> list[Call]:
     reads = Counter(x.buffer for call in calls for x in call.inputs)
     kept: list[Call] = []
     for call in calls:
-        near = [c for c in kept[-NEAR:] if c.f == "dot" and c.part == call.part]
         operands: Any = ()  # of this call and the products of `terms`, as one product
+        if call.f == "dot" or call.f is np.add:
+            near = [c for c in kept[-NEAR:] if c.f == "dot" and c.part == call.part]
         if call.f == "dot":
             left, right, out = call.operands
             terms = [c for c in near if c.inputs[1].buffer is right.buffer][-1:]
@@ -218,9 +219,11 @@ def placed(calls: list[Call]) -> tuple[list[Call], int]:
 
 def fits_over(x: Traced, i: int, calls: list[Call]) -> bool:
     """Whether operand x of call i can lie where the result of call i will lie."""
-    call, first = calls[i], x.buffer.place.uses[0]
-    early = call.out.buffer.place.home is not None and calls[first].part != call.part
-    if early or not (call.elementwise and alike(x, call.out)):
+    call = calls[i]
+    if not (call.elementwise and alike(x, call.out)):
+        return False
+    first = x.buffer.place.uses[0]
+    if call.out.buffer.place.home is not None and calls[first].part != call.part:
         return False
     since = first + calls[first].elementwise  # an element-wise call may write over its operands
     uses = call.out.buffer.place.uses  # i once: this call does not read what lies there
@@ -265,11 +268,11 @@ def bound(call: Call, block: Array, views: dict[Any, Array]) -> Run:
     for x, (shape, strides) in zip(call.operands, forms):
         place = x.buffer.place
         memory = block if place.home is None else place.home
-        start = place.offset + x.start
+        start = place.offset + x.buffer.shift + x.offset
         key = id(memory), start, shape, strides, x.dtype
-        if key not in views:
-            views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
-        arguments.append(views[key])
+        if (view := views.get(key)) is None:
+            view = views[key] = np.ndarray(shape, x.dtype, memory, start, strides)
+        arguments.append(view)
     return BOUND[call.f](*arguments) if call.f in BOUND else (call.f, tuple(arguments))
 
 

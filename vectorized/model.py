@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     targets: Array  # (B, T), the token after each
     weights: Array  # (B, T), factor of loss_t: 1 / (documents * its positions), 0 in padding
     positions: Array  # (B, T), of each token in its document
-    mask: Array  # (T, U), or packed (B, 1, T, U): 0 where t may look at u, else -inf
+    mask: Array  # (B, 1, T, U), zero where t may look at u, else -inf
 
 
 def linear_forward(x: Array, w: Array) -> Array:

@@ -192,7 +192,8 @@ class Recorder:
         """An array that exists, for the text to work on: parameters, tokens."""
         if id(array) not in self.known:
             home = array if array.base is None else array.base
-            place = Place(array.nbytes, home, address(array) - address(home))
+            behind = 0 if home is array else address(array) - address(home)
+            place = Place(array.nbytes, home, behind)
             self.known[id(array)] = Traced(self, array, Buffer(array, place, fixed=fixed))
         return self.known[id(array)]
 
@@ -224,9 +225,10 @@ class Recorder:
         """Memory for a result of this shape, in the order that `in_memory` says, or another."""
         order, back = orders or in_memory(len(shape))
         if (key := (shape, dtype, order)) not in self.known:
-            self.known[key] = np.empty([shape[axis] for axis in order], dtype or self.dtype)
-        array = self.known[key]
-        return Traced(self, array.transpose(back), Buffer(array, Place(array.nbytes)))
+            array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
+            self.known[key] = array.transpose(back)
+        view = self.known[key]
+        return Traced(self, view, Buffer(view.base, Place(view.nbytes)))
 
     def constant(self, key: Any, value: Callable[[], Any]) -> Traced:
         """An array that is made once."""

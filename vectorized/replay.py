@@ -15,7 +15,7 @@ from microgpt.backend import Docs
 from microgpt.config import Config
 from microgpt.layout import Tree, grow, pick
 from vectorized.adam import adam
-from vectorized.batch import MicroBatch, empty_batch, fill, fill_packed, micro_batches, rounded
+from vectorized.batch import MicroBatch, empty_batch, fill, fill_packed, micro_batches, padded
 from vectorized.flat import Shapes, named_views
 from vectorized.lower import ALIGN, Recording
 from vectorized.model import Array, Batch, loss_backward, loss_forward
@@ -91,8 +91,7 @@ class Replay:
 
     def losses(self, docs: Docs) -> Array:
         """The loss of every position: a row for each document, T rounded up, padding included."""
-        T = rounded(max(map(len, docs)) - 1, 2, self.config)
-        step = self._kept(len(docs), T, packed=False, training=False)
+        step = self._kept(*padded(docs, self.config).shape, packed=False, training=False)
         fill(step.batch, docs, len(docs))
         with np.errstate(all="ignore"):  # padding need not be finite
             step.recording.run(0)
@@ -119,8 +118,9 @@ class Replay:
         named = named_views(self.flat, self.shapes)
         params = grow({name: recorder.hold(w) for name, w in named.items()}, L)
         batch = empty_batch(B, T, self.flat.dtype, packed)
-        varying = batch if packed else batch[:3]  # the others are the same in every run
-        held = Batch(*map(recorder.hold, varying), *batch[len(varying) :])
+        # positions and mask are the same in every run if documents are not packed
+        fixed = [recorder.hold(array, fixed=not packed) for array in batch[3:]]
+        held = Batch(*map(recorder.hold, batch[:3]), *fixed)
         loss = loss_forward(held, params, self.config, tap)
         result = np.empty(() if training else (B, T), self.flat.dtype)
         recorder.put(loss if training else tap.loss_t, result)

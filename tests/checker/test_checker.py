@@ -97,6 +97,13 @@ def test_without_a_defect_nothing_is_caught() -> None:
         ).found
 
 
+def test_a_defect_that_no_longer_fits_the_text_is_an_error() -> None:
+    patch = Patch("vectorized/model.py", "return dy * (x > 1.0)", "return dy")
+    message = r"vectorized/model.py: .*'return dy \* \(x > 1.0\)', which is there 0 times"
+    with pytest.raises(MicrogptError, match=message), planted([patch]):
+        pass
+
+
 def test_a_patch_that_does_not_run_is_no_defect_that_was_located() -> None:
     patch = Patch("vectorized/model.py", "return dy * (x > 0.0)", "return dy * (x > zero)")
     verdict = judge(

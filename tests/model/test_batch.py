@@ -263,7 +263,7 @@ def test_a_batch_is_what_its_documents_say() -> None:
     assert weights.dtype == "float32"
     np.testing.assert_allclose(weights, [[1 / 12] * 3, [1 / 4, 0, 0]])
     assert positions.tolist() == [[0, 1, 2]] * 2
-    assert np.isfinite(mask).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert np.isfinite(mask).tolist() == [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]] * 2
 
 
 def test_packed_documents_are_a_row_and_do_not_see_each_other() -> None:
