@@ -23,6 +23,9 @@ ASIDE = re.compile(r" \(here also [^)]*\)|\d+(\.\d+)?(e-?\d+)?")  # what differs
 VALUE = "Value alone"  # the comparison of Value: its errors show in all that scalar computes
 CONFIRMING = 3  # other cases that must fail alike before a report is printed during the run
 STEPS = ("first steps", "steps one by one", "running freely")  # the comparisons of whole steps
+ADAM = ("adam_m", "adam_v", "update")  # phases
+# how other comparisons run a case, for the title of a report
+RUN_AS = {"micro-batches": "in micro-batches", "two ranks": "on two ranks", "float32": "in float32"}
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,24 @@ def _follows(finding: Finding, first: Finding) -> bool:
     if first.stopped or finding.stopped:  # after a wrong number, or at the same line
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
-    if _kind(first.key) == _kind(finding.key) or not first.key or not finding.key:
+    kind, earlier = _kind(finding.key), _kind(first.key)
+    if kind == earlier or not first.key or not finding.key:
         return True
+    if first.fields.get("again", "") == finding.fields.get("again", "") != "":
+        return True
+    if kind[0] == earlier[0] in ADAM:  # one update for all parameters
+        both = _readings(first), _readings(finding)
+        return not all(both) or bool(both[0] & both[1])
     readings = {first.diagnosis, finding.diagnosis} - {""}
     if len(readings) == 2 and finding.about in STEPS:
         return False
-    return _downstream(_kind(finding.key), _kind(first.key))
+    return _downstream(kind, earlier)
+
+
+def _readings(finding: Finding) -> set[str]:
+    """Its readings without what differs from case to case, and without those of a place alone."""
+    said = finding.diagnosis.split(OR) if finding.diagnosis else []
+    return {_bare(words) for words in said if not _is_place(words)}
 
 
 def _kind(key: str) -> tuple[str, str]:

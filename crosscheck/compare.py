@@ -10,13 +10,13 @@ from itertools import count
 
 import numpy as np
 
+from crosscheck.again import again
 from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
-from crosscheck.diagnose import diagnose
+from crosscheck.diagnose import OF_SHARES, diagnose
 from crosscheck.explain import Expression, expression, shown
 from crosscheck.lines import function_of, lines_of
 from crosscheck.read_again import drawn_again
-from crosscheck.recorded import leaves_text
 from crosscheck.samples import parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
@@ -63,6 +63,7 @@ class Disagreement:
     at_fault: str = ""  # the side whose number is not the value of the formula: one of SIDES
     recomputed: float = 0.0  # the value of the formula with the operands of the side at fault
     diagnosis: str = ""  # what the mistake looks like, if that is known
+    again: str = ""  # which parts of a recorded batch are right when computed again
     where: str = ""  # which elements are wrong, if they form a pattern
     phases: tuple[str, ...] = ()  # all phases in which this step differs
     texts: tuple[tuple[str, str], ...] = ()  # label and text of token ids
@@ -292,9 +293,8 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
-    recorded = phase in ("eval", "unwatched") and "vectorized" in names
-    if recorded and (words := leaves_text(case, first.step, theirs)):
-        first = replace(first, diagnosis=words)
+    if phase in ("eval", "unwatched") and "vectorized" in names:
+        first = _with_trials(case, first, theirs, standard.dtype)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
         if first.diagnosis and words:  # both are true: what was done, and in which function
@@ -305,9 +305,21 @@ def explained(
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
-        function = function_of(first.key, case.config, side)
+        function = first.function or function_of(first.key, case.config, side)
         first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
+
+
+def _with_trials(case: Case, found: Disagreement, theirs: Step, dtype: str) -> Disagreement:
+    """The disagreement of recorded calls with what trials of the batch and its parts show."""
+    tried = again(case, found.step, found.key, theirs, dtype)
+    if tried is None:
+        return found
+    said = found.diagnosis
+    if not tried.shared:
+        said = said.removeprefix(OF_SHARES).removeprefix(": ")
+    files = f"what runs the recorded text: {tried.files}"
+    return replace(found, diagnosis=tried.leaves or said, again=tried.words, function=files)
 
 
 def _with_side(

@@ -19,7 +19,7 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.causes import VALUE, Cause, Finding, Run, also, causes, shared
+from crosscheck.causes import RUN_AS, VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.operations import refuse_unknown_names
 from crosscheck.processes import can_fork, cores, in_processes
@@ -49,6 +49,8 @@ NOT_QUICK = (  # left out by -m quick: tests that take long, or look at what oth
     "test_every_parameter_by_complex_step",
     "test_scalar_along_random_directions_by_differences",
 )
+# cases that -m quick runs in micro-batches, too: of one position, of several shapes and batches
+IN_MICRO_BATCHES = "single-character", "unused-row", "unlikely-target", "tied-two-layers"
 HERE = Path(__file__).parent
 
 
@@ -216,7 +218,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark quick tests, sort all by _order, and with --case keep those of Value and of cases."""
     for item in filter(_ours, items):
-        if _name(item) not in NOT_QUICK:
+        cut = _name(item) == "test_in_micro_batches" and _case_of(item) in IN_MICRO_BATCHES
+        if cut or _name(item) not in NOT_QUICK:
             item.add_marker("quick")
     if config.getoption("--case"):
         chosen = [item for item in items if _on_value(item) or _case_of(item)]
@@ -367,7 +370,7 @@ def _finding(found: Disagreement, labels: tuple[str, str], about: str, more: str
         key=found.key,
         headline=headline(found, *labels),
         diagnosis=found.diagnosis,
-        report=render(found, *labels) + more,
+        report=render(found, *labels, RUN_AS.get(about, "")) + more,
         stopped=f"{found.stop.line} {found.stop.error}" if found.stop and not found.key else "",
         fields=as_json(found),
     )
@@ -528,7 +531,7 @@ class Session:
     def _lines(self, cause: Cause, number: int, of: int) -> list[str]:
         """The lines on a cause in the summary."""
         first = cause.first
-        at = place(first.case, first.step, first.key)
+        at = place(first.case, first.step, first.key, RUN_AS.get(first.about, ""))
         if number >= SHOWN:
             return wrapped(
                 f"cause {number + 1} of {of}: {at}: {first.headline} (-v shows the report)"

@@ -726,15 +726,7 @@ def description(pair: Pair, promised: str) -> str:
             return "rows sum to less than one: positions to come take part"
         if (rows > 1 + 1e-6).any():
             return "rows sum to more than one"
-    place = f"wrong {pair.where}" if pair.where else ""
-    if pair.phase in ("eval", "unwatched"):
-        added = len(pair.around.n) > 1 and pair.phase == "unwatched"
-        return (
-            "agrees where the text runs unrecorded: the recording is not the text, or a result"
-            f" is overwritten too early{', or micro-batches are not added up' if added else ''}"
-            f"{'; ' + place if place else ''}"
-        )
-    return place
+    return f"wrong {pair.where}" if pair.where else ""
 
 
 def single_precision(sound: Array, faulty: Array) -> str:

@@ -30,12 +30,17 @@ DRAWN = {
 }
 
 
-def render(found: Disagreement, reference: str, candidate: str) -> str:
-    """The report on a disagreement: where, what, by how much, the cause, and what agreed before."""
+def render(found: Disagreement, reference: str, candidate: str, about: str = "") -> str:
+    """The report on a disagreement: where, what, by how much, the cause, and what agreed before.
+
+    about    how the case was run, if not as it stands: in micro-batches, on two ranks
+    """
     names = {"reference": reference, "candidate": candidate}
     rows = _numbers(found, reference, candidate) if found.shape is not None else []
     if found.diagnosis and (found.key or not found.stop):
         rows.append(("looks like", found.diagnosis))
+    if found.again:
+        rows.append(("tried again", found.again))
     if found.at_fault and found.shape is not None:
         rows.append(("at fault", f"{names[found.at_fault]}: {_reason(found, names)}"))
     rows += [("computed at" if not i else "", line) for i, line in enumerate(found.lines)]
@@ -59,7 +64,7 @@ def render(found: Disagreement, reference: str, candidate: str) -> str:
         count = f"{len(compared)} tensor{'s' * (len(compared) > 1)}"
         rows.append(("agreed", f"{count} before it, the last {split_key(compared[-1])[1]}"))
     lines = [
-        f"{place(found.case, found.step, found.key)}:",
+        *wrapped(f"{place(found.case, found.step, found.key, about)}:"),
         *wrapped(headline(found, reference, candidate)),
     ]
     width = max((len(label) for label, _ in rows), default=0)
@@ -80,12 +85,12 @@ def _compared(found: Disagreement) -> list[str]:
     return [key for key in found.agreed if key.startswith(("forward", "backward", "gradient"))]
 
 
-def place(case: str, step: int, key: str) -> str:
-    """Where a disagreement is: case, step and phase."""
+def place(case: str, step: int, key: str, about: str = "") -> str:
+    """Where a disagreement is: case, how it was run, step and phase."""
     if not case:
         return "before any case"
     phase = PHASES.get(split_key(key)[0], "")
-    return ", ".join(filter(None, (f"case {case}", f"step {step}", phase)))
+    return ", ".join(filter(None, (f"case {case}", about, f"step {step}", phase)))
 
 
 def headline(found: Disagreement, reference: str, candidate: str) -> str:

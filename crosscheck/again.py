@@ -1,0 +1,124 @@
+"""A batch that the recorded calls get wrong, computed again in parts: which parts are right?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosscheck.cases import Case
+from crosscheck.recorded import leaves_text
+from crosscheck.trace import ENTRY, Array, Step, split_key, state_of
+from microgpt.backend import Docs, State, load_backend
+from microgpt.config import Config
+from microgpt.layout import Tree
+
+CLOSE = {"float64": 1e-9, "float32": 1e-3}  # of the largest number of a tensor
+RECORDER = "vectorized/record.py, lower.py"
+LEFT = "it reads what was left before, or memory that was never written"
+
+
+class Again(NamedTuple):
+    """What the trials showed, and the files that this leads to."""
+
+    words: str
+    files: str
+    shared: bool = False  # whether only the shares of several ranks are wrong
+    leaves: str = ""  # the first tap that the recorded calls get wrong, as a sentence
+
+
+def again(case: Case, number: int, key: str, step: Step, dtype: str) -> Again | None:
+    """Which parts of a batch the recorded calls get right, by new backends held to the text.
+
+    number    of the step, from 1
+    key       of the loss or gradient that is wrong: in evaluation or in training
+    step      of the side that records
+    dtype     its precision
+
+    Returns None if a backend stops.
+    """
+    config = replace(case.config, cores=1, dtype=dtype)
+    phase, docs = split_key(key)[0], case.docs(number - 1)
+    trial = Trial(config, state_of(step, ENTRY, number - 1), phase)
+    with suppress(Exception):  # an implementation at fault may raise any exception
+        return _told(trial, docs, case, number, step)
+    return None
+
+
+def _told(trial: Trial, docs: Docs, case: Case, number: int, step: Step) -> Again:
+    if trial.right(docs):
+        if case.config.cores > 1:
+            shares = "vectorized/ranks.py, backend.py"
+            return Again("one rank is right: wrong where ranks share a batch", shares, shared=True)
+        left = "in a new backend it is right: " + LEFT
+        return Again(left, "vectorized/replay.py, batch.py")
+    if not all(trial.right([doc]) for doc in docs):
+        leaves = leaves_text(case, number, step)
+        alone = "a document by itself is wrong"
+        if not leaves:
+            alone += ": the recording is not the text, or a result is overwritten too early"
+        return Again(alone, f"{RECORDER}, replay.py", leaves=leaves)
+    if trial.phase == "eval":
+        words = "document by document it is right: wrong where several are padded to one length"
+        return Again(words, f"vectorized/batch.py, {RECORDER.removeprefix('vectorized/')}")
+    parts = import_module("vectorized.batch").micro_batches(docs, trial.config)
+    each = [part.docs for part in parts]
+    if len(parts) > 1 and all(map(trial.right, each)):
+        if not all(trial.right(one, after=each[:i]) for i, one in enumerate(each)):
+            words = f"each micro-batch is right in a new backend: {LEFT}"
+            return Again(words, "vectorized/replay.py, batch.py")
+        words = "micro-batch by micro-batch it is right: wrong where they are added up"
+        return Again(words, "vectorized/replay.py")
+    words = "document by document it is right: wrong where they are packed into rows,"
+    if all(trial.packed_right(part) for part in parts):
+        return Again(f"{words} and only if recorded", f"{RECORDER}, replay.py")
+    return Again(f"{words} recorded or not", "vectorized/batch.py")
+
+
+class Trial(NamedTuple):
+    """A model in the state before a step."""
+
+    config: Config
+    state: State
+    phase: str  # "eval" or "unwatched"
+
+    def right(self, docs: Docs, after: Sequence[Docs] = ()) -> bool:
+        """Whether the recorded calls of a new backend compute what the text computes.
+
+        after    what the backend computes before
+        """
+        watched, trained = self._backend(watch=True), self._backend(watch=False)
+        for earlier in after:
+            self._computed(trained, earlier)
+        return self._close(self._computed(watched, docs), self._computed(trained, docs))
+
+    def packed_right(self, part: Any) -> bool:
+        """Whether the text, unrecorded, finds the loss of a micro-batch in its packed arrays."""
+        batch, model = (import_module(f"vectorized.{name}") for name in ("batch", "model"))
+        arrays = batch.empty_batch(*part.shape, np.dtype(self.config.dtype), packed=True)
+        batch.fill_packed(arrays, part, len(part.docs))
+        watched = self._backend(watch=True)
+        loss = model.loss_forward(arrays, watched.params, self.config, Tree(self.config.n_layer))
+        return self._close([watched.forward(part.docs)], [loss])
+
+    def _backend(self, watch: bool) -> Any:
+        return load_backend("vectorized", self.config, self.state, watch=watch)
+
+    def _computed(self, backend: Any, docs: Docs) -> Sequence[Any]:
+        """The losses in evaluation, or the loss and its gradients in training."""
+        if self.phase == "eval":
+            return [backend.position_losses(docs)]
+        loss = backend.forward(docs)
+        backend.position_losses(docs)  # as in a trace: evaluation may come in between
+        backend.backward()
+        return [loss, *backend.grads().values()]
+
+    def _close(self, wanted: Sequence[Array], found: Sequence[Array]) -> bool:
+        allowed = CLOSE[self.config.dtype]
+        apart = (np.abs(np.subtract(a, b)).max() <= allowed * np.abs(a).max()
+                 for a, b in zip(wanted, found))  # fmt: skip
+        return all(apart)
