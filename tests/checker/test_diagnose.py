@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import crosscheck.diagnose
+from crosscheck.again import CLOSE, again
 from crosscheck.cases import Case, load_case
 from crosscheck.causes import OR, Cause, Finding
+from crosscheck.compare import compare
 from crosscheck.defects import Patch, planted
 from crosscheck.diagnose import diagnose
 from crosscheck.explain import WORDS, expression
@@ -217,6 +219,30 @@ def test_a_recording_is_followed_to_the_tap_that_it_gets_wrong() -> None:
     assert leaves_text(case, 1, step) == ""
     with planted([root]), np.errstate(all="ignore"):
         assert "emb_norm is the first that is not the text's" in leaves_text(case, 1, step)
+
+
+def test_a_recorded_batch_is_computed_again_in_its_own_precision() -> None:
+    case, loss = load_case("one-document"), "return loss + _loss(self.last, last, of)"
+    single = Patch("vectorized/replay.py", loss, f"{loss} + (self.flat.dtype == 'float32')")
+    with planted([single]):
+        (step,) = trace(case, "vectorized", "float32", 1, draws=False)
+        found = {dtype: again(case, 1, "unwatched/loss", step, dtype) for dtype in CLOSE}
+    words = {dtype: tried.words for dtype, tried in found.items() if tried}
+    assert words["float32"].startswith("a document by itself is wrong")
+    assert words["float64"].startswith("in a new backend it is right")
+
+
+def test_what_one_rank_gets_wrong_is_not_blamed_on_shares() -> None:
+    case = load_case("three-shares")
+    sound = list(trace(case, "scalar", "float64", 1))
+    weights = Patch("vectorized/batch.py", "(1 / (of * length))[doc]", "(2 / (of * length))[doc]")
+    shares = Patch("vectorized/backend.py", "self.sums.gradient()", "pass")
+    for patch, on_shares in ((weights, False), (shares, True)):
+        with planted([patch]):
+            theirs = trace(case, "vectorized", "float64", 1)
+            (found, *_) = compare(case, sound, theirs, names=("scalar", "vectorized")).found
+        assert found.again.startswith("one rank is right") is on_shares
+        assert ("ranks" in found.diagnosis) is on_shares
 
 
 def test_an_operation_without_words_is_judged_all_the_same(

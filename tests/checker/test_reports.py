@@ -18,8 +18,8 @@ import pytest
 
 from crosscheck import lines
 from crosscheck.cases import load_case
-from crosscheck.causes import STEPS, VALUE, Finding, Run, also, causes, shared
-from crosscheck.compare import compare, exhibit, simplicity
+from crosscheck.causes import RUN_AS, STEPS, VALUE, Finding, Run, also, causes, shared
+from crosscheck.compare import Disagreement, compare, exhibit, simplicity
 from crosscheck.conftest import Session
 from crosscheck.defects import Patch, planted
 from crosscheck.lines import function_of, lines_of
@@ -360,6 +360,24 @@ def test_another_diagnosis_is_another_cause() -> None:
     assert len(causes([first, finding("b", "gradient/dwpe", words="doubled")])) == 2
 
 
+def test_all_parameters_of_an_update_have_one_cause() -> None:
+    first = finding("a", "adam_m/wte", words="doubled, in column 3")
+    for words, number in (("doubled, in row 0", 1), ("wrong in row 0", 1), ("", 1), ("halved", 2)):
+        assert len(causes([first, finding("b", "adam_m/lm_head", words=words)])) == number
+
+
+def test_what_the_same_trials_tell_has_one_cause() -> None:
+    first, same, other = (
+        replace(finding(case, key, words=case), fields={"again": words})
+        for case, key, words in [
+            ("a", "unwatched/dlm_head", "micro-batches"),
+            ("b", "unwatched/dlayer1.mlp_fc2", "micro-batches"),
+            ("c", "unwatched/dlayer1.mlp_fc2", "a document"),
+        ]
+    )
+    assert [cause.first for cause in causes([first, same, other])] == [first, other]
+
+
 TEN = ["one-document", "ragged-batch", "tied-two-layers", "three-layers", "four-layers",
        "two-layers", "one-head", "single-character", "one-position", "repeated-token"]  # fmt: skip
 
@@ -392,6 +410,15 @@ def test_a_property_of_steps_is_told_where_cases_share_none() -> None:
     runs = [Run(STEPS[1], name, 1, 2) for name in TEN]
     found = [finding(run.case, "update/wte", STEPS[1], 2) for run in runs]
     assert "all 10 cases: from step 2 on" in shared(causes(found)[0], runs, load_case, TEN)
+
+
+@pytest.mark.parametrize(
+    ("about", "title"),
+    [(STEPS[0], "case a, step 1:"), ("micro-batches", "case a, in micro-batches, step 1:")],
+)
+def test_a_title_says_how_the_case_was_run(about: str, title: str) -> None:
+    found = Disagreement("a", 1, "", "no step was compared")
+    assert render(found, *NAMES, RUN_AS.get(about, "")).startswith(title)
 
 
 def test_what_fails_in_float32_alone_says_so() -> None:
