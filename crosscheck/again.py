@@ -18,7 +18,7 @@ from microgpt.config import Config
 from microgpt.layout import Tree
 
 CLOSE = {"float64": 1e-9, "float32": 1e-3}  # of the largest number of a tensor
-RECORDER = "vectorized/record.py, lower.py"
+RECORDER = "vectorized/record.py, lower.py, replay.py"
 LEFT = "it reads what was left before, or memory that was never written"
 
 
@@ -51,17 +51,19 @@ def again(case: Case, number: int, key: str, step: Step, dtype: str) -> Again | 
 
 def _told(trial: Trial, docs: Docs, case: Case, number: int, step: Step) -> Again:
     if trial.right(docs):
-        if case.config.cores > 1:
+        cores, batches = case.config.cores, [case.docs(i) for i in range(number)]
+        if cores > 1 and all(trial.right_on_rank(rank, cores, batches) for rank in range(cores)):
             shares = "vectorized/ranks.py, backend.py"
             return Again("one rank is right: wrong where ranks share a batch", shares, shared=True)
-        left = "in a new backend it is right: " + LEFT
-        return Again(left, "vectorized/replay.py, batch.py")
+        return Again(f"in a new backend it is right: {LEFT}", "vectorized/replay.py, batch.py")
+    if trial.right(docs, evaluated=False):
+        words = "it is right unless evaluation comes between the forward and the backward pass"
+        return Again(words, "vectorized/backend.py, replay.py")
     if not all(trial.right([doc]) for doc in docs):
         leaves = leaves_text(case, number, step)
-        alone = "a document by itself is wrong"
-        if not leaves:
-            alone += ": the recording is not the text, or a result is overwritten too early"
-        return Again(alone, f"{RECORDER}, replay.py", leaves=leaves)
+        why = ": the recording is not the text, or a result is overwritten too early"
+        words = f"a document by itself is wrong{why * (not leaves)}"
+        return Again(words, RECORDER, leaves=leaves)
     if trial.phase == "eval":
         words = "document by document it is right: wrong where several are padded to one length"
         return Again(words, f"vectorized/batch.py, {RECORDER.removeprefix('vectorized/')}")
@@ -75,7 +77,7 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int, step: Step) -> Agai
         return Again(words, "vectorized/replay.py")
     words = "document by document it is right: wrong where they are packed into rows,"
     if all(trial.packed_right(part) for part in parts):
-        return Again(f"{words} and only if recorded", f"{RECORDER}, replay.py")
+        return Again(f"{words} and only if recorded", RECORDER)
     return Again(f"{words} recorded or not", "vectorized/batch.py")
 
 
@@ -86,15 +88,23 @@ class Trial(NamedTuple):
     state: State
     phase: str  # "eval" or "unwatched"
 
-    def right(self, docs: Docs, after: Sequence[Docs] = ()) -> bool:
+    def right(self, docs: Docs, after: Sequence[Docs] = (), evaluated: bool = True) -> bool:
         """Whether the recorded calls of a new backend compute what the text computes.
 
-        after    what the backend computes before
+        after        what the backend computes before
+        evaluated    whether evaluation comes between the forward and the backward pass
         """
         watched, trained = self._backend(watch=True), self._backend(watch=False)
         for earlier in after:
-            self._computed(trained, earlier)
-        return self._close(self._computed(watched, docs), self._computed(trained, docs))
+            self._computed(trained, earlier, evaluated)
+        wanted, found = (self._computed(one, docs, evaluated) for one in (watched, trained))
+        return self._close(wanted, found)
+
+    def right_on_rank(self, rank: int, cores: int, batches: Sequence[Docs]) -> bool:
+        """The same for a rank's share of the last batch, after its shares of the others."""
+        share = import_module("vectorized.ranks").share
+        *earlier, last = (share(docs, rank, cores) for docs in batches)
+        return not last or self.right(last, after=[docs for docs in earlier if docs])
 
     def packed_right(self, part: Any) -> bool:
         """Whether the text, unrecorded, finds the loss of a micro-batch in its packed arrays."""
@@ -108,12 +118,13 @@ class Trial(NamedTuple):
     def _backend(self, watch: bool) -> Any:
         return load_backend("vectorized", self.config, self.state, watch=watch)
 
-    def _computed(self, backend: Any, docs: Docs) -> Sequence[Any]:
+    def _computed(self, backend: Any, docs: Docs, evaluated: bool) -> Sequence[Any]:
         """The losses in evaluation, or the loss and its gradients in training."""
         if self.phase == "eval":
             return [backend.position_losses(docs)]
         loss = backend.forward(docs)
-        backend.position_losses(docs)  # as in a trace: evaluation may come in between
+        if evaluated:  # as in a trace
+            backend.position_losses(docs)
         backend.backward()
         return [loss, *backend.grads().values()]
 

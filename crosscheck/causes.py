@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from crosscheck.again import RECORDER
 from crosscheck.cases import Case
 from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.report import with_diagnosis
@@ -23,7 +24,8 @@ ASIDE = re.compile(r" \(here also [^)]*\)|\d+(\.\d+)?(e-?\d+)?")  # what differs
 VALUE = "Value alone"  # the comparison of Value: its errors show in all that scalar computes
 CONFIRMING = 3  # other cases that must fail alike before a report is printed during the run
 STEPS = ("first steps", "steps one by one", "running freely")  # the comparisons of whole steps
-ADAM = ("adam_m", "adam_v", "update")  # phases
+RECORDED = ("eval", "unwatched")  # phases
+ONE_FUNCTION = ("adam_m", "adam_v", "update", "sample")  # phases; it computes all their tensors
 # how other comparisons run a case, for the title of a report
 RUN_AS = {"micro-batches": "in micro-batches", "two ranks": "on two ranks", "float32": "in float32"}
 
@@ -135,21 +137,33 @@ def _follows(finding: Finding, first: Finding) -> bool:
     exchanged = all(one.diagnosis.startswith(OF_ANOTHER) for one in (first, finding))
     if exchanged and _kind(first.key)[0] == "forward":  # of the same cause, if with the same tensor
         return LAYER.sub("", first.diagnosis) == LAYER.sub("", finding.diagnosis)
+    if _of_recorder(first) and (_of_recorder(finding) or split_key(finding.key)[0] in RECORDED):
+        return True
     if first.stopped or finding.stopped:  # after a wrong number, or at the same line
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
     kind, earlier = _kind(finding.key), _kind(first.key)
     if kind == earlier or not first.key or not finding.key:
         return True
-    if first.fields.get("again", "") == finding.fields.get("again", "") != "":
-        return True
-    if kind[0] == earlier[0] in ADAM:  # one update for all parameters
+    if first.fields.get("again") and finding.fields.get("again"):
+        return not (_of_recorder(first) or _of_recorder(finding))  # both are of batches
+    if kind[0] == earlier[0] in ONE_FUNCTION:
         both = _readings(first), _readings(finding)
         return not all(both) or bool(both[0] & both[1])
+    if (earlier[0], kind[0]) == ("adam_m", "adam_v"):  # neither is computed from the other
+        return "adam_v" in first.fields.get("phases", ())
     readings = {first.diagnosis, finding.diagnosis} - {""}
     if len(readings) == 2 and finding.about in STEPS:
         return False
     return _downstream(kind, earlier)
+
+
+def _of_recorder(finding: Finding) -> bool:
+    """Whether what records or what runs the recording is at fault, by its line or by trials."""
+    files = [f"vectorized/{name}.py:" for name in ("record", "lower", "replay")]
+    return finding.stopped.startswith(tuple(files)) or RECORDER in finding.fields.get(
+        "function", ""
+    )
 
 
 def _readings(finding: Finding) -> set[str]:
@@ -176,8 +190,7 @@ def _downstream(later: tuple[str, str], earlier: tuple[str, str]) -> bool:
     if before in ("eval", "read"):
         return (before, phase) == ("read", "sample")
     if phase != before:
-        ordered = phases.index(before) < phases.index(phase)
-        return ordered and (before, phase) != ("adam_m", "adam_v")
+        return phases.index(before) < phases.index(phase)
     if phase == "forward":
         return source in _behind().get(name, ())
     if phase == "backward":
@@ -345,6 +358,6 @@ def _only(cause: Cause) -> str:
     if len(abouts) == 1 and not abouts & {*STEPS, VALUE}:
         return f"only in: {cause.first.about}"
     phases = {split_key(one.key)[0] for one in cause.all}
-    if phases <= {"unwatched", "eval"}:
+    if phases <= {*RECORDED}:
         return "only where the text is recorded; unrecorded, it agrees"
     return ""

@@ -15,9 +15,9 @@ from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
 from crosscheck.diagnose import OF_SHARES, diagnose
 from crosscheck.explain import Expression, expression, shown
-from crosscheck.lines import function_of, lines_of
+from crosscheck.lines import function_of, lines_of, place_of
 from crosscheck.read_again import drawn_again
-from crosscheck.samples import parted
+from crosscheck.samples import ONE_BY_ONE, parted
 from crosscheck.sides import IncompleteError, Stop
 from crosscheck.tolerance import FLOAT64, Standard, Tolerance
 from crosscheck.trace import (
@@ -297,7 +297,9 @@ def explained(
         first = _with_trials(case, first, theirs, standard.dtype)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
-        if first.diagnosis and words:  # both are true: what was done, and in which function
+        if words == ONE_BY_ONE:  # a reading is of `sample`, which is right
+            first = replace(first, function=place_of("vectorized/sample.py", "sample_many"))
+        elif first.diagnosis and words:  # both are true: what was done, and in which function
             words, texts = first.diagnosis, (*texts, ("", words))
         first = replace(first, diagnosis=words or first.diagnosis, texts=texts)
     elif numbers:

@@ -15,6 +15,8 @@ from crosscheck.trace import TOP_K, Array, Step, drawn, part
 from microgpt.backend import BACKENDS, fresh_state, load_backend
 from microgpt.tokenizer import Tokenizer
 
+ONE_BY_ONE = "drawn one after another they are right: sample_many is at fault"
+
 
 def parted(
     case: Case, number: int, key: str, ours: Step, theirs: Step, names: Sequence[str]
@@ -64,7 +66,7 @@ def parted(
         own = " and ".join(f"{name}.sample.probabilities" for name in wrong)
         return f"{own} of the same logits is not {rule}", tuple(texts)
     if "vectorized" in names and _right_one_by_one(case, number, key, theirs, ours[key]):
-        return "drawn one after another they are right: sample_many is at fault", tuple(texts)
+        return ONE_BY_ONE, tuple(texts)
     return (
         "both read the same logits and make the same probabilities of them: the draw, the prompt or"
         " the closing token is at fault"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
+from crosscheck.compare import Disagreement, Outcome
 from crosscheck.conftest import Choice
 from microgpt.backend import fresh_state, load_backend
 
@@ -14,10 +16,11 @@ NUM = 3
 DRAWN = ("cold-samples", "repeated-token", "tied-two-layers")
 
 
+@pytest.mark.about("documents drawn")
 @pytest.mark.parametrize("temperature", [0.2, 0.7, 1.5])
 @pytest.mark.parametrize("name", DRAWN)
 def test_documents_drawn(
-    name: str, temperature: float, choice: Choice, monkeypatch: pytest.MonkeyPatch
+    name: str, temperature: float, choice: Choice, settle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A draw differs only if its random number is within rounding of the border of two tokens.
 
@@ -42,4 +45,12 @@ def test_documents_drawn(
     monkeypatch.setattr("vectorized.backend.most_walkers", lambda config: 1)
     found |= {f"{dtype}, one by one": drawn(choice.candidate, dtype) for dtype in dtypes}
     for how, candidate in found.items():
-        assert candidate == reference, how
+        if candidate != reference:
+            i = next(i for i, (a, b) in enumerate(zip(reference, candidate)) if a != b)
+            both = zip((choice.reference, choice.candidate), (reference, candidate))
+            texts = [(side, f"document {i}: {documents[i] or 'empty'}") for side, documents in both]
+            texts.append(("drawn", f"in {how}, at temperature {temperature:g}"))
+            wrong = Disagreement(
+                name, 1, "sample/documents", "differ", shape=(len(reference),), texts=tuple(texts)
+            )
+            settle(Outcome(name, found=[wrong]))

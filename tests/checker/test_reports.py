@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from crosscheck import lines
+from crosscheck.again import RECORDER
 from crosscheck.cases import load_case
 from crosscheck.causes import RUN_AS, STEPS, VALUE, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, compare, exhibit, simplicity
@@ -362,20 +363,29 @@ def test_another_diagnosis_is_another_cause() -> None:
 
 def test_all_parameters_of_an_update_have_one_cause() -> None:
     first = finding("a", "adam_m/wte", words="doubled, in column 3")
+    both = replace(first, fields={"phases": ("adam_m", "adam_v")})
+    assert [len(causes([one, finding("b", "adam_v/wte")])) for one in (first, both)] == [2, 1]
     for words, number in (("doubled, in row 0", 1), ("wrong in row 0", 1), ("", 1), ("halved", 2)):
         assert len(causes([first, finding("b", "adam_m/lm_head", words=words)])) == number
 
 
-def test_what_the_same_trials_tell_has_one_cause() -> None:
-    first, same, other = (
-        replace(finding(case, key, words=case), fields={"again": words})
-        for case, key, words in [
-            ("a", "unwatched/dlm_head", "micro-batches"),
-            ("b", "unwatched/dlayer1.mlp_fc2", "micro-batches"),
-            ("c", "unwatched/dlayer1.mlp_fc2", "a document"),
+def test_what_is_wrong_of_batches_or_of_the_recorder_has_one_cause() -> None:
+    batches, more, recorder, other = (
+        replace(finding(case, key, words=case), fields={"again": words, "function": function})
+        for case, key, words, function in [
+            ("a", "unwatched/dlm_head", "micro-batch by micro-batch it is right", "replay.py"),
+            ("b", "unwatched/dlayer1.mlp_fc2", "in a new backend it is right", "batch.py"),
+            ("c", "unwatched/dlayer1.mlp_fc2", "a document by itself is wrong", RECORDER),
+            ("d", "unwatched/dwte", "wrong in packed rows, and only if recorded", RECORDER),
         ]
     )
-    assert [cause.first for cause in causes([first, same, other])] == [first, other]
+    stop = replace(finding("e", ""), stopped="vectorized/lower.py:259 IndexError: index 9")
+    assert [cause.all for cause in causes([batches, more, recorder])] == [
+        [batches, more],
+        [recorder],
+    ]
+    assert len(causes([recorder, other, stop])) == 1
+    assert len(causes([stop, recorder, batches])) == 1
 
 
 TEN = ["one-document", "ragged-batch", "tied-two-layers", "three-layers", "four-layers",
