@@ -139,11 +139,13 @@ def _follows(finding: Finding, first: Finding) -> bool:
         return LAYER.sub("", first.diagnosis) == LAYER.sub("", finding.diagnosis)
     if _of_recorder(first) and (_of_recorder(finding) or split_key(finding.key)[0] in RECORDED):
         return True
+    if not (finding.key or finding.stopped):  # it says that something is wrong, and not what
+        return True
     if first.stopped or finding.stopped:  # after a wrong number, or at the same line
         same = first.stopped == finding.stopped or first.key != ""
         return same or first.stopped.partition(" ")[0] == finding.stopped.partition(" ")[0] != ""
     kind, earlier = _kind(finding.key), _kind(first.key)
-    if kind == earlier or not first.key or not finding.key:
+    if kind == earlier or not first.key:
         return True
     if first.fields.get("again") and finding.fields.get("again"):
         return not (_of_recorder(first) or _of_recorder(finding))  # both are of batches
@@ -160,10 +162,9 @@ def _follows(finding: Finding, first: Finding) -> bool:
 
 def _of_recorder(finding: Finding) -> bool:
     """Whether what records or what runs the recording is at fault, by its line or by trials."""
-    files = [f"vectorized/{name}.py:" for name in ("record", "lower", "replay")]
-    return finding.stopped.startswith(tuple(files)) or RECORDER in finding.fields.get(
-        "function", ""
-    )
+    lines = tuple(f"vectorized/{name}.py:" for name in ("record", "lower", "replay"))
+    tried = finding.fields.get("function", "")
+    return finding.stopped.startswith(lines) or RECORDER in tried
 
 
 def _readings(finding: Finding) -> set[str]:

@@ -23,7 +23,7 @@ SMALL = ("one-position", "repeated-token", "tied-two-layers", "three-layers")
 
 
 def gradient(case: Case, backend_name: str) -> Array:
-    """(P,): the gradient of the loss of the first batch, by an implementation."""
+    """(P,): the gradient of the loss of the first batch, by an implementation as it trains."""
     backend = load_backend(
         backend_name, suited(case.config, backend_name, "float64"), fresh_state(case.params)
     )
@@ -61,7 +61,8 @@ def _objection(
 ) -> Outcome:
     """The outcome for the first parameter whose gradient is not the derivative of the loss."""
     name = next(name for name in backward_order(true) if shares[name].max() > 1)
-    key, side = f"gradient/d{name}", wrong[0]
+    side = wrong[0]
+    key = f"{'unwatched' if side == 'vectorized' else 'gradient'}/d{name}"  # see `gradient`
     index = exhibit(key, true[name], shares[name])
     others = [one for one in BACKENDS if one not in wrong]
     verdict = f"in {side} alone: that of {others[0]} is" if others else f"in {' and '.join(wrong)}"
