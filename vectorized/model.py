@@ -2,7 +2,8 @@
 
 Same as scalar:         the functions, their order, their equations, the names of the taps.
 Different from scalar:  position loop -> T axis; growing key/value list -> causal mask;
-                        one document -> B axis with weights; graph -> explicit backward.
+                        one document -> B axis with weights; graph -> explicit backward;
+                        loss.backward() -> loss_backward; p.grad = 0 -> gradients are assigned.
 
 Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
 the derivative of the loss with respect to y. At the end of a line: (its shape).
