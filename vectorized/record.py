@@ -359,14 +359,17 @@ class Recorder:
     def table_and_index(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
         """For x[index], x and the index; for x[.., index], the memory of x and a flat index.
 
-        A flat index is the sum of keys times strides. Keys count from the beginning: not from -1.
+        A flat index is the sum of keys times strides. Keys count from the beginning: not from -1,
+        which is refused in constants, and not looked for in tokens.
         """
         *rest, indices = keys
         index = indices if isinstance(indices, Traced) else self.hold(indices, fixed=True)
         rest = [np.asarray(key) for key in rest]
         whole = len(keys) == x.ndim and x.whole and x.buffer.array.flags.forc
         fits = whole and np.broadcast(*rest, index.view).shape == index.shape
-        if any(key.dtype.kind != "i" for key in (*rest, index)) or (rest and not fits):
+        known = [*rest, index.view] if index.buffer.fixed else rest
+        numbers = all(key.dtype.kind == "i" for key in (*rest, index))
+        if not numbers or (rest and not fits) or any(key.min(initial=0) < 0 for key in known):
             raise refusal("this index")
         if not rest:
             return x, index

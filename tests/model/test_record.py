@@ -339,7 +339,16 @@ def looks_up_in_a_part(x: Any) -> Any:
     return x.recorder.hold(np.ones((2, 3, 8))[..., :4])[0, 0, np.array([0, 1])]
 
 
+def looks_up_from_the_end(x: Any) -> Any:
+    return x[np.array([-1])]
+
+
+def looks_up_a_place_from_the_end(x: Any) -> Any:
+    return x[np.array([-1]), np.array([0]), np.array([0])]
+
+
 REFUSED = [
+    looks_up_from_the_end, looks_up_a_place_from_the_end,
     writes_into_an_array, multiplies_without_a_result, gives_one_letter_two_lengths,
     looks_up_truths, looks_up_more_than_it_says, looks_up_in_a_part,
     decides, takes_a_number, takes_a_whole_number, counts_with_it, takes_a_root, makes_an_array,
