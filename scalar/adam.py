@@ -24,8 +24,8 @@ def adam(
     lr_t    this step's learning rate
 
     The gradient of a parameter p is p.grad. Sources: Kingma and Ba, "Adam: a method for stochastic
-    optimization" (2015), algorithm 1; for the weight decay, Loshchilov and Hutter, "Decoupled
-    weight decay regularization" (2019), algorithm 2.
+    optimization" (2015), algorithm 1; for the weight decay, times the learning rate here,
+    Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2.
     """
     beta1, beta2 = config.beta1, config.beta2
     correction1 = 1 - beta1 ** (step + 1)

@@ -25,9 +25,9 @@ def adam(
     step    how many updates came before this one
     lr_t    this step's learning rate
 
-    Backend.update has clipped the gradients. Sources: Kingma and Ba, "Adam: a method for stochastic
-    optimization" (2015), algorithm 1; for the weight decay, Loshchilov and Hutter, "Decoupled
-    weight decay regularization" (2019), algorithm 2.
+    The gradients come clipped: see Backend.update. Sources: Kingma and Ba, "Adam: a method for
+    stochastic optimization" (2015), algorithm 1; for the weight decay, times the learning rate
+    here, Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2.
     """
     beta1, beta2 = config.beta1, config.beta2
     correction1 = 1 - beta1 ** (step + 1)

@@ -1,8 +1,8 @@
 """The vectorized GPT as the shell and the crosscheck see it: numbers in, numbers out.
 
-Same as scalar:         the methods.
+Same as scalar:         the methods, but for `recordings`.
 Different from scalar:  parameters, gradients and moments -> a buffer for all of each;
-                        watched -> the text as it stands; unwatched -> the text as it was recorded.
+                        graph -> the text (model.py, adam.py) if watched, else what it recorded.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from vectorized.sample import empty_caches, read, sample, sample_many
 
 
 class Watched:
-    """Does what a Replay does, by the text as it stands, and keeps all taps."""
+    """Forward, backward, update and losses by the text as it stands. All taps are kept."""
 
-    def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
+    def __init__(
+        self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array, m: Array, v: Array
+    ) -> None:
         self.config = config
         self.params = model_tree(flat, shapes, config.n_layer)
-        self.flat, self.flat_grads = flat, flat_grads
+        self.flat, self.flat_grads, self.m, self.v = flat, flat_grads, m, v
         self.grads = named_views(flat_grads, shapes)
         self.found: dict[str, Any] = dict(self.grads)  # gradients as the text returns them
 
@@ -58,8 +60,8 @@ class Watched:
             if np.shape(found) == self.grads[name].shape:
                 self.grads[name][:] = found
 
-    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
-        adam(self.flat, factor * self.flat_grads, m, v, step, lr_t, self.config)
+    def update(self, step: int, lr_t: float, factor: float) -> None:
+        adam(self.flat, factor * self.flat_grads, self.m, self.v, step, lr_t, self.config)
 
     def losses(self, docs: Docs) -> Any:
         tap = Tree(self.config.n_layer)
@@ -86,7 +88,7 @@ class Backend:
         self.comm = comm
         self.sums = Sums(comm, len(self.flat), dtype)
         self.flat_grads = self.sums.grads
-        arrays = self.shapes, self.flat, self.flat_grads
+        arrays = self.shapes, self.flat, self.flat_grads, self.m, self.v
         self.worker: Any = Watched(config, *arrays) if watch else Replay(config, *arrays)
         # evaluation has memory of its own, so that it can come between forward and backward
         self.evaluation: Any = self.worker if watch else Replay(config, *arrays)
@@ -105,7 +107,7 @@ class Backend:
 
     def update(self, lr_t: float) -> None:
         factor = clip(self.flat_grads, self.config.grad_clip) if self.config.grad_clip else 1.0
-        self.worker.update(self.m, self.v, self.updates, lr_t, factor)
+        self.worker.update(self.updates, lr_t, factor)
         self.updates += 1
 
     def recordings(self, docs: Docs) -> list[tuple[tuple[int, ...], Any]]:
@@ -179,8 +181,7 @@ class Backend:
     def _named(self, taps: Tree) -> dict[str, Any]:
         """The taps by name, with zeros in padding and at later positions.
 
-        A tap that was never written is left out; one of another shape than the table says stays
-        as it is.
+        A tap that was never written is left out; one whose shape does not fit stays as it is.
         """
         B, T = self.worker.batch.tokens.shape
         real = np.arange(T) < self.worker.lengths[:, None]  # (B, T)

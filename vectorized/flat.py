@@ -25,7 +25,7 @@ def flatten(tensors: Mapping[str, Any], dtype: Any) -> Array:
 
 
 def named_views(flat: Array, shapes: Shapes) -> dict[str, Array]:
-    """The tensors of such a buffer: views, so that writing to one writes to the other."""
+    """The tensors in a buffer: views, so that writing to one writes to the buffer."""
     views, start = {}, 0
     for name, shape in shapes.items():
         end = start + math.prod(shape)

@@ -1,12 +1,12 @@
-"""From the calls that were written down to the calls that run: where results lie, and how.
+"""From the calls that were written down to the calls that run.
 
 products     q, k and v are one product, and so are their gradients: `merged` (1.04 at 1, 1.02 at
              64).
 places       Results share memory when their lives do not overlap. A result that is only copied is
              computed where the copy would lie (1.06 at 1): `placed`.
 few axes     Element-wise calls get views with as few axes as memory allows: `_fused`.
-one object   Views of the same memory are one array object, so that NumPy need not find out how they
-             overlap when a call writes over its operand (1.08 at a batch of one).
+one object   Equal views of the same memory are one array object, so that NumPy need not find out
+             how they overlap when a call writes over its operand (1.08 at a batch of one).
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
 that number of documents.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Ints = tuple[int, ...]
 Line = tuple[str, int]  # a line of the text: its file and number
-Found = tuple[Array, Callable[[], float]]  # a number, where it lies, found anew for every run
+Varying = tuple[Array, Callable[[], float]]  # a number, where it lies, found anew for every run
 Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 NEAR = 4  # calls back, in which a product is looked for that can be merged
@@ -43,7 +43,7 @@ BOUND: dict[Any, Callable[..., Run]] = {
     np.maximum: lambda x, y, out: (
         partial(np.maximum, out=out),
         (x, y),
-    ),  # by position: deprecated
+    ),  # out by position is deprecated
     "take": lambda table, at, out: (table.take, (at, 0, out, "clip")),  # "clip" spares a copy
     "put": lambda at, values, out: (out.__setitem__, (at, values)),
     "add_at": lambda at, rows, out: (np.add.at, (out, at, rows)),
@@ -67,10 +67,10 @@ class Place:
 class Buffer:
     """The memory of a result, or of an array of the caller."""
 
-    array: Array  # of a result, any of its form: its numbers are not used, nor its memory
+    array: Array  # of a result: all of one form share it, for its shape and strides
     place: Place  # that of a result is found when the recording ends
     shift: int = 0  # bytes from the beginning of the place
-    fixed: bool = False  # whether it is an array of constants, which the text itself has
+    fixed: bool = False  # whether its numbers are the same in every run
     rows: Any = None  # if each number was computed n times: the view (.., n) of all of them
 
 
@@ -87,9 +87,9 @@ class Call:
 
 
 def lowered(
-    calls: list[Call], parts: int, numbers: list[Found], memory: Callable[[int], Array]
+    calls: list[Call], parts: int, numbers: list[Varying], memory: Callable[[int], Array]
 ) -> Recording:
-    """The list of calls as it is run, in a block of memory of so many bytes."""
+    """The list of calls as it is run, in memory(bytes)."""
     calls, nbytes = placed(merged(calls))
     by_part = [[call for call in calls if call.part == part] for part in range(parts)]
     block = memory(nbytes)
@@ -125,7 +125,7 @@ def merged(calls: list[Call]) -> list[Call]:
         elif call.f is np.add:
             once = [x.buffer for x in call.inputs if reads[x.buffer] == 1 and alike(x, call.out)]
             terms = [c for x in once for c in near if c.out.buffer is x and x.place.home is None]
-            # the second is moved, which would leave behind what has been merged into it
+            # the second is moved: had it been merged before, a part of it would be left behind
             if len(terms) == 2 and terms[1] in calls and can_wait(terms, kept, call):
                 (left, right), (left2, right2) = (term.inputs for term in terms)
                 both = stacked((right, right2), (left.T, left2.T))
@@ -244,7 +244,7 @@ class Recording:
 
     runs: list[list[Run]]  # a list for each part
     lines: list[list[tuple[str, Line]]]  # what each of them calls, and for which line of the text
-    numbers: list[Found]
+    numbers: list[Varying]
 
     @property
     def size(self) -> int:

@@ -2,14 +2,15 @@
 
 Same as scalar:         the functions, their order, their equations, the names of the taps.
 Different from scalar:  position loop -> T axis; growing key/value list -> causal mask;
-                        one document -> B axis with weights; graph -> explicit backward;
-                        loss.backward() -> loss_backward; p.grad = 0 -> gradients are assigned.
+                        head slices -> H axis; one document -> B axis with weights;
+                        graph and loss.backward() -> explicit backward, loss_backward;
+                        p.grad = 0 -> gradients are assigned; -log(p) -> log of a sum.
 
 Each f_forward has its f_backward directly beneath: the forward pass read upside down. dy stands for
 the derivative of the loss with respect to y. At the end of a line: (its shape).
 B = documents (or rows of several: Batch), T = positions, U = positions looked at (T in training),
 C = n_embd, H = n_head, D = C / H channels a head, F = 4 C, V = vocabulary, `..` = any axes. In
-einsum, lower case. `tap.name = ...` keeps an intermediate, and the backward pass reads it there.
+einsum, lower case. `tap.name = ...` keeps an intermediate, to be looked at or for the way back.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
 
     tokens: Array  # (B, T)
     targets: Array  # (B, T), the token after each
-    weights: Array  # (B, T), factor of loss_t: 1 / (documents * its positions), 0 in padding
+    weights: Array  # (B, T), factor of loss_t: 1 / documents / positions of its own, 0 in padding
     positions: Array  # (B, T), of each token in its document
     mask: Array  # (B, 1, T, U), zero where t may look at u, else -inf
 
@@ -45,8 +46,8 @@ def linear_forward(x: Array, w: Array) -> Array:
 def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
     """dx = w^T . dy, dw = dy . x^T
 
-    forward: y_o = sum_i w_oi x_i, at every position. So dy_o / dx_i = w_oi, summed over the outputs
-    that x_i goes into, and dy_o / dw_oi = x_i, summed over the positions that share w_oi.
+    forward: y_o = sum_i w_oi x_i, at every position. So dx_i = sum_o w_oi dy_o, over the outputs
+    that x_i goes into, and dw_oi is the sum of dy_o x_i over the positions that share w_oi.
     """
     dx = dy @ w  # (B, T, n_in)
     dw = einsum("bto,bti->oi", dy, x)  # (n_out, n_in)
@@ -63,9 +64,9 @@ def softmax_forward(x: Array) -> Array:
 def softmax_backward(dy: Array, y: Array) -> Array:
     """dx = y * (dy - sum(dy * y))
 
-    forward: y_i = e_i / sum_j e_j, e_i = exp(x_i - max(x)). So dy_i / dx_j = y_i ([i = j] - y_j):
-    when x_j rises, y_j rises and the other y_i fall, hence the sum. The max divides numerator and
-    denominator alike and has no part in it.
+    forward: y_i = e_i / sum_j e_j, e_i = exp(x_i - max(x)). When x_j rises by 1, y_i changes by
+    y_i ([i = j] - y_j): y_j rises and the other y_i fall. So dx_j = sum_i dy_i y_i ([i = j] - y_j).
+    exp(max(x)) divides numerator and denominator alike, and has no part in it.
     """
     return y * (dy - total(dy * y))  # (.., n), (.., n) -> (.., n)
 
@@ -102,8 +103,8 @@ def activation_forward(x: Array, kind: str) -> Array:
 def activation_backward(dy: Array, x: Array, kind: str) -> Array:
     """dx = dy * [x > 0], dy * 2 relu(x), or dy times the slope of gelu
 
-    forward: y = x where x > 0, else 0: the slope is 1, else 0. That of its square is 2 relu(x).
-    gelu is the product x / 2 times 1 + tanh(c), and tanh(c) has the slope 1 - tanh(c)^2.
+    forward: relu is x where x > 0, else 0: the slope is 1, else 0. Its square has 2 relu(x). gelu
+    is x / 2 times 1 + tanh(c), and tanh(c) has the slope 1 - tanh(c)^2 times that of c.
     """
     if kind == "relu":
         return dy * (x > 0.0)  # (.., n), (.., n) -> (.., n)
@@ -111,9 +112,9 @@ def activation_backward(dy: Array, x: Array, kind: str) -> Array:
         return dy * (2.0 * maximum(x, 0.0))  # (.., n), (.., n) -> (.., n)
     if kind == "gelu":
         cubic = (2 / pi) ** 0.5 * (x + 0.044715 * x**3)  # (.., n)
-        dcubic = (2 / pi) ** 0.5 * (1.0 + 3 * 0.044715 * x**2)  # (.., n)
+        cubic_slope = (2 / pi) ** 0.5 * (1.0 + 3 * 0.044715 * x**2)  # (.., n)
         gate = tanh(cubic)  # (.., n)
-        gelu_slope = 0.5 * (1.0 + gate) + 0.5 * x * (1.0 - gate**2) * dcubic  # (.., n)
+        gelu_slope = 0.5 * (1.0 + gate) + 0.5 * x * (1.0 - gate**2) * cubic_slope  # (.., n)
         return dy * gelu_slope  # (.., n), (.., n) -> (.., n)
     raise ValueError(f"no formula here for the activation {kind!r}")
 
@@ -298,8 +299,8 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
 def cross_entropy_backward(dloss_t: Array, probs: Array, targets: Array) -> Array:
     """dlogits = dloss_t * (probs - [target])
 
-    forward: loss_t = log(sum_j exp(x_j)) - x_target. The slope of the first term is softmax(x),
-    that of the second is 1 at the target and 0 elsewhere.
+    forward: loss_t = log(sum_j exp(x_j)) - x_target. The first term has the slope softmax(x), the
+    second takes off 1 at the target and 0 elsewhere.
     """
     b, t = np.ogrid[: targets.shape[0], : targets.shape[1]]  # (B, 1), (1, T)
     dlogits = dloss_t[..., None] * probs  # (B, T, V)

@@ -27,7 +27,7 @@ def share(docs: Docs, rank: int, size: int) -> Docs:
 
 
 class Sums:
-    """Sums over the ranks, in rank order: all ranks have the same bits, in every run.
+    """Sums over the ranks, in a fixed order: all ranks have the same bits, in every run.
 
     The order of MPI's own Allreduce depends on the size of the array, the number of ranks and
     where they are; here each rank adds up one slice of the gradients, and then gives it to all.

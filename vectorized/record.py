@@ -1,11 +1,12 @@
-"""The recorder: runs the text once, and from then on only NumPy calls that compute the same.
+"""The recorder: runs the text once, and from then on NumPy calls that compute the same.
 
-A function of the text is called with arrays that have a shape and no numbers. NumPy hands every
-operation on them to the recorder, which writes down a list of calls (function, arrays in, array
-out). A step of training puts its tokens into place and runs down the list. The recorder chooses:
+The text is model.py and adam.py. Its functions are called with arrays that have a shape and no
+numbers. NumPy hands every operation on them to the recorder, which writes down a list of calls
+(function, arrays in, array out). A step of training puts its tokens into place and runs down the
+list. The recorder chooses:
 
-memory order   The last axis of a result lies slowest, documents and positions fastest: `in_memory`.
-               A linear layer is then one product w . x of matrices.
+memory order   The last of three or more axes lies slowest, documents and positions fastest:
+               `in_memory`. A linear layer is then one product w . x of matrices.
 sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
                of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
@@ -17,7 +18,8 @@ In brackets: how many times as long a step of the default model takes without it
 that number of documents.
 
 What a list cannot repeat is refused with a RecordingError that names the line of the text: a
-decision that depends on the numbers in an array, or an operation that is not known here.
+decision that depends on the numbers in an array, or an operation that is not known here. A plain
+array that the text makes by itself is taken for a constant.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from microgpt.errors import MicrogptError
-from vectorized.lower import Buffer, Call, Found, Ints, Line, Place, Recording, alike, lowered
+from vectorized.lower import Buffer, Call, Ints, Line, Place, Recording, Varying, alike, lowered
 from vectorized.model import Array
 
 EQUAL_ROWS = 8192  # multiplications up to which a sum is computed as n equal rows
@@ -62,7 +64,9 @@ class Number(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Traced) for x in inputs):
             return NotImplemented
-        f = PLAIN.get(ufunc.__name__) or self._decision()
+        f = PLAIN.get(ufunc.__name__)
+        if f is None:
+            raise refusal(f"numpy.{ufunc.__name__} of a number of one run")
         x, y = (x.find if isinstance(x, Number) else partial(float, x) for x in inputs)
         return Number(lambda: f(x(), y()))
 
@@ -154,7 +158,7 @@ class Traced(NDArrayOperatorsMixin):
         raise refusal(f".{name} of an array")
 
     def _no_numbers(self, *_: Any) -> Any:
-        raise refusal("a decision that depends on the numbers in an array")
+        raise refusal("a decision or a loop that depends on the numbers in an array")
 
     __array__ = __bool__ = __complex__ = __contains__ = __float__ = __index__ = _no_numbers
     __int__ = __iter__ = _no_numbers
@@ -186,7 +190,7 @@ class Recorder:
         self.calls: list[Call] = []
         self.part = 0
         self.known: dict[Any, Any] = {}  # the caller's memory, constants, what indices become
-        self.numbers: list[Found] = []
+        self.numbers: list[Varying] = []
 
     def hold(self, array: Array, fixed: bool = False) -> Any:
         """An array that exists, for the text to work on: parameters, tokens."""
@@ -211,7 +215,7 @@ class Recorder:
             there[...] = result
 
     def recording(self, memory: Callable[[int], Array]) -> Recording:
-        """What has been written down, in a block of memory of so many bytes."""
+        """What has been written down, to be run in memory(bytes)."""
         calls, self.calls, self.known = self.calls, [], {}  # no circles of references
         return lowered(calls, self.part + 1, self.numbers, memory)
 
@@ -222,7 +226,7 @@ class Recorder:
             raise refusal("writing into a sum, or into what was computed from it,")
 
     def new(self, shape: Ints, dtype: Any = None, orders: Any = None) -> Traced:
-        """Memory for a result of this shape, in the order that `in_memory` says, or another."""
+        """A result of this shape, in the order of `in_memory` or another."""
         order, back = orders or in_memory(len(shape))
         if (key := (shape, dtype, order)) not in self.known:
             array = np.empty([shape[axis] for axis in order], dtype or self.dtype)
@@ -250,7 +254,7 @@ class Recorder:
     # --- element by element
 
     def elementwise(self, ufunc: Any, *inputs: Any, out: Traced | None = None) -> Traced:
-        """One call of a ufunc, or of others that compute the same in less time.
+        """One call of a ufunc, or of others that give the same in less time, up to rounding.
 
         It computes n equal rows if all operands are such rows, and reads the rows of an operand if
         the result has their shape.
@@ -359,8 +363,8 @@ class Recorder:
     def table_and_index(self, x: Traced, keys: tuple[Any, ...]) -> tuple[Traced, Traced]:
         """For x[index], x and the index; for x[.., index], the memory of x and a flat index.
 
-        A flat index is the sum of keys times strides. Keys count from the beginning: not from -1,
-        which is refused in constants, and not looked for in tokens.
+        A flat index is the sum of keys times strides, so none may be negative. Those of constants
+        are looked at.
         """
         *rest, indices = keys
         index = indices if isinstance(indices, Traced) else self.hold(indices, fixed=True)
@@ -414,9 +418,9 @@ def in_memory(ndim: int) -> tuple[Ints, Ints]:
 
 @lru_cache
 def as_product(letters: str) -> Any:
-    """How an einsum is a product of matrices, after `letters`: whether the second is the left one,
-    the memory order of the result as in `in_memory`, and of each matrix (left, right, result) its
-    axes, how many of them count products, and how many of the next are its rows.
+    """How an einsum is a product of matrices: whether the two are exchanged; the memory order of
+    the result, as in `in_memory`; and of each matrix (left, right, result) its axes, how many of
+    them count products, and how many of the next are its rows.
 
     b, t and u are documents and positions and lie fastest; where t looks at u, u lies slowest.
     """
@@ -451,7 +455,7 @@ def refusal(what: str) -> RecordingError:
 
 def line_of_the_text() -> Line:
     """The line of the text that is running."""
-    frame = sys._getframe(3)  # what asks for the line, and its callers, are not the text
+    frame = sys._getframe(3)  # the text is three calls up at least
     while frame.f_code.co_filename in INSIDE and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno

@@ -1,6 +1,6 @@
 """What trains and evaluates: the text, recorded once for every shape of a micro-batch.
 
-Same as scalar:         the numbers.
+Same as scalar:         the numbers, up to rounding.
 Different from scalar:  the functions of the text -> the calls that they made (vectorized.record);
                         one document after another -> micro-batches, whose gradients add up.
 """
@@ -21,9 +21,9 @@ from vectorized.lower import ALIGN, Recording
 from vectorized.model import Array, Batch, loss_backward, loss_forward
 from vectorized.record import Number, Recorder, address
 
-CALLS = 10_000  # of all recordings that are kept, some 14 MB
+CALLS = 10_000  # of the recordings that a Replay keeps, some 14 MB
 CHUNK = 2**15  # parameters that Adam updates at a time, so that their moments stay in the cache
-ROOM = 4  # a new block is so many times what is needed: untouched pages take no memory
+ROOM = 4  # so many times what is needed, for later recordings: untouched pages take no memory
 
 
 class Step(NamedTuple):
@@ -37,11 +37,13 @@ class Step(NamedTuple):
 class Replay:
     """A model's loss, gradient and update, by recordings: one for each shape of a batch."""
 
-    def __init__(self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array) -> None:
+    def __init__(
+        self, config: Config, shapes: Shapes, flat: Array, flat_grads: Array, m: Array, v: Array
+    ) -> None:
         self.config = config
         self.shapes = shapes
         self.flat = flat
-        self.flat_grads = flat_grads  # (P,), as flat
+        self.flat_grads, self.m, self.v = flat_grads, m, v  # (P,), as flat
         self.flat_sum = np.empty_like(flat)  # (P,), untouched until there are several micro-batches
         self.summed = False  # whether flat_sum has gradients of this batch
         self.last: Step | None = None  # whose backward pass is still to come
@@ -56,6 +58,7 @@ class Replay:
         Each micro-batch but the last runs its backward pass at once, while its arrays are in the
         cache: the next micro-batch needs their memory.
         """
+        self.last = None
         if len(docs) == 0:  # there are more ranks than documents
             self.flat_grads.fill(0.0)
             return 0.0
@@ -82,11 +85,11 @@ class Replay:
         if self.summed:
             self.flat_grads += self.flat_sum
 
-    def update(self, m: Array, v: Array, step: int, lr_t: float, factor: float) -> None:
+    def update(self, step: int, lr_t: float, factor: float) -> None:
         """An update by Adam, with the gradient in flat_grads times a factor."""
         self.numbers = step, lr_t, factor
         if self.adam is None:
-            self.adam = self._record_update(m, v)
+            self.adam = self._record_update()
         self.adam.run(0)
 
     def losses(self, docs: Docs) -> Array:
@@ -98,7 +101,7 @@ class Replay:
         return step.result
 
     def training(self, micro_batch: MicroBatch) -> Step:
-        """Loss and gradient of documents in rows as many and as long as these."""
+        """The recorded calls for rows as many and as long as these."""
         return self._kept(*micro_batch.shape, packed=bool(micro_batch.starts), training=True)
 
     def _kept(self, B: int, T: int, packed: bool, training: bool) -> Step:
@@ -131,23 +134,23 @@ class Replay:
                 recorder.put(pick(dparams, name), grad)
         return Step(batch, result, recorder.recording(self._memory))
 
-    def _record_update(self, m: Array, v: Array) -> Recording:
+    def _record_update(self) -> Recording:
         recorder = Recorder(self.flat.dtype)
         step, lr_t, factor = map(self._number, range(3))
         for start in range(0, len(self.flat), CHUNK):
-            arrays = (x[start : start + CHUNK] for x in (self.flat, self.flat_grads, m, v))
-            params, grads, m_, v_ = map(recorder.hold, arrays)
+            whole = self.flat, self.flat_grads, self.m, self.v
+            params, grads, m, v = (recorder.hold(x[start : start + CHUNK]) for x in whole)
             if self.config.grad_clip:
                 grads = factor * grads
-            adam(params, grads, m_, v_, step, lr_t, self.config)
+            adam(params, grads, m, v, step, lr_t, self.config)
         return recorder.recording(self._memory)
 
     def _number(self, i: int) -> Any:
-        """The number that stands there when an update is run."""
+        """self.numbers[i], read anew in every run."""
         return Number(lambda: self.numbers[i])
 
     def _memory(self, nbytes: int) -> Array:
-        """So many bytes for a recording: the first of the block."""
+        """At least so many bytes, where every recording works."""
         if nbytes > len(self.block) - ALIGN:
             self.kept.clear()  # they work in the old block
             self.adam = None

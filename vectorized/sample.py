@@ -106,9 +106,9 @@ def sample_many(
 ) -> list[list[int]]:
     """The documents that `sample` would return, called num times.
 
-    A document begins in the stream of random numbers where the one before ended, so its place is
-    not known in advance. `draw` draws a document from every place, and each is kept that begins
-    where the one kept before it ended.
+    A document takes its random numbers where the one before stopped, a place not known in advance.
+    `draw` draws a document from each of many places, and each is kept that begins where the one
+    kept before it stopped.
     """
     longest = config.block_size - len(prompt)
     length = longest // 2 + 1  # draws that a document takes, at a guess
@@ -144,10 +144,11 @@ def draw(
     prompt: Sequence[int],
     top_k: int,
 ) -> Array:
-    """A document from each of the first places in the stream of draws.
+    """One document from each of the places 0 to places - 1 in the stream of draws.
 
-    Documents that have the same text so far share a row of the batch. Returns the tokens (places,
-    longest), filled up with the closing token.
+    Documents that have the same text so far share a row of the batch: R rows, for the W documents
+    that go on. Returns the tokens after the prompt (places, longest), filled up with the closing
+    token.
     """
     longest, V = config.block_size - len(prompt), tokenizer.vocab_size
     weights = {name: pick(params, name).view(Weight) for name in param_shapes(config, V)}
@@ -183,7 +184,8 @@ class Weight(np.ndarray):
     """A weight whose products `x @ w.T` have results (R, 1, n) in Fortran order.
 
     Their rows then lie fastest in memory. All rows are one product of matrices, not a product for
-    each, and element-wise loops are as long as the batch. Any other use is that of an array.
+    each, and element-wise loops are as long as the batch. So do the rows of a look-up. Any other
+    use is that of an array.
     """
 
     def __rmatmul__(self, x: Any) -> Any:

@@ -1002,12 +1002,12 @@ def test_the_recorded_update_is_adam(fields: dict[str, float], rows: int, dtype:
     numbers.append(np.abs(numbers[-1]))
     params, grads, m, v = [x.copy() for x in numbers]
     ours, ours_grads, ours_m, ours_v = numbers
-    replay = Replay(config, {"w": (rows, 4)}, ours, ours_grads)
+    replay = Replay(config, {"w": (rows, 4)}, ours, ours_grads, ours_m, ours_v)
     for step in range(4):  # from the same numbers, so that rounding does not add up
         ours[:], ours_m[:], ours_v[:] = params, m, v
         ours_grads[:] = grads[:] = rng.normal(size=4 * rows)
         lr_t, factor = 0.1 / (step + 1), 1.0 - step / 10 if config.grad_clip else 1.0
-        replay.update(ours_m, ours_v, 3 * step, lr_t, factor)
+        replay.update(3 * step, lr_t, factor)
         adam(params, np.dtype(dtype).type(factor) * grads, m, v, 3 * step, lr_t, config)
         for found, expected in ((ours, params), (ours_m, m), (ours_v, v)):
             eps = float(np.finfo(dtype).eps)
