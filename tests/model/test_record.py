@@ -860,6 +860,21 @@ def test_what_is_scaled_twice_may_change_in_between(text: Callable[..., Any]) ->
     np.testing.assert_allclose(found, text(np.arange(6.0), 4.0, 3.0), rtol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (lambda lr: -lr, "numpy.negative of a number of one run"),
+        (lambda lr: lr if lr > 0.5 else 0.0, "numpy.greater of a number of one run"),
+        (lambda lr: math.sqrt(lr), "a decision that depends on a number of one run"),
+    ],
+)
+def test_what_a_list_cannot_do_with_a_number_is_refused(
+    text: Callable[..., Any], what: str
+) -> None:
+    with pytest.raises(RecordingError, match=what):
+        text(Number(lambda: 1.0))
+
+
 def test_one_index_into_two_rows_is_two_elements() -> None:
     b, t = np.ogrid[:2, :3]
     index = np.array([[0, 1, 2], [3, 2, 1]])
