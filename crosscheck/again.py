@@ -39,12 +39,15 @@ def again(case: Case, number: int, key: str, step: Step, dtype: str) -> Again | 
     step      of the side that records
     dtype     its precision
 
-    Returns None if a backend stops.
+    What is wrong in single precision is tried in double precision first, where rounding is no
+    matter. Returns None if a backend stops.
     """
-    config = replace(case.config, cores=1, dtype=dtype)
     phase, docs = split_key(key)[0], case.docs(number - 1)
-    trial = Trial(config, state_of(step, ENTRY, number - 1), phase)
+    state = state_of(step, ENTRY, number - 1)
     with suppress(Exception), np.errstate(all="ignore"):  # one at fault may raise any exception
+        trial = Trial(replace(case.config, cores=1, dtype="float64"), state, phase)
+        if dtype != "float64" and trial.right(docs):
+            trial = trial._replace(config=replace(trial.config, dtype=dtype))
         return _told(trial, docs, case, number, step)
     return None
 
@@ -75,10 +78,11 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int, step: Step) -> Agai
             return Again(words, "vectorized/replay.py, batch.py")
         words = "micro-batch by micro-batch it is right: wrong where they are added up"
         return Again(words, "vectorized/replay.py")
-    words = "document by document it is right: wrong where they are packed into rows,"
+    words = "document by document it is right: wrong where "
     if all(trial.packed_right(part) for part in parts):
-        return Again(f"{words} and only if recorded", RECORDER)
-    return Again(f"{words} recorded or not", "vectorized/batch.py")
+        return Again(f"{words}several are recorded; unrecorded, they are right", RECORDER)
+    which = next(filter(None, map(trial.wrong_array, parts)), "")
+    return Again(f"{words}they are packed into rows{which and ': '}{which}", "vectorized/batch.py")
 
 
 class Trial(NamedTuple):
@@ -108,12 +112,44 @@ class Trial(NamedTuple):
 
     def packed_right(self, part: Any) -> bool:
         """Whether the text, unrecorded, finds the loss of a micro-batch in its packed arrays."""
-        batch, model = (import_module(f"vectorized.{name}") for name in ("batch", "model"))
+        watched, tap = self._backend(watch=True), Tree(self.config.n_layer)
+        loss_forward = import_module("vectorized.model").loss_forward
+        loss = loss_forward(self._packed(part), watched.params, self.config, tap)
+        return self._close([watched.forward(part.docs)], [loss])
+
+    def wrong_array(self, part: Any) -> str:
+        """What is wrong with the packed arrays of a micro-batch, in words; "" if nothing is."""
+        found, (B, T) = self._packed(part), part.shape
+        names = "tokens", "targets", "weights", "positions"
+        wanted = {name: np.zeros((B, T)) for name in names}
+        owner = np.full((B, T), -1)  # which document is there; -1: none
+        for number, (doc, start) in enumerate(zip(part.docs, part.starts)):
+            row, t = divmod(start, T)
+            own = row, slice(t, t + len(doc) - 1)
+            if t + len(doc) - 1 > T:
+                return "a document is longer than the room in its row"
+            if (owner[own] >= 0).any():
+                return "two documents lie on each other"
+            owner[own] = number
+            wanted["tokens"][own], wanted["targets"][own] = doc[:-1], doc[1:]
+            wanted["positions"][own] = np.arange(len(doc) - 1)
+            wanted["weights"][own] = 1 / len(part.docs) / (len(doc) - 1)
+        real = owner >= 0
+        for name, array in wanted.items():
+            where = np.ones_like(real) if name == "weights" else real
+            if not np.allclose(getattr(found, name)[where], array[where], rtol=1e-6):
+                padding = name == "weights" and np.allclose(found.weights[real], array[real])
+                return f"the {name} are wrong{' in padding' * padding}"
+        seen = (owner[:, :, None] == owner[:, None, :]) & np.tri(T, dtype=bool)  # (B, T, U)
+        hidden = np.isneginf(found.mask[:, 0])[real]
+        return "" if (hidden == ~seen[real]).all() else "the mask is wrong"
+
+    def _packed(self, part: Any) -> Any:
+        """The arrays of a micro-batch."""
+        batch = import_module("vectorized.batch")
         arrays = batch.empty_batch(*part.shape, np.dtype(self.config.dtype), packed=True)
         batch.fill_packed(arrays, part, len(part.docs))
-        watched = self._backend(watch=True)
-        loss = model.loss_forward(arrays, watched.params, self.config, Tree(self.config.n_layer))
-        return self._close([watched.forward(part.docs)], [loss])
+        return arrays
 
     def _backend(self, watch: bool) -> Any:
         return load_backend("vectorized", self.config, self.state, watch=watch)

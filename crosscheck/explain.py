@@ -285,17 +285,17 @@ Index = tuple[int, ...]
 
 
 def _m(config: Config, n: int, name: str, index: Index, step: Step) -> Expression:
-    g, written = _clipped(config, name, index, step)
+    factor, g, written = _clipped(config, name, index, step)
     beta, m = config.beta1, step[f"entry_m/{name}"][index]
     formula = f"{beta:g} m + (1 - {beta:g}) {written}"
-    return Expression(formula, {"m before": m, "g": g}, beta * m + (1 - beta) * g)
+    return Expression(formula, {"m before": m, "g": g}, beta * m + (1 - beta) * (factor * g))
 
 
 def _v(config: Config, n: int, name: str, index: Index, step: Step) -> Expression:
-    g, written = _clipped(config, name, index, step)
+    factor, g, written = _clipped(config, name, index, step)
     beta, v = config.beta2, step[f"entry_v/{name}"][index]
     formula = f"{beta:g} v + (1 - {beta:g}) {written}^2"
-    return Expression(formula, {"v before": v, "g": g}, beta * v + (1 - beta) * g * g)
+    return Expression(formula, {"v before": v, "g": g}, beta * v + (1 - beta) * (factor * g) ** 2)
 
 
 def _update(config: Config, n: int, name: str, index: Index, step: Step) -> Expression:
@@ -320,11 +320,11 @@ def _params(config: Config, n: int, name: str, index: Index, step: Step) -> Expr
     return Expression("p + update", {"p": before, "update": update}, before + update)
 
 
-def _clipped(config: Config, name: str, index: Index, step: Step) -> tuple[float, str]:
-    """The element's gradient after clipping, and the text for it."""
+def _clipped(config: Config, name: str, index: Index, step: Step) -> tuple[float, float, str]:
+    """The factor of clipping, the element's gradient, and the text for their product."""
     factor = clipping(config, step)
     text = "g" if factor == 1 else f"({factor:.6g} g)"
-    return factor * float(step[f"gradient/d{name}"][index]), text
+    return factor, float(step[f"gradient/d{name}"][index]), text
 
 
 ADAM = {"adam_m": _m, "adam_v": _v, "update": _update, "params": _params}

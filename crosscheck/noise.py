@@ -1,15 +1,15 @@
 """The noise of each tensor of a case: how far rounding may move it, measured on the reference.
 
-scalar/ runs once more, and every number that scalar/ is given or computes, forward and backward, is
-moved by one unit in the last place, up or down at random. How far a tensor moves is its noise. Sums
-in another order, or another exp, move a tensor about as far.
+scalar/ runs three times more, and every number that scalar/ is given or computes, forward and
+backward, is moved by one unit in the last place, up or down at random. How far a tensor moves at
+most is its noise. Sums in another order, or another exp, move a tensor about as far.
 
-One run may leave an element unmoved by accident. So the noise of an element is at least each of:
-the root mean square of the moves of its row; a tenth of the root mean square of the moves of the
-tensor; one unit in the element's last place; a sixteenth of a unit in the last place of the
-tensor's root mean square. The last two need no measurement. The noise is also at least what the
-noise of the tensor's operands makes of the element, by the table: errors that cancel in scalar/
-need not cancel in another text.
+A run may leave an element unmoved by accident. So the noise of an element is at least each of: the
+root mean square of the moves of its row, and of its column in a matrix; a tenth of the root mean
+square of the moves of the tensor; one unit in the element's last place; a sixteenth of a unit in
+the last place of the tensor's root mean square. The last two need no measurement. The noise is also
+at least what the noise of the tensor's operands makes of the element, by the table: errors that
+cancel in scalar/ need not cancel in another text.
 
 Adam's v is a square and spans many orders of magnitude: its noise is that of its root.
 
@@ -36,18 +36,25 @@ from microgpt.train import learning_rate
 
 Noise = Mapping[str, Array]  # the noise of every element, by key
 ULP = 2.0**-52
+RUNS = 3  # a tensor of one element may stay where it is in one of them
 SHARE = 0.1  # of the root mean square of a tensor's moves: the least move of an element
 LEAST = 1 / 16  # of a unit in the last place of a tensor's root mean square: the least noise
 SQUARES = ("entry_v", "adam_v")  # phases of Adam's v
 FACTORS = 99_991  # how many random factors are used in turn; a prime number
 
 
-def noise(case: Case, steps: Sequence[Step], seed: int = 0) -> list[Noise]:
+def noise(case: Case, steps: Sequence[Step]) -> list[Noise]:
     """The noise of each tensor of a trace that scalar/ has run freely, a mapping for every step.
 
     The list ends before the first step that lacks its state at entry, or in which scalar/ stops.
     """
-    rng = np.random.default_rng(seed)
+    runs = [_of_one_run(case, steps, np.random.default_rng(seed)) for seed in range(RUNS)]
+    return [{key: np.maximum.reduce([one[key] for one in same]) for key in same[0]}
+            for same in zip(*runs)]  # fmt: skip
+
+
+def _of_one_run(case: Case, steps: Sequence[Step], rng: np.random.Generator) -> list[Noise]:
+    """How far one run at random moves each tensor, a mapping for every step."""
 
     def moved(tensors: Mapping[str, Any]) -> dict[str, Array]:
         numbers = {name: np.array(tensor, "float64") for name, tensor in tensors.items()}
@@ -187,11 +194,19 @@ def _with_second_ways(found: Step, step: Step) -> Noise:
 
 
 def smoothed(moves: Array, there: Array) -> Array:
-    """The size of each move: at least the root mean square of its row, and SHARE of the whole."""
+    """The size of each move: at least the root mean square of its row, and SHARE of the whole.
+
+    Of a matrix, also that of its column: where one position gives the gradient dy x^T of a weight,
+    the moves of a row are those of a single number, dy_o, which may be small by accident.
+    """
     sizes = np.where(there, np.abs(moves), 0.0)
     if not sizes.ndim:
         return sizes
-    squares, counts = (sizes**2).sum(-1, keepdims=True), there.sum(-1, keepdims=True)
-    row = np.sqrt(squares / np.maximum(counts, 1))
-    whole = np.sqrt(squares.sum() / max(counts.sum(), 1))
-    return np.maximum(np.maximum(sizes, row), SHARE * whole)
+    lines = [_typical(sizes, there, axis) for axis in ((-1, -2) if sizes.ndim == 2 else (-1,))]
+    return np.maximum.reduce([sizes, *lines, SHARE * _typical(sizes, there, None)])
+
+
+def _typical(sizes: Array, there: Array, axis: int | None) -> Array:
+    """The root mean square along an axis, or of all, in an array of as many axes."""
+    squares, counts = (sizes**2).sum(axis, keepdims=True), there.sum(axis, keepdims=True)
+    return np.broadcast_to(np.sqrt(squares / np.maximum(counts, 1)), sizes.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,21 @@ def test_what_one_rank_gets_wrong_is_not_blamed_on_shares() -> None:
             (found, *_) = compare(case, sound, theirs, names=("scalar", "vectorized")).found
         assert found.again.startswith("one rank is right") is on_shares
         assert ("ranks" in found.diagnosis) is on_shares
+
+
+@pytest.mark.parametrize(("phase", "power"), [("adam_m", 1), ("adam_v", 2)])
+def test_a_clipped_gradient_is_shown_with_the_factor_that_clips_it(phase: str, power: int) -> None:
+    case = load_case("decay-and-clip")
+    (step,) = trace(case, "scalar", "float64", 1, draws=False)
+    behind = expression(case, 1, f"{phase}/wte", (0, 4), step)
+    assert behind
+    found = re.fullmatch(r"(\S+) [mv] \+ \(1 - (\S+)\) \((\S+) g\)(\^2)?", behind.formula)
+    assert found
+    beta, factor = float(found[2]), float(found[3])
+    assert factor < 1
+    assert behind.value == pytest.approx(
+        (1 - beta) * (factor * behind.operands["g"]) ** power, 1e-4
+    )
 
 
 def test_an_operation_without_words_is_judged_all_the_same(

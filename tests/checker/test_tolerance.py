@@ -13,7 +13,7 @@ from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case, load_case
 from crosscheck.compare import Outcome, compare, compare_teacher_forced
 from crosscheck.defects import Defect, Patch, planted, reference_steps, standard
-from crosscheck.noise import noise
+from crosscheck.noise import noise, smoothed
 from crosscheck.tolerance import FACTOR, FLOAT64, Tolerance, float32, float64
 from crosscheck.trace import Step, real, trace
 
@@ -200,6 +200,20 @@ def test_the_noise_of_a_sum_that_cancels_is_that_of_its_terms() -> None:
     assert cancelled.any()
     plain = measured["forward/emb"] / np.abs(sound[0]["forward/emb"])
     assert np.median(plain) < 1e-15
+
+
+def test_a_row_that_a_single_number_moves_has_the_noise_of_its_columns() -> None:
+    moves = np.outer([1e-20, 1.0, 2.0], [1.0, 3.0, 1.0])  # dy x^T at one position
+    assert smoothed(moves, np.ones(moves.shape, bool))[0].min() > 1
+
+
+def test_what_one_run_leaves_unmoved_another_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = iter(
+        [[{"a": np.array([0.0, 2.0])}], [{"a": np.array([1.0, 0.0])}], [{"a": np.zeros(2)}]]
+    )
+    monkeypatch.setattr("crosscheck.noise._of_one_run", lambda *_: next(runs))
+    (found,) = noise(load_case("one-position"), [])
+    assert found["a"].tolist() == [1.0, 2.0]
 
 
 def test_noise_ends_where_a_step_lacks_its_batch() -> None:
