@@ -19,6 +19,7 @@ from microgpt.layout import Tree
 
 CLOSE = {"float64": 1e-9, "float32": 1e-3}  # of the largest number of a tensor
 RECORDER = "vectorized/record.py, lower.py, replay.py"
+ON_RANKS = "one rank is right: wrong where ranks share a batch"
 LEFT = "it reads what was left before, or memory that was never written"
 
 
@@ -56,8 +57,7 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int, step: Step) -> Agai
     if trial.right(docs):
         cores, batches = case.config.cores, [case.docs(i) for i in range(number)]
         if cores > 1 and all(trial.right_on_rank(rank, cores, batches) for rank in range(cores)):
-            shares = "vectorized/ranks.py, backend.py"
-            return Again("one rank is right: wrong where ranks share a batch", shares, shared=True)
+            return Again(ON_RANKS, "vectorized/ranks.py, backend.py", shared=True)
         return Again(f"in a new backend it is right: {LEFT}", "vectorized/replay.py, batch.py")
     if trial.right(docs, evaluated=False):
         words = "it is right unless evaluation comes between the forward and the backward pass"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from crosscheck.again import RECORDER
+from crosscheck.again import ON_RANKS, RECORDER
 from crosscheck.cases import Case
 from crosscheck.diagnose import OF_ANOTHER
-from crosscheck.report import with_diagnosis
+from crosscheck.report import PLACE, with_diagnosis
 from crosscheck.sides import REFUSED
 from crosscheck.trace import PHASES, split_key
 from microgpt.config import FIELDS, Config
@@ -115,7 +115,7 @@ def _bare(words: str) -> str:
 
 def _is_place(words: str) -> bool:
     """Whether a reading says only where numbers are wrong, which other cases need not share."""
-    return words.startswith("wrong ")
+    return words.startswith(PLACE)
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
@@ -149,9 +149,11 @@ def _follows(finding: Finding, first: Finding) -> bool:
         return True
     if first.fields.get("again") and finding.fields.get("again"):
         return not (_of_recorder(first) or _of_recorder(finding))  # both are of batches
+    both = _readings(first), _readings(finding)
     if kind[0] == earlier[0] in ONE_FUNCTION:
-        both = _readings(first), _readings(finding)
         return not all(both) or bool(both[0] & both[1])
+    if kind[0] == earlier[0] == "gradient" and both[0] & both[1]:
+        return True
     if (earlier[0], kind[0]) == ("adam_m", "adam_v"):  # neither is computed from the other
         return "adam_v" in first.fields.get("phases", ())
     readings = {first.diagnosis, finding.diagnosis} - {""}
@@ -215,7 +217,7 @@ def also(cause: Cause) -> str:
     cases = {one.case for one in cause.others if one.about in STEPS} - {cause.first.case}
     words = [f"{len(cases)} case{'s' * (len(cases) > 1)}"] if cases else []
     abouts = dict.fromkeys(one.about for one in cause.others if one.about not in STEPS)
-    words += [about for about in abouts if about != cause.first.about]
+    words += [RUN_AS.get(about, about) for about in abouts if about != cause.first.about]
     return f"also fails: {', '.join(words)}" if words else ""
 
 
@@ -303,8 +305,7 @@ def shared(
     load      gives a case by its name
     listed    the names of the cases that were to be run
     """
-    abouts = {one.about for one in cause.all}
-    kinds = STEPS if abouts & set(STEPS) else (cause.first.about,)
+    kinds = STEPS if cause.first.about in STEPS else (cause.first.about,)
     own = [run for run in runs if run.about in kinds]
     failing = {(one.case, one.step) for one in cause.all if one.about in kinds}
     agreed = {(run.case, n) for run in own for n in range(1, run.agreed + 1)} - failing
@@ -357,7 +358,9 @@ def _only(cause: Cause) -> str:
     """The one comparison that fails, in words; "" if several fail, or those of whole steps."""
     abouts = {one.about for one in cause.all}
     if len(abouts) == 1 and not abouts & {*STEPS, VALUE}:
-        return f"only in: {cause.first.about}"
+        return f"only {RUN_AS.get(cause.first.about, f'in: {cause.first.about}')}"
+    if cause.first.fields.get("again") == ON_RANKS:
+        return "only where ranks share a batch"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {*RECORDED}:
         return "only where the text is recorded; unrecorded, it agrees"

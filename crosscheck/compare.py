@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import numpy as np
 from crosscheck.again import again
 from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
-from crosscheck.diagnose import OF_SHARES, diagnose
+from crosscheck.diagnose import NOT_CLEARED, OF_SHARES, diagnose
 from crosscheck.explain import Expression, expression, shown
 from crosscheck.lines import function_of, lines_of, place_of
 from crosscheck.read_again import drawn_again
@@ -139,14 +140,15 @@ def compare(
     standard: Standard = FLOAT64,
     names: Sequence[str] = (),
     after: int = 0,
+    before: tuple[Step, Step] | None = None,
 ) -> Outcome:
     """What two traces show when held against each other, up to the first step that differs.
 
-    names    of the two implementations, if they can run again for a better explanation
-    after    how many steps came before these
+    names     of the two implementations, if they can run again for a better explanation
+    after     how many steps came before these
+    before    the last of those steps, of both sides, for a better explanation
     """
     outcome = Outcome(case.name)
-    before: tuple[Step, Step] | None = None
     both = _until_stopped(reference), _until_stopped(candidate)
     for number in count(after + 1):
         (ours, our_stop), (theirs, their_stop) = (next(steps, (None, None)) for steps in both)
@@ -297,9 +299,8 @@ def explained(
         first = _with_trials(case, first, theirs, standard.dtype)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
-        if words == ONE_BY_ONE:  # a reading is of `sample`, which is right
-            first = replace(first, function=place_of("vectorized/sample.py", "sample_many"))
-        elif first.diagnosis and words:  # both are true: what was done, and in which function
+        # both are true: what was done, and in which function; but a reading is of `sample` alone
+        if first.diagnosis and words and words != ONE_BY_ONE:
             words, texts = first.diagnosis, (*texts, ("", words))
         first = replace(first, diagnosis=words or first.diagnosis, texts=texts)
     elif numbers:
@@ -307,9 +308,25 @@ def explained(
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
-        function = first.function or function_of(first.key, case.config, side)
+        function = first.function or _told_by(first, side)
+        function = function or function_of(first.key, case.config, side)
         first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
+
+
+def _told_by(found: Disagreement, side: str) -> str:
+    """The function that a diagnosis is about, and its place; "" if that is none of its own."""
+    phase = split_key(found.key)[0]
+    said = " ".join([found.diagnosis, *(words for _, words in found.texts)])
+    if of_draws := re.search(r"(\w+)\.sample\.probabilities of the same", said):
+        return place_of(f"{of_draws[1]}/sample.py", "probabilities")
+    if found.diagnosis == ONE_BY_ONE:
+        return place_of("vectorized/sample.py", "sample_many")
+    if phase in ("adam_m", "adam_v") and "clip" in found.diagnosis:
+        return place_of(f"{side}/adam.py", "clip")
+    if NOT_CLEARED in found.diagnosis:
+        return place_of(f"{side}/backend.py", "backward")
+    return ""
 
 
 def _with_trials(case: Case, found: Disagreement, theirs: Step, dtype: str) -> Disagreement:

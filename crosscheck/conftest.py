@@ -408,7 +408,9 @@ class Session:
         self.left = Left("")
         self.findings: dict[str, list[Finding]] = {}  # by the test's name
         self.order: dict[str, Any] = {}  # by the test's name, what findings are sorted by
-        self.announced = ""  # the report that was printed while tests were still running
+        # the finding whose report was printed while tests were still running
+        self.announced: Finding | None = None
+        self.told = ""  # what it looked like then
         self.undone: set[str] | None = set()  # tests not done in other processes; None: unknown
 
     @property
@@ -488,10 +490,10 @@ class Session:
         if not cause.confirmed and any(one.partition("::")[2].startswith(FIRST)
                                        for one in self.undone):  # fmt: skip
             return
-        self.announced = cause.report
+        self.announced, self.told = cause.first, cause.diagnosis
         self.terminal.ensure_newline()
         self.terminal.write_line("")
-        self.terminal.write_line(self.announced)
+        self.terminal.write_line(cause.report)
         self.terminal.write_line("")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -537,9 +539,12 @@ class Session:
                 f"cause {number + 1} of {of}: {at}: {first.headline} (-v shows the report)"
             )
         lines = [""]
-        if cause.report == self.announced:
+        if first == self.announced:
             title = "one cause" if of == 1 else f"cause 1 of {of}"
             lines += wrapped(f"{title}, reported above: {at}: {first.headline}")
+            if cause.diagnosis != self.told:
+                shared = cause.diagnosis or "nothing that all of them share"
+                lines += wrapped(f"with the other cases it looks like: {shared}", "  ", "  ")
         else:
             lines += [f"cause {number + 1} of {of}:"] * (of > 1) + cause.report.splitlines()
         for line in self._consequences(cause):

@@ -38,6 +38,7 @@ NOISE = {"float64": 1e-12, "float32": 1e-5}  # of the largest number: difference
 ENOUGH = 8  # wrong elements that a guess must know, if it does not know half of them
 MOST_PARTS = 40  # of a sum, for a least-squares fit of all their coefficients
 OF_ANOTHER = "these are the numbers of"
+NOT_CLEARED = "of the step before has not been cleared"
 ALL_OF_THEM, THE_WRONG_ONES = "all", "wrong"
 
 
@@ -411,8 +412,9 @@ def moved_about(pair: Pair) -> Iterator[Guess]:
     for words in other_layer(pair):
         yield words, pair.faulty
     for key, tensor in pair.sound_step.items():
-        if tensor.shape == sound.shape and key != pair.key and sound.size > 1:
-            phase, name = split_key(key)
+        phase, name = split_key(key)
+        same = name == own and {phase, pair.phase} <= {*DERIVED}  # the same gradient once more
+        if tensor.shape == sound.shape and key != pair.key and not same and sound.size > 1:
             yield f"{OF_ANOTHER} {name} ({PHASES[phase]})", tensor
 
 
@@ -475,7 +477,7 @@ def remembered(pair: Pair) -> Iterator[Guess]:
         return
     what = "gradient" if pair.phase in DERIVED else "tensor"
     yield f"stale: the {what} of the step before", earlier
-    yield f"the {what} of the step before has not been cleared", pair.sound + earlier
+    yield f"the {what} {NOT_CLEARED}", pair.sound + earlier
     words = "stale: what the step before left where this one has zeros"
     yield words, np.where(pair.sound == 0, earlier, pair.sound)
 

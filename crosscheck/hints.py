@@ -16,6 +16,7 @@ from crosscheck.explain import expression, shown
 from crosscheck.functions import Input
 from crosscheck.likeness import likeness
 from crosscheck.placed import PANEL, compared, reference_steps
+from crosscheck.report import PLACE
 from crosscheck.tolerance import FLOAT64
 
 Rows = list[tuple[str, str]]
@@ -24,7 +25,7 @@ AGREEING = 4  # how many failing cases are diagnosed; a cause has to explain all
 FEW = 5  # the least count of numbers whose signs are telling
 # how a diagnosis begins that is no cause; single precision is asked for separately
 NOT_FINITE = "not a finite number"
-NO_CAUSE = ("wrong ", "float32 ", NOT_FINITE)
+NO_CAUSE = (PLACE, "float32 ", NOT_FINITE)
 
 
 def hints(candidate: Candidate, wrong: Wrong, hint: int) -> Rows:

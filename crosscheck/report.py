@@ -19,6 +19,7 @@ from crosscheck.trace import PHASES, split_key
 from microgpt.backend import BACKENDS
 
 WIDTH = 80
+PLACE = "wrong "  # how a diagnosis begins that says no more than where
 CALLERS = 3  # how many calls are shown that led to an exception
 INSTEAD = (
     "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis;"
@@ -37,7 +38,8 @@ def render(found: Disagreement, reference: str, candidate: str, about: str = "")
     """
     names = {"reference": reference, "candidate": candidate}
     rows = _numbers(found, reference, candidate) if found.shape is not None else []
-    if found.diagnosis and (found.key or not found.stop):
+    place_alone = found.diagnosis.startswith(PLACE)
+    if found.diagnosis and not place_alone and (found.key or not found.stop):
         rows.append(("looks like", found.diagnosis))
     if found.again:
         rows.append(("tried again", found.again))
@@ -53,8 +55,8 @@ def render(found: Disagreement, reference: str, candidate: str, about: str = "")
         rows += [("", f"{operand} = {numbers}") for operand, numbers in found.operands.items()]
     if found.shape is not None and not found.texts:
         rows += _difference(found, reference, candidate)
-    if found.where:
-        rows.append(("wrong", found.where))
+    if where := found.where or (found.diagnosis.removeprefix(PLACE) if place_alone else ""):
+        rows.append(("wrong", where))
     if found.shape is None:  # a stop after a wrong number follows from that number
         rows += _stop(found)
     if len(found.phases) > 1:

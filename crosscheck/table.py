@@ -15,7 +15,8 @@ import numpy as np
 
 import microgpt.taps
 from crosscheck.cases import Case
-from crosscheck.compare import Outcome, compare
+from crosscheck.compare import SIDES, Outcome, compare
+from crosscheck.diagnose import NOT_CLEARED
 from crosscheck.lines import function_of
 from crosscheck.operations import Around, total
 from crosscheck.trace import Step, split_key
@@ -28,23 +29,33 @@ HELD = ("forward", "backward", "gradient")  # phases that the table computes
 
 
 def held_to_table(
-    case: Case, steps: Callable[[], Iterable[Step]], reference: str, after: int = 0
+    case: Case,
+    steps: Callable[[], Iterable[Step]],
+    reference: str,
+    after: int = 0,
+    before: Step | None = None,
 ) -> Outcome:
     """The outcome of comparing each tensor of a text with the table's operation on its operands.
 
     steps        returns the steps of the text; it is called twice
     reference    the name of the text
     after        how many steps came before these
+    before       the last of those
     """
-    by_table = map(partial(computed, case.config), steps())
-    outcome = compare(case, steps(), by_table, names=(reference, NAME), after=after)
+    by_table, names = map(partial(computed, case.config), steps()), (reference, NAME)
+    both = (before, before) if before else None
+    outcome = compare(case, steps(), by_table, names=names, after=after, before=both)
     if outcome.found and outcome.found[0].shape is not None:
         found = outcome.found[0]
         line = table_line(case.config, found.key)
+        problem = f"is not what {line.partition(' ')[0]} says"
+        if NOT_CLEARED in found.diagnosis:  # neither the line nor the texts
+            outcome.found[0] = replace(found, problem=problem, at_fault=SIDES[0])
+            return outcome
         functions = [function_of(found.key, case.config, side) for side in IMPLEMENTATIONS]
         outcome.found[0] = replace(
             found,
-            problem=f"is not what {line.partition(' ')[0]} says: that line or the texts are wrong",
+            problem=f"{problem}: that line or the texts are wrong",
             at_fault="",
             lines=(*found.lines, line),
             function="; ".join(functions),

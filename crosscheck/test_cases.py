@@ -63,7 +63,8 @@ def test_later_steps_by_the_table(
     """Each tensor of the steps after the first is the table's operation on its operands."""
     if next(reference_steps.later(), None) is None:
         pytest.skip("the reference does not get to a second step: see test_first_step")
-    outcome = held_to_table(case, reference_steps.later, choice.reference, after=1)
+    (first,) = reference_steps.first(1)
+    outcome = held_to_table(case, reference_steps.later, choice.reference, after=1, before=first)
     settle(outcome, counted=False, labels=(choice.reference, NAME))
 
 

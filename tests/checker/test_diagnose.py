@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import crosscheck.diagnose
-from crosscheck.again import CLOSE, again
+from crosscheck.again import CLOSE, Trial, again
 from crosscheck.cases import Case, load_case
 from crosscheck.causes import OR, Cause, Finding
 from crosscheck.compare import compare
@@ -23,9 +24,11 @@ from crosscheck.operations import FUNCTIONS, Around, Call, Slot, calls
 from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
 from crosscheck.recorded import leaves_text
 from crosscheck.report import with_diagnosis
+from crosscheck.table import held_to_table
 from crosscheck.trace import Array, Step, trace
 from crosscheck.variants import alternatives
 from crosscheck.where import where
+from microgpt.backend import fresh_state
 from microgpt.taps import AXES
 
 JUDGES = (
@@ -259,6 +262,63 @@ def test_a_clipped_gradient_is_shown_with_the_factor_that_clips_it(phase: str, p
     assert behind.value == pytest.approx(
         (1 - beta) * (factor * behind.operands["g"]) ** power, 1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("patch", "case_name", "place"),
+    [
+        (Patch("vectorized/adam.py", "longest / (squares**0.5)", "longest / squares"),
+         "decay-and-clip", "clip, vectorized/adam.py:"),
+        (Patch("vectorized/sample.py", "astype(float) / (temperature or 1.0)", "astype(float)"),
+         "cold-samples", "probabilities, vectorized/sample.py:"),
+        (Patch("vectorized/sample.py", "min(len(text) + 1, longest)", "len(text)"),
+         "cold-samples", "sample_many, vectorized/sample.py:"),
+        (Patch("vectorized/batch.py", "(first <= u) & (u <= t)", "u <= t"),
+         "unused-row", "what runs the recorded text: vectorized/batch.py"),
+    ],
+    ids=["clip", "probabilities", "sample_many", "packing"],
+)  # fmt: skip
+def test_a_report_leads_to_what_its_diagnosis_is_about(
+    patch: Patch, case_name: str, place: str
+) -> None:
+    case = load_case(case_name)
+    sound = list(trace(case, "scalar", "float64", 2))
+    with planted([patch]):
+        theirs = trace(case, "vectorized", "float64", 2)
+        (found, *_) = compare(case, sound, theirs, names=("scalar", "vectorized")).found
+    assert found.function.startswith(place), found
+
+
+def test_gradients_that_scalar_does_not_clear_are_no_fault_of_the_table() -> None:
+    case, kept = load_case("one-document"), Patch("scalar/backend.py", "p.grad = 0.0", "pass")
+    with planted([kept]):
+        first, second = trace(case, "scalar", "float64", 2, draws=False)
+        found = held_to_table(case, lambda: [second], "scalar", after=1, before=first).found[0]
+    assert found.problem.startswith("is not what microgpt/taps.py:")
+    assert "texts" not in found.problem
+    assert found.at_fault == "reference"
+    assert found.function.startswith("backward, scalar/backend.py:")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("(first <= u) & (u <= t)", "u <= t", "the mask is wrong"),
+        ("(1 / (of * length))[doc], position", "(1 / (of * length))[doc], at", "positions are"),
+        ("(1 / (of * length))[doc]", "(2 / (of * length))[doc]", "the weights are wrong"),
+        ("array.fill(0)", "array.fill(1)", "the weights are wrong in padding"),
+        ("starts.append(B * T - room)", "starts.append(B * T - T)", "lie on each other"),
+        ("bisect_right(left_lengths, room)", "bisect_right(left_lengths, room + 1)", "longer than"),
+        ("both[i + doc + 1]", "both[i + doc]", "the targets are wrong"),
+    ],
+)
+def test_what_is_wrong_with_packed_arrays_is_named(old: str, new: str, words: str) -> None:
+    case = load_case("micro-batches")
+    docs = case.docs(0)
+    trial = Trial(case.config, fresh_state(case.params), "unwatched")
+    with planted([Patch("vectorized/batch.py", old, new)]), np.errstate(all="ignore"):
+        parts = import_module("vectorized.batch").micro_batches(docs, case.config)
+        assert words in " ".join(map(trial.wrong_array, parts))
 
 
 def test_an_operation_without_words_is_judged_all_the_same(

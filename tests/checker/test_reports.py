@@ -352,7 +352,7 @@ def test_what_lies_downstream_is_a_consequence() -> None:
         ]
     )
     assert [cause.first.case for cause in found] == ["a", "d", "e"]
-    assert also(found[0]) == "also fails: 2 cases, float32"
+    assert also(found[0]) == "also fails: 2 cases, in float32"
 
 
 def test_another_diagnosis_is_another_cause() -> None:
@@ -367,6 +367,12 @@ def test_all_parameters_of_an_update_have_one_cause() -> None:
     assert [len(causes([one, finding("b", "adam_v/wte")])) for one in (first, both)] == [2, 1]
     for words, number in (("doubled, in row 0", 1), ("wrong in row 0", 1), ("", 1), ("halved", 2)):
         assert len(causes([first, finding("b", "adam_m/lm_head", words=words)])) == number
+
+
+def test_gradients_with_one_reading_have_one_cause() -> None:
+    first = finding("a", "gradient/dlm_head", words="has not been cleared")
+    for words, number in (("has not been cleared, in row 2", 1), ("doubled", 2)):
+        assert len(causes([first, finding("b", "gradient/dlayer0.attn_wo", words=words)])) == number
 
 
 def test_what_is_wrong_of_batches_or_of_the_recorder_has_one_cause() -> None:
@@ -434,7 +440,7 @@ def test_a_title_says_how_the_case_was_run(about: str, title: str) -> None:
 def test_what_fails_in_float32_alone_says_so() -> None:
     runs = [Run("float32", "one-document", 0, 1), Run(STEPS[0], "one-document", 1, 0)]
     (cause,) = causes([finding("one-document", "forward/emb", "float32")])
-    assert "only in: float32" in shared(cause, runs, load_case, TEN)
+    assert "only in float32" in shared(cause, runs, load_case, TEN)
 
 
 # --- whole runs ----------------------------------------------------------------------------------
@@ -476,7 +482,7 @@ def test_a_run_with_a_bug_prints_one_report(processes: str, tmp_path: Path) -> N
     assert done.stdout.count("dlayer0.attn_logits[b=0") == 1
     assert "one cause, reported above: case single-character, step 1" in done.stdout
     assert "fails in all 3 cases" in done.stdout
-    assert "also fails: 2 cases, float32, micro-batches, two ranks" in done.stdout
+    assert "also fails: 2 cases, in float32, in micro-batches, on two ranks" in done.stdout
     assert " 21 failed" in done.stdout
     (cause,) = json.loads(path.read_text(encoding="utf-8"))["causes"]
     assert cause["key"] == "backward/dlayer0.attn_logits"
