@@ -32,6 +32,7 @@ from crosscheck.trace import (
     teacher_forced,
 )
 from crosscheck.where import where
+from microgpt.cli.whereabouts import IMPLEMENTATIONS
 from microgpt.train import learning_rate
 
 SIDES = ("reference", "candidate")
@@ -322,9 +323,9 @@ def _told_by(found: Disagreement, side: str) -> str:
         return place_of(f"{of_draws[1]}/sample.py", "probabilities")
     if found.diagnosis == ONE_BY_ONE:
         return place_of("vectorized/sample.py", "sample_many")
-    if phase in ("adam_m", "adam_v") and "clip" in found.diagnosis:
+    if side in IMPLEMENTATIONS and phase in ("adam_m", "adam_v") and "clip" in found.diagnosis:
         return place_of(f"{side}/adam.py", "clip")
-    if NOT_CLEARED in found.diagnosis:
+    if side in IMPLEMENTATIONS and NOT_CLEARED in found.diagnosis:
         return place_of(f"{side}/backend.py", "backward")
     return ""
 
