@@ -24,7 +24,7 @@ from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.operations import refuse_unknown_names
 from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.reference_steps import ReferenceSteps
-from crosscheck.report import as_json, headline, place, render, summary, wrapped
+from crosscheck.report import PLACE, as_json, headline, place, render, summary, wrapped
 from crosscheck.sides import stop_of
 from crosscheck.tolerance import FLOAT64, Standard, float32
 from microgpt.backend import BACKENDS
@@ -540,11 +540,11 @@ class Session:
             )
         lines = [""]
         if first == self.announced:
-            title = "one cause" if of == 1 else f"cause 1 of {of}"
+            title = "one cause" if of == 1 else f"cause {number + 1} of {of}"
             lines += wrapped(f"{title}, reported above: {at}: {first.headline}")
-            if cause.diagnosis != self.told:
-                shared = cause.diagnosis or "nothing that all of them share"
-                lines += wrapped(f"with the other cases it looks like: {shared}", "  ", "  ")
+            if cause.diagnosis != self.told and not self.told.startswith(PLACE):
+                now = cause.diagnosis or "nothing that all of them share"
+                lines += wrapped(f"with the other cases it looks like: {now}", "  ", "  ")
         else:
             lines += [f"cause {number + 1} of {of}:"] * (of > 1) + cause.report.splitlines()
         for line in self._consequences(cause):

@@ -19,7 +19,7 @@ import pytest
 from crosscheck import lines
 from crosscheck.again import RECORDER
 from crosscheck.cases import load_case
-from crosscheck.causes import RUN_AS, STEPS, VALUE, Finding, Run, also, causes, shared
+from crosscheck.causes import RUN_AS, STEPS, VALUE, Cause, Finding, Run, also, causes, shared
 from crosscheck.compare import Disagreement, compare, exhibit, simplicity
 from crosscheck.conftest import Session
 from crosscheck.defects import Patch, planted
@@ -129,6 +129,26 @@ def test_a_wrong_number_is_told_before_what_the_recorder_refuses() -> None:
     session = SimpleNamespace(findings=findings, order={"first": 0, "second": 1})
     found = Session.in_order.fget(session)  # type: ignore[attr-defined]
     assert [cause.all for cause in causes(found)] == [[wrong, refusal]]
+
+
+@pytest.mark.parametrize(
+    ("told", "readings", "line"),
+    [
+        ("x, or y", "y", "  with the other cases it looks like: y"),
+        ("x", "z", "  with the other cases it looks like: nothing that all of them share"),
+        ("x", "x", ""),
+        ("wrong in row 1", "z", ""),
+    ],
+)
+def test_a_reading_that_other_cases_change_is_told_in_a_line(
+    told: str, readings: str, line: str
+) -> None:
+    first = finding("a", "forward/emb", words=told)
+    others = [finding(name, "forward/emb", words=readings) for name in "bc"]
+    session = SimpleNamespace(announced=first, told=told, _consequences=lambda _: ())
+    lines = Session._lines(session, Cause(first, others), 0, 1)  # type: ignore[arg-type]
+    title = "one cause, reported above: case a, step 1, forward pass:"
+    assert lines == ["", title, *([line] if line else [])]
 
 
 def test_only_memory_that_was_not_written_is_said_to_be_that() -> None:
