@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 from random import Random
 from typing import Any
 
@@ -46,9 +47,10 @@ def test_documents_drawn(
     found |= {f"{dtype}, one by one": drawn(choice.candidate, dtype) for dtype in dtypes}
     for how, candidate in found.items():
         if candidate != reference:
-            i = next(i for i, (a, b) in enumerate(zip(reference, candidate)) if a != b)
-            both = zip((choice.reference, choice.candidate), (reference, candidate))
-            texts = [(side, f"document {i}: {documents[i] or 'empty'}") for side, documents in both]
+            pairs = list(zip_longest(reference, candidate, fillvalue="not there"))
+            i, both = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            sides = zip((choice.reference, choice.candidate), both)
+            texts = [(side, f"document {i}: {text or 'empty'}") for side, text in sides]
             texts.append(("drawn", f"in {how}, at temperature {temperature:g}"))
             wrong = Disagreement(
                 name, 1, "sample/documents", "differ", shape=(len(reference),), texts=tuple(texts)
