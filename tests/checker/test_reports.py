@@ -434,8 +434,9 @@ def test_a_property_that_proves_nothing_is_not_told() -> None:
     deep = TEN[3:5]
     assert told(deep, TEN[:9], TEN[:9]) == "fails in 2 of 9 cases: four-layers, three-layers"
     assert told(deep, TEN, [*TEN, "other"]).startswith("fails in 2 of 10 cases that were run: fo")
-    several = [name for name in TEN if not load_case(name).config.tie_lm_head]
-    assert told(TEN[2:3], several + TEN[2:3], TEN) == "fails in 1 of 10 cases: tied-two-layers"
+    # of these, it is the only case with tie_lm_head and the only one with squared_relu
+    tied = [*TEN[:3], *TEN[4:], "unused-row"]
+    assert told(TEN[2:3], tied, tied) == "fails in 1 of 10 cases: tied-two-layers"
     assert told(TEN[:1], TEN[:1], TEN[:1]) == ""
     # the only case with weight_decay is the only one with warmup_steps
     scheduled = [*TEN, "short-gradient", "decay-and-clip"]
