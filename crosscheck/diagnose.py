@@ -68,6 +68,11 @@ class Pair:
         name = split_key(self.key)[1]
         return name.removeprefix("d") if self.phase in DERIVED else name
 
+    @property
+    def loose(self) -> float:
+        """The share of a number by which others of the same mistake may differ: 1e-6 in float64."""
+        return sqrt(self.noise)
+
     @cached_property
     def around(self) -> Around:
         """The sound step in the form that the table's operations take."""
@@ -115,10 +120,9 @@ class Pair:
         if np.count_nonzero(known & self.wrong) < max(1, wanted):
             return ""
         error = np.abs(self.faulty - guess)
-        loose = 1e6 * self.noise
         allowed = np.minimum(
-            loose * self.moved + self.noise * self.size,
-            loose * (np.abs(self.faulty) + 1e-3 * self.size),
+            self.loose * self.moved + self.noise * self.size,
+            self.loose * (np.abs(self.faulty) + 1e-3 * self.size),
         )
         good = (error <= allowed) | ~known
         if good.all():
@@ -308,11 +312,11 @@ def changed_parts(pair: Pair) -> Iterator[Guess]:
         if change is None:
             continue
         times, guess = 1 + change, pair.sound + change * part
-        if abs(times) < 1e-6:
+        if abs(times) < pair.loose:
             yield f"missing: {label}", pair.sound - part
-        elif abs(times - 2) < 1e-6:
+        elif abs(times - 2) < pair.loose:
             yield f"there twice: {label}", pair.sound + part
-        elif abs(times + 1) < 1e-6:
+        elif abs(times + 1) < pair.loose:
             yield f"the sign of {label}", pair.sound - 2 * part
         elif name := factor_name(pair, times):
             yield f"{label} is multiplied by {name}", guess
@@ -375,7 +379,7 @@ def added(pair: Pair) -> Iterator[Guess]:
             continue
         times = _coefficient(pair.faulty - pair.sound, tensor, pair.wrong)
         for k, words in ((1, "added"), (-1, "subtracted"), (2, "added twice")):
-            if times is not None and abs(times - k) < 1e-6:
+            if times is not None and abs(times - k) < pair.loose:
                 words = f"{name} ({PHASES[phase]}) is {words}, and has no part in it"
                 yield words, pair.sound + k * tensor
 
@@ -445,7 +449,7 @@ def _order(pair: Pair) -> str:
         if letter not in names or sound.shape[axis] < 2 or sound.ndim < 2:
             continue
         a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (sound, faulty))
-        close = 1e6 * pair.noise * pair.moved + pair.noise * pair.size
+        close = pair.loose * pair.moved + pair.noise * pair.size
         if a.size * len(a) > 1e7 or not (np.abs(a) > close).any():
             continue
         apart = np.abs(b[:, None] - a[None])
@@ -520,7 +524,7 @@ def parts_of_sums(pair: Pair) -> Iterator[Guess]:
             words = [
                 f"{label} {_times(pair, k)}"
                 for (label, _), k in zip(parts, found)
-                if abs(k - 1) > 1e-6
+                if abs(k - 1) > pair.loose
             ]
             guess = sum(k * part for k, (_, part) in zip(found, parts))
             if len(words) <= 2 and all(words):
@@ -580,8 +584,8 @@ def _some_of(pair: Pair, word: str, parts: list[Array]) -> Iterator[Guess]:
     if found is None:
         return
     guess = sum(k * part for k, part in zip(found, parts))
-    changed = [i for i, k in enumerate(found) if abs(k - 1) > 1e-6]
-    missing = [i for i in changed if abs(found[i]) < 1e-6]
+    changed = [i for i, k in enumerate(found) if abs(k - 1) > pair.loose]
+    missing = [i for i in changed if abs(found[i]) < pair.loose]
     if missing and len(missing) == len(changed):
         yield f"not counted: {_and(word, missing, count)} of {count}", guess
     elif len({round(float(found[i]), 6) for i in changed}) == 1 and len(changed) < count:
@@ -601,11 +605,11 @@ def _and(word: str, numbers: list[int], count: int) -> str:
 
 
 def _times(pair: Pair, k: float) -> str:
-    if abs(k) < 1e-6:
+    if abs(k) < pair.loose:
         return "is missing"
-    if abs(k - 2) < 1e-6:
+    if abs(k - 2) < pair.loose:
         return "is there twice"
-    if abs(k + 1) < 1e-6:
+    if abs(k + 1) < pair.loose:
         return "has the wrong sign"
     name = factor_name(pair, k)
     return f"is multiplied by {name}" if name else ""
@@ -637,7 +641,7 @@ def _coefficients(pair: Pair, parts: list[Array]) -> Array | None:
 
 def factor_name(pair: Pair, factor: float) -> str:
     """The names of a number in the configuration and the step, the likeliest first; "" if none."""
-    tolerance = max(1e-7, 1e6 * pair.noise) * abs(factor)
+    tolerance = pair.loose * abs(factor)
     named = factors(pair)
     close = [name for name, value in named.items() if abs(factor - value) <= tolerance]
     also = f" (here also {', '.join(close[1:4])})" if close[1:] else ""
@@ -724,9 +728,9 @@ def description(pair: Pair, promised: str) -> str:
     sums = np.where(pair.there, pair.faulty, 0.0).sum(axis=-1) if pair.faulty.ndim else 0.0
     if pair.name.endswith("attn_weights"):
         rows = np.asarray(sums)[pair.there.any(axis=-1)]
-        if (rows < 1 - 1e-6).any():
+        if (rows < 1 - pair.loose).any():
             return "rows sum to less than one: positions to come take part"
-        if (rows > 1 + 1e-6).any():
+        if (rows > 1 + pair.loose).any():
             return "rows sum to more than one"
     return f"wrong {pair.where}" if pair.where else ""
 

@@ -23,7 +23,7 @@ from crosscheck.formulas import slips
 from crosscheck.operations import FUNCTIONS, Around, Call, Slot, calls
 from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
 from crosscheck.recorded import leaves_text
-from crosscheck.report import with_diagnosis
+from crosscheck.report import PLACE, with_diagnosis
 from crosscheck.table import held_to_table
 from crosscheck.trace import Array, Step, trace
 from crosscheck.variants import alternatives
@@ -56,6 +56,31 @@ def said(steps: dict[str, tuple[Case, list[Step]]], name: str, key: str, fault: 
     case, (before, step) = steps[name]
     wrong = {**step, key: np.asarray(fault(step, Around(case.config, step)))}
     return diagnose(case, 2, key, step, wrong, before)
+
+
+@pytest.mark.parametrize("promised", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "forward/emb",
+        "forward/layer0.mlp_res",
+        "forward/layer0.attn_logits",
+        "backward/dlayer0.k",
+        "gradient/dlayer1.mlp_fc1",
+        "adam_m/wte",
+    ],
+)
+def test_numbers_that_no_mistake_gives_have_no_reading(
+    steps: dict[str, tuple[Case, list[Step]]], key: str, promised: str
+) -> None:
+    case, (before, step) = steps["two-layers"]
+    errors = np.random.default_rng(1).standard_normal(step[key].shape)
+    for of in ("an element", "all elements"):
+        wrong = step[key].copy()
+        there = np.abs(errors) == np.abs(errors).max() if of == "an element" else wrong != 0
+        wrong[there] += (np.abs(wrong).max() * errors)[there]
+        words = diagnose(case, 2, key, step, {**step, key: wrong}, before, promised)
+        assert not words or words.startswith(PLACE), of
 
 
 def _linear(w: str, x: str) -> Fault:
