@@ -295,12 +295,13 @@ class Recorder:
         return self.as_one(self.matmul(x, self.constant(key, lambda: np.full((n, width), weight))))
 
     def matmul(self, x: Any, w: Any) -> Traced:
-        """x @ w, computed as w^T . x^T: (.., k), (k, n) -> (.., n)"""
+        """x @ w, with positions computed as w^T . x^T: (.., k), (k, n) -> (.., n)"""
         x, w = self.operand(x), self.operand(w)
         if w.ndim != 2:
             raise refusal("this product")
         out = self.new((*x.shape[:-1], w.shape[1]))
-        self.emit("dot", w.T, x.matrix, out.matrix)
+        matrices = (x, w, out) if x.ndim == 2 else (w.T, x.matrix, out.matrix)
+        self.emit("dot", *matrices)
         return out
 
     def einsum(self, letters: str, a: Any, b: Any) -> Traced:

@@ -631,6 +631,16 @@ def test_one_index_is_looked_up_in_two_tables_and_two_in_one() -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_positions_may_be_the_rows_of_a_matrix() -> None:
+    dy, x = np.arange(24.0).reshape(2, 3, 4), np.arange(30.0).reshape(2, 3, 5)
+
+    def text(dy: Any, x: Any) -> Any:
+        return (2.0 * dy).reshape(-1, 4).T @ (x - 7.0).reshape(-1, 5)
+
+    (found,) = replayed(text, dy, x)
+    np.testing.assert_array_equal(found, text(dy, x))
+
+
 def shares_an_operand(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
     return [x @ q.T, x @ k.T, x @ v.T]
 
