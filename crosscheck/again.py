@@ -12,19 +12,20 @@ import numpy as np
 
 from crosscheck.cases import Case
 from crosscheck.recorded import leaves_text
-from crosscheck.trace import ENTRY, Array, Step, split_key, state_of
+from crosscheck.trace import ENTRY, Array, Step, state_of
 from microgpt.backend import Docs, State, load_backend
 from microgpt.config import Config
-from microgpt.layout import Tree
+from microgpt.layout import Tree, written
 
 CLOSE = {"float64": 1e-9, "float32": 1e-3}  # of the largest number of a tensor
+RECORDED = ("eval", "unwatched")  # the phases of recorded calls
 RECORDER = "vectorized/record.py, lower.py, replay.py"
 ON_RANKS = "one rank is right: wrong where ranks share a batch"
 LEFT = "it reads what was left before, or memory that was never written"
 
 
 class Again(NamedTuple):
-    """What the trials showed, and the files that this leads to."""
+    """What the trials showed, and the files that this leads to; "" for the text itself."""
 
     words: str
     files: str
@@ -32,57 +33,75 @@ class Again(NamedTuple):
     leaves: str = ""  # the first tap that the recorded calls get wrong, as a sentence
 
 
-def again(case: Case, number: int, key: str, step: Step, dtype: str) -> Again | None:
+def again(case: Case, number: int, phase: str, step: Step, dtype: str) -> Again | None:
     """Which parts of a batch the recorded calls get right, by new backends held to the text.
 
     number    of the step, from 1
-    key       of the loss or gradient that is wrong: in evaluation or in training
+    phase     in which a loss or gradient is wrong: eval (evaluation) or unwatched (training)
     step      of the side that records
     dtype     its precision
 
     What is wrong in single precision is tried in double precision first, where rounding is no
-    matter. Returns None if a backend stops.
+    matter. Returns None if the text stops.
     """
-    phase, docs = split_key(key)[0], case.docs(number - 1)
+    docs = case.docs(number - 1)
     state = state_of(step, ENTRY, number - 1)
-    with suppress(Exception), np.errstate(all="ignore"):  # one at fault may raise any exception
+    with suppress(Exception), np.errstate(all="ignore"):  # a text at fault may raise any exception
         trial = Trial(replace(case.config, cores=1, dtype="float64"), state, phase)
-        if dtype != "float64" and trial.right(docs):
-            trial = trial._replace(config=replace(trial.config, dtype=dtype))
-        return _told(trial, docs, case, number, step)
+        if dtype == "float64" or not trial.right(docs):
+            return _told(trial, docs, case, number)
+        told = _told(trial._replace(config=replace(trial.config, dtype=dtype)), docs, case, number)
+        return told._replace(words=f"{told.words}; in double precision it is right")
     return None
 
 
-def _told(trial: Trial, docs: Docs, case: Case, number: int, step: Step) -> Again:
-    if trial.right(docs):
-        cores, batches = case.config.cores, [case.docs(i) for i in range(number)]
-        if cores > 1 and all(trial.right_on_rank(rank, cores, batches) for rank in range(cores)):
-            return Again(ON_RANKS, "vectorized/ranks.py, backend.py", shared=True)
-        return Again(f"in a new backend it is right: {LEFT}", "vectorized/replay.py, batch.py")
-    if trial.right(docs, evaluated=False):
+def _told(trial: Trial, docs: Docs, case: Case, number: int) -> Again:
+    cores, batches = case.config.cores, [case.docs(i) for i in range(number)]
+    if cores == 1 or trial.phase == "eval":
+        if trial.right(docs):
+            return Again(f"in a new backend it is right: {LEFT}", "vectorized/replay.py, batch.py")
+        return _parts(trial, docs)
+    for rank in range(cores):
+        *earlier, own = trial.shares(rank, cores, batches)
+        if not trial.right(own):
+            told = _parts(trial, own)
+            return told._replace(words=f"the documents of rank {rank}, on one rank: {told.words}")
+        if not trial.right(own, after=earlier):
+            words = f"rank {rank} has {'other' if own else 'no'} documents in this step, and {LEFT}"
+            return Again(words, "vectorized/replay.py, batch.py")
+    return Again(ON_RANKS, "vectorized/ranks.py, backend.py", shared=True)
+
+
+def _parts(trial: Trial, docs: Docs) -> Again:
+    """The same for documents that a new backend gets wrong."""
+    if trial.phase != "eval" and trial.right(docs, evaluated=False):
         words = "it is right unless evaluation comes between the forward and the backward pass"
         return Again(words, "vectorized/backend.py, replay.py")
-    if not all(trial.right([doc]) for doc in docs):
-        leaves = leaves_text(case, number, step)
+    if alone := next((doc for doc in docs if not trial.right([doc])), None):
+        leaves = trial.leaves([alone])
         why = ": the recording is not the text, or a result is overwritten too early"
-        words = f"a document by itself is wrong{why * (not leaves)}"
-        return Again(words, RECORDER, leaves=leaves)
+        return Again(f"a document by itself is wrong{why * (not leaves)}", RECORDER, leaves=leaves)
     if trial.phase == "eval":
         words = "document by document it is right: wrong where several are padded to one length"
         return Again(words, f"vectorized/batch.py, {RECORDER.removeprefix('vectorized/')}")
     parts = import_module("vectorized.batch").micro_batches(docs, trial.config)
-    each = [part.docs for part in parts]
-    if len(parts) > 1 and all(map(trial.right, each)):
+    wrong = [part for part in parts if not trial.right(part.docs)]
+    if len(parts) > 1 and not wrong:
+        each = [part.docs for part in parts]
         if not all(trial.right(one, after=each[:i]) for i, one in enumerate(each)):
             words = f"each micro-batch is right in a new backend: {LEFT}"
             return Again(words, "vectorized/replay.py, batch.py")
         words = "micro-batch by micro-batch it is right: wrong where they are added up"
         return Again(words, "vectorized/replay.py")
     words = "document by document it is right: wrong where "
+    if which := next(filter(None, map(trial.wrong_array, parts)), ""):
+        return Again(f"{words}they are packed into rows: {which}", "vectorized/batch.py")
     if all(trial.packed_right(part) for part in parts):
-        return Again(f"{words}several are recorded; unrecorded, they are right", RECORDER)
-    which = next(filter(None, map(trial.wrong_array, parts)), "")
-    return Again(f"{words}they are packed into rows{which and ': '}{which}", "vectorized/batch.py")
+        leaves = trial.leaves(wrong[0].docs) if wrong else ""
+        words += "several are recorded; unrecorded, they are right"
+        return Again(words, RECORDER, leaves=leaves)
+    words += "they are packed into rows, recorded or not: each document begins at position 0"
+    return Again(f"{words}, and the mask is another in every row", "")
 
 
 class Trial(NamedTuple):
@@ -99,23 +118,39 @@ class Trial(NamedTuple):
         evaluated    whether evaluation comes between the forward and the backward pass
         """
         watched, trained = self._backend(watch=True), self._backend(watch=False)
-        for earlier in after:
-            self._computed(trained, earlier, evaluated)
-        wanted, found = (self._computed(one, docs, evaluated) for one in (watched, trained))
+        try:
+            for earlier in after:
+                self._computed(trained, earlier, evaluated)
+            found = self._computed(trained, docs, evaluated)
+        except Exception:  # what is at fault may raise any
+            return False
+        wanted = self._computed(watched, docs, evaluated) if docs else self._nothing()
         return self._close(wanted, found)
 
-    def right_on_rank(self, rank: int, cores: int, batches: Sequence[Docs]) -> bool:
-        """The same for a rank's share of the last batch, after its shares of the others."""
+    def shares(self, rank: int, cores: int, batches: Sequence[Docs]) -> list[Docs]:
+        """The documents of each batch that a rank works on."""
         share = import_module("vectorized.ranks").share
-        *earlier, last = (share(docs, rank, cores) for docs in batches)
-        return not last or self.right(last, after=[docs for docs in earlier if docs])
+        return [share(docs, rank, cores) for docs in batches]
+
+    def leaves(self, docs: Docs) -> str:
+        """Where the calls that are recorded for documents leave the text; see leaves_text."""
+        trained = self._backend(watch=False)
+        with suppress(Exception):  # calls at fault may raise any exception
+            self._computed(trained, docs, evaluated=True)
+            replay = trained.evaluation if self.phase == "eval" else trained.worker
+            (*_, step) = replay.kept.values()
+            return leaves_text(self.config, trained.params, step)
+        return ""
 
     def packed_right(self, part: Any) -> bool:
-        """Whether the text, unrecorded, finds the loss of a micro-batch in its packed arrays."""
-        watched, tap = self._backend(watch=True), Tree(self.config.n_layer)
-        loss_forward = import_module("vectorized.model").loss_forward
-        loss = loss_forward(self._packed(part), watched.params, self.config, tap)
-        return self._close([watched.forward(part.docs)], [loss])
+        """Whether the text, unrecorded, finds loss and gradients of a packed micro-batch."""
+        watched = self._backend(watch=True)
+        tap, dtap, dparams = (Tree(self.config.n_layer) for _ in range(3))
+        model, batch = import_module("vectorized.model"), self._packed(part)
+        loss = model.loss_forward(batch, watched.params, self.config, tap)
+        model.loss_backward(batch, watched.params, dparams, self.config, tap, dtap)
+        wanted = self._computed(watched, part.docs, evaluated=False)
+        return self._close(wanted, [loss, *written(dparams, watched.grads()).values()])
 
     def wrong_array(self, part: Any) -> str:
         """What is wrong with the packed arrays of a micro-batch, in words; "" if nothing is."""
@@ -159,10 +194,14 @@ class Trial(NamedTuple):
         if self.phase == "eval":
             return [backend.position_losses(docs)]
         loss = backend.forward(docs)
-        if evaluated:  # as in a trace
+        if evaluated and docs:  # as in a trace
             backend.position_losses(docs)
         backend.backward()
         return [loss, *backend.grads().values()]
+
+    def _nothing(self) -> Sequence[Any]:
+        """The loss and the gradients of a rank without documents."""
+        return [0.0, *map(np.zeros_like, self.state.params.values())]
 
     def _close(self, wanted: Sequence[Array], found: Sequence[Array]) -> bool:
         allowed = CLOSE[self.config.dtype]

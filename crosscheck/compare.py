@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from crosscheck.again import again
+from crosscheck.again import RECORDED, again
 from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
 from crosscheck.diagnose import NOT_CLEARED, OF_SHARES, diagnose
@@ -65,6 +65,7 @@ class Disagreement:
     at_fault: str = ""  # the side whose number is not the value of the formula: one of SIDES
     recomputed: float = 0.0  # the value of the formula with the operands of the side at fault
     diagnosis: str = ""  # what the mistake looks like, if that is known
+    stopped_in: str = ""  # the phase in which a side stopped, before any number was wrong
     again: str = ""  # which parts of a recorded batch are right when computed again
     where: str = ""  # which elements are wrong, if they form a pattern
     phases: tuple[str, ...] = ()  # all phases in which this step differs
@@ -296,8 +297,12 @@ def explained(
     with suppress(*incomplete):
         words = diagnose(case, first.step, first.key, sound, faulty, earlier, standard.dtype)
         first = replace(first, diagnosis=words or first.diagnosis)
-    if phase in ("eval", "unwatched") and "vectorized" in names:
-        first = _with_trials(case, first, theirs, standard.dtype)
+    if first.stop and not first.key:
+        phase = _stopped_in(faulty)
+        first = replace(first, stopped_in=phase)
+    refused = first.stop is not None and first.stop.refused
+    if phase in RECORDED and "vectorized" in names and not refused:
+        first = _with_trials(case, first, theirs, phase, standard.dtype)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
         # both are true: what was done, and in which function; but a reading is of `sample` alone
@@ -330,15 +335,27 @@ def _told_by(found: Disagreement, side: str) -> str:
     return ""
 
 
-def _with_trials(case: Case, found: Disagreement, theirs: Step, dtype: str) -> Disagreement:
+def _stopped_in(step: Step) -> str:
+    """The phase in which a side stopped whose step came so far; "" for the text by itself."""
+    begun = {split_key(key)[0] for key in step}
+    if "params" in begun:
+        return "sample"
+    if "unwatched" in begun:
+        return "update"
+    return "unwatched" if "gradient" in begun else ""
+
+
+def _with_trials(
+    case: Case, found: Disagreement, theirs: Step, phase: str, dtype: str
+) -> Disagreement:
     """The disagreement of recorded calls with what trials of the batch and its parts show."""
-    tried = again(case, found.step, found.key, theirs, dtype)
+    tried = again(case, found.step, phase, theirs, dtype)
     if tried is None:
         return found
     said = found.diagnosis
     if not tried.shared:
         said = said.removeprefix(OF_SHARES).removeprefix(": ")
-    files = f"what runs the recorded text: {tried.files}"
+    files = f"what runs the recorded text: {tried.files}" if tried.files else ""
     return replace(found, diagnosis=tried.leaves or said, again=tried.words, function=files)
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from crosscheck.cases import Case
-from crosscheck.trace import ENTRY, Array, Step, state_of
-from microgpt.backend import load_backend
+from crosscheck.trace import Array
+from microgpt.config import Config
+from microgpt.layout import Tree, written
 from microgpt.taps import consumers, taps
 
-CLOSE = 1e-9  # of the largest number; recorded calls may add in another order than the text
+# of the largest number; recorded calls may add in another order than the text
+CLOSE = {"float64": 1e-9, "float32": 1e-5}
 LISTED = 4  # how many calls a sentence names
 # two ways to cut a batch into micro-batches: the arguments of in_micro_batches
 CUTS = {"one row": (1, 1, False), "cut": (32, 2, True)}
@@ -41,33 +42,27 @@ def in_micro_batches(columns: int, row: int, lowered: bool) -> Iterator[None]:
         yield
 
 
-def leaves_text(case: Case, number: int, step: Step) -> str:
+def leaves_text(config: Config, params: Tree, step: Any) -> str:
     """A sentence on the first tap that the recorded calls get wrong, and the calls that compute it.
 
-    number    which step it is, from 1
-    step      the step of the side that records
+    step    what is recorded for a shape of a batch, and the arrays of a batch that it has run on
 
-    Returns "" if the calls compute all taps of every document, or cannot be followed.
+    Returns "" if the calls compute all taps.
     """
-    config = replace(case.config, cores=1)
-    state = state_of(step, ENTRY, number - 1)
-    with suppress(Exception):  # a recorder at fault may raise any exception
-        for doc in case.docs(number - 1):
-            watched: Any = load_backend("vectorized", config, state, watch=True)
-            trained: Any = load_backend("vectorized", config, state)
-            for backend in (watched, trained):
-                backend.forward([doc])
-                backend.backward()
-            wanted = {**watched.taps(), **{f"d{k}": x for k, x in watched.dtaps().items()}}
-            ((_, recording),) = trained.recordings([doc])
-            words = _first_wrong(case, wanted, recording)
-            if words:
-                return words
-    return ""
+    tap, dtap, dparams = (Tree(config.n_layer) for _ in range(3))
+    model = import_module("vectorized.model")
+    model.loss_forward(step.batch, params, config, tap)
+    wanted = written(tap, taps(config))
+    if len(step.recording.runs) > 1:
+        model.loss_backward(step.batch, params, dparams, config, tap, dtap)
+        wanted |= {f"d{name}": x for name, x in written(dtap, taps(config)).items()}
+    else:  # evaluation, which makes no mean of the losses
+        wanted.pop("loss", None)
+    return _first_wrong(config, wanted, step.recording)
 
 
-def _first_wrong(case: Case, wanted: Mapping[str, Array], recording: Any) -> str:
-    """The sentence for one document, whose taps and derivatives should be `wanted`."""
+def _first_wrong(config: Config, wanted: Mapping[str, Array], recording: Any) -> str:
+    """The sentence for recorded calls whose taps and derivatives should be `wanted`."""
     calls = [
         (call, line)
         for calls, lines in zip(recording.runs, recording.lines)
@@ -78,13 +73,15 @@ def _first_wrong(case: Case, wanted: Mapping[str, Array], recording: Any) -> str
         f(*arguments)
         numbers = [np.sort(array, axis=None) for array in _arrays(f, arguments)]
         for name, tap in wanted.items():
-            if name not in seen and any(_holds(array, tap) for array in numbers):
+            if name not in seen and any(
+                _holds(array, tap, CLOSE[config.dtype]) for array in numbers
+            ):
                 seen[name] = i
-    names = list(taps(case.config))
-    users = {name: [tap.name for tap, _ in found] for name, found in consumers(case.config).items()}
+    names = list(taps(config))
+    users = {name: [tap.name for tap, _ in found] for name, found in consumers(config).items()}
     behind = {  # what each tap or derivative goes into
         **{name: users[name] for name in names},
-        **{f"d{tap.name}": [f"d{x}" for x in tap.operands] for tap in taps(case.config).values()},
+        **{f"d{tap.name}": [f"d{x}" for x in tap.operands] for tap in taps(config).values()},
     }
     order = [*names, *[f"d{name}" for name in reversed(names)]]
     for at, name in enumerate(order):
@@ -105,7 +102,7 @@ def _arrays(f: Any, arguments: tuple[Any, ...]) -> Iterator[Array]:
             yield one
 
 
-def _holds(numbers: Array, tap: Array) -> bool:
+def _holds(numbers: Array, tap: Array, close: float) -> bool:
     """Whether all numbers of a tap, except zeros, are among these sorted numbers."""
     own = np.asarray(tap).reshape(-1)
     own = own[np.isfinite(own) & (own != 0)]
@@ -113,4 +110,4 @@ def _holds(numbers: Array, tap: Array) -> bool:
         return not own.size
     at = np.clip(np.searchsorted(numbers, own), 1, max(numbers.size - 1, 1))
     near = np.minimum(np.abs(numbers[at - 1] - own), np.abs(numbers[at % numbers.size] - own))
-    return bool((near <= CLOSE * np.abs(own).max()).all())
+    return bool((near <= close * np.abs(own).max()).all())

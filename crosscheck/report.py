@@ -66,7 +66,7 @@ def render(found: Disagreement, reference: str, candidate: str, about: str = "")
         count = f"{len(compared)} tensor{'s' * (len(compared) > 1)}"
         rows.append(("agreed", f"{count} before it, the last {split_key(compared[-1])[1]}"))
     lines = [
-        *wrapped(f"{place(found.case, found.step, found.key, about)}:"),
+        *wrapped(f"{place(found.case, found.step, found.key or found.stopped_in, about)}:"),
         *wrapped(headline(found, reference, candidate)),
     ]
     width = max((len(label) for label, _ in rows), default=0)

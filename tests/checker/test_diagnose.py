@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import crosscheck.diagnose
-from crosscheck.again import CLOSE, Trial, again
+from crosscheck.again import CLOSE, RECORDED, Trial, again
 from crosscheck.cases import Case, load_case
 from crosscheck.causes import OR, Cause, Finding
 from crosscheck.compare import compare
@@ -22,7 +22,6 @@ from crosscheck.explain import WORDS, expression
 from crosscheck.formulas import slips
 from crosscheck.operations import FUNCTIONS, Around, Call, Slot, calls
 from crosscheck.read_again import DRAWS, drawn_again, other_draws, read
-from crosscheck.recorded import leaves_text
 from crosscheck.report import PLACE, with_diagnosis
 from crosscheck.table import held_to_table
 from crosscheck.trace import Array, Step, trace
@@ -244,10 +243,11 @@ def test_a_reading_is_told_if_other_cases_have_it_too() -> None:
 def test_a_recording_is_followed_to_the_tap_that_it_gets_wrong() -> None:
     case = load_case("two-layers")
     root = Patch("vectorized/record.py", "-0.5: np.reciprocal", "-0.5: np.square")
-    (step,) = trace(case, "vectorized", "float64", 1, draws=False)
-    assert leaves_text(case, 1, step) == ""
-    with planted([root]), np.errstate(all="ignore"):
-        assert "emb_norm is the first that is not the text's" in leaves_text(case, 1, step)
+    for phase in RECORDED:
+        trial = Trial(case.config, fresh_state(case.params), phase)
+        assert trial.leaves(case.docs(0)) == ""
+        with planted([root]), np.errstate(all="ignore"):
+            assert "emb_norm is the first that is not the text's" in trial.leaves(case.docs(0))
 
 
 def test_a_recorded_batch_is_computed_again_in_its_own_precision() -> None:
@@ -255,7 +255,7 @@ def test_a_recorded_batch_is_computed_again_in_its_own_precision() -> None:
     single = Patch("vectorized/replay.py", loss, f"{loss} + (self.flat.dtype == 'float32')")
     with planted([single]):
         (step,) = trace(case, "vectorized", "float32", 1, draws=False)
-        found = {dtype: again(case, 1, "unwatched/loss", step, dtype) for dtype in CLOSE}
+        found = {dtype: again(case, 1, "unwatched", step, dtype) for dtype in CLOSE}
     words = {dtype: tried.words for dtype, tried in found.items() if tried}
     assert words["float32"].startswith("a document by itself is wrong")
     assert words["float64"].startswith("in a new backend it is right")
