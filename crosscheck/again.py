@@ -29,7 +29,6 @@ class Again(NamedTuple):
 
     words: str
     files: str
-    shared: bool = False  # whether only the shares of several ranks are wrong
     leaves: str = ""  # the first tap that the recorded calls get wrong, as a sentence
 
 
@@ -69,7 +68,7 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int) -> Again:
         if not trial.right(own, after=earlier):
             words = f"rank {rank} has {'other' if own else 'no'} documents in this step, and {LEFT}"
             return Again(words, "vectorized/replay.py, batch.py")
-    return Again(ON_RANKS, "vectorized/ranks.py, backend.py", shared=True)
+    return Again(ON_RANKS, "vectorized/ranks.py, backend.py")
 
 
 def _parts(trial: Trial, docs: Docs) -> Again:
@@ -121,6 +120,8 @@ class Trial(NamedTuple):
         try:
             for earlier in after:
                 self._computed(trained, earlier, evaluated)
+            if not docs:  # all ranks have the gradient of the batch before
+                trained.set_grads({name: np.ones_like(w) for name, w in self.state.params.items()})
             found = self._computed(trained, docs, evaluated)
         except Exception:  # what is at fault may raise any
             return False

@@ -352,9 +352,7 @@ def _with_trials(
     tried = again(case, found.step, phase, theirs, dtype)
     if tried is None:
         return found
-    said = found.diagnosis
-    if not tried.shared:
-        said = said.removeprefix(OF_SHARES).removeprefix(": ")
+    said = found.diagnosis.removeprefix(OF_SHARES).removeprefix(": ")
     files = f"what runs the recorded text: {tried.files}" if tried.files else ""
     return replace(found, diagnosis=tried.leaves or said, again=tried.words, function=files)
 

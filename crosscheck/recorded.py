@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from crosscheck.lines import lines_of
 from crosscheck.trace import Array
 from microgpt.config import Config
 from microgpt.layout import Tree, written
@@ -17,7 +18,7 @@ from microgpt.taps import consumers, taps
 
 # of the largest number; recorded calls may add in another order than the text
 CLOSE = {"float64": 1e-9, "float32": 1e-5}
-LISTED = 4  # how many calls a sentence names
+LISTED = 6  # how many calls a sentence names
 # two ways to cut a batch into micro-batches: the arguments of in_micro_batches
 CUTS = {"one row": (1, 1, False), "cut": (32, 2, True)}
 
@@ -88,8 +89,12 @@ def _first_wrong(config: Config, wanted: Mapping[str, Array], recording: Any) ->
         after = [one for one in behind[name] if one in wanted]
         if name in wanted and name not in seen and not any(one in seen for one in after):
             before = max((seen[one] for one in order[:at] if one in seen), default=-1)
+            key = f"forward/{name}" if name in names else f"backward/{name}"
+            place = lines_of(key, config)[-1].partition(" ")[0].rpartition("/")[2]
             some = [f"{call} ({file.rpartition('/')[2]}:{number})"
                     for _, (call, (file, number)) in calls[before + 1 :][:LISTED]]  # fmt: skip
+            last = max((i for i, call in enumerate(some) if f"({place})" in call), default=LISTED)
+            some = some[: last + 1]  # up to the line that writes the tap
             return f"recorded, {name} is the first that is not the text's: {', '.join(some)}"
     return ""
 
