@@ -21,6 +21,7 @@ CLOSE = {"float64": 1e-9, "float32": 1e-3}  # of the largest number of a tensor
 RECORDED = ("eval", "unwatched")  # the phases of recorded calls
 RECORDER = "vectorized/record.py, lower.py, replay.py"
 ON_RANKS = "one rank is right: wrong where ranks share a batch"
+IN_ROWS = "each document begins at position 0, and the mask is another in every row"
 LEFT = "it reads what was left before, or memory that was never written"
 
 
@@ -99,8 +100,23 @@ def _parts(trial: Trial, docs: Docs) -> Again:
         leaves = trial.leaves(wrong[0].docs) if wrong else ""
         words += "several are recorded; unrecorded, they are right"
         return Again(words, RECORDER, leaves=leaves)
-    words += "they are packed into rows, recorded or not: each document begins at position 0"
-    return Again(f"{words}, and the mask is another in every row", "")
+    return Again(f"{words}they are packed into rows, recorded or not: {IN_ROWS}", "")
+
+
+def packed(case: Case, number: int, step: Step) -> str:
+    """A sentence if the text, unrecorded, is wrong where several documents share a row, or "".
+
+    For a text that cannot be recorded, and so is not compared in packed rows.
+    """
+    state = state_of(step, ENTRY, number - 1)
+    trial = Trial(replace(case.config, cores=1, dtype="float64"), state, "unwatched")
+    with suppress(Exception), np.errstate(all="ignore"):  # a text at fault may raise any exception
+        batches = [case.docs(i) for i in range(len(case.batches))]
+        micro_batches = import_module("vectorized.batch").micro_batches
+        parts = [part for docs in batches for part in micro_batches(docs, trial.config)]
+        if not all(trial.packed_right(part) for part in parts if part.starts):
+            return f"where documents share a row, the text itself is wrong: {IN_ROWS}"
+    return ""
 
 
 class Trial(NamedTuple):

@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from crosscheck.again import RECORDED, again
+from crosscheck.again import RECORDED, again, packed
 from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
 from crosscheck.diagnose import NOT_CLEARED, OF_SHARES, diagnose
@@ -300,8 +300,9 @@ def explained(
     if first.stop and not first.key:
         phase = _stopped_in(faulty)
         first = replace(first, stopped_in=phase)
-    refused = first.stop is not None and first.stop.refused
-    if phase in RECORDED and "vectorized" in names and not refused:
+    if first.stop and first.stop.refused:
+        first = replace(first, again=packed(case, first.step, theirs))
+    elif phase in RECORDED and "vectorized" in names:
         first = _with_trials(case, first, theirs, phase, standard.dtype)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import crosscheck.diagnose
-from crosscheck.again import CLOSE, RECORDED, Trial, again
+from crosscheck.again import CLOSE, RECORDED, Trial, again, packed
 from crosscheck.cases import Case, load_case
 from crosscheck.causes import OR, Cause, Finding
 from crosscheck.compare import compare
@@ -344,6 +344,20 @@ def test_what_is_wrong_with_packed_arrays_is_named(old: str, new: str, words: st
     with planted([Patch("vectorized/batch.py", old, new)]), np.errstate(all="ignore"):
         parts = import_module("vectorized.batch").micro_batches(docs, case.config)
         assert words in " ".join(map(trial.wrong_array, parts))
+
+
+@pytest.mark.parametrize(
+    ("new", "wrong"),
+    [
+        ("dwpe[: demb.shape[1]] += demb.sum(axis=0)", True),
+        ("np.add.at(dwpe, positions, demb + 0.0 * demb.sum(axis=0))", False),
+    ],
+)
+def test_a_text_that_is_not_recorded_is_tried_in_packed_rows(new: str, wrong: bool) -> None:
+    case = load_case("single-character")
+    (step,) = trace(case, "vectorized", "float64", 1, draws=False)
+    with planted([Patch("vectorized/model.py", "np.add.at(dwpe, positions, demb)", new)]):
+        assert ("the text itself is wrong" in packed(case, 1, step)) == wrong
 
 
 def test_an_operation_without_words_is_judged_all_the_same(
