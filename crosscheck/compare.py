@@ -316,7 +316,7 @@ def explained(
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
         function = first.function or _told_by(first, side)
-        function = function or function_of(first.key, case.config, side)
+        function = function or function_of(first.key, case.config, side, first.agreed)
         first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
 

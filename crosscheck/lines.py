@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +37,12 @@ def lines_of(key: str, config: Config) -> tuple[str, ...]:
     return tuple(str(found) for side in IMPLEMENTATIONS if (found := _find(side, key, config)))
 
 
-def function_of(key: str, config: Config, side: str) -> str:
-    """The function of a side that computes a tensor, and its place; "" if it is not found."""
+def function_of(key: str, config: Config, side: str, agreed: Sequence[str] = ()) -> str:
+    """The function of a side that computes a tensor, and its place; "" if it is not found.
+
+    agreed    keys of tensors that are right: what computes one of them in the same phase is right,
+              and the function that calls it is named instead
+    """
     found = _find(side, key, config) if side in IMPLEMENTATIONS else None
     if not found:
         return ""
@@ -48,8 +52,10 @@ def function_of(key: str, config: Config, side: str) -> str:
     if side == "scalar" and phase in ("backward", "gradient", "unwatched"):
         return "the local derivatives in scalar/value.py"
     functions = _functions(found.file)
-    called = _called(found.statement)
-    name = next((name for name in called if name in functions), found.function.name)
+    right = [_find(side, one, config) for one in agreed if split_key(one)[0] == phase]
+    without = {name for one in right if one for name in _called(one.statement)}
+    called = [name for name in _called(found.statement) if name in functions.keys() - without]
+    name = next(iter(called), found.function.name)
     recorded = side == "vectorized" and phase in ("adam_m", "adam_v", "update")
     more = ", as vectorized/replay.py has it recorded" if recorded else ""
     return f"{name}, {found.file}:{functions[name].lineno}{more}"

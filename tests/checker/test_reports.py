@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,6 +236,14 @@ def test_of_operations_that_a_text_chooses_between_the_one_of_the_table_is_named
     found = function_of("backward/dlayer0.attn_res", load_case("gelu").config, "vectorized")
     lines._functions.cache_clear()
     assert found.startswith("rmsnorm_backward, vectorized/model.py:")
+
+
+def test_a_function_that_is_right_elsewhere_is_not_blamed() -> None:
+    config = load_case("one-document").config
+    named = partial(function_of, "backward/demb_norm", config, "vectorized")
+    assert named().startswith("rmsnorm_backward, ")
+    assert named(agreed=["gradient/dlm_head", "forward/emb_norm"]).startswith("rmsnorm_backward, ")
+    assert named(agreed=["backward/dlayer0.attn_res"]).startswith("attention_backward, ")
 
 
 def test_every_tensor_has_a_line_in_both_texts() -> None:
