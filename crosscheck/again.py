@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crosscheck.cases import Case
+from crosscheck.lines import place_of
 from crosscheck.recorded import leaves_text
-from crosscheck.trace import ENTRY, Array, Step, state_of
+from crosscheck.trace import ENTRY, Array, Step, part, split_key, state_of
 from microgpt.backend import Docs, State, load_backend
 from microgpt.config import Config
 from microgpt.layout import Tree, written
+from microgpt.train import learning_rate
 
 CLOSE = {"float64": 1e-9, "float32": 1e-3}  # of the largest number of a tensor
 RECORDED = ("eval", "unwatched")  # the phases of recorded calls
+UPDATED = ("adam_m", "adam_v", "update", "params")  # the phases of Adam
 RECORDER = "vectorized/record.py, lower.py, replay.py"
 ON_RANKS = "one rank is right: wrong where ranks share a batch"
 IN_ROWS = "each document begins at position 0, and the mask is another in every row"
+NEARER = 0.1  # of the distance between what is wrong and what is right
 LEFT = "it reads what was left before, or memory that was never written"
 
 
@@ -117,6 +122,59 @@ def packed(case: Case, number: int, step: Step) -> str:
         if not all(trial.packed_right(part) for part in parts if part.starts):
             return f"where documents share a row, the text itself is wrong: {IN_ROWS}"
     return ""
+
+
+def updated_again(
+    case: Case,
+    number: int,
+    key: str,
+    index: tuple[int, ...],
+    numbers: tuple[float, float],
+    step: Step,
+    dtype: str,
+) -> Again | None:
+    """Whose update is right: by the text's adam alone, unrecorded, by new recorded calls.
+
+    key, index    of an element after the update that is wrong
+    numbers       what that element should be, and what it is
+    """
+    right, wrong = numbers
+    config = replace(case.config, cores=1, dtype=dtype)
+    entry, lr_t = state_of(step, ENTRY, number - 1), learning_rate(number - 1, config)
+    phase, name = split_key(key)
+
+    def is_right(update: Callable[[Any], None], watch: bool) -> bool:
+        backend: Any = load_backend("vectorized", config, entry, watch=watch)
+        backend.set_grads(part(step, "gradient", "d"))
+        update(backend)
+        after = backend.state()
+        found = {"adam_m": after.m, "adam_v": after.v}.get(phase, after.params)[name][index]
+        found = found - step[f"entry/{name}"][index] if phase == "update" else found
+        apart = abs(wrong - right) if isfinite(wrong) else abs(right)
+        return bool(abs(found - right) <= NEARER * apart)
+
+    def by_itself(backend: Any) -> None:
+        text = import_module("vectorized.adam")
+        factor = text.clip(backend.flat_grads, config.grad_clip) if config.grad_clip else 1.0
+        arrays = backend.flat, factor * backend.flat_grads, backend.m, backend.v
+        text.adam(*arrays, number - 1, lr_t, config)
+
+    def as_trained(backend: Any) -> None:
+        backend.update(lr_t)
+
+    with suppress(Exception), np.errstate(all="ignore"):  # one at fault may raise any exception
+        if not is_right(by_itself, watch=True):
+            return None
+        if not is_right(as_trained, watch=True):
+            words = "adam is right by itself: wrong where it is called"
+            return Again(words, place_of("vectorized/backend.py", "update"))
+        if not is_right(as_trained, watch=False):
+            return Again("unrecorded, it is right", RECORDER)
+        if case.config.cores > 1:
+            return Again(ON_RANKS, "vectorized/ranks.py, backend.py")
+        words = "in a new backend it is right: it keeps numbers of an update before"
+        return Again(words, "vectorized/replay.py")
+    return None
 
 
 class Trial(NamedTuple):

@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from crosscheck.again import RECORDED, again, packed
+from crosscheck.again import RECORDED, UPDATED, Again, again, packed, updated_again
 from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
 from crosscheck.diagnose import NOT_CLEARED, OF_SHARES, diagnose
@@ -33,6 +33,7 @@ from crosscheck.trace import (
 )
 from crosscheck.where import where
 from microgpt.cli.whereabouts import IMPLEMENTATIONS
+from microgpt.config import Config
 from microgpt.train import learning_rate
 
 SIDES = ("reference", "candidate")
@@ -303,7 +304,13 @@ def explained(
     if first.stop and first.stop.refused:
         first = replace(first, again=packed(case, first.step, theirs))
     elif phase in RECORDED and "vectorized" in names:
-        first = _with_trials(case, first, theirs, phase, standard.dtype)
+        tried = again(case, first.step, phase, theirs, standard.dtype)
+        first = _with_trials(first, case.config, tried)
+    elif numbers and phase in UPDATED and "vectorized" in names and first.at_fault == "candidate":
+        both = first.recomputed, first.candidate
+        where_it_is = case, first.step, first.key, first.index
+        tried = updated_again(*where_it_is, both, theirs, standard.dtype)
+        first = _with_trials(first, case.config, tried)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
         # both are true: what was done, and in which function; but a reading is of `sample` alone
@@ -346,16 +353,17 @@ def _stopped_in(step: Step) -> str:
     return "unwatched" if "gradient" in begun else ""
 
 
-def _with_trials(
-    case: Case, found: Disagreement, theirs: Step, phase: str, dtype: str
-) -> Disagreement:
+def _with_trials(found: Disagreement, config: Config, tried: Again | None) -> Disagreement:
     """The disagreement of recorded calls with what trials of the batch and its parts show."""
-    tried = again(case, found.step, phase, theirs, dtype)
     if tried is None:
         return found
     said = found.diagnosis.removeprefix(OF_SHARES).removeprefix(": ")
-    files = f"what runs the recorded text: {tried.files}" if tried.files else ""
-    return replace(found, diagnosis=tried.leaves or said, again=tried.words, function=files)
+    before = "what runs the recorded text: " * tried.files.startswith("vectorized/")
+    function = f"{before}{tried.files}"
+    if not function:  # the text is at fault
+        key = found.key.replace("unwatched/d", "gradient/d").replace("unwatched/", "forward/")
+        function = function_of(key, config, "vectorized")
+    return replace(found, diagnosis=tried.leaves or said, again=tried.words, function=function)
 
 
 def _with_side(

@@ -56,9 +56,7 @@ def function_of(key: str, config: Config, side: str, agreed: Sequence[str] = ())
     without = {name for one in right if one for name in _called(one.statement)}
     called = [name for name in _called(found.statement) if name in functions.keys() - without]
     name = next(iter(called), found.function.name)
-    recorded = side == "vectorized" and phase in ("adam_m", "adam_v", "update")
-    more = ", as vectorized/replay.py has it recorded" if recorded else ""
-    return f"{name}, {found.file}:{functions[name].lineno}{more}"
+    return f"{name}, {found.file}:{functions[name].lineno}"
 
 
 def place_of(file: str, name: str) -> str:

@@ -80,7 +80,7 @@ class Backend:
         self.shapes = {name: np.shape(tensor) for name, tensor in state.params.items()}
         dtype = np.dtype(config.dtype)
         self.flat, self.m, self.v = (
-            flatten(tensors, dtype) for tensors in (state.params, state.m, state.v)
+            self._flat(tensors, dtype) for tensors in (state.params, state.m, state.v)
         )  # (P,)
         self.updates = state.updates
         for numbers in (self.flat, self.m, self.v):
@@ -125,7 +125,10 @@ class Backend:
         return share(docs, self.comm.rank, self.comm.size)
 
     def set_grads(self, grads: Tensors) -> None:
-        self.flat_grads[:] = flatten(grads, self.flat.dtype)
+        self.flat_grads[:] = self._flat(grads, self.flat.dtype)
+
+    def _flat(self, tensors: Tensors, dtype: np.dtype) -> Array:
+        return flatten({name: tensors[name] for name in self.shapes}, dtype)
 
     def position_losses(self, docs: Docs) -> Array:
         n = lengths(docs)[:, None]  # (B, 1)

@@ -548,3 +548,28 @@ def test_matrices_and_vectors_lie_side_by_side_in_one_buffer() -> None:
     assert {name: view.tolist() for name, view in views.items()} == tensors
     views["gain"][1] = 0.0
     assert flat[7] == 0.0
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_tensors_are_known_by_name_and_index_whatever_lies_where(backend_name: str) -> None:
+    case = load_case("one-head")
+    start = fresh_state(case.params)
+
+    def turned(tensors: Mapping[str, Any]) -> dict[str, Array]:
+        """The same tensors in the opposite order, each column by column in memory."""
+        return {name: np.asfortranarray(tensors[name]) for name in reversed(list(tensors))}
+
+    def updated(change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Array]:
+        params = {name: change({name: x})[name] for name, x in start.params.items()}
+        state = replace(start, params=params, m=change(start.m), v=change(start.v))
+        backend = load_backend(backend_name, case.config, state)
+        backend.forward(case.docs(0))
+        backend.backward()
+        backend.set_grads(change({name: np.array(x) for name, x in backend.grads().items()}))
+        backend.update(0.01)
+        after = backend.state().params
+        return {name: np.array(after[name]) for name in start.params}
+
+    plain, other = updated(dict), updated(turned)
+    for name in plain:
+        np.testing.assert_array_equal(other[name], plain[name], err_msg=name)
