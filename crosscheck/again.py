@@ -68,7 +68,7 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int) -> Again:
         return _parts(trial, docs)
     for rank in range(cores):
         *earlier, own = trial.shares(rank, cores, batches)
-        if not trial.right(own):
+        if own and not trial.right(own):
             told = _parts(trial, own)
             return told._replace(words=f"the documents of rank {rank}, on one rank: {told.words}")
         if not trial.right(own, after=earlier):
