@@ -41,6 +41,10 @@ COUNTED = ("batch", "sample")  # phases of token ids, which have no precision
 WATCHED = ("forward", "read", "backward", "gradient")  # in the order in which a step keeps them
 TYPICAL = 0.1  # of the median size; a smaller element may be small by accident
 NEAR = 0.5  # of the largest share; elements above it are equally good to show
+TOO_MANY_KEYS = (
+    "a position looks at more keys than there are up to it: one list takes the keys or values of"
+    " several layers or documents"
+)
 KINK = 1e-9  # a ReLU input this close to 0 may fall on either side by rounding alone
 
 
@@ -426,6 +430,27 @@ def _follows(
     return float(behind.value), bool(share <= 1)
 
 
+def misshapen(
+    case: Case, step: int, key: str, tensor: Array, right: tuple[int, ...], side: str
+) -> Disagreement | None:
+    """That a tensor of a side holds no numbers, or is not of the right shape; None if neither."""
+    words = ""
+    if tensor.dtype.kind == "O":
+        problem = f"{tensor[()]}, in the {side}"
+        if "U" in axes(key) and "ragged" in problem:
+            words = TOO_MANY_KEYS
+    elif tensor.shape != right:
+        problem = f"has shape {tensor.shape} in the {side}, and should have {right}"
+        if "H" in axes(key) and tensor.ndim == len(right):
+            axis = axes(key).index("H")
+            found, wanted = tensor.shape[axis], right[axis]
+            if found != wanted:
+                words = f"{found} head{'s' * (found != 1)}, and n_head is {wanted}"
+    else:
+        return None
+    return Disagreement(case.name, step, key, problem, at_fault=side, diagnosis=words)
+
+
 def _malformed(
     case: Case, step: int, key: str, reference: Step, candidate: Step, standard: Standard
 ) -> Disagreement | None:
@@ -435,21 +460,12 @@ def _malformed(
         problem = f"was never written by the {side}"
         return Disagreement(case.name, step, key, problem, at_fault=side)
     ours, theirs = reference[key], candidate[key]
-    for side, tensor in zip(SIDES, (ours, theirs)):
-        if tensor.dtype.kind == "O":
-            problem, words = f"{tensor[()]}, in the {side}", ""
-            if "U" in axes(key) and "ragged" in problem:
-                words = (
-                    "a position looks at more keys than there are up to it: one list takes the keys"
-                    " or values of several layers or documents"
-                )
-            return Disagreement(case.name, step, key, problem, at_fault=side, diagnosis=words)
-    if ours.shape != theirs.shape:
+    if ours.shape != theirs.shape or "O" in (ours.dtype.kind, theirs.dtype.kind):
         wanted = expected_shape(key, case, reference["batch/tokens"])
-        side, wrong = ("reference", ours) if theirs.shape == wanted else ("candidate", theirs)
-        right = theirs if side == "reference" else ours
-        problem = f"has shape {wrong.shape} in the {side}, and should have {right.shape}"
-        return Disagreement(case.name, step, key, problem, at_fault=side)
+        right = theirs.shape if theirs.shape == wanted else ours.shape
+        for side, tensor in zip(SIDES, (ours, theirs)):
+            if wrong := misshapen(case, step, key, tensor, right, side):
+                return wrong
     phase, _ = split_key(key)
     if phase not in (*COUNTED, "eval") and theirs.dtype != standard.dtype and theirs.ndim:
         problem = f"is {theirs.dtype}, and {standard.dtype} was promised"

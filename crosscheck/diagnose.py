@@ -29,6 +29,7 @@ from crosscheck.variants import (
     Guess,
     alternatives,
     micro_batch_weights,
+    overflowing,
     rearranged,
 )
 from crosscheck.where import where
@@ -226,6 +227,12 @@ def not_finite(pair: Pair) -> str:
         if not hidden[..., ~np.eye(hidden.shape[-1], dtype=bool)].any():
             return "the mask hides each position from itself"
         return f"-inf at {bad.sum():,} positions that may be looked at: the mask hides too much"
+    dtype = pair.faulty_step[pair.key].dtype
+    for words, guess in (guess for call in pair.calls for guess in overflowing(call, dtype)):
+        known = guess[pair.there]
+        same = np.isfinite(known)
+        if np.array_equal(same, ~bad) and np.allclose(known[same], faulty[same], 1e-3, 1e-6):
+            return words
     return f"not a finite number in {bad.sum():,} of {bad.size:,} elements"
 
 

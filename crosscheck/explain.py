@@ -6,9 +6,10 @@ formula for one element; crosscheck.operations computes the value.
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ from microgpt.train import learning_rate
 
 @dataclass(frozen=True)
 class Expression:
-    """A formula for one element, the operands that its names stand for, and its value."""
+    """A formula for one element, the operands that its names stand for, and its value.
+
+    The name of an operand may say what a letter of the formula stands for: "x = emb".
+    """
 
     formula: str
     operands: dict[str, Any]
@@ -38,6 +42,8 @@ def expression(
 
     number    of the step, from 1
     step      the tensors from which the operands are taken
+
+    Raises KeyError if an operand is missing, or is not numbers in the shape of the table.
     """
     phase, name = split_key(key)
     if phase in ADAM:
@@ -58,11 +64,12 @@ def expression(
         """The words with the names of the same layer without the layer."""
         return words.replace(own, "") if own != "." else words
 
-    clauses = [written[i].clause for i in range(len(written)) if written[i].clause]
-    formula = ", ".join([" + ".join(one.formula for one in written), *clauses])
+    parts = [
+        f"({one.formula})" if len(written) > 1 and one.in_words else one.formula for one in written
+    ]
     operands = {short(k): v for one in written for k, v in one.operands.items()}
     value = sum(float(one.value) for one in written)
-    return Expression(short(formula), operands, value)
+    return Expression(short(" + ".join(parts)), operands, value)
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,13 @@ class Written:
 
     formula: str
     operands: dict[str, Any]
-    clause: str = ""  # what the letters of the formula stand for: "x = emb"
     value: float = 0.0
+    in_words: bool = False  # "sum of .. where ..", which is put in brackets within a sum
 
 
 def _written(call: Call, index: tuple[int, ...]) -> Written:
     words = WORDS.get(call.function.__name__, _by_name)(call, index)
-    return Written(words.formula, words.operands, words.clause, float(call.total()[index]))
+    return replace(words, value=float(call.total()[index]))
 
 
 def _by_name(call: Call, index: tuple[int, ...]) -> Written:
@@ -96,27 +103,32 @@ def _embedding(call: Call, index: tuple[int, ...]) -> Written:
 def _d_wte(call: Call, index: tuple[int, ...]) -> Written:
     row, c = index
     dy = call.slots["dy"].value[:, :, c][(call.around.tokens[:, :-1] == row) & call.around.real]
-    return Written(f"sum of demb[{c}] where the token is {row}", {"demb": dy})
+    formula = f"sum of demb[{c}] where the token is {row}"
+    return Written(formula, {"demb": dy}, in_words=True)
 
 
 def _d_wpe(call: Call, index: tuple[int, ...]) -> Written:
     row, c = index
     dy = call.slots["dy"].value[:, row : row + 1, c].reshape(-1)
-    return Written(f"sum over documents of demb[t={row}, c={c}]", {"demb": dy})
+    formula = f"sum over documents of demb[t={row}, c={c}]"
+    return Written(formula, {"demb": dy}, in_words=True)
 
 
 def _rmsnorm(call: Call, index: tuple[int, ...]) -> Written:
     x, eps = call.slots["x"], call.slots["eps"].value
     formula = f"x[{index[-1]}] (mean(x x) + {eps:g})^-0.5"
-    return Written(formula, {"x": x.value[index[:-1]]}, f"x = {x.name}")
+    return Written(formula, {f"x = {x.name}": x.value[index[:-1]]})
 
 
 def _d_rmsnorm(call: Call, index: tuple[int, ...]) -> Written:
     *at, c = index
     dy, y, scale = (call.slots[name] for name in ("dy", "y", "scale"))
-    numbers = {"d": dy.value[tuple(at)], "y": y.value[tuple(at)], "s": scale.value[tuple(at)][0]}
-    clause = f"d = {dy.name}, y = {y.name}, s = (mean(x x) + {call.around.config.norm_eps:g})^-0.5"
-    return Written(f"s (d[{c}] - y[{c}] mean(d y))", numbers, clause)
+    numbers = {
+        f"d = {dy.name}": dy.value[tuple(at)],
+        f"y = {y.name}": y.value[tuple(at)],
+        f"s = (mean(x x) + {call.around.config.norm_eps:g})^-0.5": scale.value[tuple(at)][0],
+    }
+    return Written(f"s (d[{c}] - y[{c}] mean(d y))", numbers)
 
 
 def _linear(call: Call, index: tuple[int, ...]) -> Written:
@@ -146,7 +158,8 @@ def _d_weight(call: Call, index: tuple[int, ...]) -> Written:
         dy.name: dy.value[:, :, o][call.around.real],
         x.name: x.value[:, :, i][call.around.real],
     }
-    return Written(f"sum over positions of {dy.name}[{o}] {x.name}[{i}]", numbers)
+    formula = f"sum over positions of {dy.name}[{o}] {x.name}[{i}]"
+    return Written(formula, numbers, in_words=True)
 
 
 def _d_residual(call: Call, index: tuple[int, ...]) -> Written:
@@ -158,8 +171,16 @@ def _scores(call: Call, index: tuple[int, ...]) -> Written:
     b, h, t, u = index
     D = call.around.config.head_dim
     q, k = (call.around.heads(call.slots[name].value) for name in "qk")
-    formula = f"q . k / sqrt({D}), channels {h * D} to {h * D + D - 1}"
-    return Written(formula, {f"q[t={t}]": q[b, t, h], f"k[u={u}]": k[b, u, h]})
+    numbers = {
+        f"q[t={t}, {_channels(D, h)}]": q[b, t, h],
+        f"k[u={u}, {_channels(D, h)}]": k[b, u, h],
+    }
+    return Written(f"q . k / sqrt({D})", numbers)
+
+
+def _channels(D: int, h: int) -> str:
+    """The channels of a head: "c=4..7"."""
+    return f"c={h * D}..{h * D + D - 1}"
 
 
 def _over_positions(call: Call, index: tuple[int, ...], at: str, other: str, late: bool) -> Written:
@@ -177,23 +198,26 @@ def _over_positions(call: Call, index: tuple[int, ...], at: str, other: str, lat
     over = f"t={here}..{n - 1}" if late else f"u=0..{here}"
     scale = f" / sqrt({D})" if "scale" in call.slots else ""
     fixed = f"u={here}" if late else f"t={here}"
-    formula = f"{of_pairs.name}[h={h}, {fixed}] . {x.name}[c={c}]{scale}, over {over}"
-    return Written(formula, {of_pairs.name: pairs, x.name: x.value[b, seen, c]})
+    numbers = {
+        f"{of_pairs.name}[h={h}, {fixed}, {over}]": pairs,
+        f"{x.name}[{over}, c={c}]": x.value[b, seen, c],
+    }
+    return Written(f"{of_pairs.name}[h={h}, {fixed}] . {x.name}[c={c}]{scale}", numbers)
 
 
 def _softmax(call: Call, index: tuple[int, ...]) -> Written:
     b, h, t, u = index
     x = call.slots["x"]
-    formula = f"exp(x[{u}]) / sum(exp(x)), x = {x.name}[u=0..{t}]"
-    return Written(formula, {"x": x.value[b, h, t, : t + 1]})
+    formula = f"exp(x[{u}] - max(x)) / sum(exp(x - max(x)))"
+    return Written(formula, {f"x = {x.name}[u=0..{t}]": x.value[b, h, t, : t + 1]})
 
 
 def _d_softmax(call: Call, index: tuple[int, ...]) -> Written:
     b, h, t, u = index
     dy, y = (call.slots[name] for name in ("dy", "y"))
-    formula = f"w[{u}] (dw[{u}] - dw . w), w = {y.name}[u=0..{t}]"
-    numbers = {"w": y.value[b, h, t, : t + 1], "dw": dy.value[b, h, t, : t + 1]}
-    return Written(formula, numbers)
+    w, dw = y.value[b, h, t, : t + 1], dy.value[b, h, t, : t + 1]
+    numbers = {f"w = {y.name}[u=0..{t}]": w, f"dw = {dy.name}[u=0..{t}]": dw}
+    return Written(f"w[{u}] (dw[{u}] - dw . w)", numbers)
 
 
 def _d_weights(call: Call, index: tuple[int, ...]) -> Written:
@@ -201,22 +225,28 @@ def _d_weights(call: Call, index: tuple[int, ...]) -> Written:
     D = call.around.config.head_dim
     dy, v = (call.slots[name] for name in ("dy", "v"))
     numbers = {
-        f"{dy.name}[t={t}]": call.around.heads(dy.value)[b, t, h],
-        f"{v.name}[u={u}]": call.around.heads(v.value)[b, u, h],
+        f"{dy.name}[t={t}, {_channels(D, h)}]": call.around.heads(dy.value)[b, t, h],
+        f"{v.name}[u={u}, {_channels(D, h)}]": call.around.heads(v.value)[b, u, h],
     }
-    return Written(f"{dy.name} . {v.name}, channels {h * D} to {h * D + D - 1}", numbers)
+    return Written(f"{dy.name} . {v.name}", numbers)
 
 
 def _activation(call: Call, index: tuple[int, ...]) -> Written:
     x, kind = call.slots["x"], call.slots["kind"].value
-    return Written(ACTIVATIONS[kind].value, {"x": x.value[index]}, f"x = {x.name}")
+    return Written(ACTIVATIONS[kind].value, {f"x = {x.name}": x.value[index]})
 
 
 def _d_activation(call: Call, index: tuple[int, ...]) -> Written:
     dy, x, kind = (call.slots[name] for name in ("dy", "x", "kind"))
-    formula = f"{dy.name} * {ACTIVATIONS[kind.value].slope}"
-    numbers = {dy.name: dy.value[index], "x": x.value[index]}
-    return Written(formula, numbers, f"x = {x.name}")
+    formula = f"{dy.name} * {_factor(ACTIVATIONS[kind.value].slope)}"
+    return Written(formula, {dy.name: dy.value[index], f"x = {x.name}": x.value[index]})
+
+
+def _factor(formula: str) -> str:
+    """A Python formula as a factor: in brackets if it is a sum."""
+    tree = ast.parse(formula, mode="eval").body
+    is_sum = isinstance(tree, ast.BinOp) and isinstance(tree.op, (ast.Add, ast.Sub))
+    return f"({formula})" if is_sum else formula
 
 
 def _cross_entropy(call: Call, index: tuple[int, ...]) -> Written:
@@ -302,17 +332,21 @@ def _update(config: Config, n: int, name: str, index: Index, step: Step) -> Expr
     m, v = (step[f"{phase}/{name}"][index] for phase in ("adam_m", "adam_v"))
     lr_t = learning_rate(n - 1, config)
     m_hat, v_hat = m / (1 - config.beta1**n), v / (1 - config.beta2**n)
-    formula = (
-        f"-lr_t m_hat / (sqrt(v_hat) + {config.adam_eps:g}), lr_t = {lr_t:g},"
-        f" m_hat = m / (1 - {config.beta1:g}^{n}), v_hat = v / (1 - {config.beta2:g}^{n})"
-    )
+    numbers = {
+        "lr_t": lr_t,
+        f"m_hat = m / (1 - {config.beta1:g}^{n})": m_hat,
+        f"v_hat = v / (1 - {config.beta2:g}^{n})": v_hat,
+        "m": m,
+        "v": v,
+    }
+    rest = f"lr_t m_hat / (sqrt(v_hat) + {config.adam_eps:g})"
     value = -lr_t * m_hat / (math.sqrt(v_hat) + config.adam_eps)
     if not config.weight_decay:
-        return Expression(formula, {"m": m, "v": v}, value)
+        return Expression(f"-{rest}", numbers, value)
     weight = step[f"entry/{name}"][index]
-    formula = f"-lr_t {config.weight_decay:g} p {formula}"
+    formula = f"-lr_t {config.weight_decay:g} p - {rest}"
     value -= lr_t * config.weight_decay * weight
-    return Expression(formula, {"p": weight, "m": m, "v": v}, value)
+    return Expression(formula, {"p": weight, **numbers}, value)
 
 
 def _params(config: Config, n: int, name: str, index: Index, step: Step) -> Expression:

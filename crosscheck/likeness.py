@@ -22,15 +22,16 @@ from crosscheck.candidate import text_functions
 from crosscheck.defects import load_defects
 from crosscheck.domain import mutations
 from crosscheck.functions import Input, call, copied, outputs, text_loss_and_grads
+from crosscheck.variants import OVERFLOWS
 
 CLOSE = 1e-9
 FIRST = "from __future__ import annotations\n"
 Space = dict[str, Any]
 # frequent slips: in words, a part of the text, and what is often written in its place
 SLIPS = (
-    ("exp overflows: the maximum is not subtracted first", "exp(x - largest)", "exp(x)"),
+    (OVERFLOWS, "exp(x - largest)", "exp(x)"),
     (
-        "exp overflows: the maximum is not subtracted first",
+        OVERFLOWS,
         "x = logits - logits.max(axis=-1, keepdims=True)",
         "x = logits",
     ),

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from crosscheck.cases import Case
-from crosscheck.operations import Around, Slot, calls
+from crosscheck.operations import Around, Call, Slot, calls
 from crosscheck.trace import ENTRY, Array, Step, part, real, split_key, state_of, suited
 from microgpt.backend import State, load_backend
 from microgpt.config import Config
@@ -119,7 +119,8 @@ def of_operands(config: Config, step: Step) -> Noise:
     """How far each tensor moves, by the table, if every operand moves by a unit in the last place.
 
     The noise of a tensor is at least this, since another text may compute the operands in a way in
-    which their errors do not cancel.
+    which their errors do not cancel. A tensor is left out if it or an operand is not there, or is
+    not numbers in the shape of the table.
     """
     around, rng = Around(config, step), np.random.default_rng(0)
     own: Step = {}  # how far each element of a tensor has moved
@@ -134,8 +135,11 @@ def of_operands(config: Config, step: Step) -> Noise:
 
     with np.errstate(all="ignore"):
         for key in step:
-            of_text = split_key(key)[0] in ("forward", "backward", "gradient")
-            parts = calls(around, key) if of_text else []
+            parts: list[Call] = []
+            if split_key(key)[0] in ("forward", "backward", "gradient"):
+                with suppress(KeyError):  # this tensor or an operand is not there as numbers
+                    around.tensor(key)
+                    parts = calls(around, key)
             if parts:
                 moves = [
                     call.total(**{name: moved(slot) for name, slot in call.slots.items()})

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from crosscheck.formulas import value
-from crosscheck.trace import DERIVED, Array, Step, split_key
+from crosscheck.trace import DERIVED, Array, Step, axes, split_key
 from microgpt.config import Config
 from microgpt.errors import MicrogptError
 from microgpt.taps import (
@@ -31,6 +31,8 @@ from microgpt.taps import (
     Tap,
     axes_of,
     consumers,
+    shape_of,
+    sizes,
     taps,
 )
 
@@ -89,10 +91,26 @@ class Around:
         """(B, T, C) -> (B, T, H, D)"""
         return x.reshape(*x.shape[:-1], self.config.n_head, -1)
 
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number that each letter of a shape stands for."""
+        V = (*self.step["entry/wte"].shape, 0)[0]
+        return sizes(self.config, V, *self.real.shape)
+
+    def tensor(self, key: str) -> Array:
+        """The tensor of that key.
+
+        Raises KeyError if the step has no such tensor, or not as numbers in the shape of the table.
+        """
+        found = self.step[key]
+        if found.dtype.kind == "O" or found.shape != shape_of(axes(key), self.sizes):
+            raise KeyError(key)
+        return found
+
     def __getitem__(self, name: str) -> Array:
-        """The tap of that full name, or the parameter before the step."""
+        """The tap of that full name, or the parameter before the step; KeyError as in `tensor`."""
         key = f"forward/{name}"
-        return self.step[key if key in self.step else f"entry/{name}"]
+        return self.tensor(key if key in self.step else f"entry/{name}")
 
 
 def row_sum(x: Array) -> Array:
@@ -342,7 +360,10 @@ def _arguments(function: Callable[..., Terms]) -> list[str]:
 
 
 def calls(around: Around, key: str) -> list[Call]:
-    """The operations whose results add up to a tap, a derivative or a gradient; [] for the rest."""
+    """The operations whose results add up to a tap, a derivative or a gradient; [] for the rest.
+
+    Raises KeyError if an operand is missing, or is not numbers in the shape of the table.
+    """
     phase, name = split_key(key)
     if phase in ("forward", "eval") or key == "unwatched/loss":
         return [_call(around, taps(around.config)[name], None)]
@@ -375,7 +396,7 @@ def _slot(a: Around, tap: Tap, own: list[str], name: str) -> Slot:
         operand = tap.operands[own.index(name)]
         return Slot(operand, a[operand], axes_of(operand))
     if name == "dy":
-        return Slot(f"d{tap.name}", a.step[f"backward/d{tap.name}"], tap.axes)
+        return Slot(f"d{tap.name}", a.tensor(f"backward/d{tap.name}"), tap.axes)
     if name == "y":
         return Slot(tap.name, a[tap.name], tap.axes)
     if tap.operation == "rmsnorm" and name == "scale":

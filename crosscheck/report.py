@@ -154,8 +154,10 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
     relative = difference / abs(found.reference) if found.reference else math.inf
     exceeding = f"{found.exceeding:,} of {found.elements:,} elements"
     sizes = f"{difference:.3g} absolute, {relative:.3g} relative"
-    rows = [
-        ("difference", f"{sizes}, {ulps(found.reference, found.candidate)} ulp"),
+    rows = []
+    if math.isfinite(difference):
+        rows.append(("difference", f"{sizes}, {ulps(found.reference, found.candidate)} ulp"))
+    rows += [
         ("allowed", str(found.tolerance)),
         ("exceeded by", exceeding + "; shown is one of the worst" * (found.exceeding > 1)),
     ]
@@ -242,9 +244,7 @@ def axes(key: str) -> tuple[str, ...]:
 
 
 def ulps(a: float, b: float) -> str:
-    """The distance of two numbers in units in the last place, in words."""
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return "no number of"
+    """The distance of two finite numbers in units in the last place, in words."""
     distance = abs(_ordinal(a) - _ordinal(b))
     return f"{distance:,}" if distance < 1_000_000 else f"{distance:.1e}"
 

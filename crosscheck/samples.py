@@ -46,7 +46,7 @@ def parted(
     for name, step in zip(names, (ours, theirs)):
         with suppress(Exception):  # a side may fail here, too; the texts are reported all the same
             read.append(_logits(case, name, step, a[row, :at]))
-            said.append(_said(name, read[0], *settings))
+            said.append(said_by(name, read[0], *settings))
             numbers = ", ".join(
                 f"{_letter(token, tokenizer)} {said[-1][token]:.6g}" for token in here
             )
@@ -56,7 +56,7 @@ def parted(
     temperature, top_k = settings
     of = f" over the {top_k} largest logits" * (top_k > 0)
     rule = f"softmax(logits / {temperature:g}){of}" if temperature else "1 for the largest logit"
-    right = _probabilities(read[0], *settings)
+    right = right_probabilities(read[0], *settings)
     wrong = [
         name for name, p in zip(names, said) if not np.allclose(p, right, rtol=1e-6, atol=1e-12)
     ]
@@ -98,7 +98,7 @@ def _logits(case: Case, name: str, step: Step, tokens: Array) -> Array:
     return logits
 
 
-def _said(name: str, logits: Array, temperature: float, top_k: int) -> Array:
+def said_by(name: str, logits: Array, temperature: float, top_k: int) -> Array:
     """(V,): the probabilities of logits, by an implementation's own function."""
     probabilities = import_module(f"{name}.sample").probabilities
     if name == "vectorized":
@@ -107,13 +107,24 @@ def _said(name: str, logits: Array, temperature: float, top_k: int) -> Array:
     return np.asarray(probabilities([value(x) for x in logits.tolist()], temperature, top_k))
 
 
-def _probabilities(logits: Array, temperature: float, top_k: int) -> Array:
+def right_probabilities(logits: Array, temperature: float, top_k: int) -> Array:
     """(V,): the right probabilities, softmax(logits / temperature) over the top_k largest."""
     most = 1 if temperature == 0 else top_k or len(logits)
     kept = np.argsort(-logits, kind="stable")[:most]
     chances = np.zeros_like(logits)
     chances[kept] = np.exp((logits[kept] - logits.max()) / (temperature or 1.0))
     return chances / chances.sum()
+
+
+def wrongly_kept(found: Array, right: Array) -> str:
+    """Which tokens have a probability and should not, where logits are equal; "" if none has."""
+    kept, wanted = (np.flatnonzero(probs).tolist() for probs in (found, right))
+    if len(kept) > len(wanted):
+        rule = "of equal logits, only those with the lower token ids are kept"
+        return f"{len(kept)} tokens have a probability, where {len(wanted)} should: {rule}"
+    if len(kept) == len(wanted) and kept != wanted:
+        return "of equal logits, others are kept than those with the lower token ids"
+    return ""
 
 
 def _text(tokens: Array, tokenizer: Tokenizer) -> str:

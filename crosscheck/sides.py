@@ -184,18 +184,9 @@ def as_array(tensor: Any) -> Any:
 
 
 def _lengths(tensor: Any) -> str:
-    """The lengths of lists side by side that differ in length, in words."""
-    for item in tensor:
-        if isinstance(item, (list, tuple)) and _is_ragged(item):
-            return _lengths(item)
-    lengths = sorted({len(item) if isinstance(item, (list, tuple)) else 0 for item in tensor})
+    """The lengths of lists at the depth where lists differ in length, in words."""
+    side_by_side, lengths = [tensor], [0]
+    while len(lengths) == 1:
+        side_by_side = [item for one in side_by_side for item in one]
+        lengths = sorted({len(x) if isinstance(x, (list, tuple)) else 0 for x in side_by_side})
     return f"lists of {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} numbers side by side"
-
-
-def _is_ragged(item: Any) -> bool:
-    """Whether lists within a list differ in length."""
-    try:
-        np.shape(item)
-    except ValueError:
-        return True
-    return False

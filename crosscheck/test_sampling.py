@@ -1,4 +1,7 @@
-"""Two implementations draw the same documents, at several temperatures and in both precisions."""
+"""Two implementations draw the same documents, at several temperatures and in both precisions.
+
+Of equal logits, which stored parameters do not give, both keep those with the lower token ids.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ from itertools import zip_longest
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from crosscheck.compare import Disagreement, Outcome
 from crosscheck.conftest import Choice
+from crosscheck.lines import place_of
+from crosscheck.samples import right_probabilities, said_by, wrongly_kept
 from microgpt.backend import fresh_state, load_backend
 
 NUM = 3
+EQUAL = np.array([0.5, 2.0, 0.0, 2.0, -1.0, 0.5, -0.0, 2.0, 0.5])  # logits, in four groups
 DRAWN = ("cold-samples", "repeated-token", "tied-two-layers")
 
 
@@ -56,3 +63,25 @@ def test_documents_drawn(
                 name, 1, "sample/documents", "differ", shape=(len(reference),), texts=tuple(texts)
             )
             settle(Outcome(name, found=[wrong]))
+
+
+@pytest.mark.about("documents drawn")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_equal_logits(temperature: float, choice: Choice, settle: Any) -> None:
+    """Where top_k or temperature 0 parts equal logits, those with the lower token ids are kept."""
+    sides = dict.fromkeys((choice.reference, choice.candidate))
+    for top_k in range(len(EQUAL) + 2):  # 0: all of them
+        right = right_probabilities(EQUAL, temperature, top_k)
+        found = {side: said_by(side, EQUAL, temperature, top_k) for side in sides}
+        wrong = [side for side in sides if not np.allclose(found[side], right, 1e-12, 0.0)]
+        if wrong:
+            rows = {"logits": EQUAL, **found, "should be": right}
+            texts = [(label, " ".join(f"{x:.4g}" for x in row)) for label, row in rows.items()]
+            words = wrongly_kept(found[wrong[0]], right)
+            places = [place_of(f"{side}/sample.py", "probabilities") for side in wrong]
+            differing = Disagreement(
+                "equal logits", 1, "sample/probabilities",
+                f"are wrong in {' and '.join(wrong)}, top_k {top_k}, temperature {temperature:g}",
+                shape=EQUAL.shape, texts=tuple(texts), diagnosis=words, function="; ".join(places),
+            )  # fmt: skip
+            settle(Outcome("equal logits", found=[differing]))

@@ -28,10 +28,12 @@ from crosscheck.operations import (
     Call,
     Slot,
     calls,
+    cross_entropy,
     elementwise,
     merge,
     row_mean,
     row_sum,
+    softmax,
 )
 from crosscheck.trace import Array, Step, axes
 from microgpt.taps import ACTIVATIONS, taps
@@ -178,7 +180,7 @@ def of_softmax(call: Call) -> Iterator[Guess]:
     def total(x: Array) -> Array:
         return np.maximum(row_sum(np.where(looked_at, x, 0.0)), 1e-300)
 
-    def softmax(x: Array) -> Array:
+    def of_rows(x: Array) -> Array:
         return exp(x - largest(x)) / total(exp(x - largest(x)))
 
     D, C = call.around.config.head_dim, call.around.config.n_embd
@@ -187,13 +189,32 @@ def of_softmax(call: Call) -> Iterator[Guess]:
     late = np.exp(_unmasked_logits(call))
     lower = np.tri(x.shape[-1], dtype=bool)
     yield from of_table(SOFTMAX, known(
-        call, exp=exp, max=largest, sum=total, softmax=softmax, y=softmax(x),
+        call, exp=exp, max=largest, sum=total, softmax=of_rows, y=of_rows(x),
         exps=exp(x - largest(x)), full=np.exp, row=row_sum, late=late,
         upper=np.where(lower, late, 1.0), seen=np.where(lower, late, 0.0),
         log=lambda x: np.log(np.maximum(x, 1e-300)),
         over_queries=lambda x: np.maximum(x.sum(axis=-2, keepdims=True), 1e-300),
         over_heads=lambda x: x.sum(axis=1, keepdims=True), f=factors,
     ))  # fmt: skip
+
+
+OVERFLOWS = "exp overflows: the maximum is not subtracted first"
+
+
+def overflowing(call: Call, dtype: np.dtype) -> Iterator[Guess]:
+    """A softmax, or the loss of one, without the maximum, whose exps overflow in that precision."""
+    if call.function not in (softmax, cross_entropy):
+        return
+    of_logits = call.function is cross_entropy
+    x = call.slots["logits" if of_logits else "x"].value
+    seen = call.around.real[..., None] if of_logits else call.around.looked_at
+    exps = np.exp(np.where(seen, x, -np.inf).astype(dtype))
+    probs = exps / row_sum(exps)
+    if of_logits:
+        target = call.slots["target"].value[..., None]
+        yield OVERFLOWS, -np.log(np.take_along_axis(probs, target, axis=-1)[..., 0])
+    else:
+        yield OVERFLOWS, probs
 
 
 def _unmasked_logits(call: Call) -> Array:

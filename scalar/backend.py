@@ -124,7 +124,7 @@ class Backend:
                 batched[name] = [
                     [
                         _padded([_padded(by_head[h], T, 0.0) for by_head in doc], T, [0.0] * T)
-                        for h in range(self.config.n_head)
+                        for h in range(len(docs[0][0]))
                     ]
                     for doc in docs
                 ]  # [B][H][T][T]
