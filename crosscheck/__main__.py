@@ -57,7 +57,6 @@ def test(options: argparse.Namespace) -> int:
             "python -O leaves out assertions, and the tests are made of them; run it without -O"
             " and PYTHONOPTIMIZE"
         )
-    print(f"crosscheck of {described()}", flush=True)
 
     class Ended:
         """Keeps the interrupt, which pytest would turn into an exit status of its own."""

@@ -64,6 +64,7 @@ OF_M = {
 }
 OF_THE_STEP_BEFORE = {
     "the gradient of the step before": "beta1 * m + (1 - beta1) * g_before",
+    "the clip factor is that of the step before": "beta1 * m + (1 - beta1) * factor_before * raw",
     "m does not change": "m",
 }
 SQUARES = {  # what may take the place of g ** 2 in the line of v
@@ -184,7 +185,8 @@ def of_adam(
     if phase == "adam_m":
         yield from values(OF_M, names)
         if before and f"gradient/d{name}" in before:
-            names["g_before"] = clipping(config, before) * before[f"gradient/d{name}"]
+            names["factor_before"] = clipping(config, before)
+            names["g_before"] = names["factor_before"] * before[f"gradient/d{name}"]
             yield from values(OF_THE_STEP_BEFORE, names)
         yield from slipped(M, names, {"g": ["raw"], "m": ["v"]})
     elif phase == "adam_v":

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from crosscheck.again import ON_RANKS, RECORDER
@@ -26,6 +27,7 @@ CONFIRMING = 3  # other cases that must fail alike before a report is printed du
 STEPS = ("first steps", "steps one by one", "running freely")  # the comparisons of whole steps
 RECORDED = ("eval", "unwatched")  # phases
 ONE_FUNCTION = ("adam_m", "adam_v", "update", "sample")  # phases; it computes all their tensors
+STALE = re.compile(r"(of|at) the (first step|step before)$")  # a reading: an old number was used
 # how other comparisons run a case, for the title of a report
 RUN_AS = {"micro-batches": "in micro-batches", "two ranks": "on two ranks", "float32": "in float32"}
 
@@ -43,6 +45,7 @@ class Finding:
     report: str
     stopped: str  # the line and the error with which a side stopped, if one did
     fields: Mapping[str, Any] = field(repr=False)
+    side: str = ""  # the implementation at fault, if that is known
 
     @property
     def refused(self) -> bool:
@@ -107,6 +110,21 @@ class Cause:
         """The first finding and the others."""
         return [self.first, *self.others]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The comparison of the first finding; with a comparison of whole steps, all of those."""
+        return STEPS if self.first.about in STEPS else (self.first.about,)
+
+    @property
+    def refusals(self) -> list[Finding]:
+        """Those with which the recorder stops before a number is wrong, if the first is wrong."""
+        return [one for one in self.others if one.refused and not self.first.refused]
+
+    @property
+    def alike(self) -> list[Finding]:
+        """All but the refusals."""
+        return [one for one in self.all if self.first.refused or not one.refused]
+
 
 def _bare(words: str) -> str:
     """A reading without what differs from case to case: layers and numbers."""
@@ -122,12 +140,26 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
     """The causes of findings that are in the order of the run, the simplest case first."""
     found: list[Cause] = []
     for finding in findings:
-        behind = next((one for one in found if _follows(finding, one.first)), None)
-        if behind:
+        again = (one for one in found if any(_seen_again(finding, other) for other in one.all))
+        after = (one for one in found if _follows(finding, one.first))
+        if behind := next(chain(again, after), None):
             behind.others.append(finding)
         else:
             found.append(Cause(finding))
     return found
+
+
+def _seen_again(finding: Finding, earlier: Finding) -> bool:
+    """Whether a finding is what another comparison found in the same tensor of the same case.
+
+    A finding that has a reading of its own is not, unless it is one of single precision, where many
+    readings fit.
+    """
+    same = finding.case == earlier.case and _kind(finding.key) == _kind(earlier.key)
+    sides = {finding.side, earlier.side} - {""}
+    unread = not _readings(finding) or finding.about == "float32"
+    alike = len(sides) < 2 and _of_recorder(finding) == _of_recorder(earlier)
+    return same and finding.key != "" and alike and unread
 
 
 def _follows(finding: Finding, first: Finding) -> bool:
@@ -150,6 +182,10 @@ def _follows(finding: Finding, first: Finding) -> bool:
     if first.fields.get("again") and finding.fields.get("again"):
         return not (_of_recorder(first) or _of_recorder(finding))  # both are of batches
     both = _readings(first), _readings(finding)
+    if both[0] & both[1] and _same_line(first, finding):
+        return True
+    if all(one.side and _is_stale(one) for one in (first, finding)) and first.side == finding.side:
+        return True
     if kind[0] == earlier[0] in ONE_FUNCTION:
         return not all(both) or bool(both[0] & both[1])
     if kind[0] == earlier[0] == "gradient" and both[0] & both[1]:
@@ -159,7 +195,29 @@ def _follows(finding: Finding, first: Finding) -> bool:
     readings = {first.diagnosis, finding.diagnosis} - {""}
     if len(readings) == 2 and finding.about in STEPS:
         return False
+    if (earlier, kind) == (("gradient", "dlm_head"), ("gradient", "dwte")):  # dwte has it as a part
+        return _is_tied(finding)
     return _downstream(kind, earlier)
+
+
+def _same_line(first: Finding, finding: Finding) -> bool:
+    """Whether two wrong tensors are computed at the same line of the side at fault."""
+    lines = [{*one.fields.get("lines", ())} for one in (first, finding)]
+    own = [line for line in lines[0] & lines[1] if line.startswith(f"{first.side}/")]
+    return first.side == finding.side != "" and bool(own)
+
+
+def _is_stale(finding: Finding) -> bool:
+    """Whether all readings of a tensor of Adam say that a number of an earlier step was used."""
+    readings = _readings(finding)
+    adam = split_key(finding.key)[0] in ("adam_m", "adam_v", "update")
+    return adam and bool(readings) and all(map(STALE.search, readings))
+
+
+def _is_tied(finding: Finding) -> bool:
+    """Whether the model has no lm_head of its own, by the gradients that agreed."""
+    agreed = [key for key in finding.fields.get("agreed", ()) if key.startswith("gradient/")]
+    return bool(agreed) and "gradient/dlm_head" not in agreed
 
 
 def _of_recorder(finding: Finding) -> bool:
@@ -212,11 +270,16 @@ def _behind() -> dict[str, set[str]]:
     return found
 
 
-def also(cause: Cause) -> str:
-    """The other cases and comparisons that fail, in one line; "" if there are none."""
-    cases = {one.case for one in cause.others if one.about in STEPS} - {cause.first.case}
+def also(cause: Cause, counted: bool = False) -> str:
+    """The other cases and comparisons that fail, in one line; "" if there are none.
+
+    counted    whether the line before counts the cases
+    """
+    others = cause.alike[1:]
+    told = {one.case for one in others if one.about in cause.kinds} if counted else set()
+    cases = {one.case for one in others if one.about in STEPS} - {cause.first.case} - told
     words = [f"{len(cases)} case{'s' * (len(cases) > 1)}"] if cases else []
-    abouts = dict.fromkeys(one.about for one in cause.others if one.about not in STEPS)
+    abouts = dict.fromkeys(one.about for one in others if one.about not in STEPS)
     words += [RUN_AS.get(about, about) for about in abouts if about != cause.first.about]
     return f"also fails: {', '.join(words)}" if words else ""
 
@@ -293,6 +356,26 @@ def _with(name: str, value: Any) -> Property:
     return f"{name} {value}", lambda at: bool(getattr(at.config, name) == value)
 
 
+def consequences(
+    cause: Cause, runs: Sequence[Run], load: Callable[[str], Case], listed: Collection[str]
+) -> tuple[str, str, str]:
+    """Which cases fail, where the recorder stops, and what else fails: a line for each, or "".
+
+    The arguments are those of `shared`.
+    """
+    cases = shared(cause, runs, load, listed)
+    return cases, refusals(cause), also(cause, counted=cases.startswith("fails in"))
+
+
+def refusals(cause: Cause) -> str:
+    """In how many cases the recorder stops before a number is wrong, in one line; "" if in none."""
+    refused = [one for one in cause.refusals if one.about in STEPS]
+    cases = {one.case for one in refused} - {one.case for one in cause.alike}
+    lines = dict.fromkeys(one.stopped.partition(" ")[0] for one in refused)
+    more = f"in {len(cases)} other case{'s' * (len(cases) > 1)} all numbers agree until"
+    return f"{more} the recorder stops, at {', '.join(lines)}" if cases else ""
+
+
 def shared(
     cause: Cause, runs: Sequence[Run], load: Callable[[str], Case], listed: Collection[str]
 ) -> str:
@@ -305,17 +388,17 @@ def shared(
     load      gives a case by its name
     listed    the names of the cases that were to be run
     """
-    kinds = STEPS if cause.first.about in STEPS else (cause.first.about,)
-    own = [run for run in runs if run.about in kinds]
-    failing = {(one.case, one.step) for one in cause.all if one.about in kinds}
-    agreed = {(run.case, n) for run in own for n in range(1, run.agreed + 1)} - failing
+    own = [run for run in runs if run.about in cause.kinds]
+    found = [one for one in cause.alike if one.about in cause.kinds]
+    failing, abouts = {(one.case, one.step) for one in found}, {one.about for one in found}
     names, failed = {run.case for run in own}, {name for name, _ in failing}
+    compared = [run for run in own if run.about in abouts]  # what agrees in another way may fail so
+    agreed = {(run.case, n) for run in compared for n in range(1, run.agreed + 1)}
+    agreed |= {(one.case, one.step) for one in cause.refusals if _agrees(one, cause)}
+    agreed = {(name, n) for name, n in agreed - failing if name in names}
     if len(names) < 2 or not failed <= names:
-        return _only(cause)
-    whole = all(
-        {run.case for run in own if run.about == about} >= set(listed)
-        for about in {one.about for one in cause.all if one.about in kinds}
-    )
+        return _only(cause, runs)
+    whole = all({run.case for run in own if run.about == about} >= set(listed) for about in abouts)
     passed = names - {run.case for run in own if run.failed} - failed
     count = f"all {len(names)} cases" if failed == names else f"{len(failed)} of {len(names)} cases"
     count += " that were run" * (not whole)
@@ -326,15 +409,25 @@ def shared(
         split = _apart([*(_with(*pair) for pair in sorted(chosen)), *OF_CASES], wrong, right)
         wrong, right = ([_moment(load(name), n) for name, n in some] for some in (failing, agreed))
         by_step = _apart(OF_STEPS, wrong, right)
-        words = [f"those with {' and '.join(split[:2])}"] if split else by_step[:2]
+        words = _one(split, "those with ", "cases") if split else _one(by_step, "", "steps")
+    if not words and min(n for _, n in failing) > 1:  # few cases tell no more than this
+        always = len(failed) > 1 and all(n == 1 for _, n in agreed)
+        words = ["from step 2 on" if always else "not in the first step"]
     if not words and len(failed) < min(4, len(names)):
         words = [", ".join(sorted(failed))]
-    only = _only(cause)
-    return (
-        f"fails in {count}"
-        + (f": {', '.join(words)}" if words else "")
-        + (f"; {only}" * bool(only))
-    )
+    only = _only(cause, runs)
+    return f"fails in {count}" + "".join(f": {one}" for one in words) + f"; {only}" * bool(only)
+
+
+def _agrees(finding: Finding, cause: Cause) -> bool:
+    """Whether the tensor that the cause makes wrong agreed before the recorder stopped."""
+    return _kind(cause.first.key) in map(_kind, finding.fields.get("agreed", ()))
+
+
+def _one(fitting: Sequence[str], before: str, of: str) -> list[str]:
+    """The first property that fits, with the second, which tells the same cases or steps apart."""
+    same = "".join(f" (here the same {of} as {before}{one})" for one in fitting[1:2])
+    return [f"{before}{one}{same}" for one in fitting[:1]]
 
 
 def _apart(
@@ -354,13 +447,21 @@ def _moment(case: Case, number: int) -> Moment:
     return Moment(case.config, docs[-1], number, docs[:-1])
 
 
-def _only(cause: Cause) -> str:
-    """The one comparison that fails, in words; "" if several fail, or those of whole steps."""
-    abouts = {one.about for one in cause.all}
-    if len(abouts) == 1 and not abouts & {*STEPS, VALUE}:
+def _only(cause: Cause, runs: Sequence[Run]) -> str:
+    """The one comparison that fails, in words; "" if several fail, or those of whole steps.
+
+    Nothing is said if no other comparison of this run came as far as the step that fails.
+    """
+    abouts, step = {one.about for one in cause.all}, min(one.step for one in cause.all)
+    compared = any(run.about not in abouts and run.agreed >= step for run in runs)
+    if len(abouts) == 1 and not abouts & {*STEPS, VALUE} and compared:
         return f"only {RUN_AS.get(cause.first.about, f'in: {cause.first.about}')}"
     if cause.first.fields.get("again") == ON_RANKS:
         return "only where ranks share a batch"
+    if abouts & {*STEPS} == {STEPS[2]} and any(
+        run.about == STEPS[1] and run.agreed >= step for run in runs
+    ):
+        return "a step that starts from the reference's state agrees"
     phases = {split_key(one.key)[0] for one in cause.all}
     if phases <= {*RECORDED}:
         return "only where the text is recorded; unrecorded, it agrees"

@@ -19,8 +19,8 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from crosscheck.cases import Case, case_names, draw_params, load_case, with_params
-from crosscheck.causes import RUN_AS, VALUE, Cause, Finding, Run, also, causes, shared
-from crosscheck.compare import Disagreement, Outcome, Tally, simplicity, stopped
+from crosscheck.causes import RUN_AS, VALUE, Cause, Finding, Run, causes, consequences
+from crosscheck.compare import SIDES, Disagreement, Outcome, Tally, simplicity, stopped
 from crosscheck.operations import refuse_unknown_names
 from crosscheck.processes import can_fork, cores, in_processes
 from crosscheck.reference_steps import ReferenceSteps
@@ -267,6 +267,13 @@ def _case_of(item: pytest.Item) -> str:
     return str(callspec.params.get("case_name", "")) if callspec else ""
 
 
+def _place_of(item: pytest.Item) -> str:
+    """What a report names as the case of a test: its case, or else what the test compares."""
+    callspec = getattr(item, "callspec", None)
+    named = str(callspec.params.get("name", "")) if callspec else ""
+    return "" if _on_value(item) else _case_of(item) or named or _about(item)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_name" in metafunc.fixturenames:
         names = metafunc.config.getoption("--case") or case_names()
@@ -363,6 +370,7 @@ def settle(choice: Choice, left: Left, pytestconfig: pytest.Config) -> Any:
 
 
 def _finding(found: Disagreement, labels: tuple[str, str], about: str, more: str = "") -> Finding:
+    sides = dict(zip(SIDES, labels))
     return Finding(
         about=about,
         case=found.case,
@@ -373,6 +381,7 @@ def _finding(found: Disagreement, labels: tuple[str, str], about: str, more: str
         report=render(found, *labels, RUN_AS.get(about, "")) + more,
         stopped=f"{found.stop.line} {found.stop.error}" if found.stop and not found.key else "",
         fields=as_json(found),
+        side=sides.get(found.at_fault, "").partition(" ")[0],
     )
 
 
@@ -384,13 +393,12 @@ def pytest_runtest_makereport(
     report = yield
     if not _ours(item) or (call.when == "setup" and report.passed):
         return report
-    left = item.stash.setdefault(LEFT, Left(_about(item) or item.name))
+    left = item.stash.setdefault(LEFT, Left(_about(item)))
     stop = stop_of(call.excinfo.value) if report.failed and call.excinfo else None
     if stop and not left.findings:
-        name = "" if _on_value(item) else _case_of(item) or item.name
         labels = item.config.stash[CHOICE].labels
         at_fault = "reference" if stop.side == labels[0] else "candidate"
-        found = stopped(name, 0, at_fault, stop)
+        found = stopped(_place_of(item), 0, at_fault, stop)
         left.findings.append(_finding(found, labels, left.about))
         report.longrepr = left.findings[-1].headline
     left.order = _order(item)
@@ -517,7 +525,7 @@ class Session:
         self.terminal.write_sep("-", "crosscheck")
         if left.tallies:
             write(summary(_total(left.tallies), len(left.tallies)))
-        for note in left.notes:
+        for note in [] if self.findings else left.notes:
             write(note)
         found = causes(self.in_order)
         for number, cause in enumerate(found):
@@ -551,10 +559,10 @@ class Session:
             lines += wrapped(line, "  ", "  ")
         return lines
 
-    def _consequences(self, cause: Cause) -> tuple[str, str]:
+    def _consequences(self, cause: Cause) -> tuple[str, str, str]:
         files = {Path(name).stem: name for name in self.config.getoption("--case") or case_names()}
         runs = [run for run in self.left.runs if run.case in files]  # not those of random models
-        return shared(cause, runs, lambda name: _loaded(files[name]), files), also(cause)
+        return consequences(cause, runs, lambda name: _loaded(files[name]), files)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(self.config, "workerinput"):

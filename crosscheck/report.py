@@ -15,11 +15,12 @@ from crosscheck.compare import Disagreement, Tally
 from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.sides import is_marked
 from crosscheck.tolerance import RTOL
-from crosscheck.trace import PHASES, split_key
+from crosscheck.trace import DERIVED, PHASES, split_key
 from microgpt.backend import BACKENDS
 
 WIDTH = 80
 PLACE = "wrong "  # how a diagnosis begins that says no more than where
+MOST_ULPS = 1_000_000  # more units in the last place than these are no rounding
 CALLERS = 3  # how many calls are shown that led to an exception
 INSTEAD = (
     "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis;"
@@ -45,7 +46,8 @@ def render(found: Disagreement, reference: str, candidate: str, about: str = "")
         rows.append(("tried again", found.again))
     if found.at_fault and found.shape is not None:
         rows.append(("at fault", f"{names[found.at_fault]}: {_reason(found, names)}"))
-    rows += [("computed at" if not i else "", line) for i, line in enumerate(found.lines)]
+    lines = [_line(line, found.key) for line in found.lines]
+    rows += [("computed at" if not i else "", line) for i, line in enumerate(lines)]
     if found.function:
         rows.append(("look at", found.function))
     if found.formula:
@@ -80,6 +82,18 @@ def in_rows(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
         for label, text in rows
         for line in wrapped(text, f"  {label:{width}}  ", " " * (width + 4))
     ]
+
+
+def _line(line: str, key: str) -> str:
+    """A line of a text that computes a tensor, as a report gives it.
+
+    scalar/ has no line for a gradient: its graph computes the gradient of what a line computes.
+    """
+    place, _, text = line.partition(" ")
+    phase, name = split_key(key)
+    gradient = phase in DERIVED and name != "loss"
+    forward = gradient and place.startswith("scalar/")
+    return f"{place} (its forward pass) {text}" if forward else line
 
 
 def _compared(found: Disagreement) -> list[str]:
@@ -153,10 +167,11 @@ def _difference(found: Disagreement, reference: str, candidate: str) -> list[tup
     difference = abs(found.candidate - found.reference)
     relative = difference / abs(found.reference) if found.reference else math.inf
     exceeding = f"{found.exceeding:,} of {found.elements:,} elements"
-    sizes = f"{difference:.3g} absolute, {relative:.3g} relative"
+    sizes = [f"{difference:.3g} absolute", f"{relative:.3g} relative"]
     rows = []
     if math.isfinite(difference):
-        rows.append(("difference", f"{sizes}, {ulps(found.reference, found.candidate)} ulp"))
+        distance = ulps(found.reference, found.candidate)
+        rows.append(("difference", ", ".join([*sizes, f"{distance} ulp"] if distance else sizes)))
     rows += [
         ("allowed", str(found.tolerance)),
         ("exceeded by", exceeding + "; shown is one of the worst" * (found.exceeding > 1)),
@@ -244,9 +259,9 @@ def axes(key: str) -> tuple[str, ...]:
 
 
 def ulps(a: float, b: float) -> str:
-    """The distance of two finite numbers in units in the last place, in words."""
+    """The distance of two finite numbers in units in the last place; "" if it is large."""
     distance = abs(_ordinal(a) - _ordinal(b))
-    return f"{distance:,}" if distance < 1_000_000 else f"{distance:.1e}"
+    return f"{distance:,}" if distance <= MOST_ULPS else ""
 
 
 def _ordinal(x: float) -> int:
@@ -258,6 +273,7 @@ def _ordinal(x: float) -> int:
 def summary(tally: Tally, comparisons: int) -> str:
     """The lines that say how much was compared, and how close the numbers came."""
     counted = [f"{count:,} {PHASES[phase]}" for phase, count in tally.excused.items()]
+    why = ", as rounding leaves sums whose terms cancel, and within the allowed absolute error"
     within = [f"{tally.within:,} lie within the least noise that there can be"]
     worst = [f"the worst used {tally.worst:.2g} of the allowed error ({tally.worst_key})"]
     within, worst = within * (tally.within > 0), worst * (tally.worst > 0 or not tally.within)
@@ -266,6 +282,7 @@ def summary(tally: Tally, comparisons: int) -> str:
         f" step{'s' * (tally.steps != 1)}: {tally.tensors:,} tensors,"
         f" {tally.elements:,} elements",
         "; of the others ".join(within + worst),
-        f"excused, being farther apart than {RTOL:g} of their size: {', '.join(counted) or 'none'}",
+        f"elements farther apart than {RTOL:g} of their size{why * bool(counted)}:"
+        f" {', '.join(counted) or 'none'}",
     ]
     return "\n".join(wrapped for line in lines for wrapped in textwrap.wrap(line, WIDTH) or [""])

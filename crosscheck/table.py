@@ -24,7 +24,7 @@ from microgpt.cli.whereabouts import IMPLEMENTATIONS
 from microgpt.config import Config
 from microgpt.taps import consumers, taps
 
-NAME = "the table"
+NAME = "recomputed"  # what reports call the numbers that the table gives
 HELD = ("forward", "backward", "gradient")  # phases that the table computes
 
 
@@ -48,14 +48,15 @@ def held_to_table(
     if outcome.found and outcome.found[0].shape is not None:
         found = outcome.found[0]
         line = table_line(case.config, found.key)
-        problem = f"is not what {line.partition(' ')[0]} says"
         if NOT_CLEARED in found.diagnosis:  # neither the line nor the texts
+            problem = "is not what its own inputs give"
             outcome.found[0] = replace(found, problem=problem, at_fault=SIDES[0])
             return outcome
         functions = [function_of(found.key, case.config, side) for side in IMPLEMENTATIONS]
         outcome.found[0] = replace(
             found,
-            problem=f"{problem}: that line or the texts are wrong",
+            problem=f"is not what the formula in {line.partition(' ')[0]} gives:"
+            " that formula or both texts are wrong",
             at_fault="",
             lines=(*found.lines, line),
             function="; ".join(functions),

@@ -47,7 +47,7 @@ def test_first_step(
     settle(outcome, counted=False)
 
 
-@pytest.mark.about("the table")
+@pytest.mark.about("the formulas of microgpt/taps.py")
 def test_by_the_table(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
@@ -56,7 +56,7 @@ def test_by_the_table(
     settle(outcome, counted=False, labels=(choice.reference, NAME))
 
 
-@pytest.mark.about("the table")
+@pytest.mark.about("the formulas of microgpt/taps.py")
 def test_later_steps_by_the_table(
     case: Case, reference_steps: ReferenceSteps, choice: Choice, settle: Any
 ) -> None:
@@ -218,7 +218,7 @@ def _restarted(case: Case, start: State, choice: Choice, steps: int) -> Outcome:
     return compare(case, ours, theirs, names=names, after=start.updates)
 
 
-@pytest.mark.about("the list of names")
+@pytest.mark.about("the names of all tensors")
 def test_nothing_is_left_out(choice: Choice, settle: Any) -> None:
     """A trace of either side has every tap, derivative, gradient, moment and parameter."""
     case = load_case("two-layers")

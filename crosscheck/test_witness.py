@@ -150,6 +150,7 @@ def test_scalar_along_random_directions_by_differences(
     )
 
 
+@pytest.mark.about("the witness")
 def test_the_witness_objects_to_a_wrong_gradient() -> None:
     case = load_case("repeated-token")
     wrong = gradient(case, "vectorized")
@@ -159,6 +160,7 @@ def test_the_witness_objects_to_a_wrong_gradient() -> None:
     assert TOLERANCE.shares(witnessed, wrong[planted]).max() > 1
 
 
+@pytest.mark.about("the witness")
 def test_the_witness_is_independent_of_the_parameters_drawn() -> None:
     case = load_case("repeated-token")
     other = with_params(case, draw_params(case, seed=99))

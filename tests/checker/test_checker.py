@@ -379,6 +379,7 @@ def test_ulps_count_the_numbers_between() -> None:
     assert ulps(1.0, 1.0) == "0"
     assert ulps(1.0, float(np.nextafter(1.0, 2.0))) == "1"
     assert ulps(-5e-324, 5e-324) == "2"
+    assert ulps(1.0, -1.0) == ulps(1.0, 1.0 + 1e-9) == ""
 
 
 # --- pytest crosscheck, on a tree with a bug in it -----------------------------------------------

@@ -56,6 +56,7 @@ def test_a_file_of_ones_own_is_no_test_and_the_command_for_it_is_named(
 def test_the_first_line_names_the_copies() -> None:
     done = _run("test", "-q", "--collect-only", "--case", "one-position")
     assert done.stdout.startswith(f"crosscheck of scalar/ and vectorized/ in {ROOT}\n")
+    assert done.stdout.count("crosscheck of") == 1
     done = _run("defects", "rmsnorm-backward-one-term")
     assert done.stdout.startswith(f"defects planted in scalar/ and vectorized/ in {ROOT}\n")
 
