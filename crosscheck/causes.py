@@ -9,7 +9,7 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-from crosscheck.again import ON_RANKS, RECORDER
+from crosscheck.again import ON_RANKS, RECORDED, RECORDER
 from crosscheck.cases import Case
 from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.report import PLACE, with_diagnosis
@@ -25,7 +25,6 @@ ASIDE = re.compile(r" \(here also [^)]*\)|\d+(\.\d+)?(e-?\d+)?")  # what differs
 VALUE = "Value alone"  # the comparison of Value: its errors show in all that scalar computes
 CONFIRMING = 3  # other cases that must fail alike before a report is printed during the run
 STEPS = ("first steps", "steps one by one", "running freely")  # the comparisons of whole steps
-RECORDED = ("eval", "unwatched")  # phases
 ONE_FUNCTION = ("adam_m", "adam_v", "update", "sample")  # phases; it computes all their tensors
 STALE = re.compile(r"(of|at) the (first step|step before)$")  # a reading: an old number was used
 # how other comparisons run a case, for the title of a report

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -172,19 +173,18 @@ def test_no_figure_that_is_cheap_to_make_is_stale() -> None:
     assert (done.returncode, done.stdout) == (0, "every figure is as its command has it\n")
 
 
-def test_a_stale_figure_and_a_mark_without_a_command_are_found(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_stale_figure_and_a_mark_without_a_command_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!--defects-->12<!--/--> and <!--wombats-->3<!--/-->", encoding="utf-8")
     script = ROOT / "docs" / "figures"
     names = {"__name__": "figures", "__file__": str(script)}
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), names)
     names["PAGES"] = [page]
-    monkeypatch.setattr(sys, "argv", ["figures", "--check"])
+    arguments: Any = names["arguments"]
+    options = arguments().parse_args(["--check"])
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert names["main"]() == 1  # type: ignore[operator]
+        assert options.run(options) == 1
     assert "defects is stale: python -m crosscheck defects" in said.getvalue()
     assert "no command makes the figure wombats" in said.getvalue()
     assert "<!--defects-->12<!--/-->" in page.read_text(encoding="utf-8")
