@@ -14,7 +14,7 @@ import numpy as np
 from crosscheck.again import RECORDED, UPDATED, Again, again, packed, updated_again
 from crosscheck.at_once import Passed, passing
 from crosscheck.cases import Case
-from crosscheck.diagnose import NOT_CLEARED, OF_SHARES, diagnose
+from crosscheck.diagnose import NOT_CLEARED, OF_ANOTHER, OF_SHARES, diagnose
 from crosscheck.explain import Expression, expression, shown
 from crosscheck.lines import function_of, lines_of, place_of
 from crosscheck.read_again import drawn_again
@@ -78,6 +78,13 @@ class Disagreement:
     lines: tuple[str, ...] = ()  # where both texts compute the tensor
     function: str = ""  # that computes it on the side at fault
     stop: Stop | None = None  # where and why a side stopped within this step
+
+    @property
+    def written_later(self) -> str:
+        """The key of the later tap whose numbers this tap has, or "": it was changed in place."""
+        tap = self.diagnosis.removeprefix(OF_ANOTHER).strip().partition(" ")[0]
+        key, own = f"forward/{tap}", self.diagnosis.startswith(OF_ANOTHER)
+        return key if own and self.key.startswith("forward/") and key not in self.agreed else ""
 
 
 @dataclass
@@ -306,7 +313,7 @@ def explained(
         phase = _stopped_in(faulty)
         first = replace(first, stopped_in=phase)
     if first.stop and first.stop.refused:
-        first = replace(first, again=packed(case, first.step, theirs))
+        first = first if first.key else replace(first, again=packed(case, first.step, theirs))
     elif phase in RECORDED and "vectorized" in names:
         tried = again(case, first.step, phase, theirs, standard.dtype)
         first = _with_trials(first, case.config, tried)
@@ -326,15 +333,17 @@ def explained(
         first = replace(first, where="" if words in first.diagnosis else words)
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
-        function = first.function or _told_by(first, side)
+        function = first.function or _told_by(first, case.config, side)
         function = function or function_of(first.key, case.config, side, first.agreed)
         first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
 
 
-def _told_by(found: Disagreement, side: str) -> str:
+def _told_by(found: Disagreement, config: Config, side: str) -> str:
     """The function that a diagnosis is about, and its place; "" if that is none of its own."""
     phase = split_key(found.key)[0]
+    if found.written_later:
+        return function_of(found.written_later, config, side)
     said = " ".join([found.diagnosis, *(words for _, words in found.texts)])
     if of_draws := re.search(r"(\w+)\.sample\.probabilities of the same", said):
         return place_of(f"{of_draws[1]}/sample.py", "probabilities")

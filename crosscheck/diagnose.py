@@ -240,7 +240,7 @@ def lost(pair: Pair) -> str:
     """What a tensor of zeros says; "" if it is none."""
     largest = np.abs(pair.faulty[pair.there]).max(initial=0.0)
     if largest < 1e-100 * pair.size:
-        return "never written, or lost: zero everywhere"
+        return "zero everywhere: lost or never written"
     if largest < 1e-13 * pair.size:
         return "zero but for rounding: the terms of the sum cancel"
     return ""

@@ -12,7 +12,6 @@ from typing import Any
 
 from crosscheck import trace
 from crosscheck.compare import Disagreement, Tally
-from crosscheck.diagnose import OF_ANOTHER
 from crosscheck.sides import is_marked
 from crosscheck.tolerance import RTOL
 from crosscheck.trace import DERIVED, PHASES, split_key
@@ -23,7 +22,8 @@ PLACE = "wrong "  # how a diagnosis begins that says no more than where
 MOST_ULPS = 1_000_000  # more units in the last place than these are no rounding
 CALLERS = 3  # how many calls are shown that led to an exception
 INSTEAD = (
-    "write it with einsum, reshape, x @ w.T, .sum or .mean over the last axis;"
+    "write it with einsum of two arrays, reshape, x @ w.T, np.add.at, .sum or .mean over the last"
+    " axis;"
     " vectorized/record.py has the operations that it knows"
 )
 DRAWN = {
@@ -136,10 +136,8 @@ def _numbers(found: Disagreement, reference: str, candidate: str) -> list[tuple[
 
 def _reason(found: Disagreement, names: dict[str, str]) -> str:
     """Why a side is at fault, as a sentence."""
-    phase, name = split_key(found.key)
-    other = found.diagnosis.removeprefix(OF_ANOTHER).strip().partition(" ")[0]
-    of_another = phase == "forward" and found.diagnosis.startswith(OF_ANOTHER)
-    if of_another and f"forward/{other}" not in found.agreed:  # it was written later
+    name = split_key(found.key)[1]
+    if found.written_later:
         return (
             f"{name} holds other numbers than its own inputs give; was it changed in place after"
             " it was written?"
@@ -199,8 +197,8 @@ def _stop(found: Disagreement) -> list[tuple[str, str]]:
         )
     elif compared := _compared(found):
         rows.append(
-            ("numbers", f"agree so far: {len(compared)} tensors, computed in plain NumPy; only the"
-             " recorder of vectorized/record.py does not know this operation")
+            ("numbers", f"agree in this step: {len(compared)} tensors, computed in plain NumPy; but"
+             " the recorder of vectorized/record.py does not know this operation")
         )  # fmt: skip
     else:
         rows.append(

@@ -126,9 +126,9 @@ ROW_MEAN = "return scale * (dy - y * mean(dy * y))"
 def test_what_only_the_recorder_refuses_does_not_read_like_a_wrong_number() -> None:
     said = report(Patch(MODEL, ROW_MEAN, ROW_MEAN.replace("dy * y)", "dy.transpose(0, 1, 2) * y)")))
     assert "the recorder cannot repeat .transpose of an array" in said
-    assert "tensors, computed in plain NumPy; only the recorder" in said
+    assert "tensors, computed in plain NumPy; but the recorder" in said
     assert "its line vectorized/model.py:" in said
-    assert "instead write it with einsum, reshape, x @ w.T" in said
+    assert "instead write it with einsum of two arrays, reshape, x @ w.T" in said
     wrong = ROW_MEAN.replace("dy - y * mean(dy", "dy + y * mean(dy.transpose(0, 1, 2)")
     said = report(Patch(MODEL, ROW_MEAN, wrong))
     assert "the sign of the second term of the norm's derivative" in said
