@@ -29,6 +29,8 @@ ONE_FUNCTION = ("adam_m", "adam_v", "update", "sample")  # phases; it computes a
 STALE = re.compile(r"(of|at) the (first step|step before)$")  # a reading: an old number was used
 # how other comparisons run a case, for the title of a report
 RUN_AS = {"micro-batches": "in micro-batches", "two ranks": "on two ranks", "float32": "in float32"}
+# one of the two runs in micro-batches has no forms for small arrays: see in_micro_batches
+OR_LARGER = ", or with the calls of a larger model"
 
 
 @dataclass(frozen=True)
@@ -454,7 +456,8 @@ def _only(cause: Cause, runs: Sequence[Run]) -> str:
     abouts, step = {one.about for one in cause.all}, min(one.step for one in cause.all)
     compared = any(run.about not in abouts and run.agreed >= step for run in runs)
     if len(abouts) == 1 and not abouts & {*STEPS, VALUE} and compared:
-        return f"only {RUN_AS.get(cause.first.about, f'in: {cause.first.about}')}"
+        or_larger = OR_LARGER * (cause.first.about == "micro-batches")
+        return f"only {RUN_AS.get(cause.first.about, f'in: {cause.first.about}')}{or_larger}"
     if cause.first.fields.get("again") == ON_RANKS:
         return "only where ranks share a batch"
     if abouts & {*STEPS} == {STEPS[2]} and any(

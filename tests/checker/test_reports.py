@@ -22,6 +22,7 @@ from crosscheck import lines
 from crosscheck.again import RECORDER
 from crosscheck.cases import load_case
 from crosscheck.causes import (
+    OR_LARGER,
     RUN_AS,
     STEPS,
     VALUE,
@@ -539,7 +540,9 @@ def test_the_one_comparison_with_a_second_step_is_not_said_to_fail_alone() -> No
     said = shared(causes(found)[0], [*ways, *first], load_case, TEN)
     assert said == "fails in all 4 cases that were run: from step 2 on"
     later = [*ways, *first, Run(STEPS[2], TEN[0], 3, 0)]
-    assert shared(causes(found)[0], later, load_case, TEN).endswith("on; only in micro-batches")
+    assert shared(causes(found)[0], later, load_case, TEN).endswith(
+        f"on; only in micro-batches{OR_LARGER}"
+    )
 
 
 def test_a_case_in_which_only_the_recorder_stops_is_not_counted_with_wrong_numbers() -> None:
