@@ -153,8 +153,8 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 def _seen_again(finding: Finding, earlier: Finding) -> bool:
     """Whether a finding is what another comparison found in the same tensor of the same case.
 
-    A finding that has a reading of its own is not, unless it is one of single precision, where many
-    readings fit.
+    A finding that has a reading of its own is not, unless it is one of single precision, whose
+    numbers tell readings apart less well.
     """
     same = finding.case == earlier.case and _kind(finding.key) == _kind(earlier.key)
     sides = {finding.side, earlier.side} - {""}

@@ -23,8 +23,7 @@ MOST_ULPS = 1_000_000  # more units in the last place than these are no rounding
 CALLERS = 3  # how many calls are shown that led to an exception
 INSTEAD = (
     "write it with einsum of two arrays, reshape, x @ w.T, np.add.at, .sum or .mean over the last"
-    " axis;"
-    " vectorized/record.py has the operations that it knows"
+    " axis; vectorized/record.py has the operations that it knows"
 )
 DRAWN = {
     "sample/documents": "the drawn documents differ",
