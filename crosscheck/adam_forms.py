@@ -47,6 +47,7 @@ GRADIENTS = {
     "the gradient's square in place of the gradient": "g * g",
 }
 OF_M = {
+    "m does not change": "m",
     **{words: M.replace("g", f"({g})") for words, g in GRADIENTS.items()},
     "the gradient enters m without the factor 1 - beta1": "beta1 * m + g",
     "beta1 and 1 - beta1 exchanged": "(1 - beta1) * m + beta1 * g",
@@ -65,7 +66,6 @@ OF_M = {
 OF_THE_STEP_BEFORE = {
     "the gradient of the step before": "beta1 * m + (1 - beta1) * g_before",
     "the clip factor is that of the step before": "beta1 * m + (1 - beta1) * factor_before * raw",
-    "m does not change": "m",
 }
 SQUARES = {  # what may take the place of g ** 2 in the line of v
     "the gradient is not clipped": "raw ** 2",
@@ -81,6 +81,7 @@ SQUARES = {  # what may take the place of g ** 2 in the line of v
     "the mean of the tensor's squares in place of each number's own": "0 * g + mean(g ** 2)",
 }
 OF_V = {
+    "v does not change": "v",
     **{words: V.replace("g ** 2", f"({g})") for words, g in SQUARES.items()},
     "the gradient enters v without the factor 1 - beta2": "beta2 * v + g ** 2",
     "beta2 and 1 - beta2 exchanged": "(1 - beta2) * v + beta2 * g ** 2",
@@ -100,6 +101,7 @@ OF_V = {
     "v never falls, as in AMSGrad": f"maximum(v, {V})",
 }
 OF_UPDATE = {
+    "the weight does not change": "0 * p",
     "bias correction is absent": "-lr * m / (v ** 0.5 + eps)",
     "bias correction of m is absent": "-lr * m / (v_hat ** 0.5 + eps)",
     "bias correction of v is absent": "-lr * m_hat / (v ** 0.5 + eps)",

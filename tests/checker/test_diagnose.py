@@ -359,6 +359,23 @@ def test_a_text_that_is_not_recorded_is_tried_in_packed_rows(new: str, wrong: bo
         assert ("the text itself is wrong" in packed(case, 1, step)) == wrong
 
 
+@pytest.mark.parametrize(
+    ("phase", "words"), [("m", "m does not change"), ("v", "v does not change")]
+)
+def test_rows_that_adam_leaves_as_they_were_are_told(
+    steps: dict[str, tuple[Case, list[Step]]], phase: str, words: str
+) -> None:
+    def left(step: Step, _: Around) -> Array:
+        first = np.arange(len(step["adam_m/layer1.mlp_fc2"])) < 2
+        return np.where(
+            first[:, None],
+            step[f"entry_{phase}/layer1.mlp_fc2"],
+            step[f"adam_{phase}/layer1.mlp_fc2"],
+        )
+
+    assert said(steps, "two-layers", f"adam_{phase}/layer1.mlp_fc2", left).startswith(words)
+
+
 def test_an_operation_without_words_is_judged_all_the_same(
     steps: dict[str, tuple[Case, list[Step]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
