@@ -540,6 +540,20 @@ def test_documents_are_drawn_whatever_the_form_of_a_product(
     assert sample_many(*given, Random(3), 5, 1.0, []) == drawn
 
 
+@pytest.mark.parametrize("preset", ["microgpt", "microgpt-243"])
+def test_documents_of_a_large_vocabulary_are_drawn_together_as_one_by_one(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(load_config(preset), n_embd=4, block_size=5)
+    tokenizer = build_tokenizer("".join(map(chr, range(256, 656))), config)
+    params = init_params(config, tokenizer.vocab_size, Random(1))
+    backend = load_backend("vectorized", config, fresh_state(params))
+    together = backend.sample(tokenizer, Random(2), 6, 1.0, [])
+    monkeypatch.setattr("vectorized.backend.most_walkers", lambda config: 1)
+    assert backend.sample(tokenizer, Random(2), 6, 1.0, []) == together
+    assert max(token for document in together for token in document) > 255  # more than a byte
+
+
 def test_matrices_and_vectors_lie_side_by_side_in_one_buffer() -> None:
     tensors = {"w": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "gain": [7.0, 8.0], "v": [[9.0]]}
     flat = flatten(tensors, np.dtype("float32"))
