@@ -145,6 +145,8 @@ def updated_again(
 
     def is_right(update: Callable[[Any], None], watch: bool) -> bool:
         backend: Any = load_backend("vectorized", config, entry, watch=watch)
+        backend.forward(case.docs(number - 1))
+        backend.backward()
         backend.set_grads(part(step, "gradient", "d"))
         update(backend)
         after = backend.state()
