@@ -17,6 +17,7 @@ from crosscheck.cases import Case
 from crosscheck.diagnose import NOT_CLEARED, OF_ANOTHER, OF_SHARES, diagnose
 from crosscheck.explain import Expression, expression, shown
 from crosscheck.lines import function_of, lines_of, place_of
+from crosscheck.operations import Around, calls
 from crosscheck.read_again import drawn_again
 from crosscheck.samples import ONE_BY_ONE, parted
 from crosscheck.sides import IncompleteError, Stop
@@ -334,9 +335,22 @@ def explained(
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
         function = first.function or _told_by(first, case.config, side)
-        function = function or function_of(first.key, case.config, side, first.agreed)
+        caller = False
+        with suppress(*incomplete):
+            caller = _is_given_another(case, first, sound)
+        function = function or function_of(first.key, case.config, side, first.agreed, caller)
         first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
+
+
+def _is_given_another(case: Case, found: Disagreement, sound: Step) -> bool:
+    """Whether an operation is right, and is given a tensor that is none of its operands."""
+    given = re.match(r"(?:the scale of )?([\w.]+) in place of ", found.diagnosis)
+    phases = "forward", "backward", "entry"
+    if not given or not any(f"{phase}/{given[1]}" in sound for phase in phases):
+        return False
+    operations = calls(Around(case.config, sound), found.key)
+    return all(given[1] != slot.name for call in operations for slot in call.slots.values())
 
 
 def _told_by(found: Disagreement, config: Config, side: str) -> str:

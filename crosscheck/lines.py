@@ -37,11 +37,14 @@ def lines_of(key: str, config: Config) -> tuple[str, ...]:
     return tuple(str(found) for side in IMPLEMENTATIONS if (found := _find(side, key, config)))
 
 
-def function_of(key: str, config: Config, side: str, agreed: Sequence[str] = ()) -> str:
+def function_of(
+    key: str, config: Config, side: str, agreed: Sequence[str] = (), caller: bool = False
+) -> str:
     """The function of a side that computes a tensor, and its place; "" if it is not found.
 
     agreed    keys of tensors that are right: what computes one of them in the same phase is right,
               and the function that calls it is named instead
+    caller    whether to name the function that calls it in any case
     """
     found = _find(side, key, config) if side in IMPLEMENTATIONS else None
     if not found:
@@ -55,7 +58,7 @@ def function_of(key: str, config: Config, side: str, agreed: Sequence[str] = ())
     right = [_find(side, one, config) for one in agreed if split_key(one)[0] == phase]
     without = {name for one in right if one for name in _called(one.statement)}
     called = [name for name in _called(found.statement) if name in functions.keys() - without]
-    name = next(iter(called), found.function.name)
+    name = found.function.name if caller or not called else called[0]
     return f"{name}, {found.file}:{functions[name].lineno}"
 
 

@@ -20,7 +20,7 @@ from microgpt.backend import BACKENDS
 WIDTH = 80
 PLACE = "wrong "  # how a diagnosis begins that says no more than where
 MOST_ULPS = 1_000_000  # more units in the last place than these are no rounding
-CALLERS = 3  # how many calls are shown that led to an exception
+CALLERS = 5  # how many calls are shown that led to an exception
 INSTEAD = (
     "write it with einsum of two arrays, reshape, x @ w.T, np.add.at, .sum or .mean over the last"
     " axis; vectorized/record.py has the operations that it knows"

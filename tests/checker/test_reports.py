@@ -261,6 +261,21 @@ def test_a_function_that_is_right_elsewhere_is_not_blamed() -> None:
     assert named(agreed=["backward/dlayer0.attn_res"]).startswith("attention_backward, ")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "blamed"),
+    [
+        ("tap.layers[-1].mlp_res", "tap.layers[0].mlp_res", "gpt_backward"),
+        ("dmlp_norm, tap.mlp_norm, tap.mlp_scale", "dmlp_norm, tap.mlp_norm, tap.attn_scale",
+         "mlp_backward"),
+        ("dx = dy @ w", "dx = dy @ (2.0 * w)", "linear_backward"),
+    ],
+)  # fmt: skip
+def test_a_function_that_is_given_another_tensor_is_not_blamed(
+    old: str, new: str, blamed: str
+) -> None:
+    assert f"look at {blamed}, " in report(Patch(MODEL, old, new), "two-layers")
+
+
 def test_every_tensor_has_a_line_in_both_texts() -> None:
     case = load_case("two-layers")
     for key in keys(case.config, 27):
