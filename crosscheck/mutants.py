@@ -47,7 +47,7 @@ SURVIVES, DIFFERS, STOPS = range(3)  # exit status of the process that runs the 
 # functions, classes and constants that decide on memory, speed or refusals, and on no number
 MEMORY = {
     "vectorized/batch.py": ("micro_batches", "rounded", "ROW", "PRICE"),
-    "vectorized/record.py": ("refusal", "EQUAL_ROWS", "LOOK_UP", "ONE_HOT"),
+    "vectorized/record.py": ("refusal", "EQUAL_ROWS", "LOOK_UP", "ONE_HOT", "SPREAD"),
     "vectorized/lower.py": ("placed", "fits_over", "alike", "_fused", "ALIGN", "NEAR"),
     "vectorized/replay.py": ("CALLS", "CHUNK", "ROOM"),
 }  # fmt: skip

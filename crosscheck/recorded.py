@@ -34,7 +34,7 @@ def in_micro_batches(columns: int, row: int, lowered: bool) -> Iterator[None]:
     """
     numbers = {"batch.COLUMNS": columns, "batch.ROW": row}
     if not lowered:
-        small = "EQUAL_ROWS", "LOOK_UP", "ONE_HOT"
+        small = "EQUAL_ROWS", "LOOK_UP", "ONE_HOT", "SPREAD"
         numbers |= {f"record.{name}": 0 for name in small}
         numbers |= {"replay.CHUNK": 100}  # parameters that Adam updates at a time
     with ExitStack() as stack:

@@ -70,6 +70,7 @@ class Buffer:
     array: Array  # of a result: all of one form share it, for its shape and strides
     place: Place  # that of a result is found when the recording ends
     shift: int = 0  # bytes from the beginning of the place
+    fixed: bool = False  # whether its numbers are the same in every run
     rows: Any = None  # if each number was computed n times: the view (.., n) of all of them
 
 

@@ -30,7 +30,7 @@ from vectorized.record import Number, Recorder, RecordingError
 from vectorized.replay import Replay
 
 V = 5  # tokens
-LIMITS = ["EQUAL_ROWS", "LOOK_UP", "ONE_HOT"]  # up to which arrays are small
+LIMITS = ["EQUAL_ROWS", "LOOK_UP", "ONE_HOT", "SPREAD"]  # up to which arrays are small
 DOCS = [[4, 0, 1, 4], [4, 2, 3], [4, 1, 1, 0, 2, 4]]
 
 
@@ -639,6 +639,14 @@ def test_positions_may_be_the_rows_of_a_matrix() -> None:
 
     (found,) = replayed(text, dy, x)
     np.testing.assert_array_equal(found, text(dy, x))
+
+
+@pytest.mark.parametrize("numbers", [0, 10**6])
+def test_a_constant_may_be_as_large_as_what_it_is_added_to(numbers: int) -> None:
+    x, mask = np.arange(48.0).reshape(2, 2, 4, 3), np.arange(12.0).reshape(4, 3)
+    with patch.object(vectorized.record, "SPREAD", numbers):
+        (found,) = replayed(lambda x: (x * 2.0 + mask) * (1.0 - mask), x)
+    np.testing.assert_array_equal(found, (x * 2.0 + mask) * (1.0 - mask))
 
 
 def shares_an_operand(x: Any, q: Any, k: Any, v: Any) -> list[Any]:
