@@ -121,9 +121,9 @@ class Replay:
         named = named_views(self.flat, self.shapes)
         params = grow({name: recorder.hold(w) for name, w in named.items()}, L)
         batch = empty_batch(B, T, self.flat.dtype, packed)
-        # the mask is the same in every run if documents are not packed
-        mask = recorder.hold(batch.mask, fixed=not packed)
-        held = Batch(*map(recorder.hold, batch[:-1]), mask)
+        # positions and mask are the same in every run if documents are not packed
+        fixed = [recorder.hold(array, fixed=not packed) for array in batch[3:]]
+        held = Batch(*map(recorder.hold, batch[:3]), *fixed)
         loss = loss_forward(held, params, self.config, tap)
         result = np.empty(() if training else (B, T), self.flat.dtype)
         recorder.put(loss if training else tap.loss_t, result)
