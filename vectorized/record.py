@@ -10,9 +10,9 @@ memory order   The last of three or more axes lies slowest, documents and positi
 sums           A sum over the last axis is a product with ones. A small sum takes an (n, n) matrix
                of ones: its n result rows are equal, and later calls need no broadcast (1.08 at 1).
 look-ups       The gradient of a small table is a product with a one-hot matrix (1.05 at 1, 1.1 at
-               64), and so is a look-up in it (1.01 at 1, 0.99 at 64; 1.01 in float32).
+               64), and so is a look-up in it (1.02 at 1, 0.99 at 64).
 constants      Where they are the same in every run, positions are made one-hot once, and the mask
-               is repeated for all heads once (1.02 at 1).
+               is repeated for all heads once (1.01 at 1).
 
 In brackets: how many times as long a step of the default model takes without it, in float64, at
 that number of documents.
