@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -28,6 +28,7 @@ ON_RANKS = "one rank is right: wrong where ranks share a batch"
 IN_ROWS = "each document begins at position 0, and the mask is another in every row"
 NEARER = 0.1  # of the distance between what is wrong and what is right
 LEFT = "it reads what was left before, or memory that was never written"
+LEFT_IN = "vectorized/replay.py, batch.py"
 
 
 class Again(NamedTuple):
@@ -64,7 +65,7 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int) -> Again:
     cores, batches = case.config.cores, [case.docs(i) for i in range(number)]
     if cores == 1 or trial.phase == "eval":
         if trial.right(docs):
-            return Again(f"in a new backend it is right: {LEFT}", "vectorized/replay.py, batch.py")
+            return Again(f"in a new backend it is right: {LEFT}", LEFT_IN)
         return _parts(trial, docs)
     for rank in range(cores):
         *earlier, own = trial.shares(rank, cores, batches)
@@ -73,7 +74,7 @@ def _told(trial: Trial, docs: Docs, case: Case, number: int) -> Again:
             return told._replace(words=f"the documents of rank {rank}, on one rank: {told.words}")
         if not trial.right(own, after=earlier):
             words = f"rank {rank} has {'other' if own else 'no'} documents in this step, and {LEFT}"
-            return Again(words, "vectorized/replay.py, batch.py")
+            return Again(words, LEFT_IN)
     return Again(ON_RANKS, "vectorized/ranks.py, backend.py")
 
 
@@ -95,7 +96,7 @@ def _parts(trial: Trial, docs: Docs) -> Again:
         each = [part.docs for part in parts]
         if not all(trial.right(one, after=each[:i]) for i, one in enumerate(each)):
             words = f"each micro-batch is right in a new backend: {LEFT}"
-            return Again(words, "vectorized/replay.py, batch.py")
+            return Again(words, LEFT_IN)
         words = "micro-batch by micro-batch it is right: wrong where they are added up"
         return Again(words, "vectorized/replay.py")
     words = "document by document it is right: wrong where "
@@ -143,34 +144,31 @@ def updated_again(
     entry, lr_t = state_of(step, ENTRY, number - 1), learning_rate(number - 1, config)
     phase, name = split_key(key)
 
-    def is_right(update: Callable[[Any], None], watch: bool) -> bool:
+    def is_right(watch: bool, by_itself: bool = False) -> bool:
         backend: Any = load_backend("vectorized", config, entry, watch=watch)
         backend.forward(case.docs(number - 1))
         backend.backward()
         backend.set_grads(part(step, "gradient", "d"))
-        update(backend)
+        if by_itself:
+            text = import_module("vectorized.adam")
+            factor = text.clip(backend.flat_grads, config.grad_clip) if config.grad_clip else 1.0
+            arrays = backend.flat, factor * backend.flat_grads, backend.m, backend.v
+            text.adam(*arrays, number - 1, lr_t, config)
+        else:
+            backend.update(lr_t)
         after = backend.state()
         found = {"adam_m": after.m, "adam_v": after.v}.get(phase, after.params)[name][index]
         found = found - step[f"entry/{name}"][index] if phase == "update" else found
         apart = abs(wrong - right) if isfinite(wrong) else abs(right)
         return bool(abs(found - right) <= NEARER * apart)
 
-    def by_itself(backend: Any) -> None:
-        text = import_module("vectorized.adam")
-        factor = text.clip(backend.flat_grads, config.grad_clip) if config.grad_clip else 1.0
-        arrays = backend.flat, factor * backend.flat_grads, backend.m, backend.v
-        text.adam(*arrays, number - 1, lr_t, config)
-
-    def as_trained(backend: Any) -> None:
-        backend.update(lr_t)
-
     with suppress(Exception), np.errstate(all="ignore"):  # one at fault may raise any exception
-        if not is_right(by_itself, watch=True):
+        if not is_right(watch=True, by_itself=True):
             return None
-        if not is_right(as_trained, watch=True):
+        if not is_right(watch=True):
             words = "adam is right by itself: wrong where it is called"
             return Again(words, place_of("vectorized/backend.py", "update"))
-        if not is_right(as_trained, watch=False):
+        if not is_right(watch=False):
             return Again("unrecorded, it is right", RECORDER)
         if case.config.cores > 1:
             return Again(ON_RANKS, "vectorized/ranks.py, backend.py")

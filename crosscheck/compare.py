@@ -313,16 +313,8 @@ def explained(
     if first.stop and not first.key:
         phase = _stopped_in(faulty)
         first = replace(first, stopped_in=phase)
-    if first.stop and first.stop.refused:
-        first = first if first.key else replace(first, again=packed(case, first.step, theirs))
-    elif phase in RECORDED and "vectorized" in names:
-        tried = again(case, first.step, phase, theirs, standard.dtype)
-        first = _with_trials(first, case.config, tried)
-    elif numbers and phase in UPDATED and "vectorized" in names and first.at_fault == "candidate":
-        both = first.recomputed, first.candidate
-        where_it_is = case, first.step, first.key, first.index
-        tried = updated_again(*where_it_is, both, theirs, standard.dtype)
-        first = _with_trials(first, case.config, tried)
+    if "vectorized" in names:
+        first = _with_trials(case, first, phase, theirs, standard.dtype)
     if numbers and phase in COUNTED:
         words, texts = parted(case, first.step, first.key, ours, theirs, names)
         # both are true: what was done, and in which function; but a reading is of `sample` alone
@@ -335,10 +327,9 @@ def explained(
     if first.key:
         side = dict(zip(SIDES, names)).get(first.at_fault, "")
         function = first.function or _told_by(first, case.config, side)
-        caller = False
-        with suppress(*incomplete):
+        if not function:
             caller = _is_given_another(case, first, sound)
-        function = function or function_of(first.key, case.config, side, first.agreed, caller)
+            function = function_of(first.key, case.config, side, first.agreed, caller)
         first = replace(first, lines=lines_of(first.key, case.config), function=function)
     return first
 
@@ -349,8 +340,10 @@ def _is_given_another(case: Case, found: Disagreement, sound: Step) -> bool:
     phases = "forward", "backward", "entry"
     if not given or not any(f"{phase}/{given[1]}" in sound for phase in phases):
         return False
-    operations = calls(Around(case.config, sound), found.key)
-    return all(given[1] != slot.name for call in operations for slot in call.slots.values())
+    with suppress(KeyError):  # an operand is missing
+        operations = calls(Around(case.config, sound), found.key)
+        return all(given[1] != slot.name for call in operations for slot in call.slots.values())
+    return False
 
 
 def _told_by(found: Disagreement, config: Config, side: str) -> str:
@@ -380,8 +373,18 @@ def _stopped_in(step: Step) -> str:
     return "unwatched" if "gradient" in begun else ""
 
 
-def _with_trials(found: Disagreement, config: Config, tried: Again | None) -> Disagreement:
+def _with_trials(
+    case: Case, found: Disagreement, phase: str, theirs: Step, dtype: str
+) -> Disagreement:
     """The disagreement of recorded calls with what trials of the batch and its parts show."""
+    tried: Again | None = None
+    if found.stop and found.stop.refused:
+        return found if found.key else replace(found, again=packed(case, found.step, theirs))
+    if phase in RECORDED:
+        tried = again(case, found.step, phase, theirs, dtype)
+    elif found.shape is not None and phase in UPDATED and found.at_fault == "candidate":
+        both = found.recomputed, found.candidate
+        tried = updated_again(case, found.step, found.key, found.index, both, theirs, dtype)
     if tried is None:
         return found
     said = found.diagnosis.removeprefix(OF_SHARES).removeprefix(": ")
@@ -389,7 +392,7 @@ def _with_trials(found: Disagreement, config: Config, tried: Again | None) -> Di
     function = f"{before}{tried.files}"
     if not function:  # the text is at fault
         key = found.key.replace("unwatched/d", "gradient/d").replace("unwatched/", "forward/")
-        function = function_of(key, config, "vectorized")
+        function = function_of(key, case.config, "vectorized")
     return replace(found, diagnosis=tried.leaves or said, again=tried.words, function=function)
 
 
